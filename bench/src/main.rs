@@ -1,0 +1,112 @@
+//! `vbench`: drives a vhost-user-blk socket from the driver's side of the ring, with fio's vocabulary.
+
+mod front_end;
+mod job;
+mod report;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand, ValueEnum};
+
+/// Load generator for vhost-user sockets.
+#[derive(Debug, Parser)]
+#[command(name = "vbench", version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Drive one vhost-user-blk socket and report rates and latencies
+    Run(Run),
+}
+
+/// What to run; names and meanings are fio's.
+#[derive(Clone, Debug, clap::Args)]
+pub struct Run {
+    /// vhost-user-blk socket to connect to
+    #[arg(long, value_name = "PATH")]
+    pub socket_path: PathBuf,
+    /// Access pattern
+    #[arg(long, value_enum, default_value_t = Pattern::Randread)]
+    pub rw: Pattern,
+    /// Percentage of reads in randrw
+    #[arg(long, value_name = "PERCENT", default_value_t = 50, value_parser = clap::value_parser!(u8).range(0..=100))]
+    pub rwmixread: u8,
+    /// Bytes of a request (such as 4k)
+    #[arg(long, value_name = "SIZE", default_value = "4k", value_parser = size)]
+    pub bs: u32,
+    /// Requests in flight for each job
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub iodepth: u16,
+    /// Jobs: one thread with one queue each
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub numjobs: u16,
+    /// Seconds to measure
+    #[arg(long, value_name = "SECONDS", default_value = "5", value_parser = seconds)]
+    pub runtime: Duration,
+    /// Seconds to run before measuring
+    #[arg(long, value_name = "SECONDS", default_value = "1", value_parser = seconds)]
+    pub ramp_time: Duration,
+    /// CPU of the first job, the next for the next and so on
+    #[arg(long, value_name = "CPU")]
+    pub cpu: Option<usize>,
+    /// Use indirect descriptors
+    #[arg(long)]
+    pub indirect: bool,
+    /// Negotiate the event index
+    #[arg(long)]
+    pub event_idx: bool,
+    /// Print the result as JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Access patterns.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Pattern {
+    /// Random reads.
+    Randread,
+    /// Random writes.
+    Randwrite,
+    /// Sequential reads.
+    Read,
+    /// Sequential writes.
+    Write,
+    /// Random, mixed.
+    Randrw,
+}
+
+fn size(s: &str) -> Result<u32, String> {
+    let (digits, unit) = match s.strip_suffix(['k', 'K']) {
+        Some(digits) => (digits, 1024),
+        None => s.strip_suffix(['m', 'M']).map_or((s, 1), |digits| (digits, 1 << 20)),
+    };
+    let bytes = digits.parse::<u32>().ok().and_then(|n| n.checked_mul(unit));
+    let fits = |n: &u32| *n > 0 && n.is_multiple_of(512) && *n <= 1 << 20;
+    bytes.filter(fits).ok_or_else(|| format!("'{s}' is no multiple of 512 bytes up to 1m"))
+}
+
+fn seconds(s: &str) -> Result<Duration, String> {
+    let seconds: f64 = s.parse().map_err(|_| format!("'{s}' is no number of seconds"))?;
+    Duration::try_from_secs_f64(seconds).map_err(|e| e.to_string())
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let Command::Run(run) = &cli.command;
+    match front_end::run(run) {
+        Ok(result) => {
+            report::print(run, &result);
+            ExitCode::SUCCESS
+        }
+        Err(e) => {
+            eprintln!("vbench: {e:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,76 @@
+//! What a device is to the engine: features, a configuration space, and handlers for its queues.
+//!
+//! A device knows neither its transport (vhost-user, VDUSE) nor the ring format; a handler sees chains of bytes.
+
+use std::io;
+
+use crate::engine::queue::Queue;
+use crate::engine::reactor::Io;
+
+/// Features every transport negotiates for all devices (virtio 1.3, chapter 6).
+pub mod features {
+    /// `VIRTIO_F_INDIRECT_DESC`.
+    pub const INDIRECT_DESC: u64 = 1 << 28;
+    /// `VIRTIO_F_EVENT_IDX`.
+    pub const EVENT_IDX: u64 = 1 << 29;
+    /// `VIRTIO_F_VERSION_1`.
+    pub const VERSION_1: u64 = 1 << 32;
+    /// `VIRTIO_F_ACCESS_PLATFORM`.
+    pub const ACCESS_PLATFORM: u64 = 1 << 33;
+    /// All that the engine implements.
+    pub const ENGINE: u64 = INDIRECT_DESC | EVENT_IDX | VERSION_1 | ACCESS_PLATFORM;
+}
+
+/// Why a write to configuration space is refused.
+#[derive(Debug, thiserror::Error)]
+#[error("configuration bytes {offset}..{end} are not writable")]
+pub struct ConfigRefused {
+    /// First byte of the write.
+    pub offset: u32,
+    /// One past the last.
+    pub end: u32,
+}
+
+/// A virtio device.
+pub trait Device: Send + Sync {
+    /// The device's own feature bits; the transport adds those of the rings.
+    fn features(&self) -> u64;
+
+    /// How many queues it has at most.
+    fn num_queues(&self) -> u16;
+
+    /// The largest ring it takes.
+    fn max_ring_size(&self) -> u16;
+
+    /// Copies configuration space from `offset` on; bytes beyond its end read as zero.
+    fn read_config(&self, offset: u32, into: &mut [u8]);
+
+    /// A driver's write to configuration space.
+    fn write_config(&self, offset: u32, bytes: &[u8]) -> Result<(), ConfigRefused>;
+
+    /// Makes the handler of a queue that is about to run, under the features that were negotiated.
+    fn start_queue(&self, index: u16, features: u64, ring_size: u16) -> io::Result<Box<dyn QueueHandler>>;
+
+    /// Back to the state of a device nobody has driven yet. No queue runs.
+    fn reset(&self);
+}
+
+/// The device's side of one running queue. It lives on one reactor and is never called concurrently.
+pub trait QueueHandler: Send {
+    /// Called once on the reactor, before anything else.
+    fn attach(&mut self, io: &mut Io<'_>);
+
+    /// Takes what is ready, a bounded amount of it; returns how many requests (or other pieces of work) that was.
+    fn poll(&mut self, queue: &mut Queue, io: &mut Io<'_>) -> usize;
+
+    /// One of the handler's own operations is complete.
+    fn complete(&mut self, queue: &mut Queue, io: &mut Io<'_>, tag: u32, result: i32);
+
+    /// Called once on the reactor, after the last request has been completed.
+    fn detach(&mut self, io: &mut Io<'_>);
+
+    /// Whether the handler's I/O gains from guest memory that is registered with io_uring.
+    fn uses_fixed_buffers(&self) -> bool {
+        false
+    }
+}

@@ -1,0 +1,185 @@
+//! Reactors and the queues on them, seen from the control side.
+
+mod mailbox;
+pub mod pacing;
+pub mod placement;
+pub mod queue;
+pub mod reactor;
+
+use std::io;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+
+use crossbeam::channel::bounded;
+use tracing::info;
+
+use crate::device::QueueHandler;
+use crate::memory::map::MapHold;
+use crate::ring::RingConfig;
+use crate::uring::FixedBuffers;
+use mailbox::{Postbox, mailbox};
+use pacing::Pacing;
+use placement::{CpuList, pin_to, usable_cpus};
+use queue::Queue;
+use reactor::{Message, NotifierChange, Reactor, TaskId};
+
+/// How an engine is to be run.
+#[derive(Clone, Debug, Default)]
+pub struct EngineConfig {
+    /// One reactor for each of these CPUs, pinned to it. Without any: one reactor, which runs where the kernel puts it.
+    pub cpus: CpuList,
+    /// How reactors wait.
+    pub pacing: Pacing,
+    /// Which guest memory is registered with io_uring.
+    pub fixed_buffers: FixedBuffers,
+}
+
+/// Why an engine does not start.
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    /// A CPU that does not exist or that this process may not use.
+    #[error("CPU {cpu} cannot be used; this process may run on {usable:?}")]
+    NoCpu {
+        /// The CPU asked for.
+        cpu: usize,
+        /// Those there are.
+        usable: Vec<usize>,
+    },
+    /// The kernel refuses what a reactor needs.
+    #[error("cannot start a reactor: {0} (io_uring needs Linux 5.13, and kernel.io_uring_disabled=0)")]
+    Reactor(#[from] io::Error),
+}
+
+struct ReactorHandle {
+    postbox: Postbox<Message>,
+    queues: AtomicUsize,
+}
+
+/// A set of reactors. Dropping it ends their threads once their queues have been stopped.
+pub struct Engine {
+    reactors: Vec<Arc<ReactorHandle>>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+}
+
+impl Engine {
+    /// Starts the reactors.
+    pub fn start(config: &EngineConfig) -> Result<Engine, EngineError> {
+        let usable = usable_cpus().map_err(io::Error::from)?;
+        if let Some(&cpu) = config.cpus.0.iter().find(|cpu| !usable.contains(cpu)) {
+            return Err(EngineError::NoCpu { cpu, usable });
+        }
+        let cpus: Vec<Option<usize>> = match config.cpus.0.as_slice() {
+            [] => vec![None],
+            list => list.iter().copied().map(Some).collect(),
+        };
+        let mut engine = Engine { reactors: Vec::new(), threads: Mutex::default() };
+        for cpu in cpus {
+            engine.start_reactor(cpu, config)?;
+        }
+        Ok(engine)
+    }
+
+    fn start_reactor(&mut self, cpu: Option<usize>, config: &EngineConfig) -> io::Result<()> {
+        let (postbox, mail) = mailbox()?;
+        let name: Arc<str> = cpu.map_or("reactor".into(), |cpu| format!("reactor-{cpu}").into());
+        let (pacing, fixed) = (config.pacing, config.fixed_buffers);
+        let (ready_tx, ready) = bounded(1);
+        let thread = std::thread::Builder::new().name(name.to_string()).spawn(move || {
+            let _guard = AbortOnPanic;
+            // The ring belongs to the thread that made it, so it is made here.
+            let made = cpu.map_or(Ok(()), |cpu| pin_to(cpu).map_err(io::Error::from));
+            match made.and_then(|()| Reactor::new(Arc::clone(&name), mail, pacing, fixed)) {
+                Ok(mut reactor) => {
+                    let _ = ready_tx.send(Ok(()));
+                    reactor.run();
+                }
+                Err(e) => {
+                    let _ = ready_tx.send(Err(e));
+                }
+            }
+        })?;
+        ready.recv().map_err(|_| io::Error::other("the reactor's thread ended"))??;
+        info!("reactor on {}, {pacing:?}", cpu.map_or("any CPU".into(), |cpu| format!("CPU {cpu}")));
+        self.threads.lock().unwrap_or_else(PoisonError::into_inner).push(thread);
+        self.reactors.push(Arc::new(ReactorHandle { postbox, queues: AtomicUsize::new(0) }));
+        Ok(())
+    }
+
+    /// Moves a queue into the reactor that has the fewest.
+    pub fn run_queue(&self, queue: Queue, handler: Box<dyn QueueHandler>) -> io::Result<RunningQueue> {
+        let gone = || io::Error::other("the reactor is gone");
+        let reactor = self.reactors.iter().min_by_key(|r| r.queues.load(Ordering::Relaxed)).ok_or_else(gone)?;
+        let (tx, rx) = bounded(1);
+        reactor.queues.fetch_add(1, Ordering::Relaxed);
+        reactor.postbox.post(Message::Start { queue: Box::new(queue), handler, id: tx });
+        let id = rx.recv().map_err(|_| gone())?;
+        Ok(RunningQueue { reactor: Arc::clone(reactor), id, stopped: false })
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        for reactor in &self.reactors {
+            reactor.postbox.post(Message::Quit);
+        }
+        for thread in std::mem::take(&mut *self.threads.lock().unwrap_or_else(PoisonError::into_inner)) {
+            // A panic has already ended the process.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// The control side's handle of a queue that runs. Dropping it stops the queue.
+pub struct RunningQueue {
+    reactor: Arc<ReactorHandle>,
+    id: TaskId,
+    stopped: bool,
+}
+
+impl RunningQueue {
+    /// Stops the queue: no more chains are taken, those in flight are finished. Returns where to go on.
+    pub fn stop(mut self) -> io::Result<u16> {
+        self.halt()
+    }
+
+    fn halt(&mut self) -> io::Result<u16> {
+        self.stopped = true;
+        let (tx, rx) = bounded(1);
+        self.reactor.postbox.post(Message::Stop { id: self.id, base: tx });
+        let base = rx.recv().map_err(|_| io::Error::other("the reactor is gone"));
+        self.reactor.queues.fetch_sub(1, Ordering::Relaxed);
+        base
+    }
+
+    /// Goes over to a new memory map, in which `config` says where the ring lies.
+    pub fn set_map(&self, config: RingConfig, hold: MapHold) {
+        self.reactor.postbox.post(Message::SetMap { id: self.id, config, hold });
+    }
+
+    /// Replaces an event descriptor.
+    pub fn set_notifier(&self, change: NotifierChange) {
+        self.reactor.postbox.post(Message::SetNotifier { id: self.id, change });
+    }
+}
+
+impl Drop for RunningQueue {
+    fn drop(&mut self) {
+        if !self.stopped {
+            // Only its base is lost, and nobody asked for that.
+            let _ = self.halt();
+        }
+    }
+}
+
+/// A reactor that panics holds guests' requests it can no longer answer; a supervisor restarts a process that died,
+/// not one that hangs.
+struct AbortOnPanic;
+
+impl Drop for AbortOnPanic {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            std::process::abort();
+        }
+    }
+}

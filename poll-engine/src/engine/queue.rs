@@ -1,0 +1,244 @@
+//! A queue as its handler sees it: take chains, give them back. Ring, memory, notification and counting behind it.
+#![allow(unsafe_code)] // pairs chains with the map that translated them
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+
+use quanta::Clock;
+use tracing::warn;
+
+use super::reactor::Io;
+use crate::memory::map::{MapHold, MemoryMap};
+use crate::ring::chain::{Chain, ChainView, HeldChain};
+use crate::ring::{Ring, RingConfig, RingError, Token};
+use crate::stats::{ErrorKind, QueueStats};
+
+/// Most chains one queue may take in one round of the reactor: enough to amortise a round, few enough that a
+/// neighbour never waits long.
+pub const BUDGET: u16 = 64;
+
+/// A chain in flight: its token and when it was taken.
+#[derive(Debug)]
+#[must_use = "a request must be completed"]
+pub struct Request {
+    token: Token,
+    since: u64,
+}
+
+/// The event descriptors of a queue.
+#[derive(Debug, Default)]
+pub struct Notifier {
+    /// Readable when the driver has made chains available; without it the queue must be polled.
+    pub kick: Option<OwnedFd>,
+    /// To be signalled when chains were used; without it the driver polls.
+    pub call: Option<OwnedFd>,
+    /// To be signalled when the queue breaks.
+    pub err: Option<OwnedFd>,
+}
+
+/// A running queue.
+#[derive(Debug)]
+pub struct Queue {
+    name: Arc<str>,
+    ring: Ring,
+    hold: MapHold,
+    /// The chain taken last, until it is held or given back.
+    chain: Chain,
+    pub(super) notifier: Notifier,
+    stats: Arc<QueueStats>,
+    broken: bool,
+    clock: Clock,
+    /// When the present round took its first chain; what it takes and completes by itself is timed together.
+    round: u64,
+    round_completed: u64,
+    /// When the completions at hand were reaped.
+    reaped: u64,
+}
+
+impl Queue {
+    /// Activates `config` in the map held. `name` is for the log.
+    pub fn new(
+        name: Arc<str>,
+        config: &RingConfig,
+        hold: MapHold,
+        notifier: Notifier,
+        stats: Arc<QueueStats>,
+    ) -> Result<Queue, RingError> {
+        let ring = Ring::activate(config, hold.map())?;
+        Ok(Queue {
+            name,
+            ring,
+            hold,
+            chain: Chain::default(),
+            notifier,
+            stats,
+            broken: false,
+            clock: Clock::new(),
+            round: 0,
+            round_completed: 0,
+            reaped: 0,
+        })
+    }
+
+    /// The queue's counters.
+    #[inline]
+    pub fn stats(&self) -> &QueueStats {
+        &self.stats
+    }
+
+    /// Requests taken and not completed.
+    #[inline]
+    pub fn in_flight(&self) -> u16 {
+        self.ring.in_flight()
+    }
+
+    /// Where the next start of this queue begins.
+    pub fn base(&self) -> u16 {
+        self.ring.base()
+    }
+
+    /// Whether a broken ring has stopped the queue.
+    pub fn is_broken(&self) -> bool {
+        self.broken
+    }
+
+    pub(super) fn map(&self) -> &MemoryMap {
+        self.hold.map()
+    }
+
+    /// How many chains to take this round, at most [`BUDGET`], with what they need on its way into the cache.
+    #[inline]
+    pub fn ready(&mut self) -> u16 {
+        self.stats.polls.add(1);
+        let ready = match self.ring.available() {
+            Ok(n) => n.min(BUDGET),
+            Err(e) => {
+                self.fail(&e);
+                0
+            }
+        };
+        if ready == 0 {
+            self.stats.empty_polls.add(1);
+            return 0;
+        }
+        self.ring.prefetch(ready, self.hold.map());
+        self.round = self.clock.raw();
+        ready
+    }
+
+    /// Takes a chain that [`ready`](Self::ready) has counted. `None` when it is broken, and the queue with it.
+    #[inline]
+    pub fn take(&mut self) -> Option<Request> {
+        match self.ring.take(self.hold.map(), &mut self.chain) {
+            Ok(token) => Some(Request { token, since: self.round }),
+            Err(e) => {
+                self.fail(&e);
+                None
+            }
+        }
+    }
+
+    /// The chain taken last.
+    #[inline]
+    pub fn chain(&self) -> ChainView<'_> {
+        // SAFETY: the chain was translated by the held map, which only `set_map` changes, and that clears the chain.
+        unsafe { self.chain.view(self.hold.map()) }
+    }
+
+    /// Moves the chain taken last into `held`, to outlive this round.
+    #[inline]
+    pub fn hold_chain(&mut self, held: &mut HeldChain) {
+        // SAFETY: as for `chain`.
+        unsafe { held.take(&mut self.chain, &self.hold) };
+    }
+
+    /// Gives a request back with the number of bytes written to it. The driver sees it when the round ends.
+    #[inline]
+    pub fn complete(&mut self, request: Request, written: u32) {
+        if request.since == self.round {
+            self.round_completed += 1;
+        } else {
+            let ns = self.clock.delta_as_nanos(request.since, self.reaped);
+            self.stats.latency.record(ns, 1);
+            self.stats.requests.add(1);
+        }
+        self.ring.complete(request.token, written);
+    }
+
+    /// Completions have been reaped: their requests are timed up to now.
+    pub(super) fn mark_reaped(&mut self) {
+        self.reaped = self.clock.raw();
+        self.round = self.reaped;
+    }
+
+    /// Ends a round: shows completed chains to the driver and signals it where it wants that.
+    #[inline]
+    pub(super) fn publish(&mut self, io: &mut Io<'_>) {
+        let Some(wants_interrupt) = self.ring.publish() else { return };
+        if self.round_completed > 0 {
+            let ns = self.clock.delta_as_nanos(self.round, self.clock.raw());
+            self.stats.latency.record(ns, self.round_completed);
+            self.stats.requests.add(self.round_completed);
+            self.round_completed = 0;
+        }
+        match &self.notifier.call {
+            Some(call) if wants_interrupt => {
+                self.stats.signals.add(1);
+                io.signal(call.as_fd());
+            }
+            _ => self.stats.signals_suppressed.add(1),
+        }
+    }
+
+    /// Looks after the ring between rounds while awake.
+    #[inline]
+    pub(super) fn settle(&mut self) {
+        self.stats.in_flight_peak.raise(u64::from(self.ring.in_flight()));
+        self.ring.disable_notification();
+    }
+
+    pub(super) fn enable_notification(&mut self) -> bool {
+        !self.broken && self.ring.enable_notification()
+    }
+
+    pub(super) fn disable_notification(&mut self) {
+        if !self.broken {
+            self.ring.disable_notification();
+        }
+    }
+
+    /// Goes over to a new memory map and returns the hold on the old one, which lives on in the requests that point
+    /// into it.
+    pub(super) fn set_map(&mut self, config: &RingConfig, hold: MapHold) -> MapHold {
+        if !self.broken
+            && let Err(e) = self.ring.relocate(config, hold.map())
+        {
+            self.fail(&e);
+        }
+        self.chain.clear();
+        std::mem::replace(&mut self.hold, hold)
+    }
+
+    /// Counts an error of the request kind, and logs the first of it.
+    pub fn count_error(&self, kind: ErrorKind, what: &dyn std::fmt::Display) {
+        if self.stats.error(kind) {
+            warn!("{}: {what} (further ones are only counted)", self.name);
+        }
+    }
+
+    #[cold]
+    fn fail(&mut self, error: &RingError) {
+        let kind = if matches!(error, RingError::Memory(_)) { ErrorKind::Memory } else { ErrorKind::Ring };
+        if self.stats.error(kind) {
+            warn!("{}: stopped, its driver broke the ring: {error}", self.name);
+        }
+        self.broken = true;
+    }
+
+    /// Signals the error descriptor of a queue that has just broken.
+    pub(super) fn report_broken(&mut self, io: &mut Io<'_>) {
+        if let Some(err) = self.notifier.err.as_ref() {
+            io.signal(err.as_fd());
+        }
+    }
+}

@@ -1,0 +1,398 @@
+//! A reactor: one thread, one io_uring, any number of queues. It polls, submits, reaps, publishes, and sleeps when
+//! its pacing says so. Nothing else ever touches a ring that runs here.
+
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+
+use crossbeam::channel::Sender;
+use tracing::{debug, warn};
+
+use super::mailbox::Mailbox;
+use super::pacing::{Pacer, Pacing};
+use super::queue::Queue;
+use crate::device::QueueHandler;
+use crate::memory::map::MapHold;
+use crate::ring::RingConfig;
+use crate::stats::ErrorKind;
+use crate::uring::{Completion, FileRef, FixedBuffers, Uring};
+
+/// Submission entries; completions have four times as many.
+const URING_ENTRIES: u32 = 1024;
+
+/// A queue's place on its reactor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct TaskId {
+    slot: u16,
+    generation: u16,
+}
+
+/// What control threads can ask of a reactor.
+pub(super) enum Message {
+    /// Run this queue from now on.
+    Start { queue: Box<Queue>, handler: Box<dyn QueueHandler>, id: Sender<TaskId> },
+    /// Take no more chains, finish what is in flight, answer with the base and let the queue go.
+    Stop { id: TaskId, base: Sender<u16> },
+    /// Go over to a new memory map.
+    SetMap { id: TaskId, config: RingConfig, hold: MapHold },
+    /// Replace one of the event descriptors.
+    SetNotifier { id: TaskId, change: NotifierChange },
+    /// Leave, once no queue is left.
+    Quit,
+}
+
+/// A new event descriptor for a running queue.
+#[derive(Debug)]
+pub enum NotifierChange {
+    /// To be signalled when chains were used.
+    Call(Option<std::os::fd::OwnedFd>),
+    /// To be signalled when the queue breaks.
+    Err(Option<std::os::fd::OwnedFd>),
+}
+
+/// What a completion belongs to: packed into the 64 bits io_uring carries.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+enum Purpose {
+    Handler = 0,
+    Kick = 1,
+    Signal = 2,
+    Bell = 3,
+    Cancel = 4,
+}
+
+fn label(purpose: Purpose, id: TaskId, tag: u32) -> u64 {
+    (purpose as u64) << 60 | u64::from(id.generation & 0xfff) << 48 | u64::from(id.slot) << 32 | u64::from(tag)
+}
+
+fn unlabel(user_data: u64) -> (u8, TaskId, u32) {
+    let id = TaskId { slot: (user_data >> 32) as u16, generation: (user_data >> 48) as u16 & 0xfff };
+    ((user_data >> 60) as u8, id, user_data as u32)
+}
+
+/// A handler's way into the kernel.
+pub struct Io<'a> {
+    uring: &'a mut Uring,
+    id: TaskId,
+}
+
+impl Io<'_> {
+    /// The reactor's io_uring, for registering files and finding registered memory.
+    #[inline]
+    pub fn uring(&mut self) -> &mut Uring {
+        self.uring
+    }
+
+    /// The label of the handler's operation `tag`: its completion comes back to
+    /// [`QueueHandler::complete`] with this tag.
+    #[inline]
+    pub fn label(&self, tag: u32) -> u64 {
+        label(Purpose::Handler, self.id, tag)
+    }
+
+    pub(super) fn signal(&mut self, fd: BorrowedFd<'_>) {
+        self.uring.signal(fd, label(Purpose::Signal, self.id, 0));
+    }
+
+    /// Registers a file for the handler.
+    pub fn register_file(&mut self, fd: BorrowedFd<'_>) -> FileRef {
+        self.uring.register_file(fd)
+    }
+}
+
+struct Task {
+    id: TaskId,
+    queue: Box<Queue>,
+    handler: Box<dyn QueueHandler>,
+    /// Set when asked to stop: who waits for the base.
+    stopping: Option<Sender<u16>>,
+    watching_kick: bool,
+    reported: bool,
+    /// Has completed chains to publish after reaping.
+    reaped: bool,
+}
+
+impl Task {
+    /// Nothing more to wait for: stopped, and the last request is back.
+    fn is_done(&self) -> bool {
+        self.stopping.is_some() && self.queue.in_flight() == 0
+    }
+
+    fn polls(&self) -> bool {
+        self.stopping.is_none() && !self.queue.is_broken()
+    }
+}
+
+/// The thread's state.
+pub(super) struct Reactor {
+    name: Arc<str>,
+    uring: Uring,
+    mailbox: Mailbox<Message>,
+    tasks: Vec<Task>,
+    /// Slot of the id to position in `tasks`.
+    places: Vec<Option<usize>>,
+    generation: u16,
+    pacer: Pacer,
+    fixed: FixedBuffers,
+    completions: Vec<Completion>,
+    watching_bell: bool,
+    quitting: bool,
+    stopping: usize,
+}
+
+impl Reactor {
+    pub(super) fn new(
+        name: Arc<str>,
+        mailbox: Mailbox<Message>,
+        pacing: Pacing,
+        fixed: FixedBuffers,
+    ) -> std::io::Result<Reactor> {
+        Ok(Reactor {
+            name,
+            uring: Uring::new(URING_ENTRIES)?,
+            mailbox,
+            tasks: Vec::new(),
+            places: Vec::new(),
+            generation: 0,
+            pacer: Pacer::new(pacing),
+            fixed,
+            completions: Vec::with_capacity(4 * URING_ENTRIES as usize),
+            watching_bell: false,
+            quitting: false,
+            stopping: 0,
+        })
+    }
+
+    /// Runs until told to quit.
+    pub(super) fn run(&mut self) {
+        loop {
+            if self.mailbox.has_mail() {
+                self.read_mail();
+            }
+            if self.quitting && self.tasks.is_empty() {
+                return;
+            }
+            let worked = self.round();
+            if worked > 0 {
+                self.pacer.worked();
+            } else if self.tasks.is_empty() || (self.pacer.idle() && self.may_sleep()) {
+                self.sleep();
+            } else {
+                std::hint::spin_loop();
+            }
+        }
+    }
+
+    /// One round: every ring once, one submit, every completion once.
+    #[inline]
+    fn round(&mut self) -> usize {
+        let mut worked = 0;
+        for task in &mut self.tasks {
+            if !task.polls() {
+                continue;
+            }
+            let io = &mut Io { uring: &mut self.uring, id: task.id };
+            let n = task.handler.poll(&mut task.queue, io);
+            if n > 0 {
+                worked += n;
+                task.queue.publish(io);
+                task.queue.settle();
+            }
+            if task.queue.is_broken() && !task.reported {
+                task.reported = true;
+                task.queue.report_broken(io);
+            }
+        }
+        self.uring.submit();
+        worked += self.reap();
+        if self.stopping > 0 {
+            self.retire();
+        }
+        worked
+    }
+
+    #[inline]
+    fn reap(&mut self) -> usize {
+        self.uring.reap(&mut self.completions);
+        if self.completions.is_empty() {
+            return 0;
+        }
+        let completions = std::mem::take(&mut self.completions);
+        let count = completions.len();
+        for c in &completions {
+            self.dispatch(*c);
+        }
+        self.completions = completions;
+        self.completions.clear();
+        for task in &mut self.tasks {
+            if std::mem::take(&mut task.reaped) {
+                task.queue.publish(&mut Io { uring: &mut self.uring, id: task.id });
+            }
+        }
+        self.uring.submit();
+        count
+    }
+
+    fn dispatch(&mut self, c: Completion) {
+        let (purpose, id, tag) = unlabel(c.user_data);
+        if purpose == Purpose::Bell as u8 {
+            self.watching_bell = c.more;
+            return;
+        }
+        let place = self.places.get(usize::from(id.slot)).copied().flatten();
+        // A completion of a queue that has left (its watch being cancelled) finds nobody.
+        let Some(task) = place.and_then(|p| self.tasks.get_mut(p)).filter(|t| t.id == id) else { return };
+        if purpose == Purpose::Handler as u8 {
+            if !task.reaped {
+                task.reaped = true;
+                task.queue.mark_reaped();
+            }
+            let io = &mut Io { uring: &mut self.uring, id };
+            task.handler.complete(&mut task.queue, io, tag, c.result);
+        } else if purpose == Purpose::Kick as u8 {
+            task.watching_kick = c.more;
+            if c.result >= 0 {
+                task.queue.stats().kicks.add(1);
+            } else {
+                // Without its kick the queue can only be polled.
+                task.queue.notifier.kick = None;
+                let error = std::io::Error::from_raw_os_error(-c.result);
+                task.queue.count_error(ErrorKind::Notify, &format_args!("kick descriptor: {error}"));
+            }
+        } else if purpose == Purpose::Signal as u8 && c.result < 0 {
+            let error = std::io::Error::from_raw_os_error(-c.result);
+            task.queue.count_error(ErrorKind::Notify, &format_args!("call descriptor: {error}"));
+        }
+    }
+
+    /// A queue without a kick descriptor can wake nobody, so somebody has to look.
+    fn may_sleep(&self) -> bool {
+        !self.tasks.iter().any(|t| t.polls() && t.queue.notifier.kick.is_none())
+    }
+
+    /// Sleeps until there is a completion: a kick, the bell, or I/O. Never with work at hand: each ring is looked at
+    /// again after its driver was asked to notify (virtio 1.3, 2.7.10.1).
+    fn sleep(&mut self) {
+        self.watch();
+        let mut work = false;
+        for task in &mut self.tasks {
+            work |= task.polls() && task.queue.enable_notification();
+        }
+        if !work && !self.mailbox.has_mail() {
+            self.uring.wait();
+            self.reap();
+        }
+        for task in &mut self.tasks {
+            task.queue.disable_notification();
+        }
+        self.pacer.worked();
+    }
+
+    fn watch(&mut self) {
+        let nobody = TaskId { slot: 0, generation: 0 };
+        if !self.watching_bell {
+            self.watching_bell = true;
+            self.uring.watch(self.mailbox.bell(), label(Purpose::Bell, nobody, 0));
+        }
+        for task in &mut self.tasks {
+            if let (false, Some(kick)) = (task.watching_kick, &task.queue.notifier.kick) {
+                task.watching_kick = true;
+                self.uring.watch(kick.as_fd(), label(Purpose::Kick, task.id, 0));
+            }
+        }
+    }
+
+    #[cold]
+    fn read_mail(&mut self) {
+        // What is queued names descriptors that a message may replace.
+        self.uring.submit();
+        for message in self.mailbox.take() {
+            match message {
+                Message::Start { queue, handler, id } => {
+                    let started = self.start(queue, handler);
+                    // Whoever asked may have given up; then the queue is stopped by its owner going away.
+                    let _ = id.send(started);
+                }
+                Message::Stop { id, base } => match self.find(id) {
+                    Some(task) => {
+                        task.stopping = Some(base);
+                        self.stopping += 1;
+                    }
+                    None => warn!("{}: asked to stop a queue that does not run here", self.name),
+                },
+                Message::SetMap { id, config, hold } => {
+                    let old = self.find(id).map(|task| task.queue.set_map(&config, hold));
+                    self.sync_buffers();
+                    // Last: whoever waits for the old map takes its memory away.
+                    drop(old);
+                }
+                Message::SetNotifier { id, change } => {
+                    if let Some(task) = self.find(id) {
+                        match change {
+                            NotifierChange::Call(fd) => task.queue.notifier.call = fd,
+                            NotifierChange::Err(fd) => task.queue.notifier.err = fd,
+                        }
+                    }
+                }
+                Message::Quit => self.quitting = true,
+            }
+        }
+    }
+
+    fn find(&mut self, id: TaskId) -> Option<&mut Task> {
+        let place = self.places.get(usize::from(id.slot)).copied().flatten()?;
+        self.tasks.get_mut(place).filter(|t| t.id == id)
+    }
+
+    fn start(&mut self, queue: Box<Queue>, mut handler: Box<dyn QueueHandler>) -> TaskId {
+        let slot = self.places.iter().position(Option::is_none).unwrap_or_else(|| {
+            self.places.push(None);
+            self.places.len() - 1
+        });
+        self.generation = self.generation.wrapping_add(1) & 0xfff;
+        let id = TaskId { slot: slot as u16, generation: self.generation };
+        handler.attach(&mut Io { uring: &mut self.uring, id });
+        self.places[slot] = Some(self.tasks.len());
+        let (stopping, watching_kick, reported, reaped) = (None, false, false, false);
+        self.tasks.push(Task { id, queue, handler, stopping, watching_kick, reported, reaped });
+        self.sync_buffers();
+        self.pacer.worked();
+        id
+    }
+
+    fn sync_buffers(&mut self) {
+        let users = self.tasks.iter().filter(|t| t.handler.uses_fixed_buffers());
+        self.uring.sync_buffers(self.fixed, users.map(|t| t.queue.map()));
+    }
+
+    /// Lets the queues go that were asked to stop and have finished.
+    #[cold]
+    fn retire(&mut self) {
+        while let Some(place) = self.tasks.iter().position(Task::is_done) {
+            let mut task = self.tasks.swap_remove(place);
+            self.places[usize::from(task.id.slot)] = None;
+            if let Some(moved) = self.tasks.get(place) {
+                self.places[usize::from(moved.id.slot)] = Some(place);
+            }
+            let io = &mut Io { uring: &mut self.uring, id: task.id };
+            task.queue.publish(io);
+            // The driver may be run by somebody else from here on, who wants to hear of it.
+            task.queue.enable_notification();
+            task.handler.detach(io);
+            if task.watching_kick {
+                self.uring.unwatch(label(Purpose::Kick, task.id, 0), label(Purpose::Cancel, task.id, 0));
+            }
+            self.uring.submit();
+            self.stopping -= 1;
+            let base = task.queue.base();
+            let reply = task.stopping.take();
+            debug!("{}: a queue has left at {base}", self.name);
+            drop(task);
+            self.sync_buffers();
+            if let Some(reply) = reply {
+                // Nobody waiting any more is no trouble: the queue is gone either way.
+                let _ = reply.send(base);
+            }
+        }
+    }
+}
+

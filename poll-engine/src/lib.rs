@@ -1,0 +1,26 @@
+//! Everything between a vhost-user socket and a virtio device: session, guest memory, rings and reactors.
+//!
+//! ```text
+//! front end ──► session ──► memory ──► RingConfig ──► mailbox              control threads
+//! ═══════════════════════════════════════════════════════════════════════════════════════
+//! avail ring ─► chain ─► request ─► back end ─► io_uring ─► completion ─► used ring ─► notifier
+//!   ring/        ring/    the device's handler     uring.rs                 ring/       engine/
+//! ```
+//!
+//! - [`device`] is what a device implements: [`device::Device`] and [`device::QueueHandler`].
+//! - [`session`] speaks vhost-user, once for every device.
+//! - [`memory`] maps what the front end shares and translates guest addresses.
+//! - [`ring`] is both sides of a virtqueue.
+//! - [`engine`] runs queues on pinned threads; [`uring`] is a thread's way into the kernel.
+//! - [`stats`] counts.
+//!
+//! Control and data never share a lock: a queue is moved into its reactor to run and moved out to stop, and everything
+//! said to it in between goes through the reactor's mailbox.
+
+pub mod device;
+pub mod engine;
+pub mod memory;
+pub mod ring;
+pub mod session;
+pub mod stats;
+pub mod uring;

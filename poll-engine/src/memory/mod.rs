@@ -1,0 +1,12 @@
+//! Guest memory as the device sees it: mapped once, translated per request, dropped when nobody uses it.
+//!
+//! [`map`] turns what the front end shares into immutable snapshots, [`slice`](mod@slice) is the only way to touch
+//! guest bytes, [`ram`] is memory of our own in the same form.
+
+pub mod map;
+pub mod ram;
+pub mod slice;
+
+pub use map::{MapHold, MemoryError, MemoryMap, Region, RegionSpec, RingAddress};
+pub use ram::Ram;
+pub use slice::GuestSlice;

@@ -1,0 +1,143 @@
+//! A run of guest bytes at a host address: the only way device code reads or writes guest memory.
+#![allow(unsafe_code)] // raw access to memory that another party writes at the same time
+
+use std::marker::PhantomData;
+use std::ptr;
+
+use super::map::MemoryMap;
+
+/// A host address and a length inside one mapped region, without the map that keeps it alive.
+///
+/// Plain numbers: only [`MemoryMap::translate`] makes one, and only the owner of that map turns it back into a
+/// [`GuestSlice`].
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct RawSlice {
+    pub(super) host: *mut u8,
+    pub(super) len: u32,
+}
+
+// SAFETY: a RawSlice is an address; every access goes through a GuestSlice, which borrows the live map.
+unsafe impl Send for RawSlice {}
+
+impl RawSlice {
+    pub(crate) fn len(self) -> u32 {
+        self.len
+    }
+
+    /// Ties the address back to the map it came from.
+    ///
+    /// # Safety
+    /// `self` must have been made by `map`, or by a map that shares the same region objects.
+    pub(crate) unsafe fn in_map(self, _map: &MemoryMap) -> GuestSlice<'_> {
+        GuestSlice { host: self.host, len: self.len, _map: PhantomData }
+    }
+}
+
+/// A run of guest memory, valid as long as the memory map it was translated by.
+///
+/// The guest may write the same bytes at any moment, so nothing here hands out a reference: bytes are copied in or
+/// out, and what was copied is what counts.
+#[derive(Clone, Copy, Debug)]
+pub struct GuestSlice<'m> {
+    host: *mut u8,
+    len: u32,
+    _map: PhantomData<&'m MemoryMap>,
+}
+
+impl<'m> GuestSlice<'m> {
+    /// Length in bytes.
+    #[inline]
+    pub fn len(&self) -> usize {
+        self.len as usize
+    }
+
+    /// Whether the slice holds no byte.
+    #[inline]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The host address, for handing to the kernel (`iovec`, io_uring). Valid while the map lives.
+    #[inline]
+    pub fn host_addr(&self) -> *mut u8 {
+        self.host
+    }
+
+    /// The part from `offset` on, at most `len` bytes long; empty when `offset` is past the end.
+    #[inline]
+    #[must_use]
+    pub fn part(&self, offset: usize, len: usize) -> GuestSlice<'m> {
+        let offset = offset.min(self.len());
+        let len = len.min(self.len() - offset);
+        // SAFETY: offset <= self.len, so the address stays inside (or one past) the same mapped run.
+        GuestSlice { host: unsafe { self.host.add(offset) }, len: len as u32, _map: PhantomData }
+    }
+
+    /// Copies guest bytes out, up to the shorter of the two lengths; returns how many.
+    #[inline]
+    pub fn read(&self, into: &mut [u8]) -> usize {
+        let n = into.len().min(self.len());
+        // SAFETY: n bytes are inside the mapped run and inside `into`; guest memory never overlaps a Rust slice. A
+        // concurrent guest write can tear the copy, which is then just other bytes.
+        unsafe { ptr::copy_nonoverlapping(self.host, into.as_mut_ptr(), n) };
+        n
+    }
+
+    /// Copies bytes into guest memory, up to the shorter of the two lengths; returns how many.
+    #[inline]
+    pub fn write(&self, from: &[u8]) -> usize {
+        let n = from.len().min(self.len());
+        // SAFETY: as in `read`, with the direction turned round.
+        unsafe { ptr::copy_nonoverlapping(from.as_ptr(), self.host, n) };
+        n
+    }
+
+    /// Copies into another slice, up to the shorter of the two lengths; returns how many bytes.
+    #[inline]
+    pub fn copy_to(&self, other: &GuestSlice<'_>) -> usize {
+        let n = self.len().min(other.len());
+        // SAFETY: n bytes are inside both mapped runs; `copy` allows them to overlap.
+        unsafe { ptr::copy(self.host, other.host, n) };
+        n
+    }
+
+    /// Sets every byte of the slice.
+    #[inline]
+    pub fn fill(&self, byte: u8) {
+        // SAFETY: the whole run is mapped and writable.
+        unsafe { ptr::write_bytes(self.host, byte, self.len()) };
+    }
+
+    /// Reads exactly 16 bytes, each of them once: headers and descriptors, which the guest may rewrite while we look
+    /// (the compiler must not read them a second time). `None` when the slice is shorter.
+    #[inline]
+    pub fn read_16_once(&self) -> Option<[u8; 16]> {
+        if self.len < 16 {
+            return None;
+        }
+        let mut out = [0u8; 16];
+        if self.host.addr().is_multiple_of(8) {
+            let words = self.host.cast::<u64>();
+            // SAFETY: 16 bytes are mapped (checked above) and 8-byte aligned.
+            let (low, high) = unsafe { (ptr::read_volatile(words), ptr::read_volatile(words.add(1))) };
+            out[..8].copy_from_slice(&low.to_ne_bytes());
+            out[8..].copy_from_slice(&high.to_ne_bytes());
+        } else {
+            for (i, byte) in out.iter_mut().enumerate() {
+                // SAFETY: i < 16 <= len.
+                *byte = unsafe { ptr::read_volatile(self.host.add(i)) };
+            }
+        }
+        Some(out)
+    }
+
+    /// Asks the CPU to fetch the first cache line.
+    #[inline]
+    pub fn prefetch(&self) {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: a prefetch of any address is only a hint.
+        unsafe {
+            std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(self.host.cast());
+        }
+    }
+}

@@ -1,0 +1,176 @@
+//! A taken chain: host slices, device-readable ones first, and byte-wise views of both halves.
+//!
+//! Framing is the driver's choice (virtio 1.3, 2.7.4): a device sees two byte streams, however they are cut up.
+#![allow(unsafe_code)] // ties translated addresses back to their map
+
+use super::RingError;
+use crate::memory::map::{MapHold, MemoryMap};
+use crate::memory::slice::{GuestSlice, RawSlice};
+
+/// The slices of one chain; its storage is reused from chain to chain.
+#[derive(Debug, Default)]
+pub struct Chain {
+    slices: Vec<RawSlice>,
+    /// The first `readable` slices are device-readable, the rest device-writable.
+    readable: usize,
+    readable_len: u64,
+    writable_len: u64,
+}
+
+impl Chain {
+    pub(crate) fn clear(&mut self) {
+        self.slices.clear();
+        self.readable = 0;
+        self.readable_len = 0;
+        self.writable_len = 0;
+    }
+
+    /// Appends one descriptor's buffer.
+    #[inline]
+    pub(crate) fn push(&mut self, map: &MemoryMap, addr: u64, len: u32, writable: bool) -> Result<(), RingError> {
+        if len == 0 {
+            return Err(RingError::ZeroLength);
+        }
+        if writable {
+            map.translate(addr, len, &mut self.slices)?;
+            self.writable_len += u64::from(len);
+        } else {
+            if self.writable_len > 0 {
+                return Err(RingError::BadOrder);
+            }
+            map.translate(addr, len, &mut self.slices)?;
+            self.readable = self.slices.len();
+            self.readable_len += u64::from(len);
+        }
+        if self.readable_len + self.writable_len > u64::from(u32::MAX) {
+            return Err(RingError::TooManyBytes);
+        }
+        Ok(())
+    }
+
+    /// The chain as seen through the map that translated it.
+    ///
+    /// # Safety
+    /// `map` must be the map that the chain's slices were translated by.
+    #[inline]
+    pub(crate) unsafe fn view<'a>(&'a self, map: &'a MemoryMap) -> ChainView<'a> {
+        ChainView { map, chain: self }
+    }
+}
+
+/// A chain together with a hold on its memory, for requests that outlive the call that took them.
+#[derive(Debug, Default)]
+pub struct HeldChain {
+    chain: Chain,
+    hold: Option<MapHold>,
+}
+
+impl HeldChain {
+    /// Takes over the slices of `chain` (which gets this one's old storage) with a hold on the map that made them.
+    ///
+    /// # Safety
+    /// `hold` must be of the map that `chain` was translated by.
+    #[inline]
+    pub(crate) unsafe fn take(&mut self, chain: &mut Chain, hold: &MapHold) {
+        std::mem::swap(&mut self.chain, chain);
+        self.hold = Some(hold.clone());
+    }
+
+    /// The held chain. `None` after [`release`](Self::release).
+    #[inline]
+    pub fn view(&self) -> Option<ChainView<'_>> {
+        // SAFETY: `take` put the chain and the hold of its own map here together.
+        self.hold.as_ref().map(|hold| unsafe { self.chain.view(hold.map()) })
+    }
+
+    /// Lets the memory go; the storage stays for the next chain.
+    #[inline]
+    pub fn release(&mut self) {
+        self.hold = None;
+        self.chain.clear();
+    }
+}
+
+/// A chain that can be read and written.
+#[derive(Clone, Copy, Debug)]
+pub struct ChainView<'a> {
+    map: &'a MemoryMap,
+    chain: &'a Chain,
+}
+
+impl<'a> ChainView<'a> {
+    /// Bytes the device may read.
+    #[inline]
+    pub fn readable_len(&self) -> u32 {
+        self.chain.readable_len as u32
+    }
+
+    /// Bytes the device may write.
+    #[inline]
+    pub fn writable_len(&self) -> u32 {
+        self.chain.writable_len as u32
+    }
+
+    /// The device-readable bytes from `offset`, at most `len` of them, as slices in order.
+    #[inline]
+    pub fn readable(&self, offset: u32, len: u32) -> Slices<'a> {
+        Slices { map: self.map, rest: &self.chain.slices[..self.chain.readable], skip: offset, left: len }
+    }
+
+    /// The device-writable bytes from `offset`, at most `len` of them, as slices in order.
+    #[inline]
+    pub fn writable(&self, offset: u32, len: u32) -> Slices<'a> {
+        Slices { map: self.map, rest: &self.chain.slices[self.chain.readable..], skip: offset, left: len }
+    }
+}
+
+/// An iterator over the host slices of a byte range of a chain.
+#[derive(Clone, Debug)]
+pub struct Slices<'a> {
+    map: &'a MemoryMap,
+    rest: &'a [RawSlice],
+    skip: u32,
+    left: u32,
+}
+
+impl<'a> Iterator for Slices<'a> {
+    type Item = GuestSlice<'a>;
+
+    #[inline]
+    fn next(&mut self) -> Option<GuestSlice<'a>> {
+        while self.left > 0 {
+            let (&raw, rest) = self.rest.split_first()?;
+            self.rest = rest;
+            if self.skip >= raw.len() {
+                self.skip -= raw.len();
+                continue;
+            }
+            // SAFETY: a ChainView holds slices and the map that made them.
+            let part = unsafe { raw.in_map(self.map) }.part(self.skip as usize, self.left as usize);
+            self.skip = 0;
+            self.left -= part.len() as u32;
+            return Some(part);
+        }
+        None
+    }
+}
+
+impl Slices<'_> {
+    /// Copies the range out, as far as `into` goes; returns how many bytes.
+    pub fn read(self, into: &mut [u8]) -> usize {
+        let mut done = 0;
+        for slice in self {
+            done += slice.read(&mut into[done..]);
+        }
+        done
+    }
+
+    /// Copies `from` into the range; returns how many bytes.
+    pub fn write(self, from: &[u8]) -> usize {
+        let mut done = 0;
+        for slice in self {
+            done += slice.write(&from[done..]);
+        }
+        done
+    }
+}

@@ -1,0 +1,209 @@
+//! Virtqueues: a [`RingConfig`] is what the front end said, [`Ring`] is a running queue. [`Ring::activate`] checks
+//! everything once; after that no guest value is trusted and none can cause more than an error.
+
+pub mod chain;
+pub mod driver;
+pub mod layout;
+pub mod split;
+
+use crate::memory::map::{MemoryError, MemoryMap};
+use chain::Chain;
+use layout::SplitLayout;
+use split::SplitRing;
+
+/// Largest ring (virtio 1.3, 2.7: "The maximum Queue Size value is 32768").
+pub const MAX_RING_SIZE: u16 = 32768;
+
+/// A virtqueue as the transport describes it, nothing checked yet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RingConfig {
+    /// Number of descriptors.
+    pub size: u32,
+    /// Address of the descriptor table, in the transport's address space.
+    pub desc_addr: u64,
+    /// Address of the available ring (driver area).
+    pub avail_addr: u64,
+    /// Address of the used ring (device area).
+    pub used_addr: u64,
+    /// Where to begin in the available ring.
+    pub base: u16,
+    /// `VIRTIO_F_EVENT_IDX` is negotiated.
+    pub event_idx: bool,
+    /// `VIRTIO_F_INDIRECT_DESC` is negotiated.
+    pub indirect: bool,
+    /// `VIRTIO_F_ACCESS_PLATFORM` is negotiated: ring addresses may be I/O virtual ones.
+    pub access_platform: bool,
+}
+
+impl RingConfig {
+    /// The ring size, if the spec allows it: a power of two up to [`MAX_RING_SIZE`].
+    pub fn checked_size(&self) -> Result<u16, RingError> {
+        match u16::try_from(self.size) {
+            Ok(n) if n.is_power_of_two() && n <= MAX_RING_SIZE => Ok(n),
+            _ => Err(RingError::BadSize(self.size)),
+        }
+    }
+}
+
+/// What is wrong with a ring or a chain: the guest's fault (or the front end's), never ours. It stops the queue.
+#[derive(Debug, thiserror::Error)]
+pub enum RingError {
+    /// The size is no power of two, or too large.
+    #[error("ring size {0} is not a power of two up to {MAX_RING_SIZE}")]
+    BadSize(u32),
+    /// A ring part is not aligned as virtio 1.3, 2.7 demands.
+    #[error("ring address {0:#x} is misaligned")]
+    Misaligned(u64),
+    /// A ring part, a buffer or an indirect table is outside guest memory.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// The available index is further ahead than the ring is long.
+    #[error("available index jumped by {0}, more than the ring holds")]
+    AvailJump(u16),
+    /// More chains are in flight than the ring has descriptors.
+    #[error("more chains made available than the ring has descriptors")]
+    TooManyInFlight,
+    /// A head or `next` index beyond the table.
+    #[error("descriptor index {index} is outside a table of {size}")]
+    BadIndex {
+        /// The index.
+        index: u16,
+        /// Descriptors in the table.
+        size: u32,
+    },
+    /// More descriptors in a chain than the queue size allows: a loop, or a driver that ignores 2.7.5.3.1.
+    #[error("descriptor chain loops or is longer than {0}")]
+    TooLong(u32),
+    /// Indirect where it must not be: not negotiated, nested, or with `NEXT` (2.7.5.3.1).
+    #[error("indirect descriptor where the spec forbids one")]
+    BadIndirect,
+    /// An indirect table that is empty or no multiple of 16 bytes.
+    #[error("indirect table of {0} bytes")]
+    BadTable(u32),
+    /// A descriptor with no bytes.
+    #[error("descriptor of zero length")]
+    ZeroLength,
+    /// A device-readable descriptor after a device-writable one (2.7.4.2).
+    #[error("device-readable descriptor after a device-writable one")]
+    BadOrder,
+    /// A chain of more than 2^32 bytes (2.7.5.2).
+    #[error("descriptor chain of 4 GiB or more")]
+    TooManyBytes,
+}
+
+/// A taken chain. It must be given back through [`Ring::complete`], exactly once: dropping it loses a request, and
+/// that is a bug of ours, so it shouts.
+#[derive(Debug)]
+#[must_use = "a taken chain must be completed"]
+pub struct Token {
+    head: u16,
+}
+
+impl Token {
+    pub(crate) fn new(head: u16) -> Token {
+        Token { head }
+    }
+
+    /// The head's index: names the chain while it is in flight.
+    #[inline]
+    pub fn head(&self) -> u16 {
+        self.head
+    }
+
+    #[inline]
+    fn redeem(self) -> u16 {
+        let head = self.head;
+        std::mem::forget(self);
+        head
+    }
+}
+
+impl Drop for Token {
+    fn drop(&mut self) {
+        assert!(std::thread::panicking(), "chain {} was dropped without being completed", self.head);
+    }
+}
+
+/// A running virtqueue, device side. The one place where ring formats differ.
+#[derive(Debug)]
+pub enum Ring {
+    /// Virtio 1.3, 2.7.
+    Split(SplitRing),
+}
+
+macro_rules! each_format {
+    ($self:ident, $ring:ident => $call:expr) => {
+        match $self {
+            Ring::Split($ring) => $call,
+        }
+    };
+}
+
+impl Ring {
+    /// Turns a configuration into a running ring, checking all of it.
+    pub fn activate(config: &RingConfig, map: &MemoryMap) -> Result<Ring, RingError> {
+        Ok(Ring::Split(SplitRing::new(SplitLayout::new(config, map)?, config)))
+    }
+
+    /// Number of descriptors.
+    pub fn size(&self) -> u16 {
+        each_format!(self, r => r.size())
+    }
+
+    /// Where the device would take the next chain: what `GET_VRING_BASE` answers once nothing is in flight.
+    pub fn base(&self) -> u16 {
+        each_format!(self, r => r.base())
+    }
+
+    /// Chains taken and not yet completed.
+    #[inline]
+    pub fn in_flight(&self) -> u16 {
+        each_format!(self, r => r.in_flight())
+    }
+
+    /// How many chains are ready to be taken.
+    #[inline]
+    pub fn available(&mut self) -> Result<u16, RingError> {
+        each_format!(self, r => r.available())
+    }
+
+    /// Fetches ahead what the next `count` chains need.
+    #[inline]
+    pub fn prefetch(&mut self, count: u16, map: &MemoryMap) {
+        each_format!(self, r => r.prefetch(count, map));
+    }
+
+    /// Takes the next chain, which [`available`](Self::available) has counted: reads it once and checks it whole.
+    #[inline]
+    pub fn take(&mut self, map: &MemoryMap, chain: &mut Chain) -> Result<Token, RingError> {
+        each_format!(self, r => r.take(map, chain))
+    }
+
+    /// Gives a chain back with the number of bytes written to it; seen by the driver after [`publish`](Self::publish).
+    #[inline]
+    pub fn complete(&mut self, token: Token, written: u32) {
+        each_format!(self, r => r.complete(token.redeem(), written));
+    }
+
+    /// Shows all completed chains to the driver. `None` when there was none, else whether it wants an interrupt.
+    #[inline]
+    pub fn publish(&mut self) -> Option<bool> {
+        each_format!(self, r => r.publish())
+    }
+
+    /// Asks the driver for notifications; true when chains came meanwhile and must be handled before sleeping.
+    pub fn enable_notification(&mut self) -> bool {
+        each_format!(self, r => r.enable_notification())
+    }
+
+    /// Tells the driver that no notification is needed.
+    pub fn disable_notification(&mut self) {
+        each_format!(self, r => r.disable_notification());
+    }
+
+    /// Moves the ring to where `config` lies in a new memory map, keeping all indices.
+    pub fn relocate(&mut self, config: &RingConfig, map: &MemoryMap) -> Result<(), RingError> {
+        each_format!(self, r => r.relocate(SplitLayout::new(config, map)?));
+        Ok(())
+    }
+}

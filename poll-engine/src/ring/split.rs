@@ -1,0 +1,283 @@
+//! The split virtqueue, device side (virtio 1.3, 2.7).
+//!
+//! ```text
+//!   avail->idx ──┐ written by the driver            used->idx ──┐ written by publish
+//!   ... ┌────────┴───────┐                 ... ┌────────────────┴───┐
+//!       │ next_avail ──► │ seen_avail          │ published ──► next_used │
+//!   ... └────────────────┘                 ... └────────────────────┘
+//!   all four are free-running 16-bit numbers; slot = number mod size, distance = wrapping difference
+//! ```
+
+use std::sync::atomic::{Ordering, fence};
+
+use super::chain::Chain;
+use super::layout::{
+    AVAIL_F_NO_INTERRUPT, DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, DESC_SIZE, Desc, SplitLayout, USED_F_NO_NOTIFY,
+    indirect_desc,
+};
+use super::{RingConfig, RingError, Token};
+use crate::memory::map::MemoryMap;
+
+/// With the event index, `avail_event` is moved on when the driver has come this far past it, so that the driver's
+/// 16-bit numbers never come round to it while notifications are off.
+const STALE_EVENT: u16 = 1 << 14;
+
+/// Indirect tables may be at least this long however small the ring is: QEMU takes 1024 (`VIRTQUEUE_MAX_SIZE`) from
+/// anyone, so there are drivers that rely on it.
+const MIN_CHAIN_LIMIT: u32 = 1024;
+
+/// The running device side of a split ring.
+#[derive(Debug)]
+pub struct SplitRing {
+    layout: SplitLayout,
+    event_idx: bool,
+    indirect: bool,
+    /// The next slot of the available ring to take.
+    next_avail: u16,
+    /// `avail->idx` as last read.
+    seen_avail: u16,
+    /// The next slot of the used ring to fill.
+    next_used: u16,
+    /// `used->idx` as last written.
+    published: u16,
+    /// `next_used` when the driver was last signalled or found not to want it: the `old` of 2.7.7.2.
+    signalled: u16,
+    in_flight: u16,
+    /// `avail_event` as last written.
+    avail_event: u16,
+    notify: bool,
+}
+
+/// Whether moving from `old` to `new` passes `event` (virtio 1.3, 2.7.10.1, `vring_need_event`).
+#[inline]
+pub fn need_event(event: u16, new: u16, old: u16) -> bool {
+    new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
+}
+
+impl SplitRing {
+    pub(super) fn new(layout: SplitLayout, config: &RingConfig) -> SplitRing {
+        // The used index is the guest's to keep across a stop and start: whatever it is, we go on from there.
+        let used = layout.used_idx();
+        let mut ring = SplitRing {
+            layout,
+            event_idx: config.event_idx,
+            indirect: config.indirect,
+            next_avail: config.base,
+            seen_avail: config.base,
+            next_used: used,
+            published: used,
+            signalled: used,
+            in_flight: 0,
+            avail_event: 0,
+            notify: true,
+        };
+        ring.disable_notification();
+        ring
+    }
+
+    pub(super) fn size(&self) -> u16 {
+        self.layout.size()
+    }
+
+    pub(super) fn base(&self) -> u16 {
+        self.next_avail
+    }
+
+    #[inline]
+    pub(super) fn in_flight(&self) -> u16 {
+        self.in_flight
+    }
+
+    #[inline]
+    pub(super) fn available(&mut self) -> Result<u16, RingError> {
+        let left = self.seen_avail.wrapping_sub(self.next_avail);
+        if left > 0 {
+            return Ok(left);
+        }
+        self.seen_avail = self.layout.avail_idx();
+        let ready = self.seen_avail.wrapping_sub(self.next_avail);
+        if ready > self.size() {
+            self.seen_avail = self.next_avail;
+            return Err(RingError::AvailJump(ready));
+        }
+        Ok(ready)
+    }
+
+    #[inline]
+    pub(super) fn prefetch(&mut self, count: u16, map: &MemoryMap) {
+        // One chain has nothing to overlap with: a prefetch would only add to its latency.
+        if count < 2 {
+            return;
+        }
+        for i in 0..count {
+            self.layout.prefetch_desc(self.layout.avail_ring(self.next_avail.wrapping_add(i)));
+        }
+        for i in 0..count {
+            let head = self.layout.avail_ring(self.next_avail.wrapping_add(i));
+            // The guest's values are used as hints only; `take` reads and checks them again.
+            if let Some(first) = map.slice(self.layout.desc(head).addr, DESC_SIZE) {
+                first.prefetch();
+            }
+        }
+    }
+
+    #[inline]
+    pub(super) fn take(&mut self, map: &MemoryMap, chain: &mut Chain) -> Result<Token, RingError> {
+        debug_assert_ne!(self.next_avail, self.seen_avail, "take without available");
+        if self.in_flight >= self.size() {
+            return Err(RingError::TooManyInFlight);
+        }
+        let head = self.layout.avail_ring(self.next_avail);
+        if head >= self.size() {
+            return Err(RingError::BadIndex { index: head, size: u32::from(self.size()) });
+        }
+        chain.clear();
+        let desc = self.layout.desc(head);
+        if desc.flags & DESC_F_INDIRECT == 0 {
+            self.walk(head, desc, map, chain)?;
+        } else {
+            if !self.indirect || desc.flags & DESC_F_NEXT != 0 {
+                return Err(RingError::BadIndirect);
+            }
+            self.walk_table(desc, map, chain)?;
+        }
+        // Commit: from here on the chain is ours.
+        self.next_avail = self.next_avail.wrapping_add(1);
+        self.in_flight += 1;
+        Ok(Token::new(head))
+    }
+
+    /// A chain in the ring's own table. It may end in an indirect one (2.7.5.3.2: "zero or more normal chained
+    /// descriptors followed by a single descriptor with flags&VIRTQ_DESC_F_INDIRECT").
+    #[inline]
+    fn walk(&self, head: u16, mut desc: Desc, map: &MemoryMap, chain: &mut Chain) -> Result<(), RingError> {
+        let size = self.size();
+        let mut index = head;
+        for _ in 0..size {
+            if index != head {
+                desc = self.layout.desc(index);
+            }
+            if desc.flags & DESC_F_INDIRECT != 0 {
+                if !self.indirect || desc.flags & DESC_F_NEXT != 0 {
+                    return Err(RingError::BadIndirect);
+                }
+                return self.walk_table(desc, map, chain);
+            }
+            chain.push(map, desc.addr, desc.len, desc.flags & DESC_F_WRITE != 0)?;
+            if desc.flags & DESC_F_NEXT == 0 {
+                return Ok(());
+            }
+            index = desc.next;
+            if index >= size {
+                return Err(RingError::BadIndex { index, size: u32::from(size) });
+            }
+            if index == head {
+                break;
+            }
+        }
+        Err(RingError::TooLong(u32::from(size)))
+    }
+
+    #[inline]
+    fn walk_table(&self, table: Desc, map: &MemoryMap, chain: &mut Chain) -> Result<(), RingError> {
+        if table.len == 0 || !table.len.is_multiple_of(DESC_SIZE) {
+            return Err(RingError::BadTable(table.len));
+        }
+        // 2.7.5.3.1: "A driver MUST NOT create a descriptor chain longer than the Queue Size". The bound ends a loop.
+        let entries = table.len / DESC_SIZE;
+        let limit = entries.min(u32::from(self.size()).max(MIN_CHAIN_LIMIT));
+        let whole = map.slice(table.addr, table.len).filter(|s| s.len() == table.len as usize);
+        let mut index: u16 = 0;
+        for _ in 0..limit {
+            if u32::from(index) >= entries {
+                return Err(RingError::BadIndex { index, size: entries });
+            }
+            let desc = match &whole {
+                Some(slice) => indirect_desc(slice, index),
+                None => Self::read_across(map, table.addr, index)?,
+            };
+            let desc = desc.ok_or(RingError::BadTable(table.len))?;
+            if desc.flags & DESC_F_INDIRECT != 0 {
+                return Err(RingError::BadIndirect);
+            }
+            chain.push(map, desc.addr, desc.len, desc.flags & DESC_F_WRITE != 0)?;
+            if desc.flags & DESC_F_NEXT == 0 {
+                return Ok(());
+            }
+            index = desc.next;
+        }
+        Err(RingError::TooLong(limit))
+    }
+
+    /// A descriptor of a table that runs from one region into the next.
+    #[cold]
+    fn read_across(map: &MemoryMap, table: u64, index: u16) -> Result<Option<Desc>, RingError> {
+        let mut at = table + u64::from(index) * u64::from(DESC_SIZE);
+        let mut bytes = [0; DESC_SIZE as usize];
+        let mut done = 0;
+        while done < bytes.len() {
+            let left = (bytes.len() - done) as u32;
+            let outside = crate::memory::MemoryError::Outside { addr: at, len: u64::from(left) };
+            let n = map.slice(at, left).ok_or(outside)?.read(&mut bytes[done..]);
+            done += n;
+            at += n as u64;
+        }
+        Ok(Some(Desc::from_bytes(bytes)))
+    }
+
+    #[inline]
+    pub(super) fn complete(&mut self, head: u16, written: u32) {
+        assert!(self.in_flight > 0, "completed more chains than were taken");
+        self.layout.set_used_ring(self.next_used, head, written);
+        self.next_used = self.next_used.wrapping_add(1);
+        self.in_flight -= 1;
+    }
+
+    #[inline]
+    pub(super) fn publish(&mut self) -> Option<bool> {
+        if self.published == self.next_used {
+            return None;
+        }
+        self.layout.set_used_idx(self.next_used);
+        self.published = self.next_used;
+        // 2.7.7.2: the used index must be visible before we look at what the driver wants, or both sides miss it.
+        fence(Ordering::SeqCst);
+        let old = std::mem::replace(&mut self.signalled, self.next_used);
+        Some(if self.event_idx {
+            need_event(self.layout.used_event(), self.next_used, old)
+        } else {
+            self.layout.avail_flags() & AVAIL_F_NO_INTERRUPT == 0
+        })
+    }
+
+    pub(super) fn enable_notification(&mut self) -> bool {
+        if self.event_idx {
+            self.avail_event = self.next_avail;
+            self.layout.set_avail_event(self.avail_event);
+        } else {
+            self.layout.set_used_flags(0);
+        }
+        self.notify = true;
+        // 2.7.10.1: look again after asking, or a chain made available in between is never heard of.
+        fence(Ordering::SeqCst);
+        self.layout.avail_idx() != self.next_avail
+    }
+
+    pub(super) fn disable_notification(&mut self) {
+        if self.event_idx {
+            // The driver notifies when it passes avail_event; one that lies behind it is never passed.
+            if self.notify || self.next_avail.wrapping_sub(self.avail_event) > STALE_EVENT {
+                self.avail_event = self.next_avail.wrapping_sub(1);
+                self.layout.set_avail_event(self.avail_event);
+            }
+        } else if self.notify {
+            self.layout.set_used_flags(USED_F_NO_NOTIFY);
+        }
+        self.notify = false;
+    }
+
+    pub(super) fn relocate(&mut self, layout: SplitLayout) {
+        self.layout = layout;
+    }
+}
+

@@ -1,0 +1,129 @@
+//! Where front ends come from: a socket path, or a descriptor that was handed to us.
+
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{getsockopt, sockopt};
+
+/// Why no front end can connect.
+#[derive(Debug, thiserror::Error)]
+pub enum ListenError {
+    /// Somebody answers there.
+    #[error("socket {0} is in use by a running process; stop it or choose another path")]
+    InUse(PathBuf),
+    /// The path is something else.
+    #[error("{0} exists and is not a socket; remove it or choose another path")]
+    NotASocket(PathBuf),
+    /// The system says no.
+    #[error("cannot listen on {path}: {error}")]
+    Bind {
+        /// The path.
+        path: PathBuf,
+        /// What the system said.
+        error: io::Error,
+    },
+    /// The inherited descriptor is no Unix stream socket.
+    #[error("descriptor {fd} is not a Unix stream socket ({error}); pass one with --fd, listening or connected")]
+    BadFd {
+        /// Its number.
+        fd: i32,
+        /// What the system said.
+        error: io::Error,
+    },
+}
+
+/// A source of connections.
+#[derive(Debug)]
+pub struct Listener {
+    source: Source,
+    /// The socket file we made, to be removed at the end if it is still ours.
+    made: Option<(PathBuf, u64)>,
+}
+
+#[derive(Debug)]
+enum Source {
+    Listening(UnixListener),
+    Connected(Option<UnixStream>),
+}
+
+impl Listener {
+    /// Listens on `path`. A socket file that nobody answers on is replaced.
+    pub fn bind(path: &Path) -> Result<Listener, ListenError> {
+        let fail = |error| ListenError::Bind { path: path.to_owned(), error };
+        if let Ok(meta) = fs::symlink_metadata(path) {
+            if !meta.file_type().is_socket() {
+                return Err(ListenError::NotASocket(path.to_owned()));
+            }
+            match UnixStream::connect(path) {
+                Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(path).map_err(fail)?,
+                Err(e) => return Err(fail(e)),
+                Ok(_) => return Err(ListenError::InUse(path.to_owned())),
+            }
+        }
+        let listener = UnixListener::bind(path).map_err(fail)?;
+        let inode = fs::symlink_metadata(path).map_err(fail)?.ino();
+        Self::listening(listener, Some((path.to_owned(), inode))).map_err(fail)
+    }
+
+    /// Uses an inherited socket: one that listens serves one front end after another, a connected one serves its own.
+    pub fn inherited(number: i32) -> Result<Listener, ListenError> {
+        let fail = |error: io::Error| ListenError::BadFd { fd: number, error };
+        let fd: OwnedFd = super::socket::inherit(number).map_err(fail)?;
+        let listens = getsockopt(&fd, sockopt::AcceptConn).map_err(|e| fail(e.into()))?;
+        if listens {
+            Self::listening(UnixListener::from(fd), None).map_err(fail)
+        } else {
+            Ok(Listener { source: Source::Connected(Some(UnixStream::from(fd))), made: None })
+        }
+    }
+
+    fn listening(listener: UnixListener, made: Option<(PathBuf, u64)>) -> io::Result<Listener> {
+        listener.set_nonblocking(true)?;
+        Ok(Listener { source: Source::Listening(listener), made })
+    }
+
+    /// Waits for the next front end; `None` when there will be none, or when `stopping` is true once `bell` has rung.
+    pub fn accept(&mut self, bell: BorrowedFd<'_>, stopping: impl Fn() -> bool) -> io::Result<Option<UnixStream>> {
+        let listener = match &mut self.source {
+            Source::Connected(stream) => return Ok(stream.take()),
+            Source::Listening(listener) => listener,
+        };
+        loop {
+            if stopping() {
+                return Ok(None);
+            }
+            match listener.accept() {
+                Ok((stream, _)) => return Ok(Some(stream)),
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+                // The peer left between connecting and being accepted.
+                Err(e) if matches!(e.raw_os_error(), Some(libc::ECONNABORTED | libc::EINTR)) => continue,
+                Err(e) => return Err(e),
+            }
+            let mut waits = [PollFd::new(listener.as_fd(), PollFlags::POLLIN), PollFd::new(bell, PollFlags::POLLIN)];
+            match poll(&mut waits, PollTimeout::NONE) {
+                Ok(_) | Err(nix::Error::EINTR) => {}
+                Err(e) => return Err(e.into()),
+            }
+            if waits[1].any().unwrap_or(false) {
+                // Without a front end there is nobody to tell anything: only stopping matters.
+                let _ = nix::unistd::read(bell, &mut [0; 8]);
+            }
+        }
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        if let Some((path, inode)) = &self.made
+            && fs::symlink_metadata(path).is_ok_and(|meta| meta.ino() == *inode)
+        {
+            // Nothing to be done about one that cannot be removed; the next start replaces it.
+            let _ = fs::remove_file(path);
+        }
+    }
+}

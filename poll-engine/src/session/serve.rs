@@ -1,0 +1,359 @@
+//! The control thread of one device: one front end after another, each session's actions carried out.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use crossbeam::sync::WaitGroup;
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::socket::{MsgFlags, send};
+use tracing::{debug, info, warn};
+
+use super::listen::Listener;
+use super::socket::{Connection, Incoming, SocketError};
+use super::state::{Action, Offer, Session};
+use super::wire::config_change;
+use crate::device::{Device, features};
+use crate::engine::queue::{Notifier, Queue};
+use crate::engine::reactor::NotifierChange;
+use crate::engine::{Engine, RunningQueue};
+use crate::memory::map::{MapHold, MemoryError, MemoryMap, Region, RegionSpec};
+use crate::ring::{RingConfig, RingError};
+use crate::stats::QueueStats;
+
+/// A control thread's stack: it parses small messages. Hundreds of these threads may exist.
+const STACK: usize = 128 << 10;
+
+/// Why an action failed; the front end is told by an error acknowledgement.
+#[derive(Debug, thiserror::Error)]
+enum ActionError {
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    #[error("queue {0}: {1}")]
+    Ring(u16, RingError),
+    #[error("queue {0}: {1}")]
+    Queue(u16, io::Error),
+    #[error("the descriptor for queue {0} is no eventfd")]
+    NotEventfd(u16),
+    #[error(transparent)]
+    Config(#[from] crate::device::ConfigRefused),
+}
+
+/// A device as it is offered on a socket.
+pub struct Export {
+    /// For the log.
+    pub name: String,
+    /// What is offered.
+    pub device: Arc<dyn Device>,
+    /// Counters, one a queue.
+    pub stats: Vec<Arc<QueueStats>>,
+    /// What runs the queues.
+    pub engine: Arc<Engine>,
+}
+
+#[derive(Debug)]
+struct Control {
+    bell: EventFd,
+    stop: AtomicBool,
+    config_changed: AtomicBool,
+}
+
+/// A running control thread.
+#[derive(Debug)]
+pub struct Server {
+    control: Arc<Control>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Server {
+    /// Starts serving `export` to whoever connects to `listener`; `ended` is called when no more front ends can come.
+    pub fn start(
+        export: Export,
+        mut listener: Listener,
+        ended: impl FnOnce() + Send + 'static,
+    ) -> io::Result<Server> {
+        let bell = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
+        let control = Arc::new(Control { bell, stop: AtomicBool::new(false), config_changed: AtomicBool::new(false) });
+        let shared = Arc::clone(&control);
+        let builder = std::thread::Builder::new().name("session".into()).stack_size(STACK);
+        let thread = builder.spawn(move || {
+            let stopping = || shared.stop.load(Ordering::Acquire);
+            loop {
+                match listener.accept(shared.bell.as_fd(), stopping) {
+                    Ok(Some(stream)) => {
+                        info!("{}: front end connected", export.name);
+                        let outcome = Connection::new(stream)
+                            .map_err(SocketError::from)
+                            .and_then(|connection| Served::new(&export, &connection).run(&shared));
+                        match outcome {
+                            Ok(()) => info!("{}: front end gone", export.name),
+                            Err(e) => warn!("{}: session ended: {e}", export.name),
+                        }
+                        export.device.reset();
+                    }
+                    Ok(None) => break,
+                    Err(e) => {
+                        // Out of descriptors, most likely: others may give some back.
+                        warn!("{}: cannot accept a front end: {e}", export.name);
+                        std::thread::sleep(Duration::from_millis(200));
+                    }
+                }
+            }
+            drop(listener);
+            ended();
+        })?;
+        Ok(Server { control, thread: Some(thread) })
+    }
+
+    /// Tells the front end, and through it the guest, to read configuration space again.
+    pub fn config_changed(&self) {
+        self.control.config_changed.store(true, Ordering::Release);
+        self.ring();
+    }
+
+    /// Begins to stop: queues finish what is in flight, the socket is closed and its path removed.
+    pub fn begin_stop(&self) {
+        self.control.stop.store(true, Ordering::Release);
+        self.ring();
+    }
+
+    fn ring(&self) {
+        // A full counter has rung.
+        let _ = self.control.bell.write(1);
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.begin_stop();
+        if let Some(thread) = self.thread.take() {
+            // A panic there has been printed.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// What the front end has set for a queue, and the queue while it runs.
+#[derive(Default)]
+struct Slot {
+    kick: Option<OwnedFd>,
+    call: Option<OwnedFd>,
+    err: Option<OwnedFd>,
+    running: Option<(RunningQueue, RingConfig)>,
+}
+
+/// One session being served.
+struct Served<'a> {
+    export: &'a Export,
+    connection: &'a Connection,
+    session: Session,
+    map: Arc<MemoryMap>,
+    /// Cloned into every hold on `map`: waiting for it is waiting for the last request that points into the map.
+    released: WaitGroup,
+    slots: Vec<Slot>,
+    backend_channel: Option<OwnedFd>,
+}
+
+impl<'a> Served<'a> {
+    fn new(export: &'a Export, connection: &'a Connection) -> Served<'a> {
+        let device = &export.device;
+        let offer = Offer {
+            features: device.features() | features::ENGINE,
+            num_queues: device.num_queues(),
+            max_ring_size: device.max_ring_size(),
+        };
+        Served {
+            export,
+            connection,
+            session: Session::new(offer),
+            map: Arc::default(),
+            released: WaitGroup::new(),
+            slots: std::iter::repeat_with(Slot::default).take(device.num_queues().into()).collect(),
+            backend_channel: None,
+        }
+    }
+
+    /// Serves until the front end leaves or we are to stop. Queues are stopped, with nothing in flight, in any case.
+    fn run(mut self, control: &Control) -> Result<(), SocketError> {
+        let outcome = self.converse(control);
+        for slot in &mut self.slots {
+            slot.running = None;
+        }
+        outcome
+    }
+
+    fn converse(&mut self, control: &Control) -> Result<(), SocketError> {
+        let stopping = || control.stop.load(Ordering::Acquire);
+        loop {
+            match self.connection.receive(control.bell.as_fd(), stopping)? {
+                Incoming::Closed => return Ok(()),
+                Incoming::Rung => {
+                    let _ = control.bell.read();
+                    if stopping() {
+                        return Ok(());
+                    }
+                    if control.config_changed.swap(false, Ordering::AcqRel) {
+                        self.tell_config_changed();
+                    }
+                }
+                Incoming::Message(header, request, fds) => {
+                    let handled = match request {
+                        Ok(request) => {
+                            debug!("{}: {request:?} with {} descriptors", self.export.name, fds.len());
+                            self.session.handle(request, fds).map_err(|e| e.to_string())
+                        }
+                        Err(e) => Err(e.to_string()),
+                    };
+                    let reply = match handled {
+                        Ok((actions, answer)) => {
+                            let done = self.carry_out(actions);
+                            let device = &self.export.device;
+                            self.session.reply(answer, header.need_reply, done, |at, into| device.read_config(at, into))
+                        }
+                        Err(why) => {
+                            warn!("{}: request {} refused: {why}", self.export.name, header.request);
+                            let refused = self.session.refuse(header.request, header.need_reply);
+                            refused.map_err(|()| io::Error::other("it has no way to be told of the refusal"))?
+                        }
+                    };
+                    if let Some(reply) = reply {
+                        self.connection.send(&reply.encode(header.request))?;
+                    }
+                }
+            }
+        }
+    }
+
+    fn tell_config_changed(&self) {
+        if let (true, Some(channel)) = (self.session.has_backend_channel(), &self.backend_channel) {
+            // Never blocking: a front end that does not read its channel misses the news, nothing else.
+            let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+            if let Err(e) = send(channel.as_raw_fd(), &config_change(), flags) {
+                warn!("{}: the front end did not take the notice of a configuration change: {e}", self.export.name);
+            }
+        }
+    }
+
+    fn carry_out(&mut self, actions: Vec<Action>) -> bool {
+        let mut done = true;
+        for action in actions {
+            if let Err(e) = self.act(action) {
+                warn!("{}: {e}", self.export.name);
+                done = false;
+            }
+        }
+        done
+    }
+
+    fn act(&mut self, action: Action) -> Result<(), ActionError> {
+        match action {
+            Action::SetMemory(regions) => {
+                let mapped = regions.into_iter().map(|(spec, fd)| Region::map(spec, fd).map(Arc::new));
+                let map = MemoryMap::new(mapped.collect::<Result<_, _>>()?)?;
+                self.set_memory(map);
+            }
+            Action::AddMemory(spec, fd) => self.set_memory(self.map.with(Region::map(spec, fd)?)?),
+            Action::RemoveMemory(spec) => self.remove_memory(&spec)?,
+            Action::Start(index, config) => {
+                let config = RingConfig { base: self.session.base(index), ..config };
+                if let Err(e) = self.start(index, config) {
+                    self.session.start_failed(index);
+                    return Err(e);
+                }
+            }
+            Action::Stop(index) => {
+                if let Some((queue, _)) = self.slot(index).running.take() {
+                    let base = queue.stop().map_err(|e| ActionError::Queue(index, e))?;
+                    self.session.stopped(index, base);
+                }
+            }
+            Action::Kick(index, fd) => self.slot(index).kick = eventfd(index, fd)?,
+            Action::Call(index, fd) => {
+                let fd = eventfd(index, fd)?;
+                self.notify(index, fd, |slot| &mut slot.call, NotifierChange::Call)?;
+            }
+            Action::Err(index, fd) => {
+                let fd = eventfd(index, fd)?;
+                self.notify(index, fd, |slot| &mut slot.err, NotifierChange::Err)?;
+            }
+            Action::BackendChannel(fd) => self.backend_channel = Some(fd),
+            Action::WriteConfig(offset, bytes) => self.export.device.write_config(offset, &bytes)?,
+            Action::ResetDevice => self.export.device.reset(),
+        }
+        Ok(())
+    }
+
+    fn slot(&mut self, index: u16) -> &mut Slot {
+        &mut self.slots[usize::from(index)]
+    }
+
+    fn notify(
+        &mut self,
+        index: u16,
+        fd: Option<OwnedFd>,
+        kept: impl Fn(&mut Slot) -> &mut Option<OwnedFd>,
+        change: impl Fn(Option<OwnedFd>) -> NotifierChange,
+    ) -> Result<(), ActionError> {
+        let slot = self.slot(index);
+        *kept(slot) = fd;
+        let copy = copy_of(index, kept(slot).as_ref())?;
+        if let Some((queue, _)) = &slot.running {
+            queue.set_notifier(change(copy));
+        }
+        Ok(())
+    }
+
+    fn start(&mut self, index: u16, config: RingConfig) -> Result<(), ActionError> {
+        let export = self.export;
+        let hold = MapHold::new(Arc::clone(&self.map), self.released.clone());
+        let stats = Arc::clone(&export.stats[usize::from(index)]);
+        let name: Arc<str> = format!("{} queue {index}", export.name).into();
+        let features = self.session.features();
+        let slot = self.slot(index);
+        let notifier = Notifier {
+            kick: copy_of(index, slot.kick.as_ref())?,
+            call: copy_of(index, slot.call.as_ref())?,
+            err: copy_of(index, slot.err.as_ref())?,
+        };
+        let size = config.checked_size().map_err(|e| ActionError::Ring(index, e))?;
+        let queue = Queue::new(name, &config, hold, notifier, stats).map_err(|e| ActionError::Ring(index, e))?;
+        let started = export.device.start_queue(index, features, size);
+        let running = started.and_then(|handler| export.engine.run_queue(queue, handler));
+        slot.running = Some((running.map_err(|e| ActionError::Queue(index, e))?, config));
+        Ok(())
+    }
+
+    /// Moves every running queue to `map`. Returns when nothing points into the old one any more: only then may the
+    /// front end take removed memory for its own.
+    fn set_memory(&mut self, map: MemoryMap) {
+        self.map = Arc::new(map);
+        let released = std::mem::take(&mut self.released);
+        for (queue, config) in self.slots.iter().filter_map(|s| s.running.as_ref()) {
+            queue.set_map(*config, MapHold::new(Arc::clone(&self.map), self.released.clone()));
+        }
+        released.wait();
+    }
+
+    fn remove_memory(&mut self, spec: &RegionSpec) -> Result<(), ActionError> {
+        self.set_memory(self.map.without(spec)?);
+        Ok(())
+    }
+}
+
+/// Event descriptors must be eventfds: a pipe that its writer has closed would wake its watcher for ever.
+fn eventfd(index: u16, fd: Option<OwnedFd>) -> Result<Option<OwnedFd>, ActionError> {
+    let Some(fd) = fd else { return Ok(None) };
+    let link = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()));
+    match link {
+        Ok(target) if target.as_os_str() != "anon_inode:[eventfd]" => Err(ActionError::NotEventfd(index)),
+        // Without /proc there is no telling.
+        _ => Ok(Some(fd)),
+    }
+}
+
+fn copy_of(index: u16, fd: Option<&OwnedFd>) -> Result<Option<OwnedFd>, ActionError> {
+    fd.map(OwnedFd::try_clone).transpose().map_err(|e| ActionError::Queue(index, e))
+}

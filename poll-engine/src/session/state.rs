@@ -1,0 +1,400 @@
+//! The vhost-user session as a state machine without I/O: a request and its descriptors come in, actions to carry out
+//! and an answer to give come out. What the actions led to is told back before the answer is made.
+
+use std::os::fd::OwnedFd;
+
+use super::wire::{F_PROTOCOL_FEATURES, Reply, Request, VringAddr, protocol};
+use crate::device::features;
+use crate::memory::RegionSpec;
+use crate::memory::map::MAX_REGIONS;
+use crate::ring::RingConfig;
+
+/// Protocol features of every session.
+pub const PROTOCOL_FEATURES: u64 = protocol::MQ
+    | protocol::REPLY_ACK
+    | protocol::BACKEND_REQ
+    | protocol::CONFIG
+    | protocol::RESET_DEVICE
+    | protocol::CONFIGURE_MEM_SLOTS
+    | protocol::STATUS;
+
+/// Most queues the protocol can name: indices of kick and call messages have 8 bits.
+pub const MAX_QUEUES: u16 = 256;
+
+/// Configuration space has at most this many bytes (`VHOST_USER_MAX_CONFIG_SIZE`).
+const CONFIG_SPACE: u32 = 256;
+
+/// Why a request is refused. The session goes on.
+#[derive(Debug, thiserror::Error)]
+pub enum Refusal {
+    /// Not offered, or not known.
+    #[error("request {0} is not supported")]
+    Unsupported(u32),
+    /// Feature bits beyond those offered.
+    #[error("feature bits {0:#x} were not offered")]
+    Features(u64),
+    /// A queue that does not exist.
+    #[error("queue {index} does not exist, there are {queues}")]
+    Queue {
+        /// As asked.
+        index: u32,
+        /// How many there are.
+        queues: u16,
+    },
+    /// A ring size that the device does not take.
+    #[error("ring size {num} is not a power of two up to {max}")]
+    RingSize {
+        /// As asked.
+        num: u32,
+        /// The device's limit.
+        max: u16,
+    },
+    /// A number beyond its field.
+    #[error("{0} is out of range")]
+    OutOfRange(&'static str),
+    /// Descriptors missing or too many.
+    #[error("{sent} descriptors where {wanted} belong")]
+    Descriptors {
+        /// How many came.
+        sent: usize,
+        /// How many should have.
+        wanted: usize,
+    },
+}
+
+/// What the device behind the session has to offer.
+#[derive(Clone, Copy, Debug)]
+pub struct Offer {
+    /// Virtio feature bits, those of the engine included.
+    pub features: u64,
+    /// Number of queues.
+    pub num_queues: u16,
+    /// Largest ring.
+    pub max_ring_size: u16,
+}
+
+/// What the state machine wants done, in order.
+#[derive(Debug)]
+pub enum Action {
+    /// Replace the whole memory table.
+    SetMemory(Vec<(RegionSpec, OwnedFd)>),
+    /// Map one region more.
+    AddMemory(RegionSpec, OwnedFd),
+    /// Unmap a region, once nothing in flight points into it.
+    RemoveMemory(RegionSpec),
+    /// Run a queue.
+    Start(u16, RingConfig),
+    /// Stop a queue, finish what is in flight, and tell [`Session::stopped`] its base.
+    Stop(u16),
+    /// A queue's kick descriptor; `None` for a queue to be polled.
+    Kick(u16, Option<OwnedFd>),
+    /// A queue's call descriptor.
+    Call(u16, Option<OwnedFd>),
+    /// A queue's error descriptor.
+    Err(u16, Option<OwnedFd>),
+    /// The channel for our own requests.
+    BackendChannel(OwnedFd),
+    /// Write configuration space.
+    WriteConfig(u32, Vec<u8>),
+    /// Bring the device back to its initial state.
+    ResetDevice,
+}
+
+/// What to answer once the actions are carried out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Answer {
+    /// Nothing, unless an acknowledgement was asked for.
+    Ack,
+    /// A number.
+    Number(u64),
+    /// The base of a queue.
+    Base(u16),
+    /// Configuration space from `offset` of the device's own numbering, with offset and flags echoed as asked.
+    Config {
+        /// First byte, in the device's numbering.
+        start: u32,
+        /// Bytes.
+        size: u32,
+        /// As asked.
+        offset: u32,
+        /// As asked.
+        flags: u32,
+    },
+}
+
+#[derive(Debug, Default)]
+struct QueueState {
+    num: u32,
+    addr: Option<VringAddr>,
+    base: u16,
+    /// Started by a kick descriptor (or a promise to poll), stopped by `GET_VRING_BASE`. We poll, so the first kick
+    /// need not be waited for, and one that came early cannot be lost.
+    started: bool,
+    enabled: bool,
+    /// As last told by [`Action::Start`].
+    running: Option<RingConfig>,
+}
+
+/// One session.
+#[derive(Debug)]
+pub struct Session {
+    offer: Offer,
+    features: Option<u64>,
+    protocol: u64,
+    status: u8,
+    queues: Vec<QueueState>,
+}
+
+impl Session {
+    /// A new session with nothing negotiated.
+    pub fn new(offer: Offer) -> Session {
+        let queues = std::iter::repeat_with(QueueState::default).take(offer.num_queues.into()).collect();
+        Session { offer, features: None, protocol: 0, status: 0, queues }
+    }
+
+    /// The negotiated feature bits.
+    pub fn features(&self) -> u64 {
+        self.features.unwrap_or(0)
+    }
+
+    /// Whether the front end may be told of configuration changes.
+    pub fn has_backend_channel(&self) -> bool {
+        self.protocol & protocol::BACKEND_REQ != 0
+    }
+
+    /// Takes a request: what to do, in order, and what to answer then.
+    pub fn handle(&mut self, request: Request, fds: Vec<OwnedFd>) -> Result<(Vec<Action>, Answer), Refusal> {
+        let mut actions = Vec::new();
+        let answer = self.take(request, fds, &mut actions)?;
+        self.settle(&mut actions);
+        Ok((actions, answer))
+    }
+
+    #[allow(clippy::too_many_lines)] // one arm a request: the protocol's table of contents
+    fn take(&mut self, request: Request, fds: Vec<OwnedFd>, actions: &mut Vec<Action>) -> Result<Answer, Refusal> {
+        match request {
+            Request::GetFeatures => return Ok(Answer::Number(self.offer.features | F_PROTOCOL_FEATURES)),
+            Request::SetFeatures(bits) => {
+                let beyond = bits & !(self.offer.features | F_PROTOCOL_FEATURES);
+                if beyond != 0 {
+                    return Err(Refusal::Features(beyond));
+                }
+                self.features = Some(bits);
+            }
+            Request::SetOwner => {}
+            // "Recommended that back-ends either ignore this message, or use it to disable all rings."
+            Request::ResetOwner => self.queues.iter_mut().for_each(|q| q.enabled = false),
+            Request::GetProtocolFeatures => return Ok(Answer::Number(PROTOCOL_FEATURES)),
+            Request::SetProtocolFeatures(bits) => {
+                if bits & !PROTOCOL_FEATURES != 0 {
+                    return Err(Refusal::Features(bits & !PROTOCOL_FEATURES));
+                }
+                self.protocol = bits;
+            }
+            Request::GetQueueNum => return Ok(Answer::Number(self.offer.num_queues.into())),
+            Request::GetMaxMemSlots => return Ok(Answer::Number(MAX_REGIONS as u64)),
+            Request::SetMemTable(regions) => {
+                if fds.len() != regions.len() {
+                    return Err(Refusal::Descriptors { sent: fds.len(), wanted: regions.len() });
+                }
+                actions.push(Action::SetMemory(regions.into_iter().zip(fds).collect()));
+            }
+            Request::AddMemReg(region) => actions.push(Action::AddMemory(region, one(fds)?)),
+            // Some front ends send the region's descriptor along; it is closed.
+            Request::RemMemReg(region) => actions.push(Action::RemoveMemory(region)),
+            Request::SetVringNum { index, num } => {
+                let max = self.offer.max_ring_size;
+                let queue = self.queue(index)?;
+                if !num.is_power_of_two() || num > u32::from(max) {
+                    return Err(Refusal::RingSize { num, max });
+                }
+                queue.num = num;
+            }
+            Request::SetVringAddr { index, addr } => self.queue(index)?.addr = Some(addr),
+            Request::SetVringBase { index, base } => {
+                let base = u16::try_from(base).map_err(|_| Refusal::OutOfRange("the ring's base"))?;
+                let queue = self.queue(index)?;
+                if queue.running.is_some() {
+                    return Err(Refusal::OutOfRange("a base for a running ring"));
+                }
+                queue.base = base;
+            }
+            Request::GetVringBase { index } => {
+                self.queue(index)?.started = false;
+                return Ok(Answer::Base(index as u16));
+            }
+            Request::SetVringKick { index, has_fd } => {
+                let fd = vring_fd(has_fd, fds)?;
+                let queue = self.queue(index)?;
+                queue.started = true;
+                if queue.running.is_some() {
+                    // The reactor watches the old one: begin anew with the new one.
+                    actions.push(Action::Stop(index as u16));
+                    queue.running = None;
+                }
+                actions.push(Action::Kick(index as u16, fd));
+            }
+            Request::SetVringCall { index, has_fd } => {
+                let fd = vring_fd(has_fd, fds)?;
+                self.queue(index)?;
+                actions.push(Action::Call(index as u16, fd));
+            }
+            Request::SetVringErr { index, has_fd } => {
+                let fd = vring_fd(has_fd, fds)?;
+                self.queue(index)?;
+                actions.push(Action::Err(index as u16, fd));
+            }
+            Request::SetVringEnable { index, enable } => self.queue(index)?.enabled = enable,
+            Request::SetBackendReqFd => actions.push(Action::BackendChannel(one(fds)?)),
+            Request::GetConfig { offset, size, flags } => {
+                return Ok(Answer::Config { start: device_offset(offset), size, offset, flags });
+            }
+            Request::SetConfig { offset, bytes, .. } => {
+                actions.push(Action::WriteConfig(device_offset(offset), bytes));
+            }
+            Request::ResetDevice => self.reset(actions),
+            Request::SetStatus(status) => {
+                self.status = u8::try_from(status).map_err(|_| Refusal::OutOfRange("the device status"))?;
+                // Virtio 1.3, 4.1.4.3.1: writing 0 resets the device.
+                if status == 0 {
+                    self.reset(actions);
+                }
+            }
+            Request::GetStatus => return Ok(Answer::Number(self.status.into())),
+            Request::Other(number) => return Err(Refusal::Unsupported(number)),
+        }
+        Ok(Answer::Ack)
+    }
+
+    fn queue(&mut self, index: u32) -> Result<&mut QueueState, Refusal> {
+        let queues = self.offer.num_queues;
+        self.queues.get_mut(index as usize).ok_or(Refusal::Queue { index, queues })
+    }
+
+    /// The memory table stays: it is the front end's to change.
+    fn reset(&mut self, actions: &mut Vec<Action>) {
+        for (index, queue) in (0u16..).zip(&mut self.queues) {
+            if queue.running.is_some() {
+                actions.push(Action::Stop(index));
+            }
+            *queue = QueueState::default();
+        }
+        self.status = 0;
+        actions.push(Action::ResetDevice);
+    }
+
+    /// Starts and stops queues so that what runs is what should.
+    fn settle(&mut self, actions: &mut Vec<Action>) {
+        for index in 0..self.offer.num_queues {
+            let wanted = self.wanted(index);
+            let queue = &mut self.queues[usize::from(index)];
+            // A queue that runs keeps its base; only where it lies and how it speaks matter.
+            let same = |a: &RingConfig, b: &RingConfig| *a == RingConfig { base: a.base, ..*b };
+            match (&queue.running, &wanted) {
+                (None, None) => continue,
+                (Some(a), Some(b)) if same(a, b) => continue,
+                (Some(_), _) => actions.push(Action::Stop(index)),
+                (None, Some(_)) => {}
+            }
+            queue.running = wanted;
+            if let Some(config) = wanted {
+                actions.push(Action::Start(index, config));
+            }
+        }
+    }
+
+    fn wanted(&self, index: u16) -> Option<RingConfig> {
+        let queue = &self.queues[usize::from(index)];
+        let bits = self.features?;
+        let addr = queue.addr?;
+        // "If VHOST_USER_F_PROTOCOL_FEATURES has not been negotiated, the ring starts directly in the enabled state."
+        let enabled = queue.enabled || bits & F_PROTOCOL_FEATURES == 0;
+        (queue.started && enabled && queue.num > 0).then_some(RingConfig {
+            size: queue.num,
+            desc_addr: addr.desc,
+            avail_addr: addr.avail,
+            used_addr: addr.used,
+            base: queue.base,
+            event_idx: bits & features::EVENT_IDX != 0,
+            indirect: bits & features::INDIRECT_DESC != 0,
+            access_platform: bits & features::ACCESS_PLATFORM != 0,
+        })
+    }
+
+    /// A queue has stopped at `base`. Returns where a [`Action::Start`] of the same request goes on.
+    pub fn stopped(&mut self, index: u16, base: u16) {
+        if let Some(queue) = self.queues.get_mut(usize::from(index)) {
+            queue.base = base;
+            if let Some(running) = &mut queue.running {
+                running.base = base;
+            }
+        }
+    }
+
+    /// Where queue `index` goes on.
+    pub fn base(&self, index: u16) -> u16 {
+        self.queues.get(usize::from(index)).map_or(0, |q| q.base)
+    }
+
+    /// A queue could not be started; it waits for its next kick descriptor.
+    pub fn start_failed(&mut self, index: u16) {
+        if let Some(queue) = self.queues.get_mut(usize::from(index)) {
+            queue.running = None;
+            queue.started = false;
+        }
+    }
+
+    /// The reply, if one is due. `config` is read for [`Answer::Config`].
+    pub fn reply(
+        &self,
+        answer: Answer,
+        need_reply: bool,
+        done: bool,
+        config: impl FnOnce(u32, &mut [u8]),
+    ) -> Option<Reply> {
+        match answer {
+            Answer::Number(n) => Some(Reply::Number(n)),
+            Answer::Base(index) => Some(Reply::VringState(index.into(), self.base(index).into())),
+            Answer::Config { start, size, offset, flags } => {
+                let mut bytes = vec![0; if size <= CONFIG_SPACE { size as usize } else { 0 }];
+                config(start, &mut bytes);
+                Some(Reply::Config { offset, flags, bytes })
+            }
+            Answer::Ack => {
+                (need_reply && self.protocol & protocol::REPLY_ACK != 0).then_some(Reply::Number(u64::from(!done)))
+            }
+        }
+    }
+
+    /// The reply to a request that is refused. An error where the protocol has room for one: `Err` when it has not,
+    /// and the session has to end.
+    pub fn refuse(&self, request: u32, need_reply: bool) -> Result<Option<Reply>, ()> {
+        match request {
+            24 => Ok(Some(Reply::Config { offset: 0, flags: 0, bytes: Vec::new() })),
+            // These are owed an answer of their own, and there is none.
+            11 => Err(()),
+            _ => match self.reply(Answer::Ack, need_reply, false, |_, _| {}) {
+                Some(reply) => Ok(Some(reply)),
+                // Optional hints that a back end may ignore: end of RARP, log descriptors, and what is still unknown.
+                None if !matches!(request, 1..=21 | 24 | 25 | 34 | 36..=40) => Ok(None),
+                None => Err(()),
+            },
+        }
+    }
+}
+
+/// The front end's offset into configuration space. Cloud Hypervisor counts from 0x100, where a virtio-mmio device has
+/// it; no configuration space is that long, so the two cannot be confused.
+fn device_offset(offset: u32) -> u32 {
+    offset.checked_sub(CONFIG_SPACE).unwrap_or(offset)
+}
+
+fn one(fds: Vec<OwnedFd>) -> Result<OwnedFd, Refusal> {
+    let sent = fds.len();
+    let [fd] = <[OwnedFd; 1]>::try_from(fds).map_err(|_| Refusal::Descriptors { sent, wanted: 1 })?;
+    Ok(fd)
+}
+
+fn vring_fd(has_fd: bool, fds: Vec<OwnedFd>) -> Result<Option<OwnedFd>, Refusal> {
+    if has_fd { one(fds).map(Some) } else { Ok(None) }
+}

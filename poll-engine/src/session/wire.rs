@@ -1,0 +1,300 @@
+//! The vhost-user codec: bytes to requests, replies to bytes. Numbers are in host byte order, as the protocol says
+//! (qemu, docs/interop/vhost-user.rst, "Message Specification").
+
+use crate::memory::RegionSpec;
+
+/// Bytes of a message header.
+pub const HEADER_LEN: usize = 12;
+/// Longest payload taken: the longest of the protocol (a memory table, a configuration space) is well below.
+pub const MAX_PAYLOAD: usize = 4096;
+/// Most descriptors with one message (`SET_MEM_TABLE`: one a region).
+pub const MAX_FDS: usize = 32;
+
+const VERSION: u32 = 1;
+const VERSION_MASK: u32 = 3;
+const FLAG_REPLY: u32 = 1 << 2;
+const FLAG_NEED_REPLY: u32 = 1 << 3;
+
+/// Protocol feature bits.
+pub mod protocol {
+    /// Several queues.
+    pub const MQ: u64 = 1 << 0;
+    /// Acknowledgement on demand.
+    pub const REPLY_ACK: u64 = 1 << 3;
+    /// A channel for requests of the back end.
+    pub const BACKEND_REQ: u64 = 1 << 5;
+    /// Configuration space.
+    pub const CONFIG: u64 = 1 << 9;
+    /// `RESET_DEVICE`.
+    pub const RESET_DEVICE: u64 = 1 << 13;
+    /// Memory added and removed region by region.
+    pub const CONFIGURE_MEM_SLOTS: u64 = 1 << 15;
+    /// `SET_STATUS`, `GET_STATUS`.
+    pub const STATUS: u64 = 1 << 16;
+}
+
+/// `VHOST_USER_F_PROTOCOL_FEATURES`, in the place of a virtio feature bit.
+pub const F_PROTOCOL_FEATURES: u64 = 1 << 30;
+
+/// A message that is no valid message.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum WireError {
+    /// A version we do not speak, or a reply where a request belongs.
+    #[error("message flags {0:#x} are not those of a vhost-user version 1 request")]
+    Flags(u32),
+    /// A payload no request has.
+    #[error("payload of {0} bytes is longer than any request")]
+    TooLong(u32),
+    /// A payload that does not fit its request.
+    #[error("request {request} does not have a payload of {len} bytes like this one")]
+    Payload {
+        /// Request number.
+        request: u32,
+        /// Bytes sent.
+        len: usize,
+    },
+}
+
+/// A request's header.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Header {
+    /// Request number.
+    pub request: u32,
+    /// The front end waits for an acknowledgement (counts only with `REPLY_ACK`).
+    pub need_reply: bool,
+    /// Bytes of payload.
+    pub size: usize,
+}
+
+impl Header {
+    /// Decodes and checks a header.
+    pub fn decode(bytes: [u8; HEADER_LEN]) -> Result<Header, WireError> {
+        let [request, flags, size] = [0, 4, 8].map(|at| u32_at(&bytes, at).unwrap_or(0));
+        if flags & VERSION_MASK != VERSION || flags & FLAG_REPLY != 0 {
+            return Err(WireError::Flags(flags));
+        }
+        if size as usize > MAX_PAYLOAD {
+            return Err(WireError::TooLong(size));
+        }
+        Ok(Header { request, need_reply: flags & FLAG_NEED_REPLY != 0, size: size as usize })
+    }
+}
+
+/// Ring addresses, as `SET_VRING_ADDR` gives them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct VringAddr {
+    /// `VHOST_VRING_F_*`.
+    pub flags: u32,
+    /// Descriptor table.
+    pub desc: u64,
+    /// Used ring.
+    pub used: u64,
+    /// Available ring.
+    pub avail: u64,
+}
+
+/// A request of the front end. Names and numbers are the protocol's.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[allow(missing_docs)] // the protocol's own document has them, name by name
+pub enum Request {
+    GetFeatures,
+    SetFeatures(u64),
+    SetOwner,
+    ResetOwner,
+    SetMemTable(Vec<RegionSpec>),
+    SetVringNum { index: u32, num: u32 },
+    SetVringAddr { index: u32, addr: VringAddr },
+    SetVringBase { index: u32, base: u32 },
+    GetVringBase { index: u32 },
+    SetVringKick { index: u32, has_fd: bool },
+    SetVringCall { index: u32, has_fd: bool },
+    SetVringErr { index: u32, has_fd: bool },
+    GetProtocolFeatures,
+    SetProtocolFeatures(u64),
+    GetQueueNum,
+    SetVringEnable { index: u32, enable: bool },
+    SetBackendReqFd,
+    GetConfig { offset: u32, size: u32, flags: u32 },
+    SetConfig { offset: u32, flags: u32, bytes: Vec<u8> },
+    ResetDevice,
+    GetMaxMemSlots,
+    AddMemReg(RegionSpec),
+    RemMemReg(RegionSpec),
+    SetStatus(u64),
+    GetStatus,
+    /// One we do not know or did not offer.
+    Other(u32),
+}
+
+fn u32_at(b: &[u8], at: usize) -> Option<u32> {
+    Some(u32::from_ne_bytes(b.get(at..at + 4)?.try_into().ok()?))
+}
+
+fn u64_at(b: &[u8], at: usize) -> Option<u64> {
+    Some(u64::from_ne_bytes(b.get(at..at + 8)?.try_into().ok()?))
+}
+
+fn region_at(b: &[u8], at: usize) -> Option<RegionSpec> {
+    Some(RegionSpec {
+        guest_addr: u64_at(b, at)?,
+        size: u64_at(b, at + 8)?,
+        user_addr: u64_at(b, at + 16)?,
+        mmap_offset: u64_at(b, at + 24)?,
+    })
+}
+
+impl Request {
+    /// Decodes the payload of request number `request`.
+    pub fn decode(request: u32, b: &[u8]) -> Result<Request, WireError> {
+        Self::parse(request, b).ok_or(WireError::Payload { request, len: b.len() })
+    }
+
+    fn parse(request: u32, b: &[u8]) -> Option<Request> {
+        let number = || if b.len() == 8 { u64_at(b, 0) } else { None };
+        let state = || if b.len() == 8 { Some((u32_at(b, 0)?, u32_at(b, 4)?)) } else { None };
+        // "Bits (0-7) of the payload contain the vring index. Bit 8 is the invalid FD flag."
+        let vring_fd = || number().map(|n| ((n & 0xff) as u32, n & 0x100 == 0));
+        Some(match request {
+            1 => Request::GetFeatures,
+            2 => Request::SetFeatures(number()?),
+            3 => Request::SetOwner,
+            4 => Request::ResetOwner,
+            5 => {
+                let count = u32_at(b, 0)? as usize;
+                if count > MAX_FDS || b.len() < 8 + 32 * count {
+                    return None;
+                }
+                Request::SetMemTable((0..count).map(|i| region_at(b, 8 + 32 * i)).collect::<Option<_>>()?)
+            }
+            8 => state().map(|(index, num)| Request::SetVringNum { index, num })?,
+            9 => {
+                let addr =
+                    VringAddr { flags: u32_at(b, 4)?, desc: u64_at(b, 8)?, used: u64_at(b, 16)?, avail: u64_at(b, 24)? };
+                // The log address ends the payload; it is of use with VHOST_VRING_F_LOG only.
+                u64_at(b, 32)?;
+                Request::SetVringAddr { index: u32_at(b, 0)?, addr }
+            }
+            10 => state().map(|(index, base)| Request::SetVringBase { index, base })?,
+            11 => state().map(|(index, _)| Request::GetVringBase { index })?,
+            12 => vring_fd().map(|(index, has_fd)| Request::SetVringKick { index, has_fd })?,
+            13 => vring_fd().map(|(index, has_fd)| Request::SetVringCall { index, has_fd })?,
+            14 => vring_fd().map(|(index, has_fd)| Request::SetVringErr { index, has_fd })?,
+            15 => Request::GetProtocolFeatures,
+            16 => Request::SetProtocolFeatures(number()?),
+            17 => Request::GetQueueNum,
+            18 => match state()? {
+                (index, enable @ 0..=1) => Request::SetVringEnable { index, enable: enable == 1 },
+                _ => return None,
+            },
+            21 => Request::SetBackendReqFd,
+            24 | 25 => {
+                let (offset, size, flags) = (u32_at(b, 0)?, u32_at(b, 4)?, u32_at(b, 8)?);
+                let bytes = b.get(12..12usize.checked_add(size as usize)?)?;
+                if request == 24 {
+                    Request::GetConfig { offset, size, flags }
+                } else {
+                    Request::SetConfig { offset, flags, bytes: bytes.to_vec() }
+                }
+            }
+            34 => Request::ResetDevice,
+            36 => Request::GetMaxMemSlots,
+            37 => Request::AddMemReg(region_at(b, 8)?),
+            38 => Request::RemMemReg(region_at(b, 8)?),
+            39 => Request::SetStatus(number()?),
+            40 => Request::GetStatus,
+            other => Request::Other(other),
+        })
+    }
+}
+
+/// A reply's payload.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Reply {
+    /// A number: features, counts, acknowledgements (0 is success).
+    Number(u64),
+    /// Index and base of a ring.
+    VringState(u32, u32),
+    /// Configuration space.
+    Config {
+        /// As asked.
+        offset: u32,
+        /// As asked.
+        flags: u32,
+        /// As many as asked; none is an error.
+        bytes: Vec<u8>,
+    },
+}
+
+impl Reply {
+    /// Encodes the reply to request number `request`.
+    pub fn encode(&self, request: u32) -> Vec<u8> {
+        let mut payload = Vec::with_capacity(16);
+        match self {
+            Reply::Number(n) => payload.extend(n.to_ne_bytes()),
+            Reply::VringState(index, num) => payload.extend([*index, *num].map(u32::to_ne_bytes).concat()),
+            // "Zero length of payload to indicate an error."
+            Reply::Config { bytes, .. } if bytes.is_empty() => {}
+            Reply::Config { offset, flags, bytes } => {
+                payload.extend([*offset, bytes.len() as u32, *flags].map(u32::to_ne_bytes).concat());
+                payload.extend(bytes);
+            }
+        }
+        message(request, VERSION | FLAG_REPLY, &payload)
+    }
+}
+
+/// `VHOST_USER_BACKEND_CONFIG_CHANGE_MSG`, which wants no reply.
+pub fn config_change() -> Vec<u8> {
+    message(2, VERSION, &[])
+}
+
+fn message(request: u32, flags: u32, payload: &[u8]) -> Vec<u8> {
+    let mut m = [request, flags, payload.len() as u32].map(u32::to_ne_bytes).concat();
+    m.extend(payload);
+    m
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn header(words: [u32; 3]) -> [u8; HEADER_LEN] {
+        words.map(u32::to_ne_bytes).concat().try_into().unwrap()
+    }
+
+    #[test]
+    fn headers_are_checked() {
+        assert_eq!(Header::decode(header([1, 9, 0])), Ok(Header { request: 1, need_reply: true, size: 0 }));
+        assert_eq!(Header::decode(header([1, 0, 0])), Err(WireError::Flags(0)));
+        assert_eq!(Header::decode(header([1, 5, 0])), Err(WireError::Flags(5)), "a reply is no request");
+        assert_eq!(Header::decode(header([5, 1, 4097])), Err(WireError::TooLong(4097)));
+    }
+
+    #[test]
+    fn payloads_are_those_of_the_protocol() {
+        let pair = [3u32, 256].map(u32::to_ne_bytes).concat();
+        assert_eq!(Request::decode(8, &pair), Ok(Request::SetVringNum { index: 3, num: 256 }));
+        assert_eq!(Request::decode(12, &0x102u64.to_ne_bytes()), Ok(Request::SetVringKick { index: 2, has_fd: false }));
+        assert_eq!(Request::decode(8, &pair[..4]), Err(WireError::Payload { request: 8, len: 4 }));
+        assert_eq!(Request::decode(18, &pair), Err(WireError::Payload { request: 18, len: 8 }), "enable is 0 or 1");
+        let too_many = [33u32, 0].map(u32::to_ne_bytes).concat();
+        assert!(Request::decode(5, &too_many).is_err());
+        assert_eq!(Request::decode(99, &[]), Ok(Request::Other(99)));
+    }
+
+    #[test]
+    fn an_error_reply_to_get_config_has_no_payload() {
+        let reply = Reply::Config { offset: 0, flags: 0, bytes: vec![] }.encode(24);
+        assert_eq!(reply, [24u32, 5, 0].map(u32::to_ne_bytes).concat());
+        let reply = Reply::Config { offset: 4, flags: 1, bytes: vec![7, 8] }.encode(24);
+        assert_eq!(reply[..24], [24u32, 5, 14, 4, 2, 1].map(u32::to_ne_bytes).concat());
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_make_the_decoder_panic(request in 0u32..60, bytes in prop::collection::vec(any::<u8>(), 0..600)) {
+            let _ = Request::decode(request, &bytes);
+        }
+    }
+}

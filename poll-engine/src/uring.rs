@@ -1,0 +1,294 @@
+//! The io_uring of a reactor: its only way into the kernel while queues run, and its only place to sleep.
+#![allow(unsafe_code)] // submission entries carry raw addresses; registration takes raw buffers
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::sync::Arc;
+
+use io_uring::{EnterFlags, IoUring, opcode, squeue, types};
+use tracing::{debug, info, warn};
+
+use crate::memory::map::{MemoryMap, Region};
+use crate::memory::slice::GuestSlice;
+
+/// Registered files a reactor can hold; more are used unregistered.
+const FILE_SLOTS: u32 = 4096;
+/// Registered pieces of guest memory a reactor can hold.
+const BUFFER_SLOTS: u32 = 1024;
+/// io_uring takes fixed buffers of up to 1 GiB each.
+const BUFFER_PIECE: u64 = 1 << 30;
+
+/// One completion, copied out of the ring before anything acts on it.
+#[derive(Clone, Copy, Debug)]
+pub struct Completion {
+    /// What the submission was labelled with.
+    pub user_data: u64,
+    /// A count, or a negated errno.
+    pub result: i32,
+    /// A multishot operation goes on.
+    pub more: bool,
+}
+
+/// A file as submissions name it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FileRef {
+    /// Slot of the registered-file table.
+    Fixed(u32),
+    /// Plain descriptor.
+    Plain(RawFd),
+}
+
+/// Which guest memory is registered with io_uring. Registering pins it, so that the kernel need not look pages up for
+/// each direct I/O; it also makes all of it resident and counts against the memlock limit.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum FixedBuffers {
+    /// Memory in huge pages, which is resident and unmovable anyway.
+    #[default]
+    Auto,
+    /// All guest memory, as far as limits permit.
+    On,
+    /// None.
+    Off,
+}
+
+#[derive(Debug)]
+struct Piece {
+    host: usize,
+    len: usize,
+    slot: u32,
+    region: Arc<Region>,
+}
+
+/// An io_uring with its tables of files and buffers.
+pub struct Uring {
+    ring: IoUring,
+    queued: u32,
+    free_files: Vec<u32>,
+    free_buffers: Vec<u32>,
+    pieces: Vec<Piece>,
+    buffers_refused: bool,
+}
+
+impl Uring {
+    /// Sets a ring up for the calling thread, which must be the only one to use it.
+    pub fn new(entries: u32) -> io::Result<Uring> {
+        let ring = Self::set_up(entries)?;
+        let free_files = match ring.submitter().register_files_sparse(FILE_SLOTS) {
+            Ok(()) => (0..FILE_SLOTS).rev().collect(),
+            Err(e) => {
+                info!("io_uring takes no registered files here ({e}); plain descriptors are used");
+                Vec::new()
+            }
+        };
+        let free_buffers = match ring.submitter().register_buffers_sparse(BUFFER_SLOTS) {
+            Ok(()) => (0..BUFFER_SLOTS).rev().collect(),
+            Err(e) => {
+                info!("io_uring takes no registered buffers here ({e}); guest memory is used unregistered");
+                Vec::new()
+            }
+        };
+        Ok(Uring { ring, queued: 0, free_files, free_buffers, pieces: Vec::new(), buffers_refused: false })
+    }
+
+    fn set_up(entries: u32) -> io::Result<IoUring> {
+        let builder = || {
+            let mut b = IoUring::builder();
+            b.setup_clamp().setup_cqsize(entries * 4).dontfork();
+            b
+        };
+        let wanted = builder().setup_single_issuer().setup_defer_taskrun().setup_taskrun_flag().build(entries);
+        let deferred = match wanted {
+            Ok(ring) => return Ok(ring),
+            Err(e) => e,
+        };
+        info!("io_uring: no deferred task work on this kernel ({deferred}; it came with Linux 6.1), using cooperative");
+        match builder().setup_coop_taskrun().setup_taskrun_flag().build(entries) {
+            Ok(ring) => Ok(ring),
+            Err(e) => {
+                info!("io_uring: no cooperative task work either ({e}; it came with Linux 5.19), using plain rings");
+                builder().build(entries)
+            }
+        }
+    }
+
+    /// Queues a submission, making room by submitting when the ring is full.
+    ///
+    /// # Safety
+    /// Everything the entry points to must stay valid until its completion has been reaped, and its descriptor until
+    /// it has been submitted.
+    #[inline]
+    pub unsafe fn push(&mut self, entry: &squeue::Entry) {
+        loop {
+            // SAFETY: passed on to our caller.
+            if unsafe { self.ring.submission().push(entry) }.is_ok() {
+                self.queued += 1;
+                return;
+            }
+            self.submit();
+        }
+    }
+
+    /// Hands queued submissions to the kernel and runs its deferred work, without waiting. No system call when there
+    /// is nothing to do.
+    #[inline]
+    pub fn submit(&mut self) {
+        let sq = self.ring.submission();
+        if self.queued == 0 && !sq.taskrun() && !sq.cq_overflow() {
+            return;
+        }
+        drop(sq);
+        self.enter(0);
+    }
+
+    /// Submits, and sleeps until there is at least one completion (or a signal).
+    pub fn wait(&mut self) {
+        if self.ring.completion().is_empty() {
+            self.enter(1);
+        }
+    }
+
+    fn enter(&mut self, want: u32) {
+        let queued = self.ring.submission().len() as u32;
+        // GETEVENTS always: deferred completions are only run by an enter that asks for them.
+        let flags = EnterFlags::GETEVENTS.bits();
+        // SAFETY: no argument is passed; the entries were vouched for when pushed.
+        let entered = unsafe { self.ring.submitter().enter::<libc::sigset_t>(queued, want, flags, None) };
+        match entered {
+            Ok(_) => {}
+            // EINTR: a signal. EAGAIN, EBUSY: out of memory, or completions must be reaped first; both come right by
+            // reaping and trying again, which the reactor's next round does.
+            Err(e) if matches!(e.raw_os_error(), Some(libc::EINTR | libc::EAGAIN | libc::EBUSY)) => {}
+            // Anything else is a mistake of ours in the arguments.
+            Err(e) => panic!("io_uring_enter: {e}"),
+        }
+        self.queued = self.ring.submission().len() as u32;
+    }
+
+    /// Appends all completions to `into`.
+    #[inline]
+    pub fn reap(&mut self, into: &mut Vec<Completion>) {
+        for cqe in self.ring.completion() {
+            into.push(Completion {
+                user_data: cqe.user_data(),
+                result: cqe.result(),
+                more: io_uring::cqueue::more(cqe.flags()),
+            });
+        }
+    }
+
+    /// Names `fd` in the registered-file table, or as it is when the table is full or missing.
+    pub fn register_file(&mut self, fd: BorrowedFd<'_>) -> FileRef {
+        let raw = fd.as_raw_fd();
+        let Some(slot) = self.free_files.pop() else { return FileRef::Plain(raw) };
+        match self.ring.submitter().register_files_update(slot, &[raw]) {
+            Ok(_) => FileRef::Fixed(slot),
+            Err(e) => {
+                debug!("file not registered: {e}");
+                self.free_files.push(slot);
+                FileRef::Plain(raw)
+            }
+        }
+    }
+
+    /// Forgets a registered file; the kernel keeps it until operations on it have completed.
+    pub fn unregister_file(&mut self, file: FileRef) {
+        if let FileRef::Fixed(slot) = file {
+            match self.ring.submitter().register_files_update(slot, &[-1]) {
+                Ok(_) => self.free_files.push(slot),
+                Err(e) => warn!("registered file {slot} not released: {e}"),
+            }
+        }
+    }
+
+    /// Makes the registered buffers those of `maps`: regions that are new are registered, those gone are released.
+    pub fn sync_buffers<'a>(&mut self, mode: FixedBuffers, maps: impl Iterator<Item = &'a MemoryMap>) {
+        if mode == FixedBuffers::Off || (self.free_buffers.is_empty() && self.pieces.is_empty()) {
+            return;
+        }
+        let mut wanted: Vec<Arc<Region>> = Vec::new();
+        for region in maps.flat_map(|m| m.regions()) {
+            let eligible = mode == FixedBuffers::On || region.is_huge();
+            if eligible && !wanted.iter().any(|w| Arc::ptr_eq(w, region)) {
+                wanted.push(Arc::clone(region));
+            }
+        }
+        let pieces = std::mem::take(&mut self.pieces);
+        for piece in pieces {
+            if wanted.iter().any(|w| Arc::ptr_eq(w, &piece.region)) {
+                self.pieces.push(piece);
+            } else {
+                self.release_buffer(piece.slot);
+            }
+        }
+        for region in wanted {
+            if !self.pieces.iter().any(|p| Arc::ptr_eq(&p.region, &region)) {
+                self.register_region(&region);
+            }
+        }
+    }
+
+    fn register_region(&mut self, region: &Arc<Region>) {
+        let size = region.spec().size;
+        let mut at = 0;
+        while at < size && !self.buffers_refused {
+            let Some(slot) = self.free_buffers.pop() else { return };
+            let len = (size - at).min(BUFFER_PIECE) as usize;
+            let host = region.host_addr().wrapping_add(at as usize);
+            let iov = libc::iovec { iov_base: host.cast(), iov_len: len };
+            // SAFETY: the range is inside the region's mapping, which the Arc in `pieces` keeps until released.
+            match unsafe { self.ring.submitter().register_buffers_update(slot, &[iov], None) } {
+                Ok(()) => self.pieces.push(Piece { host: host.addr(), len, slot, region: Arc::clone(region) }),
+                Err(e) => {
+                    // Not worth trying again and again: the limit will not move by itself.
+                    self.buffers_refused = true;
+                    self.free_buffers.push(slot);
+                    info!("guest memory stays unregistered with io_uring ({e}); raise the memlock limit to change that");
+                }
+            }
+            at += len as u64;
+        }
+    }
+
+    fn release_buffer(&mut self, slot: u32) {
+        let none = libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 };
+        // SAFETY: an empty buffer takes the slot; the kernel keeps the old one until operations on it have completed.
+        match unsafe { self.ring.submitter().register_buffers_update(slot, &[none], None) } {
+            Ok(()) => self.free_buffers.push(slot),
+            Err(e) => warn!("registered buffer {slot} not released: {e}"),
+        }
+    }
+
+    /// The registered buffer that holds all of `slice`.
+    #[inline]
+    pub fn fixed_buffer(&self, slice: &GuestSlice<'_>) -> Option<u16> {
+        let start = slice.host_addr().addr();
+        let inside = |p: &&Piece| start.checked_sub(p.host).is_some_and(|off| off + slice.len() <= p.len);
+        self.pieces.iter().find(inside).map(|p| p.slot as u16)
+    }
+
+    /// Watches `fd` for readability until cancelled: a completion for every wake-up of it.
+    pub fn watch(&mut self, fd: BorrowedFd<'_>, user_data: u64) {
+        let poll = opcode::PollAdd::new(types::Fd(fd.as_raw_fd()), libc::POLLIN as u32).multi(true).build();
+        // SAFETY: the entry points to nothing; `submit` follows while the descriptor is borrowed.
+        unsafe { self.push(&poll.user_data(user_data)) };
+        self.enter(0);
+    }
+
+    /// Ends a watch, completing it with an error.
+    pub fn unwatch(&mut self, user_data: u64, own_user_data: u64) {
+        let cancel = opcode::PollRemove::new(user_data).build().user_data(own_user_data);
+        // SAFETY: the entry points to nothing.
+        unsafe { self.push(&cancel) };
+        self.enter(0);
+    }
+
+    /// Signals an eventfd with the next submit. Going through the ring, a descriptor that its peer has filled or made
+    /// blocking cannot hold this thread up. Completes (with `user_data`) only on failure.
+    pub fn signal(&mut self, fd: BorrowedFd<'_>, user_data: u64) {
+        static ONE: u64 = 1;
+        let write = opcode::Write::new(types::Fd(fd.as_raw_fd()), std::ptr::from_ref(&ONE).cast(), 8).build();
+        // SAFETY: ONE is static. The descriptor belongs to a queue of this reactor, which submits before it lets any
+        // queue or descriptor go.
+        unsafe { self.push(&write.flags(squeue::Flags::SKIP_SUCCESS).user_data(user_data)) };
+    }
+}

@@ -1,0 +1,188 @@
+#!/bin/bash
+# Builds the guest the QEMU tests boot, out of Debian packages: OUTDIR/vmlinuz and OUTDIR/initramfs.
+#
+#   scripts/guest-image.sh [OUTDIR]        (default: target/guest)
+#
+# The kernel is downloaded with apt-get and unpacked, never installed; everything else is copied from this
+# system. A second call with the same packages and the same script does nothing. Needs no root.
+#
+# Packages: busybox-static cpio fio e2fsprogs util-linux binutils gcc (and qemu-system-x86 to boot it).
+set -euo pipefail
+export LC_ALL=C PATH="$PATH:/usr/sbin:/sbin"
+
+here=$(cd "$(dirname "$0")/.." && pwd)
+out=${1:-$here/target/guest}
+say() { echo "guest-image: $*" >&2; }
+die() { say "$*"; exit 1; }
+
+for tool in busybox cpio dash fio mkfs.ext4 e2fsck blockdev blkdiscard nm readelf gcc apt-get dpkg; do
+    command -v "$tool" >/dev/null || die "no $tool: apt-get install busybox-static cpio fio e2fsprogs util-linux binutils gcc"
+done
+busybox=$(command -v busybox)
+! readelf -l "$busybox" | grep -q INTERP || die "$busybox is not static: apt-get install busybox-static"
+
+# The package that linux-image-amd64 stands for today, and a stamp of all that goes into the image.
+kernel=$(apt-cache depends linux-image-amd64 2>/dev/null | sed -n 's/^ *Depends: *\(linux-image-[0-9].*\)$/\1/p' | head -n 1)
+if [ -z "$kernel" ]; then
+    [ -s "$out/vmlinuz" ] && [ -s "$out/initramfs" ] && { say "no package lists; keeping $out as it is"; exit 0; }
+    die "apt knows no linux-image-amd64: run apt-get update first"
+fi
+stamp=$({
+    cat "$0"
+    apt-cache show --no-all-versions "$kernel" | grep -E '^(Package|Version):'
+    dpkg-query -W busybox-static dash fio e2fsprogs util-linux libc6
+} | sha256sum | cut -d' ' -f1)
+if [ -s "$out/vmlinuz" ] && [ -s "$out/initramfs" ] && [ "$(cat "$out/stamp" 2>/dev/null)" = "$stamp" ]; then
+    say "$out is up to date"
+    exit 0
+fi
+
+mkdir -p "$out"
+out=$(cd "$out" && pwd)
+tmp=$(mktemp -d "$out/build.XXXXXX")
+trap 'rm -rf "$tmp"' EXIT
+
+say "downloading $kernel"
+# (As root, apt warns that its sandbox user may not write here; it then downloads without the sandbox.)
+(cd "$tmp" && apt-get -q download "$kernel" >"$tmp/apt.log" 2>&1) || { cat "$tmp/apt.log" >&2; die "download failed"; }
+dpkg -x "$tmp"/linux-image-*.deb "$tmp/pkg"
+version=$(basename "$(echo "$tmp"/pkg/lib/modules/*)")
+
+root=$tmp/root
+mkdir -p "$root"/{bin,dev,etc,lib64,mnt,proc,run,sys,tmp,usr/lib,"lib/modules/$version"}
+
+say "picking the modules of $version"
+# Modules by name; what they need is found in the `depends` of each, as modprobe would.
+mods=$tmp/pkg/lib/modules/$version/kernel
+index=$tmp/index # NAME PATH, with '-' written as '_' in the names
+find "$mods" -name '*.ko*' | awk -F/ '{ n = $NF; sub(/\.ko.*/, "", n); gsub(/-/, "_", n); print n, $0 }' >"$index"
+: >"$root/etc/modules"
+add_module() { # appends to etc/modules in the order in which to load
+    local name=${1//-/_} path dep
+    grep -qx "$name.ko" "$root/etc/modules" && return
+    path=$(awk -v n="$name" '$1 == n { print $2; exit }' "$index")
+    if [ -z "$path" ]; then
+        grep -q "/${name//_/[-_]}\.ko" "$tmp/pkg/lib/modules/$version/modules.builtin" && return
+        die "kernel has no module $name"
+    fi
+    case $path in
+        *.xz) xz -dc "$path" >"$tmp/$name.ko" ;;
+        *.zst) zstd -qdc "$path" >"$tmp/$name.ko" ;;
+        *) cp "$path" "$tmp/$name.ko" ;;
+    esac
+    # .modinfo is a list of NUL-terminated key=value strings.
+    for dep in $(objcopy -O binary --only-section=.modinfo "$tmp/$name.ko" /dev/stdout | tr '\0' '\n' |
+        sed -n 's/^depends=//p' | tr ',' '\n'); do
+        [ -z "$dep" ] || add_module "$dep"
+    done
+    strip --strip-debug -o "$root/lib/modules/$version/$name.ko" "$tmp/$name.ko"
+    echo "$name.ko" >>"$root/etc/modules"
+}
+for m in crc32c_generic virtio_pci virtio_blk ext4; do add_module "$m"; done
+
+say "copying programs"
+cp "$busybox" "$root/bin/busybox"
+for a in $("$busybox" --list); do [ "$a" = busybox ] || ln -s busybox "$root/bin/$a"; done
+ln -s ../bin "$root/usr/bin"; ln -s ../bin "$root/usr/sbin"; ln -s bin "$root/sbin"
+cp /etc/mke2fs.conf "$root/etc/"
+ln -s /proc/mounts "$root/etc/mtab"
+
+install_lib() { # PATH: the library under its soname's path
+    [ -e "$root$1" ] && return
+    mkdir -p "$root$(dirname "$1")"
+    cp -L "$1" "$root$1"
+}
+install_prog() { # NAME: the program and the libraries it is linked with
+    local path lib
+    path=$(command -v "$1")
+    rm -f "$root/bin/$(basename "$path")"
+    cp -L "$path" "$root/bin/"
+    for lib in $(ldd "$path" | grep -o '/[^ ]*'); do
+        install_lib "$lib"
+    done
+}
+for p in dash mkfs.ext4 e2fsck blockdev blkdiscard; do install_prog "$p"; done
+# busybox's own shell would take its built-in blkdiscard and blockdev, which can do less.
+ln -sf dash "$root/bin/sh"
+
+# fio is linked with RBD, Gluster, RDMA, NBD and PMDK, whose closure is 75 MB that the guest would unpack at
+# boot and relocate at every start of fio. It gets empty libraries in their place: nothing here calls them.
+fio=$(command -v fio)
+stubs=
+for lib in $(readelf -d "$fio" | sed -n 's/.*(NEEDED).*\[\(.*\)\]/\1/p'); do
+    case $lib in
+        libgfapi.* | libnbd.* | libibverbs.* | librdmacm.* | librados.* | librbd.* | libpmem*) stubs="$stubs $lib" ;;
+    esac
+done
+libdir=$(dirname "$(ldd "$fio" | grep -o '/[^ ]*libc\.so\.6')")
+mkdir -p "$root$libdir"
+# VERSION LIBRARY, as fio's version table has it
+readelf -W -V "$fio" | sed -n '/Version needs/,$p' |
+    awk '/File:/ { f = $5 } /Name:/ { print $3, f }' >"$tmp/versions"
+# NAME VERSION of what fio takes from elsewhere; VERSION is empty for libraries without one
+nm -D --undefined-only --with-symbol-versions "$fio" | awk '{ print $2 }' | tr '@' ' ' |
+    awk '{ print $1, $2 }' >"$tmp/symbols"
+for lib in $stubs; do
+    awk -v lib="$lib" '
+        NR == FNR { if ($2 == lib) want[$1] = 1; next }
+        ($2 in want) || ($2 == "" && lib ~ /^librados/ && $1 ~ /^rados_/) || ($2 == "" && lib ~ /^librbd/ && $1 ~ /^rbd_/) {
+            print ".globl " $1 "\n.type " $1 ",@function\n" $1 ": ud2" > asm
+            if ($2 != "") syms[$2] = syms[$2] " " $1 ";"
+        }
+        END {
+            for (v in want) print v " {" syms[v] " };" > map
+            print ".section .note.GNU-stack,\"\",@progbits" > asm
+        }' asm="$tmp/stub.s" map="$tmp/stub.map" "$tmp/versions" "$tmp/symbols"
+    script=; [ -s "$tmp/stub.map" ] && script=-Wl,--version-script="$tmp/stub.map"
+    gcc -shared -nostdlib -Wl,-soname,"$lib" $script -o "$root$libdir/$lib" "$tmp/stub.s"
+    rm -f "$tmp/stub.s" "$tmp/stub.map"
+done
+rm -f "$root/bin/fio"
+cp -L "$fio" "$root/bin/fio"
+for lib in $(readelf -d "$fio" | sed -n 's/.*(NEEDED).*\[\(.*\)\]/\1/p'); do
+    [ -e "$root$libdir/$lib" ] && continue
+    path=$(ldd "$fio" | awk -v l="$lib" '$1 == l { print $3 }')
+    [ -n "$path" ] && install_lib "$path"
+done
+
+# The agent: a command line in on the second serial port; out come its output and a marker with the exit code.
+cat >"$root/init" <<'INIT'
+#!/bin/busybox sh
+export PATH=/bin HOME=/ TERM=dumb LC_ALL=C
+mount -t proc proc /proc
+mount -t sysfs sysfs /sys
+mount -t devtmpfs dev /dev
+mount -t tmpfs tmp /tmp
+mount -t tmpfs run /run
+cd /lib/modules/*/
+while read -r m; do insmod "$m" || echo "init: cannot load $m" >/dev/console; done </etc/modules
+cd /
+# Memory plugged in later goes on line by itself (the kernel's command line may already say so).
+[ -w /sys/devices/system/memory/auto_online_blocks ] &&
+    echo online_movable >/sys/devices/system/memory/auto_online_blocks
+port=/dev/ttyS1
+stty -F $port raw -echo 115200
+exec 3<>$port
+echo "@@AGENT READY@@" >&3
+while read -r id line <&3; do
+    /bin/sh -c "$line" </dev/null 3>&- >/dev/ttyS1 2>&1
+    echo "@@END $id $?@@" >&3
+done
+echo "init: lost the agent port" >/dev/console
+exec sh </dev/console >/dev/console 2>&1
+INIT
+chmod 755 "$root/init"
+
+say "testing the programs"
+if [ "$(id -u)" = 0 ] && chroot "$root" /bin/busybox true 2>/dev/null; then
+    chroot "$root" /bin/fio --version >/dev/null || die "fio does not start in the image"
+    chroot "$root" /bin/e2fsck -V >/dev/null 2>&1 || die "e2fsck does not start in the image"
+fi
+
+say "packing"
+(cd "$root" && find . | cpio --quiet -o -H newc -R 0:0) >"$tmp/initramfs"
+cp "$tmp/pkg/boot/vmlinuz-$version" "$tmp/vmlinuz"
+mv "$tmp/vmlinuz" "$tmp/initramfs" "$out/"
+rm -f "$out/accel"
+echo "$stamp" >"$out/stamp"
+say "$out: Linux $version, initramfs $(du -h "$out/initramfs" | cut -f1)"

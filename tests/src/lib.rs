@@ -1,0 +1,28 @@
+//! Harness of the end-to-end tests: a Linux guest under QEMU whose disks are served by the `vhost-blk` daemon.
+//!
+//! | module      | what it is                                                                     |
+//! |-------------|--------------------------------------------------------------------------------|
+//! | [`scene`]   | a scratch directory per test, whose logs become the report when the test fails |
+//! | [`process`] | child processes that are never left behind                                     |
+//! | [`daemon`]  | the back end under test (or `qemu-storage-daemon` in its place)                |
+//! | [`stats`]   | what the daemon prints on `SIGUSR1`                                            |
+//! | [`qemu`]    | the virtual machine: boot, commands, hot-plug                                  |
+//! | [`accel`]   | KVM or TCG, found out by measuring                                             |
+//! | [`agent`]   | the command line inside the guest                                              |
+//! | [`qmp`]     | QEMU's control socket                                                          |
+//! | [`fio`]     | verified load inside the guest                                                 |
+//! | [`image`]   | disk images as the host sees them                                              |
+//!
+//! Everything that waits has a deadline, and nothing outlives the test that started it.
+
+pub mod accel;
+pub mod agent;
+pub mod daemon;
+pub mod fio;
+pub mod image;
+pub mod process;
+pub mod qemu;
+pub mod qmp;
+pub mod scene;
+pub mod stats;
+pub mod wait;

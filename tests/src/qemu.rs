@@ -1,0 +1,438 @@
+//! The virtual machine.
+
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::{Value, json};
+
+use crate::accel::{self, Accel};
+use crate::agent::{Agent, Output};
+use crate::process::{self, Process};
+use crate::qmp::Qmp;
+use crate::scene::{Scene, tail};
+use crate::wait;
+
+/// How long the guest may take from power-on to the agent's prompt.
+const BOOT_LIMIT: Duration = Duration::from_secs(60);
+
+/// How long a command in the guest may take when the test does not say.
+const RUN_LIMIT: Duration = Duration::from_secs(60);
+
+/// How long the guest may take to let go of a device.
+const UNPLUG_LIMIT: Duration = Duration::from_secs(40);
+
+/// The kernel's command line, but for what [`VmBuilder::kernel_arg`] adds: little to say, nothing to probe for,
+/// reboot on panic (which the harness notices).
+const KERNEL_ARGS: &str = "console=ttyS0 loglevel=5 panic=-1 oops=panic mitigations=off nokaslr \
+     no_timer_check nowatchdog audit=0 cryptomgr.notests rcupdate.rcu_expedited=1 \
+     memhp_default_state=online_movable";
+
+/// The emulator.
+pub const QEMU: &str = "qemu-system-x86_64";
+
+/// Where the guest's kernel and initramfs are: `KICKLESS_GUEST_DIR`, or `target/guest` of the workspace.
+pub fn guest_dir() -> PathBuf {
+    std::env::var_os("KICKLESS_GUEST_DIR")
+        .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/guest"), PathBuf::from)
+}
+
+/// Why no virtual machine can run here, if none can.
+pub fn missing_needs() -> Option<String> {
+    for program in [QEMU, "setpriv", "timeout"] {
+        if process::find_program(program).is_none() {
+            return Some(format!("{program} is not installed"));
+        }
+    }
+    let guest = guest_dir();
+    (!guest.join("vmlinuz").is_file() || !guest.join("initramfs").is_file())
+        .then(|| format!("no guest in {}: run scripts/guest-image.sh", guest.display()))
+}
+
+/// A vhost-user-blk disk.
+#[derive(Debug, Clone)]
+pub struct Disk {
+    id: String,
+    socket: PathBuf,
+    props: serde_json::Map<String, Value>,
+}
+
+impl Disk {
+    /// A disk with four queues of 256 entries, served at `socket`.
+    pub fn new(id: &str, socket: &Path) -> Self {
+        let disk = Self { id: id.to_owned(), socket: socket.to_owned(), props: serde_json::Map::new() };
+        disk.prop("num-queues", 4).prop("queue-size", 256)
+    }
+
+    /// Sets a property of the device.
+    #[must_use]
+    pub fn prop(mut self, name: &str, value: impl Into<Value>) -> Self {
+        self.props.insert(name.to_owned(), value.into());
+        self
+    }
+
+    fn chardev(&self) -> String {
+        format!("chr-{}", self.id)
+    }
+
+    fn device(&self) -> Value {
+        let mut device = json!({ "driver": "vhost-user-blk-pci", "id": self.id, "chardev": self.chardev() });
+        for (name, value) in &self.props {
+            device[name] = value.clone();
+        }
+        device
+    }
+}
+
+/// What a virtual machine is to be like.
+#[derive(Debug, Clone)]
+pub struct VmBuilder {
+    memory_mib: u64,
+    dimms_mib: Vec<u64>,
+    cpus: u32,
+    disks: Vec<Disk>,
+    kernel_args: String,
+    accel: Option<Accel>,
+    boot_limit: Duration,
+}
+
+impl Default for VmBuilder {
+    fn default() -> Self {
+        Self {
+            memory_mib: 384,
+            dimms_mib: Vec::new(),
+            cpus: 4,
+            disks: Vec::new(),
+            kernel_args: KERNEL_ARGS.to_owned(),
+            accel: None,
+            boot_limit: BOOT_LIMIT,
+        }
+    }
+}
+
+impl VmBuilder {
+    /// Sets the size of the memory the guest boots with.
+    #[must_use]
+    pub fn memory_mib(mut self, mib: u64) -> Self {
+        self.memory_mib = mib;
+        self
+    }
+
+    /// Adds a memory module that is there from the start: another memory region for the back end.
+    #[must_use]
+    pub fn dimm_mib(mut self, mib: u64) -> Self {
+        self.dimms_mib.push(mib);
+        self
+    }
+
+    /// Sets the number of virtual CPUs.
+    #[must_use]
+    pub fn cpus(mut self, cpus: u32) -> Self {
+        self.cpus = cpus;
+        self
+    }
+
+    /// Adds a disk.
+    #[must_use]
+    pub fn disk(mut self, disk: Disk) -> Self {
+        self.disks.push(disk);
+        self
+    }
+
+    /// Adds to the kernel's command line.
+    #[must_use]
+    pub fn kernel_arg(mut self, arg: &str) -> Self {
+        self.kernel_args.push(' ');
+        self.kernel_args.push_str(arg);
+        self
+    }
+
+    /// Sets the accelerator instead of having it found out.
+    #[must_use]
+    pub fn accel(mut self, accel: Accel) -> Self {
+        self.accel = Some(accel);
+        self
+    }
+
+    /// Sets how long booting may take.
+    #[must_use]
+    pub fn boot_limit(mut self, limit: Duration) -> Self {
+        self.boot_limit = limit;
+        self
+    }
+
+    /// Starts the machine and waits for the agent in the guest.
+    pub fn boot(self, scene: &Scene) -> Result<Vm> {
+        let accel = match self.accel {
+            Some(accel) => accel,
+            None => accel::choose()?,
+        };
+        let kernel_log = scene.fresh_log("kernel");
+        // Sockets next to the log, with the same number.
+        let agent_path = kernel_log.with_extension("agent");
+        let qmp_path = kernel_log.with_extension("qmp");
+        let agent = Agent::listen(&agent_path)?;
+        let qmp = Agent::listen(&qmp_path)?;
+        let args = self.args(accel, &kernel_log, &agent_path, &qmp_path);
+        let program = process::find_program(QEMU).with_context(|| format!("no {QEMU}"))?;
+        let mut process = Process::spawn(scene, "qemu", &program, &args)?;
+
+        let deadline = Instant::now() + self.boot_limit;
+        let qmp = Qmp::new(accept(&qmp, &mut process)?)?;
+        let agent = Agent::new(accept(&agent, &mut process)?)?;
+        let mut vm = Vm { process, agent, qmp, kernel_log, accel, tolerated: Vec::new() };
+        vm.agent.wait_ready(deadline.saturating_duration_since(Instant::now())).map_err(|e| vm.explain(e))?;
+        Ok(vm)
+    }
+
+    fn args(&self, accel: Accel, kernel_log: &Path, agent: &Path, qmp: &Path) -> Vec<String> {
+        let guest = guest_dir();
+        let mut args = Vec::new();
+        let mut add = |option: &str, value: String| args.extend([format!("-{option}"), value]);
+        add("accel", accel.qemu_accel().to_owned());
+        add("cpu", accel.qemu_cpu().to_owned());
+        add("smp", self.cpus.to_string());
+        add("m", format!("{}M,slots=8,maxmem=4G", self.memory_mib));
+        add("object", format!("memory-backend-memfd,id=mem,size={}M,share=on", self.memory_mib));
+        add("machine", "pc,memory-backend=mem".to_owned());
+        for (n, mib) in self.dimms_mib.iter().enumerate() {
+            add("object", format!("memory-backend-memfd,id=boot-mem{n},size={mib}M,share=on"));
+            add("device", format!("pc-dimm,id=boot-dimm{n},memdev=boot-mem{n}"));
+        }
+        add("kernel", guest.join("vmlinuz").display().to_string());
+        add("initrd", guest.join("initramfs").display().to_string());
+        add("append", self.kernel_args.clone());
+        add("serial", format!("file:{}", kernel_log.display()));
+        add("chardev", format!("socket,id=agent,path={}", agent.display()));
+        add("serial", "chardev:agent".to_owned());
+        add("chardev", format!("socket,id=qmp,path={}", qmp.display()));
+        add("mon", "chardev=qmp,mode=control".to_owned());
+        for disk in &self.disks {
+            let socket = disk.socket.display();
+            add("chardev", format!("socket,id={},path={socket},reconnect=1", disk.chardev()));
+            add("device", disk.device().to_string());
+        }
+        args.extend(["-nodefaults", "-display", "none"].map(str::to_owned));
+        args
+    }
+}
+
+/// A running virtual machine. Dropping it kills it.
+#[derive(Debug)]
+pub struct Vm {
+    process: Process,
+    agent: Agent,
+    qmp: Qmp,
+    kernel_log: PathBuf,
+    accel: Accel,
+    tolerated: Vec<&'static str>,
+}
+
+impl Vm {
+    /// Describes a virtual machine: 384 MiB, four CPUs, no disks.
+    pub fn builder() -> VmBuilder {
+        VmBuilder::default()
+    }
+
+    /// What executes the guest.
+    pub fn accel(&self) -> Accel {
+        self.accel
+    }
+
+    /// Runs a command in the guest, for at most a minute.
+    pub fn run(&mut self, command: &str) -> Result<Output> {
+        self.run_for(command, RUN_LIMIT)
+    }
+
+    /// Runs a command in the guest; when it does not end in time, the virtual machine is killed.
+    pub fn run_for(&mut self, command: &str, limit: Duration) -> Result<Output> {
+        match self.agent.run(command, limit) {
+            Ok(output) => Ok(output),
+            Err(error) => {
+                let error = self.explain(error);
+                self.kill()?;
+                Err(error)
+            }
+        }
+    }
+
+    /// Runs a command in the guest, fails unless it exits with 0, and returns its output without the last newline.
+    pub fn check(&mut self, command: &str) -> Result<String> {
+        let output = self.run(command)?;
+        ensure!(output.code == 0, "guest command `{command}`: exit code {}\n{}", output.code, output.stdout);
+        Ok(output.stdout.trim_end().to_owned())
+    }
+
+    /// Waits until a command in the guest exits with 0.
+    pub fn check_soon(&mut self, command: &str, limit: Duration) -> Result<()> {
+        wait::until(command, limit, || Ok((self.run(command)?.code == 0).then_some(())))
+    }
+
+    /// Starts a command in the guest without waiting for it; [`Vm::join`] with the same name does.
+    pub fn start(&mut self, name: &str, command: &str) -> Result<()> {
+        let code = format!("/tmp/{name}.code");
+        self.check(&format!("rm -f {code}; ( ( {command} ) >/tmp/{name}.out 2>&1; echo $? >{code} ) &"))?;
+        Ok(())
+    }
+
+    /// Whether a command begun with [`Vm::start`] is still running.
+    pub fn is_running(&mut self, name: &str) -> Result<bool> {
+        Ok(self.run(&format!("test -s /tmp/{name}.code"))?.code != 0)
+    }
+
+    /// Waits for the end of a command begun with [`Vm::start`].
+    pub fn join(&mut self, name: &str, limit: Duration) -> Result<Output> {
+        let tries = limit.as_secs().max(1) * 5;
+        let wait = format!(
+            "n=0; while ! test -s /tmp/{name}.code && test $n -lt {tries}; do n=$((n+1)); sleep 0.2; done"
+        );
+        self.run_for(&wait, limit + Duration::from_secs(15))?;
+        let code =
+            self.check(&format!("cat /tmp/{name}.code")).with_context(|| format!("{name} has not ended"))?;
+        let stdout = self.check(&format!("cat /tmp/{name}.out"))?;
+        Ok(Output { stdout, code: code.trim().parse()? })
+    }
+
+    /// Sends a complete QMP request and returns what it returns.
+    pub fn qmp(&mut self, request: &Value) -> Result<Value> {
+        self.qmp.raw(request).with_context(|| format!("QMP {request}"))
+    }
+
+    /// Waits for a QMP event by its name; one that has come before counts, once.
+    pub fn wait_event(&mut self, name: &str, limit: Duration) -> Result<Value> {
+        self.qmp
+            .wait_event(limit, |event| event["event"] == name)?
+            .with_context(|| format!("no event {name} within {limit:?}"))
+    }
+
+    /// Plugs a disk in; it is there when the guest shows one more block device.
+    pub fn hotplug_disk(&mut self, disk: &Disk) -> Result<()> {
+        let before = self.disk_count()?;
+        let address = json!({ "type": "unix", "data": { "path": disk.socket.to_string_lossy() } });
+        let backend =
+            json!({ "type": "socket", "data": { "addr": address, "server": false, "reconnect": 1 } });
+        self.qmp.execute("chardev-add", &json!({ "id": disk.chardev(), "backend": backend }))?;
+        self.qmp.execute("device_add", &disk.device())?;
+        self.wait_disk_count(before + 1)
+    }
+
+    /// Unplugs a disk, with the guest's consent, and drops the connection to its back end.
+    pub fn unplug_disk(&mut self, disk: &Disk) -> Result<()> {
+        self.unplug(&disk.id)?;
+        self.qmp.execute("chardev-remove", &json!({ "id": disk.chardev() }))?;
+        Ok(())
+    }
+
+    /// Plugs a memory module in and waits until the guest uses it.
+    pub fn hotplug_memory(&mut self, id: &str, mib: u64) -> Result<()> {
+        let before = self.memory_kib()?;
+        let object = json!({ "qom-type": "memory-backend-memfd", "id": format!("mem-{id}"),
+            "size": mib << 20, "share": true });
+        self.qmp.execute("object-add", &object)?;
+        self.qmp.execute(
+            "device_add",
+            &json!({ "driver": "pc-dimm", "id": id, "memdev": format!("mem-{id}") }),
+        )?;
+        // The guest keeps a little of it for its own tables.
+        let want = before + (mib << 10) * 9 / 10;
+        wait::until("hot-plugged memory", UNPLUG_LIMIT, || Ok((self.memory_kib()? >= want).then_some(())))
+    }
+
+    /// Unplugs a memory module, with the guest's consent. Asks again while the guest finds pages in it that it
+    /// cannot move.
+    pub fn unplug_memory(&mut self, id: &str) -> Result<()> {
+        self.unplug(id)?;
+        self.qmp.execute("object-del", &json!({ "id": format!("mem-{id}") }))?;
+        Ok(())
+    }
+
+    /// The memory the guest has, in KiB.
+    pub fn memory_kib(&mut self) -> Result<u64> {
+        Ok(self.check("awk '/^MemTotal/ { print $2 }' /proc/meminfo")?.parse()?)
+    }
+
+    /// Has the guest reboot and waits for the agent.
+    pub fn reboot(&mut self) -> Result<()> {
+        self.agent.send("sync; reboot -f")?;
+        self.agent.wait_ready(BOOT_LIMIT).map_err(|error| self.explain(error))
+    }
+
+    /// Has [`Vm::quit`] overlook complaints with these words in them, which the scenario is bound to cause.
+    pub fn tolerate(&mut self, words: &'static str) {
+        self.tolerated.push(words);
+    }
+
+    /// Ends QEMU by its own means and checks that neither it nor the guest's kernel has had anything to
+    /// complain about.
+    pub fn quit(mut self) -> Result<()> {
+        self.qmp.execute("quit", &json!({}))?;
+        let status = self.process.wait_exit(Duration::from_secs(20))?;
+        ensure!(status.success(), "QEMU: {status}\n{}", self.process.stderr_tail());
+        self.expect_silence("QEMU", &self.process.stderr(), &["vhost"])?;
+        let kernel = std::fs::read(&self.kernel_log)?;
+        let bad = ["I/O error", "BUG:", "WARNING:", "blocked for more than", "EXT4-fs error", "Oops"];
+        self.expect_silence("the guest's kernel", &String::from_utf8_lossy(&kernel), &bad)
+    }
+
+    fn expect_silence(&self, who: &str, said: &str, bad: &[&str]) -> Result<()> {
+        let is_any = |line: &str, words: &[&str]| words.iter().any(|&word| line.contains(word));
+        match said.lines().find(|line| is_any(line, bad) && !is_any(line, &self.tolerated)) {
+            Some(line) => bail!("{who} says: {line}"),
+            None => Ok(()),
+        }
+    }
+
+    /// Kills QEMU with `SIGKILL`.
+    pub fn kill(&mut self) -> Result<()> {
+        self.process.kill9()
+    }
+
+    /// What QEMU has written on standard error.
+    pub fn stderr(&self) -> String {
+        self.process.stderr()
+    }
+
+    fn disk_count(&mut self) -> Result<u64> {
+        Ok(self.check("ls /sys/block | wc -l")?.parse()?)
+    }
+
+    fn wait_disk_count(&mut self, want: u64) -> Result<()> {
+        let what = format!("{want} disks in the guest");
+        wait::until(&what, UNPLUG_LIMIT, || Ok((self.disk_count()? == want).then_some(())))
+    }
+
+    fn unplug(&mut self, id: &str) -> Result<()> {
+        self.qmp.clear_events();
+        let deadline = Instant::now() + UNPLUG_LIMIT;
+        let mut last_answer = String::new();
+        while Instant::now() < deadline {
+            // While the first request is pending a further one is an error, and no harm.
+            if let Err(error) = self.qmp.execute("device_del", &json!({ "id": id })) {
+                last_answer = format!("{error:#}");
+            }
+            let is_gone = |event: &Value| event["event"] == "DEVICE_DELETED" && event["data"]["device"] == id;
+            if self.qmp.wait_event(Duration::from_secs(4), is_gone)?.is_some() {
+                return Ok(());
+            }
+        }
+        Err(self.explain(anyhow::anyhow!("the guest does not let go of {id}; {last_answer}")))
+    }
+
+    fn explain(&self, error: anyhow::Error) -> anyhow::Error {
+        let said = self.process.stderr_tail();
+        error.context(format!("QEMU says:\n{said}\nthe guest's kernel says:\n{}", tail(&self.kernel_log, 30)))
+    }
+}
+
+fn accept(listener: &UnixListener, process: &mut Process) -> Result<std::os::unix::net::UnixStream> {
+    wait::until("connection from QEMU", Duration::from_secs(20), || {
+        if let Ok((stream, _)) = listener.accept() {
+            return Ok(Some(stream));
+        }
+        if let Some(status) = process.poll_exit()? {
+            bail!("QEMU has ended at once ({status}): {}", process.stderr_tail());
+        }
+        Ok(None)
+    })
+}

@@ -1,0 +1,55 @@
+//! What the daemon prints on `SIGUSR1`.
+
+use std::collections::BTreeMap;
+
+/// One report of the daemon: a line for the disk, a table with a line for each queue, and a line for each kind of
+/// error.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Stats {
+    text: String,
+}
+
+impl Stats {
+    /// Wraps a report.
+    pub fn new(text: &str) -> Self {
+        Self { text: text.to_owned() }
+    }
+
+    /// The report as it was printed.
+    pub fn text(&self) -> &str {
+        &self.text
+    }
+
+    /// A column of whole numbers of the table, by queue.
+    pub fn column(&self, name: &str) -> BTreeMap<u32, u64> {
+        let mut lines = self.text.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+        let head = lines.find(|words| words.first() == Some(&"queue")).unwrap_or_default();
+        let Some(at) = head.iter().position(|&word| word == name) else { return BTreeMap::new() };
+        lines.filter_map(|words| Some((words.first()?.parse().ok()?, words.get(at)?.parse().ok()?))).collect()
+    }
+
+    /// The requests each queue has completed.
+    pub fn requests(&self) -> BTreeMap<u32, u64> {
+        self.column("requests")
+    }
+
+    /// The requests that have failed, over all queues.
+    pub fn errors(&self) -> u64 {
+        self.column("errors").values().sum()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Stats;
+
+    #[test]
+    fn finds_the_columns_of_the_table() {
+        let stats = Stats::new(
+            "disk a 4096 bytes, 2 queues\nqueue requests read errors p50-us\n0 10 512 0 1.5\n1 7 0 2 2.25\nall 17 512 2 2.0\n",
+        );
+        assert_eq!(stats.requests().into_iter().collect::<Vec<_>>(), [(0, 10), (1, 7)]);
+        assert_eq!(stats.errors(), 2);
+        assert!(stats.column("none").is_empty());
+    }
+}

@@ -1,0 +1,106 @@
+//! The scenarios, by what they are about.
+
+mod data;
+mod features;
+mod lifecycle;
+mod memory;
+
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use kickless_tests::daemon::{Daemon, Options};
+use kickless_tests::image::{Image, MIB};
+use kickless_tests::qemu::{Disk, Vm};
+use kickless_tests::scene::Scene;
+
+/// A scenario: `Ok(Some(reason))` means that this machine has not what it takes.
+pub type Scenario = fn(&Scene) -> Result<Option<String>>;
+
+/// All scenarios with their names.
+pub const ALL: &[(&str, Scenario)] = &[
+    ("ext4_holds_what_was_written", data::ext4),
+    ("verified_random_io_on_four_queues", data::four_queues),
+    ("queues_on_two_reactors", data::two_reactors),
+    ("two_disks_one_polled_one_event_driven", data::two_disks),
+    ("buffered_and_writethrough", data::buffered_and_writethrough),
+    ("discard_punches_holes_and_write_zeroes_zeroes", data::discard),
+    ("write_cache_toggles_under_load", data::write_cache),
+    ("read_only_disk_and_serial", features::read_only),
+    ("logical_blocks_of_4096_bytes", features::block_size),
+    ("disk_grows_online", features::growth),
+    ("iommu_platform", features::iommu_platform),
+    ("iommu_platform_with_bounce_buffers", features::swiotlb),
+    ("guest_reboots", lifecycle::reboot),
+    ("front_end_killed_under_load", lifecycle::front_end_killed),
+    ("disk_unplugged_and_plugged_again", lifecycle::replug),
+    ("disk_unplugged_under_load", lifecycle::unplug_under_load),
+    ("daemon_restarted_under_load", lifecycle::daemon_restarted),
+    ("memory_plugged_and_unplugged_under_load", memory::hotplug),
+    ("memory_in_many_regions", memory::many_regions),
+];
+
+/// How long a run of fio may take.
+const FIO_LIMIT: Duration = Duration::from_secs(90);
+
+/// A machine with one disk.
+struct OneDisk {
+    image: Image,
+    daemon: Daemon,
+    vm: Vm,
+}
+
+impl OneDisk {
+    /// An empty disk of 64 MiB, served with the default options.
+    fn new(scene: &Scene) -> Result<Self> {
+        Self::with(scene, &Options::default())
+    }
+
+    /// An empty disk of 64 MiB.
+    fn with(scene: &Scene, options: &Options) -> Result<Self> {
+        let image = Image::create(scene, "disk.img", 64 * MIB)?;
+        let daemon = options.spawn(scene, "daemon", &image)?;
+        let vm = Vm::builder().disk(Disk::new("disk", daemon.socket())).boot(scene)?;
+        Ok(Self { image, daemon, vm })
+    }
+
+    /// Ends all in good order, each of them making sure that it was.
+    fn finish(self) -> Result<Image> {
+        self.vm.quit()?;
+        self.daemon.terminate()?;
+        Ok(self.image)
+    }
+}
+
+/// Makes a file system on a disk, mounts it at `/mnt` and fills some files. Their checksums are the result.
+fn populate(vm: &mut Vm, disk: &str) -> Result<String> {
+    vm.check(&format!("mkfs.ext4 -q -F /dev/{disk} && mount /dev/{disk} /mnt"))?;
+    vm.check(
+        "mkdir /mnt/d && for i in $(seq 1 32); do \
+         dd if=/dev/urandom of=/mnt/d/f$i bs=777 count=$((i * 23)) 2>/dev/null || exit 1; done",
+    )?;
+    let sums = checksums(vm)?;
+    ensure!(sums.lines().count() == 32, "checksums: {sums}");
+    vm.check("sync")?;
+    Ok(sums)
+}
+
+/// The checksums of the files that [`populate`] has made, read from the disk rather than from memory.
+fn checksums(vm: &mut Vm) -> Result<String> {
+    vm.check("sync; echo 3 >/proc/sys/vm/drop_caches; cd /mnt/d && sha256sum *")
+}
+
+/// Mounts the file system that [`populate`] has made and fails unless the files are as they were.
+fn verify(vm: &mut Vm, disk: &str, sums: &str) -> Result<()> {
+    vm.check(&format!("mount /dev/{disk} /mnt"))?;
+    let found = checksums(vm)?;
+    ensure!(found == sums, "the files differ:\n{found}\nwere:\n{sums}");
+    vm.check(&format!("umount /mnt && e2fsck -fn /dev/{disk}"))?;
+    Ok(())
+}
+
+/// Fails unless a command in the guest prints `want`.
+fn expect_output(vm: &mut Vm, command: &str, want: &str) -> Result<()> {
+    let found = vm.check(command)?;
+    ensure!(found == want, "guest command `{command}`: {found:?}, expected {want:?}");
+    Ok(())
+}

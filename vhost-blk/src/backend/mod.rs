@@ -1,0 +1,73 @@
+//! Where requests are carried out. A back end answers at once or later; the queue does the rest.
+
+pub mod null;
+pub mod ram;
+pub mod uring;
+
+use std::io;
+
+use poll_engine::engine::queue::{Queue, Request};
+use poll_engine::engine::reactor::Io;
+
+use crate::request::Operation;
+
+/// What became of a request.
+#[derive(Debug)]
+pub enum Outcome {
+    /// Carried out.
+    Done,
+    /// Not carried out.
+    Failed(Failure),
+}
+
+/// Why a request was not carried out.
+#[derive(Debug, thiserror::Error)]
+pub enum Failure {
+    /// The request names ranges that do not fit.
+    #[error(transparent)]
+    Invalid(#[from] crate::request::Invalid),
+    /// The storage says no.
+    #[error("{what}: {error}")]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// What the system said.
+        error: io::Error,
+    },
+}
+
+/// How a request was begun.
+#[derive(Debug)]
+pub enum Begun {
+    /// It is over; the chain is still the queue's last.
+    Over(Request, Outcome),
+    /// It goes on; [`Backend::complete`] will tell.
+    Pending,
+}
+
+/// A back end of one queue.
+pub trait Backend: Send + 'static {
+    /// Called once on the reactor.
+    fn attach(&mut self, _io: &mut Io<'_>) {}
+
+    /// Called once on the reactor, with nothing pending.
+    fn detach(&mut self, _io: &mut Io<'_>) {}
+
+    /// Begins the request whose chain the queue has just taken. Never [`Operation::GetId`].
+    fn begin(&mut self, request: Request, operation: Operation, queue: &mut Queue, io: &mut Io<'_>) -> Begun;
+
+    /// Goes on with the pending request of `tag`; when it is over, `finish` is called with its chain still held.
+    fn complete(
+        &mut self,
+        _io: &mut Io<'_>,
+        _tag: u32,
+        _result: i32,
+        _finish: &mut dyn FnMut(Request, Operation, Outcome, poll_engine::ring::chain::ChainView<'_>),
+    ) {
+    }
+
+    /// Whether guest memory should be registered with io_uring.
+    fn uses_fixed_buffers(&self) -> bool {
+        false
+    }
+}

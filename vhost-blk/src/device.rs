@@ -1,0 +1,134 @@
+//! The block device's face to the engine: features, configuration space, queues (virtio 1.3, 5.2.3 to 5.2.5).
+
+use std::io;
+use std::sync::Arc;
+
+use poll_engine::device::{ConfigRefused, Device, QueueHandler};
+
+use crate::backend::null::Null;
+use crate::backend::ram::RamBackend;
+use crate::backend::uring::UringBackend;
+use crate::disk::{Disk, Storage};
+use crate::queue::BlkQueue;
+
+const F_SIZE_MAX: u64 = 1 << 1;
+const F_SEG_MAX: u64 = 1 << 2;
+const F_RO: u64 = 1 << 5;
+const F_BLK_SIZE: u64 = 1 << 6;
+const F_FLUSH: u64 = 1 << 9;
+const F_TOPOLOGY: u64 = 1 << 10;
+const F_CONFIG_WCE: u64 = 1 << 11;
+const F_MQ: u64 = 1 << 12;
+const F_DISCARD: u64 = 1 << 13;
+const F_WRITE_ZEROES: u64 = 1 << 14;
+
+/// Bytes of `struct virtio_blk_config` up to and with the write-zeroes fields.
+const CONFIG_LEN: usize = 60;
+/// Offset of the `writeback` byte, the only writable one.
+const CONFIG_WRITEBACK: u32 = 32;
+
+/// A disk offered as a virtio device.
+#[derive(Debug)]
+pub struct BlkDevice {
+    disk: Arc<Disk>,
+    num_queues: u16,
+    ring_size: u16,
+}
+
+impl BlkDevice {
+    /// `disk` with this many queues of at most this size.
+    pub fn new(disk: Arc<Disk>, num_queues: u16, ring_size: u16) -> BlkDevice {
+        BlkDevice { disk, num_queues, ring_size }
+    }
+
+    fn config(&self) -> [u8; CONFIG_LEN] {
+        let disk = &self.disk;
+        let limits = disk.limits();
+        let mut c = [0; CONFIG_LEN];
+        let mut put = |at: usize, bytes: &[u8]| c[at..at + bytes.len()].copy_from_slice(bytes);
+        put(0, &(disk.capacity() / 512).to_le_bytes());
+        put(8, &limits.size_max.to_le_bytes());
+        put(12, &limits.seg_max.to_le_bytes());
+        put(20, &disk.block_size().to_le_bytes());
+        // Topology: physical_block_exp and alignment_offset 0, min_io_size one block, opt_io_size none in particular.
+        put(26, &1u16.to_le_bytes());
+        put(CONFIG_WRITEBACK as usize, &[u8::from(disk.writeback())]);
+        put(34, &self.num_queues.to_le_bytes());
+        let block_sectors = disk.block_size() / 512;
+        put(36, &limits.max_range_sectors.to_le_bytes());
+        put(40, &limits.max_segments.to_le_bytes());
+        put(44, &block_sectors.to_le_bytes());
+        put(48, &limits.max_range_sectors.to_le_bytes());
+        put(52, &limits.max_segments.to_le_bytes());
+        put(56, &[1]);
+        c
+    }
+}
+
+impl Device for BlkDevice {
+    fn features(&self) -> u64 {
+        let common = F_SIZE_MAX | F_SEG_MAX | F_BLK_SIZE | F_TOPOLOGY | F_FLUSH | F_CONFIG_WCE | F_MQ;
+        common | if self.disk.is_read_only() { F_RO } else { F_DISCARD | F_WRITE_ZEROES }
+    }
+
+    fn num_queues(&self) -> u16 {
+        self.num_queues
+    }
+
+    fn max_ring_size(&self) -> u16 {
+        self.ring_size
+    }
+
+    fn read_config(&self, offset: u32, into: &mut [u8]) {
+        let config = self.config();
+        let from = config.get(offset as usize..).unwrap_or_default();
+        let n = from.len().min(into.len());
+        into[..n].copy_from_slice(&from[..n]);
+        into[n..].fill(0);
+    }
+
+    fn write_config(&self, offset: u32, bytes: &[u8]) -> Result<(), ConfigRefused> {
+        match (offset, bytes) {
+            (CONFIG_WRITEBACK, [mode @ 0..=1]) => {
+                self.disk.set_writeback(*mode == 1);
+                Ok(())
+            }
+            _ => Err(ConfigRefused { offset, end: offset.saturating_add(bytes.len() as u32) }),
+        }
+    }
+
+    fn start_queue(&self, _index: u16, features: u64, ring_size: u16) -> io::Result<Box<dyn QueueHandler>> {
+        let disk = Arc::clone(&self.disk);
+        // 5.2.5.2: the mode is the guest's to set with CONFIG_WCE; without it a driver that knows FLUSH expects a
+        // cache, and one that does not would never flush it.
+        let cache = match (features & F_CONFIG_WCE != 0, features & F_FLUSH != 0) {
+            (true, _) => Cache::AsConfigured,
+            (false, true) => Cache::Fixed(disk.default_writeback()),
+            (false, false) => Cache::Fixed(false),
+        };
+        Ok(match disk.storage() {
+            Storage::Null => Box::new(BlkQueue::new(disk, Null)),
+            Storage::Ram(ram) => {
+                let backend = RamBackend::new(Arc::clone(ram), Arc::clone(&disk));
+                Box::new(BlkQueue::new(disk, backend))
+            }
+            Storage::File(file, traits) => {
+                let backend = UringBackend::new(file.try_clone()?, *traits, Arc::clone(&disk), cache, ring_size);
+                Box::new(BlkQueue::new(disk, backend))
+            }
+        })
+    }
+
+    fn reset(&self) {
+        self.disk.set_writeback(self.disk.default_writeback());
+    }
+}
+
+/// Which write-cache mode a queue keeps to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cache {
+    /// What configuration space says at the time.
+    AsConfigured,
+    /// Write-back, or write-through.
+    Fixed(bool),
+}

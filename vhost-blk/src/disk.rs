@@ -1,0 +1,173 @@
+//! What all queues of one device share: size, geometry, write-cache mode, and where the bytes are.
+
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use poll_engine::memory::Ram;
+
+use crate::open::{FileTraits, OpenError};
+
+/// Reading or writing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// From the disk.
+    Read,
+    /// To the disk.
+    Write,
+}
+
+/// What the back end asks drivers to keep to; told in configuration space (virtio 1.3, 5.2.4).
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// `size_max`: bytes of one data segment.
+    pub size_max: u32,
+    /// `seg_max`: data segments of one request.
+    pub seg_max: u32,
+    /// Ranges of one discard or write-zeroes request.
+    pub max_segments: u32,
+    /// Sectors of one such range.
+    pub max_range_sectors: u32,
+}
+
+/// Where the bytes are.
+#[derive(Debug)]
+pub enum Storage {
+    /// A regular file or block device, and what it can do.
+    File(File, FileTraits),
+    /// Memory, shared by all queues.
+    Ram(Arc<Ram>),
+    /// Nowhere: writes vanish, reads leave the guest's buffer as it is.
+    Null,
+}
+
+/// A disk.
+#[derive(Debug)]
+pub struct Disk {
+    storage: Storage,
+    capacity: AtomicU64,
+    /// Offsets and lengths of requests are multiples of this.
+    granularity: u64,
+    block_size: u32,
+    read_only: bool,
+    serial: String,
+    limits: Limits,
+    /// The mode a reset goes back to.
+    cache_writeback: bool,
+    writeback: AtomicBool,
+}
+
+/// How a disk is to be presented.
+#[derive(Clone, Debug)]
+pub struct DiskConfig {
+    /// Logical block size in bytes: a power of two from 512 to 65536.
+    pub block_size: u32,
+    /// Refuse writes.
+    pub read_only: bool,
+    /// What `GET_ID` answers, at most 20 bytes.
+    pub serial: String,
+    /// Writes are durable only after a flush, until the guest says otherwise.
+    pub writeback: bool,
+    /// Largest ring a queue may have.
+    pub ring_size: u16,
+}
+
+impl Disk {
+    /// A disk of `capacity` bytes in `storage`.
+    pub fn new(storage: Storage, capacity: u64, config: &DiskConfig) -> Disk {
+        let granularity = match &storage {
+            Storage::File(_, traits) => u64::from(traits.offset_align),
+            Storage::Ram(_) | Storage::Null => 512,
+        };
+        // A RAM disk zeroes ranges itself, on the reactor: small ones, so that neighbours do not wait. The kernel does
+        // it for files, elsewhere.
+        let max_range_sectors = if matches!(storage, Storage::Ram(_)) { 1 << 13 } else { 1 << 22 };
+        let limits = Limits {
+            size_max: 1 << 20,
+            // Header and status need a descriptor each.
+            seg_max: u32::from(config.ring_size).saturating_sub(2).clamp(1, 126),
+            max_segments: 32,
+            max_range_sectors,
+        };
+        Disk {
+            storage,
+            capacity: AtomicU64::new(capacity),
+            granularity,
+            block_size: config.block_size,
+            read_only: config.read_only,
+            serial: config.serial.clone(),
+            limits,
+            cache_writeback: config.writeback,
+            writeback: AtomicBool::new(config.writeback),
+        }
+    }
+
+    /// Where the bytes are.
+    pub fn storage(&self) -> &Storage {
+        &self.storage
+    }
+
+    /// Size in bytes.
+    pub fn capacity(&self) -> u64 {
+        self.capacity.load(Ordering::Relaxed)
+    }
+
+    /// Whether a request may touch these bytes.
+    #[inline]
+    pub fn contains(&self, offset: u64, len: u64) -> bool {
+        let aligned = (offset | len) & (self.granularity - 1) == 0;
+        aligned && offset.checked_add(len).is_some_and(|end| end <= self.capacity())
+    }
+
+    /// Logical block size in bytes.
+    pub fn block_size(&self) -> u32 {
+        self.block_size
+    }
+
+    /// Whether writes are refused.
+    #[inline]
+    pub fn is_read_only(&self) -> bool {
+        self.read_only
+    }
+
+    /// The serial number.
+    pub fn serial(&self) -> &str {
+        &self.serial
+    }
+
+    /// What drivers are to keep to.
+    #[inline]
+    pub fn limits(&self) -> Limits {
+        self.limits
+    }
+
+    /// Whether the write cache is on, as the guest last set it.
+    #[inline]
+    pub fn writeback(&self) -> bool {
+        self.writeback.load(Ordering::Relaxed)
+    }
+
+    /// Whether the write cache is on to begin with.
+    pub fn default_writeback(&self) -> bool {
+        self.cache_writeback
+    }
+
+    /// The guest turns the write cache on or off.
+    pub fn set_writeback(&self, on: bool) {
+        self.writeback.store(on, Ordering::Relaxed);
+    }
+
+    /// Looks whether the file has grown, and takes the new size over; the new size, if so. A file that has shrunk keeps
+    /// its size: requests beyond its end fail one by one.
+    pub fn grow(&self) -> Result<Option<u64>, OpenError> {
+        let Storage::File(file, _) = &self.storage else { return Ok(None) };
+        let size = crate::open::size_of(file.as_fd())?;
+        let size = size - size % u64::from(self.block_size);
+        if size <= self.capacity() {
+            return Ok(None);
+        }
+        self.capacity.store(size, Ordering::Relaxed);
+        Ok(Some(size))
+    }
+}

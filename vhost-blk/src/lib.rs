@@ -1,0 +1,18 @@
+//! A virtio block device (virtio 1.3, 5.2) on the poll engine.
+//!
+//! ```text
+//! chain ─► request (pure parser) ─► queue ─► backend/{null, ram, uring} ─► queue: status byte, used length
+//! ```
+//!
+//! [`disk`] is what all queues of a device share, [`device`] is its face to the engine, [`open`] finds out what a file
+//! can do before anything starts, [`lock`] keeps other writers away.
+
+pub mod backend;
+pub mod cli;
+pub mod device;
+pub mod disk;
+pub mod lock;
+pub mod open;
+pub mod queue;
+pub mod report;
+pub mod request;

@@ -1,0 +1,96 @@
+//! Keeping other writers away from an image, by the byte-range locks QEMU takes (its block/file-posix.c and
+//! docs/system/images.rst): one byte for each permission in use, one for each that nobody else may have.
+//!
+//! QEMU sees ours and we see QEMU's, so neither can open for writing what the other has open.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsFd;
+
+use nix::fcntl::{FcntlArg, fcntl};
+
+/// `BLK_PERM_CONSISTENT_READ`, as a bit number.
+const CONSISTENT_READ: i64 = 0;
+/// `BLK_PERM_WRITE`.
+const WRITE: i64 = 1;
+/// Byte of the first permission in use.
+const IN_USE: i64 = 100;
+/// Byte of the first permission not shared.
+const NOT_SHARED: i64 = 200;
+
+/// Why the image is not ours.
+#[derive(Debug, thiserror::Error)]
+pub enum LockError {
+    /// Somebody else has it.
+    #[error("another process has it open for writing; stop that process, or use --read-only on both sides")]
+    HeldByWriter,
+    /// Somebody reads it who does not want it to change.
+    #[error("another process reads it and does not allow writers; stop that process, or use --read-only")]
+    HeldByReader,
+    /// The file system has no such locks.
+    #[error("cannot lock: {0}")]
+    Io(#[from] io::Error),
+}
+
+fn flock(kind: i32, byte: i64) -> libc::flock {
+    libc::flock { l_type: kind as i16, l_whence: libc::SEEK_SET as i16, l_start: byte, l_len: 1, l_pid: 0 }
+}
+
+fn hold(file: &File, byte: i64) -> Result<(), LockError> {
+    // Shared locks: that a byte is locked at all is the message.
+    fcntl(file.as_fd(), FcntlArg::F_OFD_SETLK(&flock(libc::F_RDLCK, byte))).map_err(io::Error::from)?;
+    Ok(())
+}
+
+fn is_held(file: &File, byte: i64) -> Result<bool, LockError> {
+    let mut probe = flock(libc::F_WRLCK, byte);
+    fcntl(file.as_fd(), FcntlArg::F_OFD_GETLK(&mut probe)).map_err(io::Error::from)?;
+    Ok(i32::from(probe.l_type) != libc::F_UNLCK)
+}
+
+/// Locks `file` for reading, or for writing too; other writers are shut out either way. The locks last as long as the
+/// open file.
+pub fn lock(file: &File, writable: bool) -> Result<(), LockError> {
+    hold(file, IN_USE + CONSISTENT_READ)?;
+    hold(file, NOT_SHARED + WRITE)?;
+    if writable {
+        hold(file, IN_USE + WRITE)?;
+    }
+    // Taken first and looked at second: of two that come at once, both may lose, never both win.
+    if is_held(file, IN_USE + WRITE)? {
+        return Err(LockError::HeldByWriter);
+    }
+    if is_held(file, NOT_SHARED + CONSISTENT_READ)? {
+        return Err(LockError::HeldByWriter);
+    }
+    if writable && is_held(file, NOT_SHARED + WRITE)? {
+        return Err(LockError::HeldByReader);
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn open(path: &std::path::Path) -> File {
+        File::options().read(true).write(true).open(path).unwrap()
+    }
+
+    #[test]
+    fn one_writer_or_many_readers() {
+        let image = tempfile::NamedTempFile::new().unwrap();
+        let reader = open(image.path());
+        lock(&reader, false).unwrap();
+        let second = open(image.path());
+        lock(&second, false).unwrap();
+        assert!(matches!(lock(&open(image.path()), true), Err(LockError::HeldByReader)));
+        drop((reader, second));
+        let writer = open(image.path());
+        lock(&writer, true).unwrap();
+        assert!(matches!(lock(&open(image.path()), true), Err(LockError::HeldByWriter)));
+        assert!(matches!(lock(&open(image.path()), false), Err(LockError::HeldByWriter)));
+        drop(writer);
+        lock(&open(image.path()), true).unwrap();
+    }
+}

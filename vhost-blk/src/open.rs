@@ -1,0 +1,150 @@
+//! Opening an image: what it is, how large, what alignment direct I/O wants, and whether it is ours.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Seek, SeekFrom};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{AtFlags, StatxFlags, statx};
+
+use crate::lock::{LockError, lock};
+
+/// Why an image cannot be used. Each names the file and what to do.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// Missing, forbidden, a directory.
+    #[error("cannot open {path}{how}: {error}")]
+    Open {
+        /// The file.
+        path: PathBuf,
+        /// What was tried and what else could be.
+        how: &'static str,
+        /// What the system said.
+        error: io::Error,
+    },
+    /// Neither file nor block device.
+    #[error("{0} is neither a regular file nor a block device")]
+    Kind(PathBuf),
+    /// Nothing in it.
+    #[error("{0} is empty; give it a size, for example with truncate -s 10G")]
+    Empty(PathBuf),
+    /// A size that the guest could not address whole.
+    #[error("{path} has {size} bytes, no multiple of the block size {block_size}; resize it or change --block-size")]
+    Size {
+        /// The file.
+        path: PathBuf,
+        /// Bytes.
+        size: u64,
+        /// Bytes.
+        block_size: u32,
+    },
+    /// The block size is finer than direct I/O allows.
+    #[error("direct I/O on {path} needs blocks of {align} bytes; use --block-size {align} or --direct off")]
+    Alignment {
+        /// The file.
+        path: PathBuf,
+        /// Bytes.
+        align: u32,
+    },
+    /// Somebody else uses it.
+    #[error("cannot use {path}: {error}")]
+    Lock {
+        /// The file.
+        path: PathBuf,
+        /// Who.
+        error: LockError,
+    },
+    /// Its size cannot be read.
+    #[error("cannot read the size: {0}")]
+    Stat(#[from] io::Error),
+}
+
+/// What an open image can do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FileTraits {
+    /// Opened with `O_DIRECT`.
+    pub direct: bool,
+    /// Alignment of buffers in memory, bytes.
+    pub mem_align: u32,
+    /// Alignment of file offsets and lengths, bytes.
+    pub offset_align: u32,
+}
+
+/// Bytes of a regular file or block device.
+pub fn size_of(fd: BorrowedFd<'_>) -> Result<u64, OpenError> {
+    let mut file = File::from(fd.try_clone_to_owned()?);
+    Ok(file.seek(SeekFrom::End(0))?)
+}
+
+/// Opens and locks the image at `path` for a disk with blocks of `block_size` bytes; its size comes with it.
+pub fn open(path: &Path, read_only: bool, direct: bool, block_size: u32) -> Result<(File, FileTraits, u64), OpenError> {
+    let with = |flags: i32| OpenOptions::new().read(true).write(!read_only).custom_flags(flags).open(path);
+    // O_NONBLOCK keeps a named pipe from holding us up; files and block devices do not care.
+    let file = with(libc::O_NONBLOCK).map_err(|error| {
+        let denied = matches!(error.raw_os_error(), Some(libc::EACCES | libc::EROFS | libc::EPERM));
+        let how = if denied && !read_only { " for writing (use --read-only to only read it)" } else { "" };
+        OpenError::Open { path: path.to_owned(), how, error }
+    })?;
+    let kind = file.metadata()?.file_type();
+    if !kind.is_file() && !kind.is_block_device() {
+        return Err(OpenError::Kind(path.to_owned()));
+    }
+    let size = size_of(file.as_fd())?;
+    if size == 0 {
+        return Err(OpenError::Empty(path.to_owned()));
+    }
+    if !size.is_multiple_of(u64::from(block_size)) {
+        return Err(OpenError::Size { path: path.to_owned(), size, block_size });
+    }
+    let buffered = FileTraits { direct: false, mem_align: 1, offset_align: 512 };
+    let (file, traits) = match direct.then(|| with(libc::O_DIRECT)) {
+        None => (file, buffered),
+        // No direct I/O on this file system: it keeps the data in memory anyway, or has no better way.
+        Some(Err(e)) if e.raw_os_error() == Some(libc::EINVAL) => {
+            tracing::info!("{}: no direct I/O here, using the page cache", path.display());
+            (file, buffered)
+        }
+        Some(Err(error)) => return Err(OpenError::Open { path: path.to_owned(), how: " with O_DIRECT", error }),
+        Some(Ok(file)) => {
+            let traits = direct_traits(&file)?;
+            (file, traits.unwrap_or(buffered))
+        }
+    };
+    if traits.offset_align > block_size {
+        return Err(OpenError::Alignment { path: path.to_owned(), align: traits.offset_align });
+    }
+    lock(&file, !read_only).map_err(|error| OpenError::Lock { path: path.to_owned(), error })?;
+    Ok((file, traits, size))
+}
+
+/// What direct I/O wants, as the kernel says (`STATX_DIOALIGN`, Linux 6.1); a page where it does not say. `None` for
+/// a file that takes `O_DIRECT` but copies anyway (tmpfs).
+fn direct_traits(file: &File) -> Result<Option<FileTraits>, OpenError> {
+    const TMPFS_MAGIC: i64 = 0x0102_1994;
+    let fs = rustix::fs::fstatfs(file).map_err(io::Error::from)?;
+    if i64::from(fs.f_type) == TMPFS_MAGIC {
+        return Ok(None);
+    }
+    let stat = statx(file, c"", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN).map_err(io::Error::from)?;
+    let said = stat.stx_mask & StatxFlags::DIOALIGN.bits() != 0 && stat.stx_dio_offset_align > 0;
+    let (mem_align, offset_align) = match said {
+        true => (stat.stx_dio_mem_align.max(1), stat.stx_dio_offset_align.max(512)),
+        false if file.metadata()?.file_type().is_block_device() => (4096, logical_block_size(file)),
+        false => (4096, 4096),
+    };
+    Ok(Some(FileTraits { direct: true, mem_align, offset_align }))
+}
+
+/// `BLKSSZGET` without an ioctl: sysfs has it for every block device.
+fn logical_block_size(file: &File) -> u32 {
+    use std::os::unix::fs::MetadataExt;
+    let Ok(meta) = file.metadata() else { return 4096 };
+    let dev = meta.rdev();
+    let base = format!("/sys/dev/block/{}:{}", rustix::fs::major(dev), rustix::fs::minor(dev));
+    // A partition has its queue one level up.
+    let read = |path: String| std::fs::read_to_string(path).ok()?.trim().parse().ok();
+    read(format!("{base}/queue/logical_block_size"))
+        .or_else(|| read(format!("{base}/../queue/logical_block_size")))
+        .unwrap_or(4096)
+}

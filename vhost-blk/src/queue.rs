@@ -1,0 +1,138 @@
+//! One block queue: takes requests, hands them to the back end, writes status bytes and used lengths.
+
+use std::sync::Arc;
+
+use poll_engine::device::QueueHandler;
+use poll_engine::engine::queue::{Queue, Request};
+use poll_engine::engine::reactor::Io;
+use poll_engine::ring::chain::ChainView;
+use poll_engine::stats::{ErrorKind, QueueStats};
+
+use crate::backend::{Backend, Begun, Failure, Outcome};
+use crate::disk::Disk;
+use crate::request::{ID_LEN, Operation, STATUS_IOERR, STATUS_OK, parse};
+
+/// The handler of one queue over one kind of back end.
+#[derive(Debug)]
+pub struct BlkQueue<B> {
+    disk: Arc<Disk>,
+    backend: B,
+    /// Pending requests that are over, until the round's completions have all been taken.
+    over: Vec<(Request, u32)>,
+}
+
+impl<B: Backend> BlkQueue<B> {
+    /// A queue of `disk`.
+    pub fn new(disk: Arc<Disk>, backend: B) -> BlkQueue<B> {
+        BlkQueue { disk, backend, over: Vec::new() }
+    }
+
+    #[inline]
+    fn one(&mut self, request: Request, queue: &mut Queue, io: &mut Io<'_>) {
+        let operation = match parse(&queue.chain(), &self.disk) {
+            Ok(Operation::GetId { len }) => {
+                let written = self.get_id(&queue.chain(), len);
+                queue.complete(request, written);
+                return;
+            }
+            Ok(operation) => operation,
+            Err(e) => {
+                queue.count_error(e.kind(), &e);
+                let written = set_status(&queue.chain(), e.status(), 0);
+                queue.complete(request, written);
+                return;
+            }
+        };
+        if let Begun::Over(request, outcome) = self.backend.begin(request, operation, queue, io) {
+            let written = finish(&queue.chain(), operation, &outcome, queue.stats());
+            if let Outcome::Failed(failure) = outcome {
+                count(queue, &failure);
+            }
+            queue.complete(request, written);
+        }
+    }
+
+    /// 5.2.6: "the device ID string is a NUL-padded ASCII string up to 20 bytes long".
+    fn get_id(&self, chain: &ChainView<'_>, len: u32) -> u32 {
+        let mut id = [0; ID_LEN];
+        let serial = self.disk.serial().as_bytes();
+        let n = serial.len().min(ID_LEN);
+        id[..n].copy_from_slice(&serial[..n]);
+        let written = chain.writable(0, len).write(&id) as u32;
+        set_status(chain, STATUS_OK, written)
+    }
+}
+
+impl<B: Backend> QueueHandler for BlkQueue<B> {
+    fn attach(&mut self, io: &mut Io<'_>) {
+        self.backend.attach(io);
+    }
+
+    #[inline]
+    fn poll(&mut self, queue: &mut Queue, io: &mut Io<'_>) -> usize {
+        let ready = queue.ready();
+        for _ in 0..ready {
+            let Some(request) = queue.take() else { break };
+            self.one(request, queue, io);
+        }
+        usize::from(ready)
+    }
+
+    fn complete(&mut self, queue: &mut Queue, io: &mut Io<'_>, tag: u32, result: i32) {
+        let over = &mut self.over;
+        let queue_ref: &Queue = queue;
+        self.backend.complete(io, tag, result, &mut |request, operation, outcome, chain| {
+            let written = finish(&chain, operation, &outcome, queue_ref.stats());
+            if let Outcome::Failed(failure) = outcome {
+                count(queue_ref, &failure);
+            }
+            over.push((request, written));
+        });
+        for (request, written) in self.over.drain(..) {
+            queue.complete(request, written);
+        }
+    }
+
+    fn detach(&mut self, io: &mut Io<'_>) {
+        self.backend.detach(io);
+    }
+
+    fn uses_fixed_buffers(&self) -> bool {
+        self.backend.uses_fixed_buffers()
+    }
+}
+
+fn count(queue: &Queue, failure: &Failure) {
+    let kind = match failure {
+        Failure::Invalid(e) => e.kind(),
+        Failure::Io { .. } => ErrorKind::Io,
+    };
+    queue.count_error(kind, failure);
+}
+
+/// Writes the status and returns the used length; counts bytes.
+#[inline]
+fn finish(chain: &ChainView<'_>, operation: Operation, outcome: &Outcome, stats: &QueueStats) -> u32 {
+    match (outcome, operation) {
+        (Outcome::Done, Operation::Read { len, .. }) => {
+            stats.bytes_read.add(u64::from(len));
+            set_status(chain, STATUS_OK, len)
+        }
+        (Outcome::Done, Operation::Write { len, .. }) => {
+            stats.bytes_written.add(u64::from(len));
+            set_status(chain, STATUS_OK, 0)
+        }
+        (Outcome::Done, _) => set_status(chain, STATUS_OK, 0),
+        (Outcome::Failed(Failure::Invalid(e)), _) => set_status(chain, e.status(), 0),
+        (Outcome::Failed(Failure::Io { .. }), _) => set_status(chain, STATUS_IOERR, 0),
+    }
+}
+
+/// Writes the status byte behind `data` bytes that were written from the chain's first writable byte on. Returns the
+/// used length, which counts only an unbroken run of written bytes from the start (2.7.8.2).
+#[inline]
+fn set_status(chain: &ChainView<'_>, status: u8, data: u32) -> u32 {
+    let Some(at) = chain.writable_len().checked_sub(1) else { return 0 };
+    chain.writable(at, 1).write(&[status]);
+    if data == at { data + 1 } else { data }
+}
