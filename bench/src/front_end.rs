@@ -38,12 +38,14 @@ pub fn run(run: &Run) -> Result<Vec<JobResult>> {
     let protocol = front.get_protocol_features().with_context(refused)?;
     let use_protocol = protocol & (VhostUserProtocolFeatures::MQ | VhostUserProtocolFeatures::CONFIG);
     front.set_protocol_features(use_protocol).with_context(refused)?;
-    let queues = if use_protocol.contains(VhostUserProtocolFeatures::MQ) { front.get_queue_num()? } else { 1 };
+    let queues =
+        if use_protocol.contains(VhostUserProtocolFeatures::MQ) { front.get_queue_num()? } else { 1 };
     if queues < jobs.into() {
         bail!("{path} has {queues} queues, fewer than --numjobs {jobs}");
     }
     let (_, config) = front.get_config(0, 8, VhostUserConfigFlags::empty(), &[0; 8]).with_context(refused)?;
-    let sectors = u64::from_le_bytes(config.try_into().ok().context("a configuration space of another size")?);
+    let sectors =
+        u64::from_le_bytes(config.try_into().ok().context("a configuration space of another size")?);
 
     let mut ram = Ram::new(0, RAM, false)?;
     let spec = ram.spec();
@@ -88,7 +90,13 @@ pub fn run(run: &Run) -> Result<Vec<JobResult>> {
     })
 }
 
-fn set_up(front: &Frontend, index: usize, config: &RingConfig, kick: &EventFd, call: &EventFd) -> vhost::Result<()> {
+fn set_up(
+    front: &Frontend,
+    index: usize,
+    config: &RingConfig,
+    kick: &EventFd,
+    call: &EventFd,
+) -> vhost::Result<()> {
     front.set_vring_num(index, config.size as u16)?;
     front.set_vring_base(index, config.base)?;
     front.set_vring_addr(

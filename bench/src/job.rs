@@ -114,7 +114,9 @@ impl Job {
                     Pattern::Randrw => random % 100 >= u64::from(run.rwmixread),
                     _ => false,
                 };
-                let head = self.add(slot, block * u64::from(run.bs / 512), write, run).context("the ring is full")?;
+                let head = self
+                    .add(slot, block * u64::from(run.bs / 512), write, run)
+                    .context("the ring is full")?;
                 by_head[usize::from(head)] = (slot, now);
             }
             if self.ring.publish() {

@@ -8,7 +8,8 @@ use crate::job::JobResult;
 
 /// Prints the sum of all jobs.
 pub fn print(run: &Run, jobs: &[JobResult]) {
-    let mut latency = Histogram::<u64>::new(3).unwrap_or_else(|e| unreachable!("three digits are allowed: {e}"));
+    let mut latency =
+        Histogram::<u64>::new(3).unwrap_or_else(|e| unreachable!("three digits are allowed: {e}"));
     for job in jobs {
         // Same settings, so it always fits.
         let _ = latency.add(&job.latency);
@@ -30,8 +31,18 @@ pub fn print(run: &Run, jobs: &[JobResult]) {
     } else {
         println!(
             "{:?} bs={} iodepth={} numjobs={}: {:.0} IOPS, {:.1} MiB/s, latency us p50={:.2} p90={:.2} p99={:.2} p99.9={:.2} max={:.2}, {} kicks",
-            run.rw, run.bs, run.iodepth, run.numjobs, iops, iops * f64::from(run.bs) / f64::from(1 << 20),
-            us(50.0), us(90.0), us(99.0), us(99.9), us(100.0), kicks,
+            run.rw,
+            run.bs,
+            run.iodepth,
+            run.numjobs,
+            iops,
+            iops * f64::from(run.bs) / f64::from(1 << 20),
+            us(50.0),
+            us(90.0),
+            us(99.0),
+            us(99.9),
+            us(100.0),
+            kicks,
         );
     }
 }

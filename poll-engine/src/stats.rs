@@ -134,7 +134,7 @@ impl Histogram {
         if value < SUB as u64 {
             return value as usize;
         }
-        let top = 63 - value.leading_zeros();
+        let top = value.ilog2();
         if top >= MAX_BITS {
             return BUCKETS - 1;
         }

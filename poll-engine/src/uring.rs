@@ -96,16 +96,21 @@ impl Uring {
             b.setup_clamp().setup_cqsize(entries * 4).dontfork();
             b
         };
-        let wanted = builder().setup_single_issuer().setup_defer_taskrun().setup_taskrun_flag().build(entries);
+        let wanted =
+            builder().setup_single_issuer().setup_defer_taskrun().setup_taskrun_flag().build(entries);
         let deferred = match wanted {
             Ok(ring) => return Ok(ring),
             Err(e) => e,
         };
-        info!("io_uring: no deferred task work on this kernel ({deferred}; it came with Linux 6.1), using cooperative");
+        info!(
+            "io_uring: no deferred task work on this kernel ({deferred}; it came with Linux 6.1), using cooperative"
+        );
         match builder().setup_coop_taskrun().setup_taskrun_flag().build(entries) {
             Ok(ring) => Ok(ring),
             Err(e) => {
-                info!("io_uring: no cooperative task work either ({e}; it came with Linux 5.19), using plain rings");
+                info!(
+                    "io_uring: no cooperative task work either ({e}; it came with Linux 5.19), using plain rings"
+                );
                 builder().build(entries)
             }
         }
@@ -206,7 +211,7 @@ impl Uring {
             return;
         }
         let mut wanted: Vec<Arc<Region>> = Vec::new();
-        for region in maps.flat_map(|m| m.regions()) {
+        for region in maps.flat_map(MemoryMap::regions) {
             let eligible = mode == FixedBuffers::On || region.is_huge();
             if eligible && !wanted.iter().any(|w| Arc::ptr_eq(w, region)) {
                 wanted.push(Arc::clone(region));
@@ -237,12 +242,16 @@ impl Uring {
             let iov = libc::iovec { iov_base: host.cast(), iov_len: len };
             // SAFETY: the range is inside the region's mapping, which the Arc in `pieces` keeps until released.
             match unsafe { self.ring.submitter().register_buffers_update(slot, &[iov], None) } {
-                Ok(()) => self.pieces.push(Piece { host: host.addr(), len, slot, region: Arc::clone(region) }),
+                Ok(()) => {
+                    self.pieces.push(Piece { host: host.addr(), len, slot, region: Arc::clone(region) })
+                }
                 Err(e) => {
                     // Not worth trying again and again: the limit will not move by itself.
                     self.buffers_refused = true;
                     self.free_buffers.push(slot);
-                    info!("guest memory stays unregistered with io_uring ({e}); raise the memlock limit to change that");
+                    info!(
+                        "guest memory stays unregistered with io_uring ({e}); raise the memlock limit to change that"
+                    );
                 }
             }
             at += len as u64;

@@ -175,7 +175,11 @@ impl FromStr for ExtraDisk {
                         other => return Err(format!("read-only is on or off, not '{other}'")),
                     }
                 }
-                other => return Err(format!("unknown key '{other}' (socket-path, blk-file, backend, serial, read-only)")),
+                other => {
+                    return Err(format!(
+                        "unknown key '{other}' (socket-path, blk-file, backend, serial, read-only)"
+                    ));
+                }
             }
         }
         if disk.socket_path.as_os_str().is_empty() {
@@ -253,7 +257,8 @@ mod tests {
     fn further_disks_are_key_value_lists() {
         let disk: ExtraDisk = "socket-path=/s,blk-file=/f,read-only".parse().unwrap();
         assert_eq!((disk.read_only, disk.blk_file), (true, Some("/f".into())));
-        for bad in ["", "socket-path=/s", "blk-file=/f", "socket-path=/s,blk-file=/f,backend=null:1G", "x=y"] {
+        for bad in ["", "socket-path=/s", "blk-file=/f", "socket-path=/s,blk-file=/f,backend=null:1G", "x=y"]
+        {
             assert!(bad.parse::<ExtraDisk>().is_err(), "{bad}");
         }
     }

@@ -113,7 +113,8 @@ impl Device for BlkDevice {
                 Box::new(BlkQueue::new(disk, backend))
             }
             Storage::File(file, traits) => {
-                let backend = UringBackend::new(file.try_clone()?, *traits, Arc::clone(&disk), cache, ring_size);
+                let backend =
+                    UringBackend::new(file.try_clone()?, *traits, Arc::clone(&disk), cache, ring_size);
                 Box::new(BlkQueue::new(disk, backend))
             }
         })

@@ -30,7 +30,9 @@ pub enum OpenError {
     #[error("{0} is empty; give it a size, for example with truncate -s 10G")]
     Empty(PathBuf),
     /// A size that the guest could not address whole.
-    #[error("{path} has {size} bytes, no multiple of the block size {block_size}; resize it or change --block-size")]
+    #[error(
+        "{path} has {size} bytes, no multiple of the block size {block_size}; resize it or change --block-size"
+    )]
     Size {
         /// The file.
         path: PathBuf,
@@ -78,7 +80,12 @@ pub fn size_of(fd: BorrowedFd<'_>) -> Result<u64, OpenError> {
 }
 
 /// Opens and locks the image at `path` for a disk with blocks of `block_size` bytes; its size comes with it.
-pub fn open(path: &Path, read_only: bool, direct: bool, block_size: u32) -> Result<(File, FileTraits, u64), OpenError> {
+pub fn open(
+    path: &Path,
+    read_only: bool,
+    direct: bool,
+    block_size: u32,
+) -> Result<(File, FileTraits, u64), OpenError> {
     let with = |flags: i32| OpenOptions::new().read(true).write(!read_only).custom_flags(flags).open(path);
     // O_NONBLOCK keeps a named pipe from holding us up; files and block devices do not care.
     let file = with(libc::O_NONBLOCK).map_err(|error| {
@@ -105,7 +112,9 @@ pub fn open(path: &Path, read_only: bool, direct: bool, block_size: u32) -> Resu
             tracing::info!("{}: no direct I/O here, using the page cache", path.display());
             (file, buffered)
         }
-        Some(Err(error)) => return Err(OpenError::Open { path: path.to_owned(), how: " with O_DIRECT", error }),
+        Some(Err(error)) => {
+            return Err(OpenError::Open { path: path.to_owned(), how: " with O_DIRECT", error });
+        }
         Some(Ok(file)) => {
             let traits = direct_traits(&file)?;
             (file, traits.unwrap_or(buffered))
@@ -123,7 +132,7 @@ pub fn open(path: &Path, read_only: bool, direct: bool, block_size: u32) -> Resu
 fn direct_traits(file: &File) -> Result<Option<FileTraits>, OpenError> {
     const TMPFS_MAGIC: i64 = 0x0102_1994;
     let fs = rustix::fs::fstatfs(file).map_err(io::Error::from)?;
-    if i64::from(fs.f_type) == TMPFS_MAGIC {
+    if fs.f_type == TMPFS_MAGIC {
         return Ok(None);
     }
     let stat = statx(file, c"", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN).map_err(io::Error::from)?;

@@ -167,7 +167,11 @@ pub fn parse(chain: &ChainView<'_>, disk: &Disk) -> Result<Operation, Invalid> {
             if count == 0 || !data_out.is_multiple_of(SEGMENT) || count > disk.limits().max_segments {
                 return Err(Invalid::Length(kind, data_out));
             }
-            Ok(if kind == T_DISCARD { Operation::Discard { count } } else { Operation::WriteZeroes { count } })
+            Ok(if kind == T_DISCARD {
+                Operation::Discard { count }
+            } else {
+                Operation::WriteZeroes { count }
+            })
         }
         other => Err(Invalid::Unsupported(other)),
     }
@@ -190,7 +194,12 @@ fn check_range(disk: &Disk, access: Access, kind: u32, sector: u64, len: u32) ->
 }
 
 /// Reads the segments of a discard or write-zeroes request, all of them checked before any is acted on.
-pub fn ranges(chain: &ChainView<'_>, disk: &Disk, operation: Operation, into: &mut Vec<Range>) -> Result<(), Invalid> {
+pub fn ranges(
+    chain: &ChainView<'_>,
+    disk: &Disk,
+    operation: Operation,
+    into: &mut Vec<Range>,
+) -> Result<(), Invalid> {
     let (kind, count, allowed) = match operation {
         Operation::Discard { count } => (T_DISCARD, count, 0),
         Operation::WriteZeroes { count } => (T_WRITE_ZEROES, count, FLAG_UNMAP),

@@ -28,7 +28,8 @@ pub(super) fn mailbox<M>() -> std::io::Result<(Postbox<M>, Mailbox<M>)> {
     let (tx, rx) = unbounded();
     let bell = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
     let full = Arc::new(AtomicBool::new(false));
-    let receiver = Mailbox { messages: rx, full: Arc::clone(&full), bell: bell.as_fd().try_clone_to_owned()? };
+    let receiver =
+        Mailbox { messages: rx, full: Arc::clone(&full), bell: bell.as_fd().try_clone_to_owned()? };
     Ok((Postbox { messages: tx, full, bell }, receiver))
 }
 

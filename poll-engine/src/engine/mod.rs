@@ -109,7 +109,8 @@ impl Engine {
     /// Moves a queue into the reactor that has the fewest.
     pub fn run_queue(&self, queue: Queue, handler: Box<dyn QueueHandler>) -> io::Result<RunningQueue> {
         let gone = || io::Error::other("the reactor is gone");
-        let reactor = self.reactors.iter().min_by_key(|r| r.queues.load(Ordering::Relaxed)).ok_or_else(gone)?;
+        let reactor =
+            self.reactors.iter().min_by_key(|r| r.queues.load(Ordering::Relaxed)).ok_or_else(gone)?;
         let (tx, rx) = bounded(1);
         reactor.queues.fetch_add(1, Ordering::Relaxed);
         reactor.postbox.post(Message::Start { queue: Box::new(queue), handler, id: tx });

@@ -15,7 +15,9 @@ impl FromStr for CpuList {
 
     fn from_str(s: &str) -> Result<CpuList, String> {
         let number = |n: &str| {
-            n.trim().parse::<usize>().map_err(|_| format!("'{n}' is no CPU number (write a list such as 0,2-3)"))
+            n.trim()
+                .parse::<usize>()
+                .map_err(|_| format!("'{n}' is no CPU number (write a list such as 0,2-3)"))
         };
         let mut cpus = BTreeSet::new();
         for part in s.split(',') {

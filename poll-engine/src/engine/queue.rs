@@ -121,6 +121,7 @@ impl Queue {
             self.stats.empty_polls.add(1);
             return 0;
         }
+        self.stats.in_flight_peak.raise(u64::from(self.ring.in_flight()) + u64::from(ready));
         self.ring.prefetch(ready, self.hold.map());
         self.round = self.clock.raw();
         ready
@@ -193,7 +194,6 @@ impl Queue {
     /// Looks after the ring between rounds while awake.
     #[inline]
     pub(super) fn settle(&mut self) {
-        self.stats.in_flight_peak.raise(u64::from(self.ring.in_flight()));
         self.ring.disable_notification();
     }
 

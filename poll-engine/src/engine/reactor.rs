@@ -61,7 +61,10 @@ enum Purpose {
 }
 
 fn label(purpose: Purpose, id: TaskId, tag: u32) -> u64 {
-    (purpose as u64) << 60 | u64::from(id.generation & 0xfff) << 48 | u64::from(id.slot) << 32 | u64::from(tag)
+    (purpose as u64) << 60
+        | u64::from(id.generation & 0xfff) << 48
+        | u64::from(id.slot) << 32
+        | u64::from(tag)
 }
 
 fn unlabel(user_data: u64) -> (u8, TaskId, u32) {
@@ -312,13 +315,14 @@ impl Reactor {
                     // Whoever asked may have given up; then the queue is stopped by its owner going away.
                     let _ = id.send(started);
                 }
-                Message::Stop { id, base } => match self.find(id) {
-                    Some(task) => {
+                Message::Stop { id, base } => {
+                    if let Some(task) = self.find(id) {
                         task.stopping = Some(base);
                         self.stopping += 1;
+                    } else {
+                        warn!("{}: asked to stop a queue that does not run here", self.name);
                     }
-                    None => warn!("{}: asked to stop a queue that does not run here", self.name),
-                },
+                }
                 Message::SetMap { id, config, hold } => {
                     let old = self.find(id).map(|task| task.queue.set_map(&config, hold));
                     self.sync_buffers();
@@ -395,4 +399,3 @@ impl Reactor {
         }
     }
 }
-

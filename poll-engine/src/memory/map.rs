@@ -268,8 +268,15 @@ impl MemoryMap {
     /// Where a ring part of `len` bytes lies, given as vhost-user gives it: a front-end address, or an I/O virtual one
     /// when `VIRTIO_F_ACCESS_PLATFORM` is negotiated, which without a vIOMMU is the guest-physical address (QEMU
     /// keeps sending front-end addresses then). It must lie within one region.
-    pub fn ring_address(&self, addr: u64, len: u64, access_platform: bool) -> Result<RingAddress, MemoryError> {
-        let within = |start: u64, size: u64| addr >= start && size.checked_sub(addr - start).is_some_and(|rest| len <= rest);
+    pub fn ring_address(
+        &self,
+        addr: u64,
+        len: u64,
+        access_platform: bool,
+    ) -> Result<RingAddress, MemoryError> {
+        let within = |start: u64, size: u64| {
+            addr >= start && size.checked_sub(addr - start).is_some_and(|rest| len <= rest)
+        };
         let by_user = self.regions.iter().find(|r| within(r.spec.user_addr, r.spec.size));
         let (region, offset) = match by_user {
             Some(r) => (r, addr - r.spec.user_addr),

@@ -23,7 +23,8 @@ impl Ram {
         let flags = if huge { MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_HUGETLB } else { MFdFlags::MFD_CLOEXEC };
         let fd = memfd_create(c"guest-ram", flags).map_err(fail)?;
         nix::unistd::ftruncate(&fd, size as i64).map_err(fail)?;
-        let copy = |fd: &OwnedFd| fd.try_clone().map_err(|e| MemoryError::Map { guest_addr, reason: e.to_string() });
+        let copy =
+            |fd: &OwnedFd| fd.try_clone().map_err(|e| MemoryError::Map { guest_addr, reason: e.to_string() });
         let spec = RegionSpec { guest_addr, size, user_addr: 0, mmap_offset: 0 };
         let first = Region::map(spec, copy(&fd)?)?;
         let spec = RegionSpec { user_addr: first.host_addr().addr() as u64, ..spec };

@@ -117,6 +117,7 @@ impl<'m> GuestSlice<'m> {
         }
         let mut out = [0u8; 16];
         if self.host.addr().is_multiple_of(8) {
+            #[allow(clippy::cast_ptr_alignment)] // checked just above
             let words = self.host.cast::<u64>();
             // SAFETY: 16 bytes are mapped (checked above) and 8-byte aligned.
             let (low, high) = unsafe { (ptr::read_volatile(words), ptr::read_volatile(words.add(1))) };

@@ -27,7 +27,13 @@ impl Chain {
 
     /// Appends one descriptor's buffer.
     #[inline]
-    pub(crate) fn push(&mut self, map: &MemoryMap, addr: u64, len: u32, writable: bool) -> Result<(), RingError> {
+    pub(crate) fn push(
+        &mut self,
+        map: &MemoryMap,
+        addr: u64,
+        len: u32,
+        writable: bool,
+    ) -> Result<(), RingError> {
         if len == 0 {
             return Err(RingError::ZeroLength);
         }

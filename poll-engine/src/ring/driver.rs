@@ -4,8 +4,8 @@
 use std::sync::atomic::{Ordering, fence};
 
 use super::layout::{
-    AVAIL_F_NO_INTERRUPT, DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, DESC_SIZE, Desc, SplitLayout, USED_F_NO_NOTIFY,
-    split_bytes,
+    AVAIL_F_NO_INTERRUPT, DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, DESC_SIZE, Desc, SplitLayout,
+    USED_F_NO_NOTIFY, split_bytes,
 };
 use super::split::need_event;
 use super::{RingConfig, RingError};

@@ -261,7 +261,10 @@ impl SplitLayout {
 /// Reads descriptor `index` of an indirect table that lies in one slice, each byte once.
 #[inline]
 pub fn indirect_desc(table: &GuestSlice<'_>, index: u16) -> Option<Desc> {
-    table.part(usize::from(index) * DESC_SIZE as usize, DESC_SIZE as usize).read_16_once().map(Desc::from_bytes)
+    table
+        .part(usize::from(index) * DESC_SIZE as usize, DESC_SIZE as usize)
+        .read_16_once()
+        .map(Desc::from_bytes)
 }
 
 #[inline]

@@ -12,8 +12,8 @@ use std::sync::atomic::{Ordering, fence};
 
 use super::chain::Chain;
 use super::layout::{
-    AVAIL_F_NO_INTERRUPT, DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, DESC_SIZE, Desc, SplitLayout, USED_F_NO_NOTIFY,
-    indirect_desc,
+    AVAIL_F_NO_INTERRUPT, DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, DESC_SIZE, Desc, SplitLayout,
+    USED_F_NO_NOTIFY, indirect_desc,
 };
 use super::{RingConfig, RingError, Token};
 use crate::memory::map::MemoryMap;
@@ -280,4 +280,3 @@ impl SplitRing {
         self.layout = layout;
     }
 }
-

@@ -28,7 +28,9 @@ pub enum ListenError {
         error: io::Error,
     },
     /// The inherited descriptor is no Unix stream socket.
-    #[error("descriptor {fd} is not a Unix stream socket ({error}); pass one with --fd, listening or connected")]
+    #[error(
+        "descriptor {fd} is not a Unix stream socket ({error}); pass one with --fd, listening or connected"
+    )]
     BadFd {
         /// Its number.
         fd: i32,
@@ -60,7 +62,9 @@ impl Listener {
                 return Err(ListenError::NotASocket(path.to_owned()));
             }
             match UnixStream::connect(path) {
-                Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(path).map_err(fail)?,
+                Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => {
+                    fs::remove_file(path).map_err(fail)?
+                }
                 Err(e) => return Err(fail(e)),
                 Ok(_) => return Err(ListenError::InUse(path.to_owned())),
             }
@@ -88,7 +92,11 @@ impl Listener {
     }
 
     /// Waits for the next front end; `None` when there will be none, or when `stopping` is true once `bell` has rung.
-    pub fn accept(&mut self, bell: BorrowedFd<'_>, stopping: impl Fn() -> bool) -> io::Result<Option<UnixStream>> {
+    pub fn accept(
+        &mut self,
+        bell: BorrowedFd<'_>,
+        stopping: impl Fn() -> bool,
+    ) -> io::Result<Option<UnixStream>> {
         let listener = match &mut self.source {
             Source::Connected(stream) => return Ok(stream.take()),
             Source::Listening(listener) => listener,
@@ -104,7 +112,8 @@ impl Listener {
                 Err(e) if matches!(e.raw_os_error(), Some(libc::ECONNABORTED | libc::EINTR)) => continue,
                 Err(e) => return Err(e),
             }
-            let mut waits = [PollFd::new(listener.as_fd(), PollFlags::POLLIN), PollFd::new(bell, PollFlags::POLLIN)];
+            let mut waits =
+                [PollFd::new(listener.as_fd(), PollFlags::POLLIN), PollFd::new(bell, PollFlags::POLLIN)];
             match poll(&mut waits, PollTimeout::NONE) {
                 Ok(_) | Err(nix::Error::EINTR) => {}
                 Err(e) => return Err(e.into()),

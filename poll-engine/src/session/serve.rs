@@ -14,7 +14,7 @@ use tracing::{debug, info, warn};
 
 use super::listen::Listener;
 use super::socket::{Connection, Incoming, SocketError};
-use super::state::{Action, Offer, Session};
+use super::state::{Action, Offer, Refused, Session};
 use super::wire::config_change;
 use crate::device::{Device, features};
 use crate::engine::queue::{Notifier, Queue};
@@ -76,7 +76,8 @@ impl Server {
         ended: impl FnOnce() + Send + 'static,
     ) -> io::Result<Server> {
         let bell = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
-        let control = Arc::new(Control { bell, stop: AtomicBool::new(false), config_changed: AtomicBool::new(false) });
+        let control =
+            Arc::new(Control { bell, stop: AtomicBool::new(false), config_changed: AtomicBool::new(false) });
         let shared = Arc::clone(&control);
         let builder = std::thread::Builder::new().name("session".into()).stack_size(STACK);
         let thread = builder.spawn(move || {
@@ -211,12 +212,17 @@ impl<'a> Served<'a> {
                         Ok((actions, answer)) => {
                             let done = self.carry_out(actions);
                             let device = &self.export.device;
-                            self.session.reply(answer, header.need_reply, done, |at, into| device.read_config(at, into))
+                            self.session.reply(answer, header.need_reply, done, |at, into| {
+                                device.read_config(at, into)
+                            })
                         }
                         Err(why) => {
                             warn!("{}: request {} refused: {why}", self.export.name, header.request);
-                            let refused = self.session.refuse(header.request, header.need_reply);
-                            refused.map_err(|()| io::Error::other("it has no way to be told of the refusal"))?
+                            match self.session.refuse(header.request, header.need_reply) {
+                                Refused::Reply(reply) => Some(reply),
+                                Refused::Silence => None,
+                                Refused::End => return Err(SocketError::Refused(header.request)),
+                            }
                         }
                     };
                     if let Some(reply) = reply {
@@ -232,7 +238,10 @@ impl<'a> Served<'a> {
             // Never blocking: a front end that does not read its channel misses the news, nothing else.
             let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
             if let Err(e) = send(channel.as_raw_fd(), &config_change(), flags) {
-                warn!("{}: the front end did not take the notice of a configuration change: {e}", self.export.name);
+                warn!(
+                    "{}: the front end did not take the notice of a configuration change: {e}",
+                    self.export.name
+                );
             }
         }
     }
@@ -319,7 +328,8 @@ impl<'a> Served<'a> {
             err: copy_of(index, slot.err.as_ref())?,
         };
         let size = config.checked_size().map_err(|e| ActionError::Ring(index, e))?;
-        let queue = Queue::new(name, &config, hold, notifier, stats).map_err(|e| ActionError::Ring(index, e))?;
+        let queue =
+            Queue::new(name, &config, hold, notifier, stats).map_err(|e| ActionError::Ring(index, e))?;
         let started = export.device.start_queue(index, features, size);
         let running = started.and_then(|handler| export.engine.run_queue(queue, handler));
         slot.running = Some((running.map_err(|e| ActionError::Queue(index, e))?, config));

@@ -28,6 +28,9 @@ pub enum SocketError {
     /// Not vhost-user.
     #[error(transparent)]
     Wire(#[from] WireError),
+    /// A refusal that the protocol has no reply for.
+    #[error("request {0} was refused and has no other way to say so")]
+    Refused(u32),
     /// The socket fails.
     #[error("vhost-user socket: {0}")]
     Io(#[from] io::Error),
@@ -59,7 +62,11 @@ impl Connection {
     }
 
     /// Waits for a message, or for `bell` (an eventfd) to ring before one has begun.
-    pub fn receive(&self, bell: BorrowedFd<'_>, stopping: impl Fn() -> bool) -> Result<Incoming, SocketError> {
+    pub fn receive(
+        &self,
+        bell: BorrowedFd<'_>,
+        stopping: impl Fn() -> bool,
+    ) -> Result<Incoming, SocketError> {
         let mut fds = Vec::new();
         let mut header = [0; HEADER_LEN];
         match self.fill(&mut header, &mut fds, bell, true, &stopping)? {

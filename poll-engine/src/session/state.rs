@@ -122,6 +122,17 @@ pub enum Answer {
     },
 }
 
+/// How a refusal is told.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Refused {
+    /// By an error reply.
+    Reply(Reply),
+    /// Not at all: the request does not matter.
+    Silence,
+    /// By ending the session: the protocol has no other way.
+    End,
+}
+
 #[derive(Debug, Default)]
 struct QueueState {
     num: u32,
@@ -171,7 +182,12 @@ impl Session {
     }
 
     #[allow(clippy::too_many_lines)] // one arm a request: the protocol's table of contents
-    fn take(&mut self, request: Request, fds: Vec<OwnedFd>, actions: &mut Vec<Action>) -> Result<Answer, Refusal> {
+    fn take(
+        &mut self,
+        request: Request,
+        fds: Vec<OwnedFd>,
+        actions: &mut Vec<Action>,
+    ) -> Result<Answer, Refusal> {
         match request {
             Request::GetFeatures => return Ok(Answer::Number(self.offer.features | F_PROTOCOL_FEATURES)),
             Request::SetFeatures(bits) => {
@@ -360,24 +376,24 @@ impl Session {
                 config(start, &mut bytes);
                 Some(Reply::Config { offset, flags, bytes })
             }
-            Answer::Ack => {
-                (need_reply && self.protocol & protocol::REPLY_ACK != 0).then_some(Reply::Number(u64::from(!done)))
-            }
+            Answer::Ack => (need_reply && self.protocol & protocol::REPLY_ACK != 0)
+                .then_some(Reply::Number(u64::from(!done))),
         }
     }
 
-    /// The reply to a request that is refused. An error where the protocol has room for one: `Err` when it has not,
-    /// and the session has to end.
-    pub fn refuse(&self, request: u32, need_reply: bool) -> Result<Option<Reply>, ()> {
+    /// How the front end learns that a request is refused.
+    pub fn refuse(&self, request: u32, need_reply: bool) -> Refused {
         match request {
-            24 => Ok(Some(Reply::Config { offset: 0, flags: 0, bytes: Vec::new() })),
-            // These are owed an answer of their own, and there is none.
-            11 => Err(()),
+            // "Zero length of payload to indicate an error."
+            24 => Refused::Reply(Reply::Config { offset: 0, flags: 0, bytes: Vec::new() }),
+            // It is owed a ring's base, and there is none.
+            11 => Refused::End,
             _ => match self.reply(Answer::Ack, need_reply, false, |_, _| {}) {
-                Some(reply) => Ok(Some(reply)),
-                // Optional hints that a back end may ignore: end of RARP, log descriptors, and what is still unknown.
-                None if !matches!(request, 1..=21 | 24 | 25 | 34 | 36..=40) => Ok(None),
-                None => Err(()),
+                Some(reply) => Refused::Reply(reply),
+                // What was never offered is at most a hint, and goes unanswered.
+                None if !matches!(request, 1..=21 | 25 | 34 | 36..=40) => Refused::Silence,
+                // A front end that believes it has set something up must not go on.
+                None => Refused::End,
             },
         }
     }

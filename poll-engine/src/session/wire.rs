@@ -102,20 +102,51 @@ pub enum Request {
     SetOwner,
     ResetOwner,
     SetMemTable(Vec<RegionSpec>),
-    SetVringNum { index: u32, num: u32 },
-    SetVringAddr { index: u32, addr: VringAddr },
-    SetVringBase { index: u32, base: u32 },
-    GetVringBase { index: u32 },
-    SetVringKick { index: u32, has_fd: bool },
-    SetVringCall { index: u32, has_fd: bool },
-    SetVringErr { index: u32, has_fd: bool },
+    SetVringNum {
+        index: u32,
+        num: u32,
+    },
+    SetVringAddr {
+        index: u32,
+        addr: VringAddr,
+    },
+    SetVringBase {
+        index: u32,
+        base: u32,
+    },
+    GetVringBase {
+        index: u32,
+    },
+    SetVringKick {
+        index: u32,
+        has_fd: bool,
+    },
+    SetVringCall {
+        index: u32,
+        has_fd: bool,
+    },
+    SetVringErr {
+        index: u32,
+        has_fd: bool,
+    },
     GetProtocolFeatures,
     SetProtocolFeatures(u64),
     GetQueueNum,
-    SetVringEnable { index: u32, enable: bool },
+    SetVringEnable {
+        index: u32,
+        enable: bool,
+    },
     SetBackendReqFd,
-    GetConfig { offset: u32, size: u32, flags: u32 },
-    SetConfig { offset: u32, flags: u32, bytes: Vec<u8> },
+    GetConfig {
+        offset: u32,
+        size: u32,
+        flags: u32,
+    },
+    SetConfig {
+        offset: u32,
+        flags: u32,
+        bytes: Vec<u8>,
+    },
     ResetDevice,
     GetMaxMemSlots,
     AddMemReg(RegionSpec),
@@ -168,8 +199,12 @@ impl Request {
             }
             8 => state().map(|(index, num)| Request::SetVringNum { index, num })?,
             9 => {
-                let addr =
-                    VringAddr { flags: u32_at(b, 4)?, desc: u64_at(b, 8)?, used: u64_at(b, 16)?, avail: u64_at(b, 24)? };
+                let addr = VringAddr {
+                    flags: u32_at(b, 4)?,
+                    desc: u64_at(b, 8)?,
+                    used: u64_at(b, 16)?,
+                    avail: u64_at(b, 24)?,
+                };
                 // The log address ends the payload; it is of use with VHOST_VRING_F_LOG only.
                 u64_at(b, 32)?;
                 Request::SetVringAddr { index: u32_at(b, 0)?, addr }
@@ -275,9 +310,16 @@ mod tests {
     fn payloads_are_those_of_the_protocol() {
         let pair = [3u32, 256].map(u32::to_ne_bytes).concat();
         assert_eq!(Request::decode(8, &pair), Ok(Request::SetVringNum { index: 3, num: 256 }));
-        assert_eq!(Request::decode(12, &0x102u64.to_ne_bytes()), Ok(Request::SetVringKick { index: 2, has_fd: false }));
+        assert_eq!(
+            Request::decode(12, &0x102u64.to_ne_bytes()),
+            Ok(Request::SetVringKick { index: 2, has_fd: false })
+        );
         assert_eq!(Request::decode(8, &pair[..4]), Err(WireError::Payload { request: 8, len: 4 }));
-        assert_eq!(Request::decode(18, &pair), Err(WireError::Payload { request: 18, len: 8 }), "enable is 0 or 1");
+        assert_eq!(
+            Request::decode(18, &pair),
+            Err(WireError::Payload { request: 18, len: 8 }),
+            "enable is 0 or 1"
+        );
         let too_many = [33u32, 0].map(u32::to_ne_bytes).concat();
         assert!(Request::decode(5, &too_many).is_err());
         assert_eq!(Request::decode(99, &[]), Ok(Request::Other(99)));

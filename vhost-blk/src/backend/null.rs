@@ -12,7 +12,13 @@ pub struct Null;
 
 impl Backend for Null {
     #[inline]
-    fn begin(&mut self, request: Request, _operation: Operation, _queue: &mut Queue, _io: &mut Io<'_>) -> Begun {
+    fn begin(
+        &mut self,
+        request: Request,
+        _operation: Operation,
+        _queue: &mut Queue,
+        _io: &mut Io<'_>,
+    ) -> Begun {
         Begun::Over(request, Outcome::Done)
     }
 }

@@ -51,7 +51,13 @@ impl RamBackend {
 
 impl Backend for RamBackend {
     #[inline]
-    fn begin(&mut self, request: Request, operation: Operation, queue: &mut Queue, _io: &mut Io<'_>) -> Begun {
+    fn begin(
+        &mut self,
+        request: Request,
+        operation: Operation,
+        queue: &mut Queue,
+        _io: &mut Io<'_>,
+    ) -> Begun {
         let chain = queue.chain();
         let outcome = match operation {
             Operation::Read { offset, len } => {

@@ -95,7 +95,13 @@ enum Step {
 
 impl UringBackend {
     /// On `file`, with room for `ring_size` requests.
-    pub fn new(file: File, traits: FileTraits, disk: Arc<Disk>, cache: Cache, ring_size: u16) -> UringBackend {
+    pub fn new(
+        file: File,
+        traits: FileTraits,
+        disk: Arc<Disk>,
+        cache: Cache,
+        ring_size: u16,
+    ) -> UringBackend {
         let size = u32::from(ring_size);
         UringBackend {
             file,
@@ -156,30 +162,25 @@ impl UringBackend {
         slot.iovecs.clear();
         let first = slices.next();
         let second = slices.next();
-        let entry = match (first, second) {
-            (Some(only), None) => {
-                let (host, n) = (only.host_addr(), only.len() as u32);
-                match (io.uring().fixed_buffer(&only), access) {
-                    (Some(buffer), Access::Read) => {
-                        opcode::ReadFixed::new(fd, host, n, buffer).offset(at).rw_flags(flags).build()
-                    }
-                    (Some(buffer), Access::Write) => {
-                        opcode::WriteFixed::new(fd, host, n, buffer).offset(at).rw_flags(flags).build()
-                    }
-                    (None, Access::Read) => opcode::Read::new(fd, host, n).offset(at).rw_flags(flags).build(),
-                    (None, Access::Write) => opcode::Write::new(fd, host, n).offset(at).rw_flags(flags).build(),
+        let entry = if let (Some(only), None) = (first, second) {
+            let (host, n) = (only.host_addr(), only.len() as u32);
+            match (io.uring().fixed_buffer(&only), access) {
+                (Some(buffer), Access::Read) => {
+                    opcode::ReadFixed::new(fd, host, n, buffer).offset(at).rw_flags(flags).build()
                 }
+                (Some(buffer), Access::Write) => {
+                    opcode::WriteFixed::new(fd, host, n, buffer).offset(at).rw_flags(flags).build()
+                }
+                (None, Access::Read) => opcode::Read::new(fd, host, n).offset(at).rw_flags(flags).build(),
+                (None, Access::Write) => opcode::Write::new(fd, host, n).offset(at).rw_flags(flags).build(),
             }
-            _ => {
-                let all = first.into_iter().chain(second).chain(slices).take(MAX_IOVECS);
-                slot.iovecs.extend(
-                    all.map(|s| libc::iovec { iov_base: s.host_addr().cast(), iov_len: s.len() }),
-                );
-                let (iovecs, n) = (slot.iovecs.as_ptr(), slot.iovecs.len() as u32);
-                match access {
-                    Access::Read => opcode::Readv::new(fd, iovecs, n).offset(at).rw_flags(flags).build(),
-                    Access::Write => opcode::Writev::new(fd, iovecs, n).offset(at).rw_flags(flags).build(),
-                }
+        } else {
+            let all = first.into_iter().chain(second).chain(slices).take(MAX_IOVECS);
+            slot.iovecs.extend(all.map(|s| libc::iovec { iov_base: s.host_addr().cast(), iov_len: s.len() }));
+            let (iovecs, n) = (slot.iovecs.as_ptr(), slot.iovecs.len() as u32);
+            match access {
+                Access::Read => opcode::Readv::new(fd, iovecs, n).offset(at).rw_flags(flags).build(),
+                Access::Write => opcode::Writev::new(fd, iovecs, n).offset(at).rw_flags(flags).build(),
             }
         };
         self.push(io, tag, entry);
@@ -280,17 +281,22 @@ impl UringBackend {
         }
         match (phase, operation) {
             (Phase::Main, Operation::Read { len, .. } | Operation::Write { len, .. }) => {
-                let access = if matches!(operation, Operation::Read { .. }) { Access::Read } else { Access::Write };
+                let access =
+                    if matches!(operation, Operation::Read { .. }) { Access::Read } else { Access::Write };
                 let what = if access == Access::Read { "read" } else { "write" };
                 if failed {
                     return fail(what, error());
                 }
                 let n = result as u32;
                 // Zero bytes is the end of a file that has shrunk; an odd count in direct mode is too.
-                if n == 0 || !u64::from(n).is_multiple_of(u64::from(self.traits.offset_align)) && self.traits.direct {
+                if n == 0
+                    || !u64::from(n).is_multiple_of(u64::from(self.traits.offset_align)) && self.traits.direct
+                {
                     return fail(what, io::ErrorKind::UnexpectedEof.into());
                 }
-                if let (Access::Read, Some(buffer), Some(chain)) = (access, &mut slot.bounce, slot.held.view()) {
+                if let (Access::Read, Some(buffer), Some(chain)) =
+                    (access, &mut slot.bounce, slot.held.view())
+                {
                     data(&chain, access, slot.done, n).write(&bytes_mut(buffer)[..n as usize]);
                 }
                 slot.done += n;
@@ -360,7 +366,8 @@ impl Backend for UringBackend {
         slot.operation = Some(operation);
         slot.phase = Some(Phase::Main);
         slot.done = 0;
-        slot.needs_bounce = self.traits.direct && is_misaligned(&queue.chain(), operation, self.traits.mem_align);
+        slot.needs_bounce =
+            self.traits.direct && is_misaligned(&queue.chain(), operation, self.traits.mem_align);
         queue.hold_chain(&mut slot.held);
         let step = match operation {
             Operation::Discard { .. } | Operation::WriteZeroes { .. } => self.range(io, tag, 0),
