@@ -11,7 +11,7 @@ use poll_engine::ring::driver::DriverRing;
 use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
-use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::Run;
 use crate::job::{Job, JobResult};
@@ -30,7 +30,7 @@ pub fn run(run: &Run) -> Result<Vec<JobResult>> {
     let protocol_bit = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
     let mut wanted = features::VERSION_1 | protocol_bit;
     wanted |= if run.indirect { features::INDIRECT_DESC } else { 0 };
-    wanted |= if run.event_idx { features::EVENT_IDX } else { 0 };
+    wanted |= if run.no_event_idx { 0 } else { offered & features::EVENT_IDX };
     if wanted & !offered != 0 {
         bail!("{path} does not offer feature bits {:#x}", wanted & !offered);
     }
@@ -64,9 +64,10 @@ pub fn run(run: &Run) -> Result<Vec<JobResult>> {
     let mut ready = Vec::new();
     for index in 0..usize::from(jobs) {
         let full = "guest memory is used up; lower --iodepth, --bs or --numjobs";
-        let config = DriverRing::lay_out(&mut ram, size, run.event_idx, run.indirect).context(full)?;
-        let kick = EventFd::new(0)?;
-        let call = EventFd::new(0)?;
+        let config = DriverRing::lay_out(&mut ram, size, wanted & features::EVENT_IDX != 0, run.indirect)
+            .context(full)?;
+        let kick = EventFd::new(EFD_NONBLOCK)?;
+        let call = EventFd::new(EFD_NONBLOCK)?;
         set_up(&front, index, &config, &kick, &call).with_context(refused)?;
         front.set_vring_enable(index, true).with_context(refused)?;
         let job = Job::new(run, index as u64, &mut ram, &config, sectors, kick).context(full)?;

@@ -1,5 +1,6 @@
 //! `vbench`: drives a vhost-user-blk socket from the driver's side of the ring, with fio's vocabulary.
 
+mod floor;
 mod front_end;
 mod job;
 mod report;
@@ -23,6 +24,15 @@ struct Cli {
 enum Command {
     /// Drive one vhost-user-blk socket and report rates and latencies
     Run(Run),
+    /// Serve a null disk by a loop without any checks: the limit to measure back ends against
+    Floor {
+        /// Socket to listen on
+        #[arg(long, value_name = "PATH")]
+        socket_path: PathBuf,
+        /// CPU to run on
+        #[arg(long, value_name = "CPU")]
+        cpu: Option<usize>,
+    },
 }
 
 /// What to run; names and meanings are fio's.
@@ -58,9 +68,9 @@ pub struct Run {
     /// Use indirect descriptors
     #[arg(long)]
     pub indirect: bool,
-    /// Negotiate the event index
+    /// Do without the event index, which is used where it is offered
     #[arg(long)]
-    pub event_idx: bool,
+    pub no_event_idx: bool,
     /// Print the result as JSON
     #[arg(long)]
     pub json: bool,
@@ -98,12 +108,12 @@ fn seconds(s: &str) -> Result<Duration, String> {
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    let Command::Run(run) = &cli.command;
-    match front_end::run(run) {
-        Ok(result) => {
-            report::print(run, &result);
-            ExitCode::SUCCESS
-        }
+    let outcome = match &cli.command {
+        Command::Run(run) => front_end::run(run).map(|jobs| report::print(run, &jobs)),
+        Command::Floor { socket_path, cpu } => floor::serve(socket_path, *cpu),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
             eprintln!("vbench: {e:#}");
             ExitCode::FAILURE

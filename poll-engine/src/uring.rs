@@ -243,7 +243,7 @@ impl Uring {
             // SAFETY: the range is inside the region's mapping, which the Arc in `pieces` keeps until released.
             match unsafe { self.ring.submitter().register_buffers_update(slot, &[iov], None) } {
                 Ok(()) => {
-                    self.pieces.push(Piece { host: host.addr(), len, slot, region: Arc::clone(region) })
+                    self.pieces.push(Piece { host: host.addr(), len, slot, region: Arc::clone(region) });
                 }
                 Err(e) => {
                     // Not worth trying again and again: the limit will not move by itself.

@@ -63,7 +63,7 @@ impl DriverRing {
     pub fn new(config: &RingConfig, map: &MemoryMap) -> Result<DriverRing, RingError> {
         let layout = SplitLayout::new(config, map)?;
         let size = layout.size();
-        Ok(DriverRing {
+        let mut ring = DriverRing {
             event_idx: config.event_idx,
             free: (0..size).rev().collect(),
             taken: vec![0; usize::from(size)],
@@ -73,7 +73,10 @@ impl DriverRing {
             seen_used: layout.used_idx(),
             interrupts: true,
             layout,
-        })
+        };
+        // Memory of a ring that has run before says something else.
+        ring.set_interrupts(true);
+        Ok(ring)
     }
 
     /// The ring in memory, for tests that break its rules.

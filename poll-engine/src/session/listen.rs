@@ -63,7 +63,7 @@ impl Listener {
             }
             match UnixStream::connect(path) {
                 Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => {
-                    fs::remove_file(path).map_err(fail)?
+                    fs::remove_file(path).map_err(fail)?;
                 }
                 Err(e) => return Err(fail(e)),
                 Ok(_) => return Err(ListenError::InUse(path.to_owned())),

@@ -213,7 +213,7 @@ impl<'a> Served<'a> {
                             let done = self.carry_out(actions);
                             let device = &self.export.device;
                             self.session.reply(answer, header.need_reply, done, |at, into| {
-                                device.read_config(at, into)
+                                device.read_config(at, into);
                             })
                         }
                         Err(why) => {

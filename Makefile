@@ -1,0 +1,27 @@
+# Thin by intent: what a target does is in scripts/.
+.DEFAULT_GOAL := help
+.PHONY: help setup build demo test soak bench lint
+
+help: ## This list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: ## Install the Debian packages that the demo and the tests need
+	@scripts/setup.sh
+
+build: ## Build the programs, optimised, into target/release
+	cargo build --release --workspace --bins
+
+demo: setup ## Boot a guest on a Kickless disk and load it (under 5 minutes)
+	@scripts/demo.sh
+
+test: setup ## Every test tier; ends with one line of totals
+	@scripts/test.sh
+
+soak: ## Randomised tests for SOAK_MINUTES (10), PROPTEST_CASES (4096) each
+	@scripts/test.sh soak
+
+bench: ## Rates and latencies of the engine on this machine
+	@scripts/bench.sh
+
+lint: ## Formatting, clippy, dependency policy
+	@scripts/lint.sh

@@ -1,0 +1,172 @@
+//! The floor of a request's cost: a null back end that trusts the guest and checks nothing, one split queue, one
+//! thread. It exists to be measured beside, in the same run and with the same driver, and for nothing else.
+#![allow(unsafe_code)] // it trusts its driver: that is the point
+
+use std::os::fd::AsFd;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
+use std::thread::JoinHandle;
+
+use anyhow::{Context, Result};
+use nix::sys::eventfd::EventFd;
+use poll_engine::device::features;
+use poll_engine::engine::placement::pin_to;
+use poll_engine::memory::{MemoryMap, Region};
+use poll_engine::ring::RingConfig;
+use poll_engine::ring::layout::{DESC_F_INDIRECT, DESC_F_NEXT};
+use poll_engine::session::listen::Listener;
+use poll_engine::session::socket::{Connection, Incoming};
+use poll_engine::session::state::{Action, Offer, Session};
+
+/// Most requests answered before the used index is published.
+const BATCH: u16 = 32;
+const SECTORS: u64 = (1 << 30) / 512;
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Desc {
+    addr: u64,
+    len: u32,
+    flags: u16,
+    next: u16,
+}
+
+struct Running {
+    stop: Arc<AtomicBool>,
+    thread: JoinHandle<u16>,
+}
+
+/// Serves one front end after another for ever.
+pub fn serve(path: &Path, cpu: Option<usize>) -> Result<()> {
+    let bell = EventFd::new()?;
+    let mut listener = Listener::bind(path)?;
+    while let Some(stream) = listener.accept(bell.as_fd(), || false)? {
+        let connection = Connection::new(stream)?;
+        let offer = Offer {
+            features: features::VERSION_1 | features::INDIRECT_DESC,
+            num_queues: 1,
+            max_ring_size: 1024,
+        };
+        let mut session = Session::new(offer);
+        let mut map = Arc::new(MemoryMap::default());
+        let mut running: Option<Running> = None;
+        let halt = |running: &mut Option<Running>| {
+            running.take().map_or(0, |r| {
+                r.stop.store(true, Ordering::Relaxed);
+                r.thread.join().unwrap_or(0)
+            })
+        };
+        while let Ok(Incoming::Message(header, Ok(request), fds)) = connection.receive(bell.as_fd(), || false)
+        {
+            let (actions, answer) = session.handle(request, fds).context("an unusual front end")?;
+            for action in actions {
+                match action {
+                    Action::SetMemory(regions) => {
+                        let regions =
+                            regions.into_iter().map(|(spec, fd)| Region::map(spec, fd).map(Arc::new));
+                        map = Arc::new(MemoryMap::new(regions.collect::<Result<_, _>>()?)?);
+                    }
+                    Action::Start(_, config) => {
+                        let (map, stop) = (Arc::clone(&map), Arc::new(AtomicBool::new(false)));
+                        let seen = Arc::clone(&stop);
+                        let thread = std::thread::spawn(move || run(&map, &config, cpu, &seen));
+                        running = Some(Running { stop, thread });
+                    }
+                    Action::Stop(index) => session.stopped(index, halt(&mut running)),
+                    _ => {}
+                }
+            }
+            let config = |at: u32, into: &mut [u8]| {
+                let all = SECTORS.to_le_bytes();
+                for (i, byte) in into.iter_mut().enumerate() {
+                    *byte = all.get(at as usize + i).copied().unwrap_or(0);
+                }
+            };
+            if let Some(reply) = session.reply(answer, header.need_reply, true, config) {
+                connection.send(&reply.encode(header.request))?;
+            }
+        }
+        halt(&mut running);
+    }
+    Ok(())
+}
+
+/// Host address of a guest-physical one; guests are trusted to give good ones.
+#[inline]
+fn guest(map: &[(u64, u64, *mut u8)], addr: u64) -> *mut u8 {
+    for (start, size, host) in map {
+        let offset = addr.wrapping_sub(*start);
+        if offset < *size {
+            return host.wrapping_add(offset as usize);
+        }
+    }
+    std::ptr::null_mut()
+}
+
+fn run(map: &MemoryMap, config: &RingConfig, cpu: Option<usize>, stop: &AtomicBool) -> u16 {
+    if let Some(cpu) = cpu {
+        // Unpinned, it measures less well; that is seen in the result.
+        let _ = pin_to(cpu);
+    }
+    let by_guest: Vec<_> =
+        map.regions().iter().map(|r| (r.spec().guest_addr, r.spec().size, r.host_addr())).collect();
+    let by_user: Vec<_> =
+        map.regions().iter().map(|r| (r.spec().user_addr, r.spec().size, r.host_addr())).collect();
+    let mask = config.size as u16 - 1;
+    let desc = guest(&by_user, config.desc_addr).cast::<Desc>();
+    let avail = guest(&by_user, config.avail_addr).cast::<u16>();
+    let used = guest(&by_user, config.used_addr);
+    let mut last = config.base;
+    // SAFETY: none to speak of. The driver is ours, its addresses are good, and a bad one ends this process only.
+    unsafe {
+        let avail_idx = &*avail.add(1).cast::<AtomicU16>();
+        let used_idx = &*used.add(2).cast::<AtomicU16>();
+        let mut out = used_idx.load(Ordering::Relaxed);
+        used.cast::<u16>().write_volatile(1);
+        while !stop.load(Ordering::Relaxed) {
+            let ready = avail_idx.load(Ordering::Acquire).wrapping_sub(last).min(BATCH);
+            if ready == 0 {
+                std::hint::spin_loop();
+                continue;
+            }
+            let head =
+                |i: u16| avail.add(2 + usize::from(last.wrapping_add(i) & mask)).read_volatile() & mask;
+            for i in 0..ready {
+                prefetch(desc.add(usize::from(head(i))).cast());
+            }
+            for i in 0..ready {
+                let h = head(i);
+                let mut table = desc;
+                let mut at = usize::from(h);
+                if (*desc.add(at)).flags & DESC_F_INDIRECT != 0 {
+                    table = guest(&by_guest, (*desc.add(at)).addr).cast();
+                    at = 0;
+                }
+                prefetch(guest(&by_guest, (*table.add(at)).addr));
+                while (*table.add(at)).flags & DESC_F_NEXT != 0 {
+                    at = usize::from((*table.add(at)).next & 1023);
+                }
+                *guest(&by_guest, (*table.add(at)).addr) = 0;
+                let slot = used.add(4 + 8 * usize::from(out.wrapping_add(i) & mask)).cast::<u32>();
+                slot.write_volatile(u32::from(h));
+                slot.add(1).write_volatile(4097);
+            }
+            last = last.wrapping_add(ready);
+            out = out.wrapping_add(ready);
+            used_idx.store(out, Ordering::Release);
+        }
+    }
+    last
+}
+
+#[inline]
+fn prefetch(at: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a prefetch of any address is only a hint.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(at.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = at;
+}

@@ -1,0 +1,133 @@
+#!/bin/bash
+# Every test tier, to the end whatever fails on the way. The last line counts what passed, failed and was skipped.
+#
+#   scripts/test.sh                all of it
+#   scripts/test.sh soak           the randomised tests, again and again for SOAK_MINUTES (default 10)
+#   scripts/test.sh summary LOG    what the end of a run looks like, for a log of cargo test
+set -uo pipefail
+cd "$(dirname "$0")/.." || exit 1
+
+tmp=$(mktemp -d)
+trap 'rm -rf "$tmp"' EXIT
+: >"$tmp/steps"
+
+# Appends "STATUS NAME[: REASON]" for what is counted beside the tests themselves.
+note() { echo "$*" >>"$tmp/steps"; }
+
+step() { # NAME COMMAND...: counts as one test
+    echo "== $1"
+    if "${@:2}"; then note "passed $1"; else note "failed $1"; fi
+}
+
+# LOG EXIT-CODE [STEPS]: the skipped and failed tests by name, then the totals of a log of `cargo test`.
+# A test binary that says "running" and never "test result" has died, and counts as a failure.
+summary() {
+    # Colours off; a test's own output may stand between its name and its outcome.
+    sed 's/\x1b\[[0-9;]*m//g; s/\r$//' "$1" | awk -v code="$2" -v steps="${3:-/dev/null}" '
+        function list(title, items, n,   i) {
+            if (n) { print ""; print title; for (i = 1; i <= n; i++) print "  " items[i] }
+        }
+        BEGIN {
+            while ((getline line < steps) > 0) {
+                status = line; sub(/ .*/, "", status); sub(/^[a-z]+ /, "", line)
+                if (status == "passed") passed++
+                if (status == "failed") { failed++; bad[++nb] = line }
+                if (status == "skipped") { skipped++; skip[++ns] = line }
+            }
+        }
+        /^ *(Running|Doc-tests) / { binary = $0; sub(/^ */, "", binary) }
+        /^running [0-9]+ tests?$/ {
+            if (open) { failed++; died++; bad[++nb] = "(died) " where }
+            open = 1; where = binary
+        }
+        /^test result: / {
+            open = 0
+            for (i = 2; i <= NF; i++) {
+                if ($i == "passed;") passed += $(i - 1)
+                if ($i == "failed;") { failed += $(i - 1); counted += $(i - 1) }
+                if ($i == "ignored;") skipped += $(i - 1)
+            }
+        }
+        /^test .* \.\.\. / {
+            name = $0; sub(/^test /, "", name); sub(/ +\.\.\. .*/, "", name)
+            rest = $0; sub(/.* \.\.\. /, "", rest)
+            last = name
+            if (rest ~ /^ignored/) {
+                sub(/^ignored[, ]*/, "", rest)
+                skip[++ns] = name (rest == "" ? ": no reason given" : ": " rest)
+                last = ""
+            } else if (rest == "FAILED") { bad[++nb] = name; last = "" }
+            else if (rest == "ok") last = ""
+        }
+        # The outcome of a test that has printed something in between.
+        last != "" && /^ignored( \(.*\))?$/ {
+            rest = $0; sub(/^ignored */, "", rest)
+            skip[++ns] = last (rest == "" ? ": no reason given" : ": " rest); last = ""
+        }
+        last != "" && /^FAILED$/ { bad[++nb] = last; last = "" }
+        END {
+            if (open) { failed++; died++; bad[++nb] = "(died) " where }
+            # Something that did not compile, say: no test result speaks of it.
+            if (code != 0 && !counted && !died) { failed++; bad[++nb] = "cargo test: exit code " code }
+            ran = passed + failed
+            list("skipped:", skip, ns)
+            list("failed:", bad, nb)
+            print ""
+            printf "total: %d passed, %d failed, %d skipped\n", passed, failed, skipped
+            exit (failed > 0 || ran == 0)
+        }'
+}
+
+soak() {
+    local minutes=${SOAK_MINUTES:-10} cases=${PROPTEST_CASES:-4096} start=$SECONDS round=0 tests=0 left code
+    local limit=$((minutes * 60))
+    export PROPTEST_CASES=$cases
+    echo "soak: randomised tests with $cases cases each, for $minutes minutes"
+    cargo test --workspace --exclude kickless-tests --lib --bins --tests --no-run || return 1
+    while left=$((limit - (SECONDS - start))) && [ "$left" -gt 0 ]; do
+        # A round that is still running long after its time hangs.
+        timeout --kill-after=10 $((left + 600)) \
+            cargo test -q --workspace --exclude kickless-tests --lib --bins --tests >"$tmp/round" 2>&1
+        code=$?
+        round=$((round + 1))
+        if [ $code != 0 ]; then
+            cat "$tmp/round"
+            [ $code != 124 ] || echo "soak: round $round did not end in time"
+            echo "soak: round $round FAILED after $((SECONDS - start)) s (proptest has written how to repeat it)"
+            return 1
+        fi
+        tests=$((tests + $(awk '/^test result:/ { n += $4 } END { print n + 0 }' "$tmp/round")))
+        if [ "$tests" = 0 ]; then echo "soak: there are no tests"; return 1; fi
+        echo "soak: round $round passed, $tests tests in $((SECONDS - start)) s so far"
+    done
+    echo "soak: $round rounds, $tests tests passed, 0 failed, in $((SECONDS - start)) s"
+}
+
+case ${1:-all} in
+    all) ;;
+    soak) soak; exit ;;
+    summary) summary "$2" 0; exit ;;
+    *) echo "usage: $0 [soak | summary LOG]" >&2; exit 2 ;;
+esac
+
+if cargo fmt --version >/dev/null 2>&1; then
+    step "cargo fmt" cargo fmt --all --check
+else
+    note "skipped cargo fmt: not installed (rustup component add rustfmt)"
+fi
+if cargo clippy --version >/dev/null 2>&1; then
+    step "cargo clippy" cargo clippy --workspace --all-targets -- -D warnings
+else
+    note "skipped cargo clippy: not installed (rustup component add clippy)"
+fi
+# The end-to-end tests start the daemon that is built here.
+step "build" cargo build --workspace --bins
+if command -v apt-get >/dev/null; then
+    step "guest image" scripts/guest-image.sh
+else
+    note "skipped guest image: made of Debian packages, and there is no apt-get here"
+fi
+echo "== tests"
+cargo test --workspace --no-fail-fast 2>&1 | tee "$tmp/log"
+code=${PIPESTATUS[0]}
+summary "$tmp/log" "$code" "$tmp/steps"
