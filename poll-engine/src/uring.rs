@@ -63,6 +63,8 @@ struct Piece {
 pub struct Uring {
     ring: IoUring,
     queued: u32,
+    /// Operations that will complete: while there are any, the kernel may have work for us to run.
+    outstanding: usize,
     free_files: Vec<u32>,
     free_buffers: Vec<u32>,
     pieces: Vec<Piece>,
@@ -87,7 +89,7 @@ impl Uring {
                 Vec::new()
             }
         };
-        Ok(Uring { ring, queued: 0, free_files, free_buffers, pieces: Vec::new(), buffers_refused: false })
+        Ok(Uring { ring, queued: 0, outstanding: 0, free_files, free_buffers, pieces: Vec::new(), buffers_refused: false })
     }
 
     fn set_up(entries: u32) -> io::Result<IoUring> {
@@ -123,6 +125,7 @@ impl Uring {
     /// it has been submitted.
     #[inline]
     pub unsafe fn push(&mut self, entry: &squeue::Entry) {
+        self.outstanding += 1;
         loop {
             // SAFETY: passed on to our caller.
             if unsafe { self.ring.submission().push(entry) }.is_ok() {
@@ -137,12 +140,14 @@ impl Uring {
     /// is nothing to do.
     #[inline]
     pub fn submit(&mut self) {
-        let sq = self.ring.submission();
-        if self.queued == 0 && !sq.taskrun() && !sq.cq_overflow() {
-            return;
+        if self.queued > 0 || (self.outstanding > 0 && self.kernel_has_work()) {
+            self.enter(0);
         }
-        drop(sq);
-        self.enter(0);
+    }
+
+    fn kernel_has_work(&mut self) -> bool {
+        let sq = self.ring.submission();
+        sq.taskrun() || sq.cq_overflow()
     }
 
     /// Submits, and sleeps until there is at least one completion (or a signal).
@@ -172,12 +177,13 @@ impl Uring {
     /// Appends all completions to `into`.
     #[inline]
     pub fn reap(&mut self, into: &mut Vec<Completion>) {
+        if self.outstanding == 0 {
+            return;
+        }
         for cqe in self.ring.completion() {
-            into.push(Completion {
-                user_data: cqe.user_data(),
-                result: cqe.result(),
-                more: io_uring::cqueue::more(cqe.flags()),
-            });
+            let more = io_uring::cqueue::more(cqe.flags());
+            self.outstanding -= usize::from(!more);
+            into.push(Completion { user_data: cqe.user_data(), result: cqe.result(), more });
         }
     }
 
@@ -292,12 +298,12 @@ impl Uring {
     }
 
     /// Signals an eventfd with the next submit. Going through the ring, a descriptor that its peer has filled or made
-    /// blocking cannot hold this thread up. Completes (with `user_data`) only on failure.
+    /// blocking cannot hold this thread up.
     pub fn signal(&mut self, fd: BorrowedFd<'_>, user_data: u64) {
         static ONE: u64 = 1;
         let write = opcode::Write::new(types::Fd(fd.as_raw_fd()), std::ptr::from_ref(&ONE).cast(), 8).build();
         // SAFETY: ONE is static. The descriptor belongs to a queue of this reactor, which submits before it lets any
         // queue or descriptor go.
-        unsafe { self.push(&write.flags(squeue::Flags::SKIP_SUCCESS).user_data(user_data)) };
+        unsafe { self.push(&write.user_data(user_data)) };
     }
 }

@@ -132,7 +132,8 @@ fn finish(chain: &ChainView<'_>, operation: Operation, outcome: &Outcome, stats:
 /// used length, which counts only an unbroken run of written bytes from the start (2.7.8.2).
 #[inline]
 fn set_status(chain: &ChainView<'_>, status: u8, data: u32) -> u32 {
-    let Some(at) = chain.writable_len().checked_sub(1) else { return 0 };
-    chain.writable(at, 1).write(&[status]);
+    let Some(byte) = chain.last_writable() else { return 0 };
+    byte.write_byte(status);
+    let at = chain.writable_len() - 1;
     if data == at { data + 1 } else { data }
 }

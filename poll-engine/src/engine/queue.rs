@@ -17,6 +17,9 @@ use crate::stats::{ErrorKind, QueueStats};
 /// neighbour never waits long.
 pub const BUDGET: u16 = 64;
 
+/// Most rounds in a row that may publish before the driver's wish for an interrupt is looked at: a few microseconds.
+const MAX_UNSIGNALLED: u32 = 4;
+
 /// A chain in flight: its token and when it was taken.
 #[derive(Debug)]
 #[must_use = "a request must be completed"]
@@ -47,6 +50,8 @@ pub struct Queue {
     pub(super) notifier: Notifier,
     stats: Arc<QueueStats>,
     broken: bool,
+    /// Publishes since the driver was last signalled or found not to want it.
+    unsignalled: u32,
     clock: Clock,
     /// When the present round took its first chain; what it takes and completes by itself is timed together.
     round: u64,
@@ -73,6 +78,7 @@ impl Queue {
             notifier,
             stats,
             broken: false,
+            unsignalled: 0,
             clock: Clock::new(),
             round: 0,
             round_completed: 0,
@@ -172,16 +178,33 @@ impl Queue {
         self.round = self.reaped;
     }
 
-    /// Ends a round: shows completed chains to the driver and signals it where it wants that.
+    /// Ends a round: shows completed chains to the driver.
     #[inline]
-    pub(super) fn publish(&mut self, io: &mut Io<'_>) {
-        let Some(wants_interrupt) = self.ring.publish() else { return };
+    pub(super) fn publish(&mut self) {
+        if !self.ring.publish() {
+            return;
+        }
+        self.unsignalled += 1;
         if self.round_completed > 0 {
             let ns = self.clock.delta_as_nanos(self.round, self.clock.raw());
             self.stats.latency.record(ns, self.round_completed);
             self.stats.requests.add(self.round_completed);
             self.round_completed = 0;
         }
+    }
+
+    /// Whether to see now if the driver wants an interrupt. Looking costs a memory barrier that waits for all our
+    /// writes: while there is more to take, the rounds share one.
+    #[inline]
+    pub(super) fn is_signal_due(&self, idle: bool) -> bool {
+        self.unsignalled > 0 && (idle || self.unsignalled >= MAX_UNSIGNALLED)
+    }
+
+    /// Signals the driver if it wants that.
+    #[inline]
+    pub(super) fn signal(&mut self, io: &mut Io<'_>) {
+        self.unsignalled = 0;
+        let Some(wants_interrupt) = self.ring.wants_interrupt() else { return };
         match &self.notifier.call {
             Some(call) if wants_interrupt => {
                 self.stats.signals.add(1);

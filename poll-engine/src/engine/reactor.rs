@@ -190,15 +190,21 @@ impl Reactor {
     fn round(&mut self) -> usize {
         let mut worked = 0;
         for task in &mut self.tasks {
+            let io = &mut Io { uring: &mut self.uring, id: task.id };
             if !task.polls() {
+                if task.queue.is_signal_due(true) {
+                    task.queue.signal(io);
+                }
                 continue;
             }
-            let io = &mut Io { uring: &mut self.uring, id: task.id };
             let n = task.handler.poll(&mut task.queue, io);
             if n > 0 {
                 worked += n;
-                task.queue.publish(io);
+                task.queue.publish();
                 task.queue.settle();
+            }
+            if task.queue.is_signal_due(n == 0) {
+                task.queue.signal(io);
             }
             if task.queue.is_broken() && !task.reported {
                 task.reported = true;
@@ -228,7 +234,7 @@ impl Reactor {
         self.completions.clear();
         for task in &mut self.tasks {
             if std::mem::take(&mut task.reaped) {
-                task.queue.publish(&mut Io { uring: &mut self.uring, id: task.id });
+                task.queue.publish();
             }
         }
         self.uring.submit();
@@ -378,7 +384,8 @@ impl Reactor {
                 self.places[usize::from(moved.id.slot)] = Some(place);
             }
             let io = &mut Io { uring: &mut self.uring, id: task.id };
-            task.queue.publish(io);
+            task.queue.publish();
+            task.queue.signal(io);
             // The driver may be run by somebody else from here on, who wants to hear of it.
             task.queue.enable_notification();
             task.handler.detach(io);

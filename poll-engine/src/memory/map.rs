@@ -126,6 +126,12 @@ impl Region {
         Ok(Region { spec, host, huge, _mapping: mapping })
     }
 
+    /// The region with its host address as the front-end address, for memory of our own.
+    pub(super) fn at_host_addr(mut self) -> Region {
+        self.spec.user_addr = self.host_addr().addr() as u64;
+        self
+    }
+
     /// As the front end described it.
     pub fn spec(&self) -> &RegionSpec {
         &self.spec
@@ -216,7 +222,7 @@ impl MemoryMap {
         MemoryMap::new(self.regions.iter().filter(|r| !gone(r)).cloned().collect())
     }
 
-    #[inline]
+    #[inline(always)]
     fn span(&self, addr: u64) -> Option<&Span> {
         // A guest has a handful of regions, nearly always; the scan is cheaper than the search up to there.
         if self.spans.len() <= 8 {
@@ -228,7 +234,7 @@ impl MemoryMap {
 
     /// Appends the host slices behind `len` bytes at guest-physical `addr`: one, or more where the range runs on from
     /// one region into the next.
-    #[inline]
+    #[inline(always)] // once a descriptor
     pub(crate) fn translate(&self, addr: u64, len: u32, out: &mut Vec<RawSlice>) -> Result<(), MemoryError> {
         let outside = || MemoryError::Outside { addr, len: u64::from(len) };
         let span = self.span(addr).ok_or_else(outside)?;

@@ -26,9 +26,8 @@ impl Ram {
         let copy =
             |fd: &OwnedFd| fd.try_clone().map_err(|e| MemoryError::Map { guest_addr, reason: e.to_string() });
         let spec = RegionSpec { guest_addr, size, user_addr: 0, mmap_offset: 0 };
-        let first = Region::map(spec, copy(&fd)?)?;
-        let spec = RegionSpec { user_addr: first.host_addr().addr() as u64, ..spec };
-        let region = Region::map(spec, copy(&fd)?)?;
+        let region = Region::map(spec, copy(&fd)?)?.at_host_addr();
+        let spec = *region.spec();
         let map = Arc::new(MemoryMap::new(vec![Arc::new(region)])?);
         Ok(Ram { fd, map, spec, next: guest_addr })
     }

@@ -92,6 +92,15 @@ impl<'m> GuestSlice<'m> {
         n
     }
 
+    /// Writes the first byte, if there is one.
+    #[inline]
+    pub fn write_byte(&self, byte: u8) {
+        if self.len > 0 {
+            // SAFETY: the first byte is mapped.
+            unsafe { ptr::write_volatile(self.host, byte) };
+        }
+    }
+
     /// Copies into another slice, up to the shorter of the two lengths; returns how many bytes.
     #[inline]
     pub fn copy_to(&self, other: &GuestSlice<'_>) -> usize {

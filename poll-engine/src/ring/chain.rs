@@ -26,7 +26,7 @@ impl Chain {
     }
 
     /// Appends one descriptor's buffer.
-    #[inline]
+    #[inline(always)] // three times a request
     pub(crate) fn push(
         &mut self,
         map: &MemoryMap,
@@ -115,6 +115,15 @@ impl<'a> ChainView<'a> {
     #[inline]
     pub fn writable_len(&self) -> u32 {
         self.chain.writable_len as u32
+    }
+
+    /// The last byte the device may write: where many devices put a status.
+    #[inline]
+    pub fn last_writable(&self) -> Option<GuestSlice<'a>> {
+        let raw = self.chain.slices[self.chain.readable..].last()?;
+        // SAFETY: a ChainView holds slices and the map that made them.
+        let slice = unsafe { raw.in_map(self.map) };
+        Some(slice.part(slice.len() - 1, 1))
     }
 
     /// The device-readable bytes from `offset`, at most `len` of them, as slices in order.

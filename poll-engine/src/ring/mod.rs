@@ -185,10 +185,18 @@ impl Ring {
         each_format!(self, r => r.complete(token.redeem(), written));
     }
 
-    /// Shows all completed chains to the driver. `None` when there was none, else whether it wants an interrupt.
+    /// Shows all completed chains to the driver; false when there was none. The caller owes a look at
+    /// [`wants_interrupt`](Self::wants_interrupt).
     #[inline]
-    pub fn publish(&mut self) -> Option<bool> {
+    pub fn publish(&mut self) -> bool {
         each_format!(self, r => r.publish())
+    }
+
+    /// Whether the driver wants an interrupt for what has been published since this was last asked; `None` when that
+    /// is nothing. It costs a full memory barrier, which several publishes may share.
+    #[inline]
+    pub fn wants_interrupt(&mut self) -> Option<bool> {
+        each_format!(self, r => r.wants_interrupt())
     }
 
     /// Asks the driver for notifications; true when chains came meanwhile and must be handled before sleeping.

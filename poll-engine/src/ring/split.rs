@@ -40,7 +40,7 @@ pub struct SplitRing {
     next_used: u16,
     /// `used->idx` as last written.
     published: u16,
-    /// `next_used` when the driver was last signalled or found not to want it: the `old` of 2.7.7.2.
+    /// `published` when the driver was last signalled or found not to want it: the `old` of 2.7.7.2.
     signalled: u16,
     in_flight: u16,
     /// `avail_event` as last written.
@@ -212,7 +212,9 @@ impl SplitRing {
     /// A descriptor of a table that runs from one region into the next.
     #[cold]
     fn read_across(map: &MemoryMap, table: u64, index: u16) -> Result<Option<Desc>, RingError> {
-        let mut at = table + u64::from(index) * u64::from(DESC_SIZE);
+        let offset = u64::from(index) * u64::from(DESC_SIZE);
+        let beyond = crate::memory::MemoryError::Outside { addr: table, len: offset };
+        let mut at = table.checked_add(offset).ok_or(beyond)?;
         let mut bytes = [0; DESC_SIZE as usize];
         let mut done = 0;
         while done < bytes.len() {
@@ -234,17 +236,25 @@ impl SplitRing {
     }
 
     #[inline]
-    pub(super) fn publish(&mut self) -> Option<bool> {
+    pub(super) fn publish(&mut self) -> bool {
         if self.published == self.next_used {
-            return None;
+            return false;
         }
         self.layout.set_used_idx(self.next_used);
         self.published = self.next_used;
+        true
+    }
+
+    #[inline]
+    pub(super) fn wants_interrupt(&mut self) -> Option<bool> {
+        if self.signalled == self.published {
+            return None;
+        }
         // 2.7.7.2: the used index must be visible before we look at what the driver wants, or both sides miss it.
         fence(Ordering::SeqCst);
-        let old = std::mem::replace(&mut self.signalled, self.next_used);
+        let old = std::mem::replace(&mut self.signalled, self.published);
         Some(if self.event_idx {
-            need_event(self.layout.used_event(), self.next_used, old)
+            need_event(self.layout.used_event(), self.published, old)
         } else {
             self.layout.avail_flags() & AVAIL_F_NO_INTERRUPT == 0
         })
