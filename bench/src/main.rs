@@ -1,5 +1,6 @@
 //! `vbench`: drives a vhost-user-blk socket from the driver's side of the ring, with fio's vocabulary.
 
+mod compare;
 mod floor;
 mod front_end;
 mod job;
@@ -24,6 +25,8 @@ struct Cli {
 enum Command {
     /// Drive one vhost-user-blk socket and report rates and latencies
     Run(Run),
+    /// Run several back ends in turn under the same load and print their ratios
+    Compare(compare::Compare),
     /// Serve a null disk by a loop without any checks: the limit to measure back ends against
     Floor {
         /// Socket to listen on
@@ -110,6 +113,7 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     let outcome = match &cli.command {
         Command::Run(run) => front_end::run(run).map(|jobs| report::print(run, &jobs)),
+        Command::Compare(what) => compare::compare(what),
         Command::Floor { socket_path, cpu } => floor::serve(socket_path, *cpu),
     };
     match outcome {

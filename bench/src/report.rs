@@ -6,43 +6,62 @@ use serde_json::json;
 use crate::Run;
 use crate::job::JobResult;
 
+/// The sum of all jobs.
+#[derive(Debug)]
+pub struct Summary {
+    /// Requests a second.
+    pub iops: f64,
+    /// Requests measured.
+    pub requests: u64,
+    kicks: u64,
+    cpu_seconds: f64,
+    latency: Histogram<u64>,
+}
+
+impl Summary {
+    /// Adds jobs up.
+    pub fn of(jobs: &[JobResult]) -> Summary {
+        let empty = jobs.first().map(|j| Histogram::new_from(&j.latency));
+        let mut latency = empty.unwrap_or_else(|| unreachable!("a run has at least one job"));
+        for job in jobs {
+            // Same settings, so it always fits.
+            let _ = latency.add(&job.latency);
+        }
+        Summary {
+            iops: jobs.iter().map(|j| j.requests as f64 / j.seconds.max(1e-9)).sum(),
+            requests: jobs.iter().map(|j| j.requests).sum(),
+            kicks: jobs.iter().map(|j| j.kicks).sum(),
+            cpu_seconds: jobs.iter().map(|j| j.cpu_seconds).sum(),
+            latency,
+        }
+    }
+
+    /// A latency percentile in microseconds.
+    pub fn us(&self, percent: f64) -> f64 {
+        self.latency.value_at_percentile(percent) as f64 / 1000.0
+    }
+}
+
 /// Prints the sum of all jobs.
 pub fn print(run: &Run, jobs: &[JobResult]) {
-    let mut latency =
-        Histogram::<u64>::new(3).unwrap_or_else(|e| unreachable!("three digits are allowed: {e}"));
-    for job in jobs {
-        // Same settings, so it always fits.
-        let _ = latency.add(&job.latency);
-    }
-    let iops: f64 = jobs.iter().map(|j| j.requests as f64 / j.seconds.max(1e-9)).sum();
-    let us = |percent: f64| latency.value_at_percentile(percent) as f64 / 1000.0;
-    let kicks: u64 = jobs.iter().map(|j| j.kicks).sum();
-    let requests: u64 = jobs.iter().map(|j| j.requests).sum();
-    let cpu: f64 = jobs.iter().map(|j| j.cpu_seconds).sum();
+    let sum = Summary::of(jobs);
+    let [p50, p90, p99, p999, max] = [50.0, 90.0, 99.0, 99.9, 100.0].map(|p| sum.us(p));
+    let (iops, rw) = (sum.iops, format!("{:?}", run.rw).to_lowercase());
     if run.json {
         println!(
             "{}",
             json!({
-                "rw": format!("{:?}", run.rw).to_lowercase(), "bs": run.bs, "iodepth": run.iodepth, "numjobs": run.numjobs,
-                "requests": requests, "iops": iops, "kicks": kicks, "driver_cpu_seconds": cpu,
-                "latency_us": { "p50": us(50.0), "p90": us(90.0), "p99": us(99.0), "p99.9": us(99.9), "max": us(100.0) },
+                "rw": rw, "bs": run.bs, "iodepth": run.iodepth, "numjobs": run.numjobs,
+                "requests": sum.requests, "iops": iops, "kicks": sum.kicks, "driver_cpu_seconds": sum.cpu_seconds,
+                "latency_us": { "p50": p50, "p90": p90, "p99": p99, "p99.9": p999, "max": max },
             })
         );
     } else {
+        let mib = iops * f64::from(run.bs) / f64::from(1 << 20);
         println!(
-            "{:?} bs={} iodepth={} numjobs={}: {:.0} IOPS, {:.1} MiB/s, latency us p50={:.2} p90={:.2} p99={:.2} p99.9={:.2} max={:.2}, {} kicks",
-            run.rw,
-            run.bs,
-            run.iodepth,
-            run.numjobs,
-            iops,
-            iops * f64::from(run.bs) / f64::from(1 << 20),
-            us(50.0),
-            us(90.0),
-            us(99.0),
-            us(99.9),
-            us(100.0),
-            kicks,
+            "{rw} bs={} iodepth={} numjobs={}: {iops:.0} IOPS, {mib:.1} MiB/s, latency us p50={p50:.2} p90={p90:.2} \
+             p99={p99:.2} p99.9={p999:.2} max={max:.2}, {} kicks",
+            run.bs, run.iodepth, run.numjobs, sum.kicks,
         );
     }
 }

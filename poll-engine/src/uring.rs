@@ -89,7 +89,15 @@ impl Uring {
                 Vec::new()
             }
         };
-        Ok(Uring { ring, queued: 0, outstanding: 0, free_files, free_buffers, pieces: Vec::new(), buffers_refused: false })
+        Ok(Uring {
+            ring,
+            queued: 0,
+            outstanding: 0,
+            free_files,
+            free_buffers,
+            pieces: Vec::new(),
+            buffers_refused: false,
+        })
     }
 
     fn set_up(entries: u32) -> io::Result<IoUring> {

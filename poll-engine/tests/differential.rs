@@ -58,7 +58,8 @@ impl Both {
         let hold = MapHold::new(Arc::clone(self.ram.map()), WaitGroup::new());
         let config = RingConfig { base, ..self.config };
         let stats = Arc::new(QueueStats::default());
-        let mut queue = Queue::new("q".into(), &config, hold, Notifier::default(), Arc::clone(&stats)).unwrap();
+        let mut queue =
+            Queue::new("q".into(), &config, hold, Notifier::default(), Arc::clone(&stats)).unwrap();
         assert!(queue.ready() > 0);
         let Some(request) = queue.take() else {
             assert!(queue.is_broken() && stats.errors_total() == 1);
@@ -128,7 +129,12 @@ impl ValidChain {
         let slots = free.split_off(free.len().checked_sub(slots)?);
         let next = |i: usize| slots.get(i + 1).copied();
         for (i, &(addr, len, writable)) in self.parts[..self.direct].iter().enumerate() {
-            let desc = Desc { addr, len, flags: flags(writable, next(i).is_some()), next: next(i).unwrap_or(0xffff) };
+            let desc = Desc {
+                addr,
+                len,
+                flags: flags(writable, next(i).is_some()),
+                next: next(i).unwrap_or(0xffff),
+            };
             both.layout().set_desc(slots[i], desc);
         }
         if indirect {
@@ -187,7 +193,12 @@ proptest! {
 
 #[test]
 fn garbage_is_refused_or_read_alike() {
-    let config = ProptestConfig { cases: 200, failure_persistence: None, max_shrink_iters: 0, ..ProptestConfig::default() };
+    let config = ProptestConfig {
+        cases: 200,
+        failure_persistence: None,
+        max_shrink_iters: 0,
+        ..ProptestConfig::default()
+    };
     let descs = |n: usize| prop::collection::vec(garbage(), n);
     let accepted = Cell::new([0; 2]);
     TestRunner::new(config)

@@ -105,7 +105,8 @@ impl Guest {
     fn slices(&mut self, head: u16) -> (Vec<usize>, Vec<usize>) {
         self.show(head);
         let hold = MapHold::new(Arc::clone(&self.map), WaitGroup::new());
-        let mut queue = Queue::new("q".into(), &self.config, hold, Notifier::default(), Arc::default()).unwrap();
+        let mut queue =
+            Queue::new("q".into(), &self.config, hold, Notifier::default(), Arc::default()).unwrap();
         assert_eq!(queue.ready(), 1);
         let request = queue.take().unwrap();
         let lengths = |s: poll_engine::ring::chain::Slices<'_>| s.map(|s| s.len()).collect();
@@ -149,7 +150,10 @@ fn loops() {
 #[test]
 fn indirect_where_it_must_not_be() {
     refused!(Guest::table(&[desc(AREA, 16, INDIRECT, 0)], 16), RingError::BadIndirect);
-    refused!(Guest::table(&[desc(AREA, 16, NEXT, 1), desc(AREA, 16, INDIRECT, 0)], 32), RingError::BadIndirect);
+    refused!(
+        Guest::table(&[desc(AREA, 16, NEXT, 1), desc(AREA, 16, INDIRECT, 0)], 32),
+        RingError::BadIndirect
+    );
     let plain = desc(AREA, 16, 0, 0);
     refused!(Guest::one(&[desc(AREA, 16, INDIRECT | NEXT, 1), plain]), RingError::BadIndirect);
     let second = desc(AREA, 16, INDIRECT | NEXT, 2);

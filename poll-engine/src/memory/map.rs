@@ -104,7 +104,12 @@ impl Region {
     pub fn map(spec: RegionSpec, fd: OwnedFd) -> Result<Region, MemoryError> {
         spec.check()?;
         let fail = |reason: String| MemoryError::Map { guest_addr: spec.guest_addr, reason };
-        let (page, huge) = match fstatfs(&fd) {
+        let file = File::from(fd);
+        // Touching a page behind the end of a file is SIGBUS.
+        if file.metadata().is_ok_and(|meta| meta.is_file() && meta.len() < spec.mmap_offset + spec.size) {
+            return Err(fail("the file ends before it".into()));
+        }
+        let (page, huge) = match fstatfs(&file) {
             Ok(fs) if fs.filesystem_type() == HUGETLBFS_MAGIC => (fs.block_size() as u64, true),
             _ => (4096, false),
         };
@@ -114,7 +119,7 @@ impl Region {
         let len = if huge { (skip + spec.size).next_multiple_of(page) } else { skip + spec.size };
         let len = usize::try_from(len).map_err(|e| fail(e.to_string()))?;
         let mapping = MmapRegion::<()>::build(
-            Some(FileOffset::new(File::from(fd), start)),
+            Some(FileOffset::new(file, start)),
             len,
             libc::PROT_READ | libc::PROT_WRITE,
             libc::MAP_SHARED | libc::MAP_NORESERVE,

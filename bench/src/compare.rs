@@ -1,0 +1,212 @@
+//! Back ends beside each other: started afresh for every run, run in turn A B C A B C, compared pair by pair.
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::str::FromStr;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+
+use crate::report::Summary;
+use crate::{Run, front_end};
+
+/// What to compare.
+#[derive(Clone, Debug, clap::Args)]
+pub struct Compare {
+    /// A back end, as NAME=COMMAND; {socket} in the command is where it is to listen. The first is the reference
+    #[arg(long, value_name = "NAME=COMMAND", required = true)]
+    pub backend: Vec<Backend>,
+    /// Times every back end is run
+    #[arg(long, value_name = "N", default_value_t = 5)]
+    pub rounds: usize,
+    /// What each is driven with
+    #[command(flatten)]
+    pub run: Load,
+}
+
+/// The load, without a socket.
+#[derive(Clone, Debug, clap::Args)]
+pub struct Load {
+    /// Access pattern
+    #[arg(long, value_enum, default_value_t = crate::Pattern::Randread)]
+    pub rw: crate::Pattern,
+    /// Bytes of a request (such as 4k)
+    #[arg(long, value_name = "SIZE", default_value = "4k", value_parser = crate::size)]
+    pub bs: u32,
+    /// Requests in flight
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub iodepth: u16,
+    /// Seconds to measure
+    #[arg(long, value_name = "SECONDS", default_value = "2", value_parser = crate::seconds)]
+    pub runtime: Duration,
+    /// CPU of the driver
+    #[arg(long, value_name = "CPU")]
+    pub cpu: Option<usize>,
+    /// Use indirect descriptors
+    #[arg(long)]
+    pub indirect: bool,
+}
+
+/// A back end to start.
+#[derive(Clone, Debug)]
+pub struct Backend {
+    name: String,
+    command: String,
+}
+
+impl FromStr for Backend {
+    type Err = String;
+
+    fn from_str(s: &str) -> Result<Backend, String> {
+        match s.split_once('=') {
+            Some((name, command)) if command.contains("{socket}") => {
+                Ok(Backend { name: name.into(), command: command.into() })
+            }
+            _ => Err("write NAME=COMMAND, with {socket} where the socket's path belongs".into()),
+        }
+    }
+}
+
+/// A started back end, killed when dropped.
+struct Started {
+    child: Child,
+    socket: PathBuf,
+}
+
+impl Started {
+    fn new(backend: &Backend, dir: &Path) -> Result<Started> {
+        let socket = dir.join("socket");
+        let command = backend.command.replace("{socket}", &socket.display().to_string());
+        let mut words = command.split_whitespace();
+        let program = words.next().context("an empty command")?;
+        let child = Command::new(program).args(words).stdout(Stdio::null()).spawn();
+        let child = child.with_context(|| format!("cannot start {program}"))?;
+        let mut started = Started { child, socket };
+        let begun = Instant::now();
+        while !started.socket.exists() {
+            if let Some(status) = started.child.try_wait()? {
+                bail!("{} ended at once: {status}", backend.name);
+            }
+            if begun.elapsed() > Duration::from_secs(10) {
+                bail!("{} does not listen on {}", backend.name, started.socket.display());
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        // Between binding and listening.
+        std::thread::sleep(Duration::from_millis(100));
+        Ok(started)
+    }
+
+    /// CPU seconds used so far, user and system, by /proc/PID/stat (proc(5), fields 14 and 15).
+    fn cpu_seconds(&self) -> Result<f64> {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.child.id()))?;
+        let after_name = stat.rsplit(')').next().unwrap_or_default();
+        let ticks: u64 = after_name
+            .split_whitespace()
+            .skip(11)
+            .take(2)
+            .filter_map(|field| field.parse::<u64>().ok())
+            .sum();
+        // USER_HZ is 100 on every Linux there is.
+        Ok(ticks as f64 / 100.0)
+    }
+}
+
+impl Drop for Started {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        let _ = std::fs::remove_file(&self.socket);
+    }
+}
+
+struct Sample {
+    summary: Summary,
+    cpu_us: f64,
+}
+
+/// Runs them all and prints a table.
+pub fn compare(what: &Compare) -> Result<()> {
+    let dir = std::env::temp_dir().join(format!("vbench-{}", std::process::id()));
+    std::fs::create_dir(&dir)?;
+    let outcome = measure(what, &dir);
+    std::fs::remove_dir_all(&dir)?;
+    print(what, &outcome?);
+    Ok(())
+}
+
+fn measure(what: &Compare, dir: &Path) -> Result<Vec<Vec<Sample>>> {
+    let mut samples: Vec<Vec<Sample>> = what.backend.iter().map(|_| Vec::new()).collect();
+    for _ in 0..what.rounds {
+        for (backend, samples) in what.backend.iter().zip(&mut samples) {
+            let started = Started::new(backend, dir)?;
+            let load = &what.run;
+            let run = Run {
+                socket_path: started.socket.clone(),
+                rw: load.rw,
+                rwmixread: 50,
+                bs: load.bs,
+                iodepth: load.iodepth,
+                numjobs: 1,
+                runtime: load.runtime,
+                ramp_time: Duration::from_millis(300),
+                cpu: load.cpu,
+                indirect: load.indirect,
+                no_event_idx: false,
+                json: false,
+            };
+            let before = started.cpu_seconds()?;
+            let jobs = front_end::run(&run).with_context(|| format!("driving {}", backend.name))?;
+            let cpu = started.cpu_seconds()? - before;
+            let summary = Summary::of(&jobs);
+            // The CPU time is that of the warm-up too; so is the number of requests, nearly.
+            let share = load.runtime.as_secs_f64() / (load.runtime + run.ramp_time).as_secs_f64();
+            let cpu_us = cpu * share * 1e6 / summary.requests.max(1) as f64;
+            samples.push(Sample { summary, cpu_us });
+        }
+    }
+    Ok(samples)
+}
+
+/// Minimum, median and maximum.
+fn spread(mut values: Vec<f64>) -> [f64; 3] {
+    values.sort_by(f64::total_cmp);
+    let at = |i: usize| values.get(i).copied().unwrap_or(f64::NAN);
+    [at(0), at(values.len() / 2), at(values.len().saturating_sub(1))]
+}
+
+fn print(what: &Compare, samples: &[Vec<Sample>]) {
+    let load = &what.run;
+    println!(
+        "{:?} bs={} iodepth={} {} rounds of {:.1} s; min / median / max; ratios to {} of the same round",
+        load.rw,
+        load.bs,
+        load.iodepth,
+        what.rounds,
+        load.runtime.as_secs_f64(),
+        what.backend[0].name
+    );
+    println!(
+        "{:<12} {:>30} {:>22} {:>22} {:>22} {:>19} {:>19} {:>19}",
+        "back end", "IOPS", "p50 us", "p99 us", "CPU us/request", "IOPS ratio", "p50 ratio", "CPU ratio"
+    );
+    for (backend, own) in what.backend.iter().zip(samples) {
+        let over = |of: fn(&Sample) -> f64| spread(own.iter().map(of).collect());
+        let ratio = |of: fn(&Sample) -> f64| {
+            spread(own.iter().zip(&samples[0]).map(|(a, b)| of(a) / of(b)).collect())
+        };
+        let cell = |[a, b, c]: [f64; 3], digits: usize| format!("{a:.digits$} / {b:.digits$} / {c:.digits$}");
+        println!(
+            "{:<12} {:>30} {:>22} {:>22} {:>22} {:>19} {:>19} {:>19}",
+            backend.name,
+            cell(over(|s| s.summary.iops), 0),
+            cell(over(|s| s.summary.us(50.0)), 2),
+            cell(over(|s| s.summary.us(99.0)), 2),
+            cell(over(|s| s.cpu_us), 3),
+            cell(ratio(|s| s.summary.iops), 2),
+            cell(ratio(|s| s.summary.us(50.0)), 2),
+            cell(ratio(|s| s.cpu_us), 2),
+        );
+    }
+}

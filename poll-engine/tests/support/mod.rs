@@ -1,0 +1,399 @@
+//! A device that echoes, a front end that can say anything, and a guest behind it.
+#![allow(dead_code)] // each test program uses its part
+
+use std::io::{IoSlice, Read};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags, poll};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+use poll_engine::device::{ConfigRefused, Device, QueueHandler, features};
+use poll_engine::engine::pacing::Pacing;
+use poll_engine::engine::queue::{Queue, Request};
+use poll_engine::engine::reactor::Io;
+use poll_engine::engine::{Engine, EngineConfig};
+use poll_engine::memory::{Ram, RegionSpec};
+use poll_engine::ring::RingConfig;
+use poll_engine::ring::chain::HeldChain;
+use poll_engine::ring::driver::{Buffer, DriverRing};
+use poll_engine::session::listen::Listener;
+use poll_engine::session::serve::{Export, Server};
+use poll_engine::session::wire::{F_PROTOCOL_FEATURES, protocol};
+use poll_engine::stats::QueueStats;
+
+pub const QUEUES: u16 = 2;
+pub const MAX_RING: u16 = 256;
+pub const LIMIT: Duration = Duration::from_secs(10);
+
+/// Polls `probe` until it is true; fails after [`LIMIT`].
+pub fn until(what: &str, mut probe: impl FnMut() -> bool) {
+    let deadline = Instant::now() + LIMIT;
+    while !probe() {
+        assert!(Instant::now() < deadline, "{what}: not within {LIMIT:?}");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+pub fn eventfd() -> EventFd {
+    EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK).unwrap()
+}
+
+pub fn readable_within(fd: &impl AsFd, ms: u16) -> bool {
+    poll(&mut [PollFd::new(fd.as_fd(), PollFlags::POLLIN)], ms).unwrap() > 0
+}
+
+/// Copies what a request brings to where it wants an answer: at once, or, while told to hold, when the gate is opened.
+pub struct Echo {
+    pub config: Mutex<[u8; 64]>,
+    pub resets: AtomicUsize,
+    pub hold: AtomicBool,
+    pub held: Arc<AtomicUsize>,
+    gate: EventFd,
+}
+
+impl Echo {
+    /// Lets held requests go, and new ones pass.
+    pub fn open_gate(&self) {
+        self.hold.store(false, Ordering::Release);
+        self.gate.write(1).unwrap();
+    }
+}
+
+pub struct Shared(pub Arc<Echo>);
+
+impl Device for Shared {
+    fn features(&self) -> u64 {
+        1
+    }
+    fn num_queues(&self) -> u16 {
+        QUEUES
+    }
+    fn max_ring_size(&self) -> u16 {
+        MAX_RING
+    }
+    fn read_config(&self, offset: u32, into: &mut [u8]) {
+        let config = self.0.config.lock().unwrap();
+        for (i, byte) in into.iter_mut().enumerate() {
+            *byte = config.get(offset as usize + i).copied().unwrap_or(0);
+        }
+    }
+    fn write_config(&self, offset: u32, bytes: &[u8]) -> Result<(), ConfigRefused> {
+        let (start, end) = (offset as usize, offset as usize + bytes.len());
+        let mut config = self.0.config.lock().unwrap();
+        // The second half is writable.
+        let room = config.get_mut(start..end).filter(|_| start >= 32);
+        room.map(|to| to.copy_from_slice(bytes)).ok_or(ConfigRefused { offset, end: end as u32 })
+    }
+    fn start_queue(&self, _: u16, _: u64, _: u16) -> std::io::Result<Box<dyn QueueHandler>> {
+        let gate = self.0.gate.as_fd().try_clone_to_owned()?;
+        Ok(Box::new(Handler { echo: Arc::clone(&self.0), gate, held: Vec::new() }))
+    }
+    fn reset(&self) {
+        self.0.resets.fetch_add(1, Ordering::AcqRel);
+    }
+}
+
+struct Handler {
+    echo: Arc<Echo>,
+    gate: OwnedFd,
+    held: Vec<(Request, HeldChain)>,
+}
+
+fn echo(chain: &poll_engine::ring::chain::ChainView<'_>) -> u32 {
+    let mut bytes = vec![0; chain.readable_len() as usize];
+    chain.readable(0, u32::MAX).read(&mut bytes);
+    chain.writable(0, u32::MAX).write(&bytes) as u32
+}
+
+impl QueueHandler for Handler {
+    fn attach(&mut self, io: &mut Io<'_>) {
+        let label = io.label(0);
+        io.uring().watch(self.gate.as_fd(), label);
+    }
+    fn poll(&mut self, queue: &mut Queue, _: &mut Io<'_>) -> usize {
+        let ready = queue.ready();
+        for _ in 0..ready {
+            let Some(request) = queue.take() else { break };
+            if self.echo.hold.load(Ordering::Acquire) {
+                let mut chain = HeldChain::default();
+                queue.hold_chain(&mut chain);
+                self.held.push((request, chain));
+                self.echo.held.fetch_add(1, Ordering::AcqRel);
+            } else {
+                let written = echo(&queue.chain());
+                queue.complete(request, written);
+            }
+        }
+        ready.into()
+    }
+    fn complete(&mut self, queue: &mut Queue, _: &mut Io<'_>, _: u32, _: i32) {
+        for (request, chain) in self.held.drain(..) {
+            let written = echo(&chain.view().unwrap());
+            self.echo.held.fetch_sub(1, Ordering::AcqRel);
+            queue.complete(request, written);
+        }
+    }
+    fn detach(&mut self, io: &mut Io<'_>) {
+        let (watch, own) = (io.label(0), io.label(1));
+        io.uring().unwatch(watch, own);
+    }
+}
+
+/// The back end.
+pub struct Back {
+    pub echo: Arc<Echo>,
+    pub stats: Vec<Arc<QueueStats>>,
+    pub socket: PathBuf,
+    pub server: Server,
+    _dir: tempfile::TempDir,
+}
+
+impl Back {
+    pub fn start(pacing: Pacing) -> Back {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("s");
+        let mut config = [0; 64];
+        (0..).zip(&mut config).for_each(|(i, byte)| *byte = i);
+        let echo = Arc::new(Echo {
+            config: Mutex::new(config),
+            resets: AtomicUsize::new(0),
+            hold: AtomicBool::new(false),
+            held: Arc::default(),
+            gate: eventfd(),
+        });
+        let stats: Vec<Arc<QueueStats>> = (0..QUEUES).map(|_| Arc::default()).collect();
+        let engine = Arc::new(Engine::start(&EngineConfig { pacing, ..EngineConfig::default() }).unwrap());
+        let device = Arc::new(Shared(Arc::clone(&echo)));
+        let export = Export { name: "echo".into(), device, stats: stats.clone(), engine };
+        let server = Server::start(export, Listener::bind(&socket).unwrap(), || {}).unwrap();
+        Back { echo, stats, socket, server, _dir: dir }
+    }
+
+    pub fn connect(&self) -> Peer {
+        Peer::new(UnixStream::connect(&self.socket).unwrap())
+    }
+
+    /// Connected and negotiated.
+    pub fn front(&self) -> Peer {
+        let mut peer = self.connect();
+        peer.negotiate();
+        peer
+    }
+}
+
+pub fn words(words: &[u32]) -> Vec<u8> {
+    words.iter().flat_map(|w| w.to_ne_bytes()).collect()
+}
+
+pub fn longs(longs: &[u64]) -> Vec<u8> {
+    longs.iter().flat_map(|w| w.to_ne_bytes()).collect()
+}
+
+pub const FEATURES: u64 =
+    F_PROTOCOL_FEATURES | features::VERSION_1 | features::INDIRECT_DESC | features::EVENT_IDX;
+
+/// A raw front end.
+pub struct Peer {
+    pub stream: UnixStream,
+}
+
+impl Peer {
+    pub fn new(stream: UnixStream) -> Peer {
+        stream.set_read_timeout(Some(LIMIT)).unwrap();
+        Peer { stream }
+    }
+
+    pub fn send_bytes(&self, bytes: &[u8], fds: &[RawFd]) {
+        let rights = [ControlMessage::ScmRights(fds)];
+        let control = if fds.is_empty() { &[][..] } else { &rights[..] };
+        let fd = self.stream.as_raw_fd();
+        let sent = sendmsg::<()>(fd, &[IoSlice::new(bytes)], control, MsgFlags::MSG_NOSIGNAL, None);
+        assert_eq!(sent, Ok(bytes.len()));
+    }
+
+    pub fn send(&self, request: u32, need_reply: bool, payload: &[u8], fds: &[RawFd]) {
+        let flags = 1 | u32::from(need_reply) << 3;
+        let mut message = words(&[request, flags, payload.len() as u32]);
+        message.extend(payload);
+        self.send_bytes(&message, fds);
+    }
+
+    /// The payload of the next reply, which must be to `request`. `None` when the back end has hung up.
+    pub fn reply(&mut self, request: u32) -> Option<Vec<u8>> {
+        let mut header = [0; 12];
+        match self.stream.read_exact(&mut header) {
+            Ok(()) => {}
+            Err(e) if matches!(e.kind(), std::io::ErrorKind::WouldBlock) => {
+                panic!("no reply to request {request}")
+            }
+            Err(_) => return None,
+        }
+        assert_eq!(header[..8], words(&[request, 5]), "reply to {request}");
+        let mut payload = vec![0; u32::from_ne_bytes(header[8..].try_into().unwrap()) as usize];
+        self.stream.read_exact(&mut payload).unwrap();
+        Some(payload)
+    }
+
+    /// A request with a reply of its own.
+    pub fn ask(&mut self, request: u32, payload: &[u8]) -> Vec<u8> {
+        self.send(request, false, payload, &[]);
+        self.reply(request).expect("a reply")
+    }
+
+    pub fn ask_number(&mut self, request: u32) -> u64 {
+        u64::from_ne_bytes(self.ask(request, &[]).try_into().unwrap())
+    }
+
+    /// A request with an acknowledgement: whether it was a good one.
+    pub fn ack(&mut self, request: u32, payload: &[u8], fds: &[RawFd]) -> bool {
+        self.send(request, true, payload, fds);
+        self.reply(request).expect("an acknowledgement") == longs(&[0])
+    }
+
+    pub fn negotiate(&mut self) {
+        self.send(3, false, &[], &[]);
+        self.send(2, false, &longs(&[FEATURES]), &[]);
+        let all = protocol::MQ
+            | protocol::REPLY_ACK
+            | protocol::BACKEND_REQ
+            | protocol::CONFIG
+            | protocol::RESET_DEVICE
+            | protocol::CONFIGURE_MEM_SLOTS
+            | protocol::STATUS;
+        assert_eq!(self.ask_number(15) & all, all);
+        self.send(16, false, &longs(&[all]), &[]);
+    }
+
+    pub fn expect_hung_up(&mut self) {
+        let got = self.stream.read(&mut [0; 1]);
+        let reset = |e: &std::io::Error| e.kind() == std::io::ErrorKind::ConnectionReset;
+        assert!(matches!(&got, Ok(0)) || got.as_ref().is_err_and(reset), "the session goes on: {got:?}");
+    }
+
+    /// The session still answers.
+    pub fn expect_alive(&mut self) {
+        assert_eq!(self.ask_number(17), u64::from(QUEUES));
+    }
+
+    pub fn mem_table(&mut self, regions: &[(RegionSpec, RawFd)]) -> bool {
+        let mut payload = words(&[regions.len() as u32, 0]);
+        regions.iter().for_each(|(spec, _)| payload.extend(region(spec)));
+        self.ack(5, &payload, &regions.iter().map(|(_, fd)| *fd).collect::<Vec<_>>())
+    }
+
+    pub fn add_region(&mut self, spec: &RegionSpec, fd: RawFd) -> bool {
+        self.ack(37, &[longs(&[0]), region(spec)].concat(), &[fd])
+    }
+
+    pub fn remove_region(&mut self, spec: &RegionSpec) -> bool {
+        self.ack(38, &[longs(&[0]), region(spec)].concat(), &[])
+    }
+}
+
+pub fn region(spec: &RegionSpec) -> Vec<u8> {
+    longs(&[spec.guest_addr, spec.size, spec.user_addr, spec.mmap_offset])
+}
+
+/// A guest with one ring, on queue `index` of a session.
+pub struct Guest {
+    pub ram: Ram,
+    pub config: RingConfig,
+    pub driver: DriverRing,
+    pub kick: EventFd,
+    pub call: EventFd,
+    pub index: u32,
+    pub data: u64,
+    count: u8,
+}
+
+impl Guest {
+    pub fn new(index: u32) -> Guest {
+        Guest::at(index, 0x10_0000 + (u64::from(index) << 32))
+    }
+
+    pub fn at(index: u32, guest_addr: u64) -> Guest {
+        let mut ram = Ram::new(guest_addr, 1 << 20, false).unwrap();
+        let config = DriverRing::lay_out(&mut ram, 16, true, true).unwrap();
+        let data = ram.alloc(0x1_0000, 4096).unwrap();
+        let driver = DriverRing::new(&config, ram.map()).unwrap();
+        Guest { ram, config, driver, kick: eventfd(), call: eventfd(), index, data, count: 0 }
+    }
+
+    pub fn region(&self) -> (RegionSpec, RawFd) {
+        (self.ram.spec(), self.ram.fd().as_raw_fd())
+    }
+
+    /// Tells all about the ring but the kick descriptor, and enables nothing.
+    pub fn describe(&self, peer: &mut Peer, base: u32) {
+        let i = self.index;
+        assert!(peer.ack(8, &words(&[i, self.config.size]), &[]));
+        assert!(peer.ack(10, &words(&[i, base]), &[]));
+        let c = &self.config;
+        let addresses = longs(&[c.desc_addr, c.used_addr, c.avail_addr, 0]);
+        assert!(peer.ack(9, &[words(&[i, 0]), addresses].concat(), &[]));
+        assert!(peer.ack(13, &longs(&[i.into()]), &[self.call.as_raw_fd()]));
+    }
+
+    pub fn set_kick(&self, peer: &mut Peer) {
+        assert!(peer.ack(12, &longs(&[self.index.into()]), &[self.kick.as_raw_fd()]));
+    }
+
+    pub fn enable(&self, peer: &mut Peer, on: bool) {
+        assert!(peer.ack(18, &words(&[self.index, on.into()]), &[]));
+    }
+
+    /// Everything, memory included.
+    pub fn start(&self, peer: &mut Peer) {
+        assert!(peer.mem_table(&[self.region()]));
+        self.describe(peer, 0);
+        self.set_kick(peer);
+        self.enable(peer, true);
+    }
+
+    /// Stops the queue; its base.
+    pub fn stop(&self, peer: &mut Peer) -> u32 {
+        let reply = peer.ask(11, &words(&[self.index, 0]));
+        assert_eq!(reply[..4], self.index.to_ne_bytes());
+        u32::from_ne_bytes(reply[4..].try_into().unwrap())
+    }
+
+    /// Makes a request available, 100 bytes out and as many in, from guest address `at`; kicks when that is wanted.
+    pub fn submit_at(&mut self, at: u64, map: &poll_engine::memory::MemoryMap) {
+        self.count = self.count.wrapping_add(1);
+        if let Some(out) = map.slice(at, 100) {
+            out.fill(self.count);
+        }
+        let buffers = [
+            Buffer { addr: at, len: 100, writable: false },
+            Buffer { addr: at + 256, len: 100, writable: true },
+        ];
+        self.driver.add(&buffers).unwrap();
+        if self.driver.publish() {
+            self.kick.write(1).unwrap();
+        }
+    }
+
+    pub fn submit(&mut self) {
+        let map = Arc::clone(self.ram.map());
+        self.submit_at(self.data, &map);
+    }
+
+    pub fn wait(&mut self) {
+        until("a request", || self.driver.finished() > 0);
+        assert_eq!(self.driver.collect().map(|(_, len)| len), Some(100));
+    }
+
+    /// One request that must be answered with its own bytes.
+    pub fn round_trip(&mut self) {
+        self.submit();
+        self.wait();
+        let mut bytes = [0; 100];
+        self.ram.map().slice(self.data + 256, 100).unwrap().read(&mut bytes);
+        assert_eq!(bytes, [self.count; 100]);
+    }
+}
