@@ -6,7 +6,7 @@ use poll_engine::device::QueueHandler;
 use poll_engine::engine::queue::{Queue, Request};
 use poll_engine::engine::reactor::Io;
 use poll_engine::ring::chain::ChainView;
-use poll_engine::stats::{ErrorKind, QueueStats};
+use poll_engine::stats::ErrorKind;
 
 use crate::backend::{Backend, Begun, Failure, Outcome};
 use crate::disk::Disk;
@@ -29,27 +29,18 @@ impl<B: Backend> BlkQueue<B> {
 
     #[inline]
     fn one(&mut self, request: Request, queue: &mut Queue, io: &mut Io<'_>) {
-        let operation = match parse(&queue.chain(), &self.disk) {
-            Ok(Operation::GetId { len }) => {
-                let written = self.get_id(&queue.chain(), len);
-                queue.complete(request, written);
-                return;
-            }
-            Ok(operation) => operation,
+        let (request, written) = match parse(&queue.chain(), &self.disk) {
+            Ok(Operation::GetId { len }) => (request, self.get_id(&queue.chain(), len)),
+            Ok(operation) => match self.backend.begin(request, operation, queue, io) {
+                Begun::Pending => return,
+                Begun::Over(request, outcome) => (request, finish(queue, &queue.chain(), operation, outcome)),
+            },
             Err(e) => {
                 queue.count_error(e.kind(), &e);
-                let written = set_status(&queue.chain(), e.status(), 0);
-                queue.complete(request, written);
-                return;
+                (request, set_status(&queue.chain(), e.status(), 0))
             }
         };
-        if let Begun::Over(request, outcome) = self.backend.begin(request, operation, queue, io) {
-            let written = finish(&queue.chain(), operation, &outcome, queue.stats());
-            if let Outcome::Failed(failure) = outcome {
-                count(queue, &failure);
-            }
-            queue.complete(request, written);
-        }
+        queue.complete(request, written);
     }
 
     /// 5.2.6: "the device ID string is a NUL-padded ASCII string up to 20 bytes long".
@@ -82,11 +73,7 @@ impl<B: Backend> QueueHandler for BlkQueue<B> {
         let over = &mut self.over;
         let queue_ref: &Queue = queue;
         self.backend.complete(io, tag, result, &mut |request, operation, outcome, chain| {
-            let written = finish(&chain, operation, &outcome, queue_ref.stats());
-            if let Outcome::Failed(failure) = outcome {
-                count(queue_ref, &failure);
-            }
-            over.push((request, written));
+            over.push((request, finish(queue_ref, &chain, operation, outcome)));
         });
         for (request, written) in self.over.drain(..) {
             queue.complete(request, written);
@@ -102,17 +89,10 @@ impl<B: Backend> QueueHandler for BlkQueue<B> {
     }
 }
 
-fn count(queue: &Queue, failure: &Failure) {
-    let kind = match failure {
-        Failure::Invalid(e) => e.kind(),
-        Failure::Io { .. } => ErrorKind::Io,
-    };
-    queue.count_error(kind, failure);
-}
-
-/// Writes the status and returns the used length; counts bytes.
+/// Writes the status and returns the used length; counts bytes and errors.
 #[inline]
-fn finish(chain: &ChainView<'_>, operation: Operation, outcome: &Outcome, stats: &QueueStats) -> u32 {
+fn finish(queue: &Queue, chain: &ChainView<'_>, operation: Operation, outcome: Outcome) -> u32 {
+    let stats = queue.stats();
     match (outcome, operation) {
         (Outcome::Done, Operation::Read { len, .. }) => {
             stats.bytes_read.add(u64::from(len));
@@ -123,8 +103,14 @@ fn finish(chain: &ChainView<'_>, operation: Operation, outcome: &Outcome, stats:
             set_status(chain, STATUS_OK, 0)
         }
         (Outcome::Done, _) => set_status(chain, STATUS_OK, 0),
-        (Outcome::Failed(Failure::Invalid(e)), _) => set_status(chain, e.status(), 0),
-        (Outcome::Failed(Failure::Io { .. }), _) => set_status(chain, STATUS_IOERR, 0),
+        (Outcome::Failed(failure), _) => {
+            let (kind, status) = match &failure {
+                Failure::Invalid(e) => (e.kind(), e.status()),
+                Failure::Io { .. } => (ErrorKind::Io, STATUS_IOERR),
+            };
+            queue.count_error(kind, &failure);
+            set_status(chain, status, 0)
+        }
     }
 }
 

@@ -128,13 +128,15 @@ impl Invalid {
     }
 }
 
+/// The header as two little-endian numbers: type (and priority), sector.
 #[inline]
-fn header(chain: &ChainView<'_>) -> Option<[u8; HEADER as usize]> {
-    if let Some(bytes) = chain.readable(0, HEADER).next()?.read_16_once() {
-        return Some(bytes);
+fn header(chain: &ChainView<'_>) -> Option<[u64; 2]> {
+    if let Some(pair) = chain.readable(0, HEADER).next()?.read_pair_once() {
+        return Some(pair);
     }
     let mut bytes = [0; HEADER as usize];
-    (chain.readable(0, HEADER).read(&mut bytes) == bytes.len()).then_some(bytes)
+    let half = |bytes: &[u8], at: usize| u64::from_le_bytes(std::array::from_fn(|i| bytes[at + i]));
+    (chain.readable(0, HEADER).read(&mut bytes) == bytes.len()).then(|| [half(&bytes, 0), half(&bytes, 8)])
 }
 
 /// Parses the chain as a request to `disk`.
@@ -143,11 +145,8 @@ pub fn parse(chain: &ChainView<'_>, disk: &Disk) -> Result<Operation, Invalid> {
     // The last writable byte is the status.
     let data_in = chain.writable_len().checked_sub(1).ok_or(Invalid::Framing)?;
     let data_out = chain.readable_len().checked_sub(HEADER).ok_or(Invalid::Framing)?;
-    let bytes = header(chain).ok_or(Invalid::Framing)?;
-    let kind = u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
-    let sector = u64::from_le_bytes([
-        bytes[8], bytes[9], bytes[10], bytes[11], bytes[12], bytes[13], bytes[14], bytes[15],
-    ]);
+    let [kind, sector] = header(chain).ok_or(Invalid::Framing)?;
+    let kind = kind as u32;
     match kind {
         T_IN => {
             let offset = check_range(disk, Access::Read, kind, sector, data_in)?;

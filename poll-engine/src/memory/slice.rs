@@ -117,28 +117,29 @@ impl<'m> GuestSlice<'m> {
         unsafe { ptr::write_bytes(self.host, byte, self.len()) };
     }
 
-    /// Reads exactly 16 bytes, each of them once: headers and descriptors, which the guest may rewrite while we look
-    /// (the compiler must not read them a second time). `None` when the slice is shorter.
+    /// Reads the first 16 bytes, each of them once, as two little-endian numbers: headers and descriptors, which the
+    /// guest may rewrite while we look (the compiler must not read them a second time). `None` when the slice is
+    /// shorter.
     #[inline]
-    pub fn read_16_once(&self) -> Option<[u8; 16]> {
+    pub fn read_pair_once(&self) -> Option<[u64; 2]> {
         if self.len < 16 {
             return None;
         }
-        let mut out = [0u8; 16];
         if self.host.addr().is_multiple_of(8) {
             #[allow(clippy::cast_ptr_alignment)] // checked just above
             let words = self.host.cast::<u64>();
             // SAFETY: 16 bytes are mapped (checked above) and 8-byte aligned.
-            let (low, high) = unsafe { (ptr::read_volatile(words), ptr::read_volatile(words.add(1))) };
-            out[..8].copy_from_slice(&low.to_ne_bytes());
-            out[8..].copy_from_slice(&high.to_ne_bytes());
-        } else {
-            for (i, byte) in out.iter_mut().enumerate() {
-                // SAFETY: i < 16 <= len.
-                *byte = unsafe { ptr::read_volatile(self.host.add(i)) };
-            }
+            return Some(unsafe {
+                [u64::from_le(ptr::read_volatile(words)), u64::from_le(ptr::read_volatile(words.add(1)))]
+            });
         }
-        Some(out)
+        let mut pair = [0; 2];
+        for i in 0..16 {
+            // SAFETY: i < 16 <= len.
+            let byte = unsafe { ptr::read_volatile(self.host.add(i)) };
+            pair[i / 8] |= u64::from(byte) << (8 * (i % 8));
+        }
+        Some(pair)
     }
 
     /// Asks the CPU to fetch the first cache line.

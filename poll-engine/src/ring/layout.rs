@@ -38,12 +38,10 @@ pub struct Desc {
 }
 
 impl Desc {
-    /// Decodes the 16 bytes of a descriptor (little-endian).
+    /// Decodes a descriptor from its two halves, read as little-endian numbers.
     #[inline]
-    pub fn from_bytes(b: [u8; 16]) -> Desc {
-        let low = u64::from_le_bytes([b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]]);
-        let high = u64::from_le_bytes([b[8], b[9], b[10], b[11], b[12], b[13], b[14], b[15]]);
-        Desc { addr: low, len: high as u32, flags: (high >> 32) as u16, next: (high >> 48) as u16 }
+    pub fn from_pair([addr, rest]: [u64; 2]) -> Desc {
+        Desc { addr, len: rest as u32, flags: (rest >> 32) as u16, next: (rest >> 48) as u16 }
     }
 
     /// Encodes the descriptor.
@@ -119,13 +117,7 @@ impl SplitLayout {
         let words = self.desc_slice(index).cast::<u64>();
         // SAFETY: 16 bytes inside the table, 16-byte aligned by `new`; volatile because the guest may write meanwhile.
         let (addr, rest) = unsafe { (words.read_volatile(), words.add(1).read_volatile()) };
-        let rest = u64::from_le(rest);
-        Desc {
-            addr: u64::from_le(addr),
-            len: rest as u32,
-            flags: (rest >> 32) as u16,
-            next: (rest >> 48) as u16,
-        }
+        Desc::from_pair([u64::from_le(addr), u64::from_le(rest)])
     }
 
     /// Writes descriptor `index` (driver side).
@@ -263,8 +255,8 @@ impl SplitLayout {
 pub fn indirect_desc(table: &GuestSlice<'_>, index: u16) -> Option<Desc> {
     table
         .part(usize::from(index) * DESC_SIZE as usize, DESC_SIZE as usize)
-        .read_16_once()
-        .map(Desc::from_bytes)
+        .read_pair_once()
+        .map(Desc::from_pair)
 }
 
 #[inline]

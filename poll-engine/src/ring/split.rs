@@ -224,7 +224,8 @@ impl SplitRing {
             done += n;
             at += n as u64;
         }
-        Ok(Some(Desc::from_bytes(bytes)))
+        let half = |at: usize| u64::from_le_bytes(std::array::from_fn(|i| bytes[at + i]));
+        Ok(Some(Desc::from_pair([half(0), half(8)])))
     }
 
     #[inline]

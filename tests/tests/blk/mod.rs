@@ -1,0 +1,246 @@
+//! A front end of our own on the real daemon: rings that can be written raw, and block requests cut up anyhow.
+#![allow(dead_code)] // each test program uses its part
+
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use kickless_tests::daemon::Kind;
+use kickless_tests::process::Process;
+use kickless_tests::scene::Scene;
+use kickless_tests::wait;
+use nix::sys::signal::Signal;
+use poll_engine::device::features;
+use poll_engine::memory::{MemoryMap, Ram};
+use poll_engine::ring::driver::{Buffer, DriverRing};
+use vhost::vhost_user::message::{VhostUserHeaderFlag, VhostUserProtocolFeatures, VhostUserVirtioFeatures};
+use vhost::vhost_user::{Frontend, VhostUserFrontend};
+use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+pub const LIMIT: Duration = Duration::from_secs(15);
+pub const RING: u16 = 64;
+
+pub const READ: u32 = 0;
+pub const WRITE: u32 = 1;
+pub const FLUSH: u32 = 4;
+pub const GET_ID: u32 = 8;
+pub const DISCARD: u32 = 11;
+pub const WRITE_ZEROES: u32 = 13;
+
+pub const OK: u8 = 0;
+pub const IOERR: u8 = 1;
+pub const UNSUPP: u8 = 2;
+
+/// The daemon's program. The tests of this file are about nothing else, so without it they fail.
+pub fn program() -> PathBuf {
+    Kind::VhostBlk.program().expect("vhost-blk is not built: cargo build -p vhost-blk")
+}
+
+/// A running daemon.
+pub struct Served {
+    pub process: Process,
+    pub socket: PathBuf,
+}
+
+impl Served {
+    pub fn start(scene: &Scene, args: &[&str]) -> Served {
+        let socket = scene.path("disk.sock");
+        let mut all = vec![format!("--socket-path={}", socket.display())];
+        all.extend(args.iter().map(|&a| a.to_owned()));
+        let mut process = Process::spawn(scene, "vhost-blk", &program(), &all).unwrap();
+        wait::until("the daemon's socket", LIMIT, || {
+            assert!(process.poll_exit()?.is_none(), "{}", process.stderr());
+            Ok(std::fs::metadata(&socket).is_ok_and(|m| m.file_type().is_socket()).then_some(()))
+        })
+        .unwrap();
+        Served { process, socket }
+    }
+
+    /// The report that `SIGUSR1` brings.
+    pub fn stats(&self) -> String {
+        let before = self.process.stdout().len();
+        self.process.signal(Signal::SIGUSR1).unwrap();
+        let new = || Ok(self.process.stdout()[before..].split_once("\n\n").map(|(report, _)| report.to_owned()));
+        wait::until("statistics", LIMIT, new).unwrap()
+    }
+
+    /// How many errors of a kind have been counted.
+    pub fn errors(&self, kind: &str) -> u64 {
+        let stats = self.stats();
+        let line = stats.lines().find_map(|l| l.strip_prefix(&format!("errors {kind} ")));
+        line.map_or(0, |n| n.parse().unwrap())
+    }
+
+    pub fn terminate(mut self) {
+        self.process.signal(Signal::SIGTERM).unwrap();
+        let status = self.process.wait_exit(LIMIT).unwrap();
+        let said = self.process.stderr();
+        assert!(status.success() && !said.contains("panicked"), "{status}\n{said}");
+        assert!(!self.socket.exists(), "the socket is still there");
+    }
+}
+
+/// A session with its queues.
+pub struct Front {
+    front: Frontend,
+    pub ram: Ram,
+    pub queues: Vec<Lane>,
+}
+
+/// One queue, and memory for one request.
+pub struct Lane {
+    pub driver: DriverRing,
+    pub map: Arc<MemoryMap>,
+    pub kick: EventFd,
+    pub call: EventFd,
+    pub err: EventFd,
+    /// 64 KiB for header, data and status.
+    pub area: u64,
+    /// 1 MiB for indirect tables and further data.
+    pub more: u64,
+}
+
+pub const RAM_START: u64 = 0x1000_0000;
+pub const RAM_SIZE: u64 = 8 << 20;
+
+impl Front {
+    pub fn connect(socket: &Path, queues: usize) -> Front {
+        let mut front = Frontend::connect(socket, queues as u64).unwrap();
+        front.set_owner().unwrap();
+        let protocol_bit = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+        let ring = features::VERSION_1 | features::INDIRECT_DESC | features::EVENT_IDX;
+        // The disk's own bits that exist; RO and those that go with writing are taken as they are offered.
+        let offered = front.get_features().unwrap();
+        assert_eq!(offered & ring, ring);
+        front.set_features(offered & !features::ACCESS_PLATFORM | protocol_bit).unwrap();
+        let protocol = VhostUserProtocolFeatures::MQ | VhostUserProtocolFeatures::REPLY_ACK;
+        assert!(front.get_protocol_features().unwrap().contains(protocol));
+        front.set_protocol_features(protocol).unwrap();
+        front.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
+        let mut ram = Ram::new(RAM_START, RAM_SIZE, false).unwrap();
+        let spec = ram.spec();
+        let info = VhostUserMemoryRegionInfo {
+            guest_phys_addr: spec.guest_addr,
+            memory_size: spec.size,
+            userspace_addr: spec.user_addr,
+            mmap_offset: 0,
+            mmap_handle: ram.fd().as_raw_fd(),
+        };
+        front.set_mem_table(&[info]).unwrap();
+        let queues = (0..queues).map(|i| Lane::start(&mut front, i, &mut ram)).collect();
+        Front { front, ram, queues }
+    }
+
+    pub fn base(&self, index: usize) -> u32 {
+        self.front.get_vring_base(index).unwrap()
+    }
+}
+
+impl Lane {
+    fn start(front: &mut Frontend, index: usize, ram: &mut Ram) -> Lane {
+        let config = DriverRing::lay_out(ram, RING, true, true).unwrap();
+        let event = || EventFd::new(EFD_NONBLOCK).unwrap();
+        let (kick, call, err) = (event(), event(), event());
+        front.set_vring_num(index, RING).unwrap();
+        front.set_vring_base(index, 0).unwrap();
+        let addresses = VringConfigData {
+            queue_max_size: RING,
+            queue_size: RING,
+            flags: 0,
+            desc_table_addr: config.desc_addr,
+            used_ring_addr: config.used_addr,
+            avail_ring_addr: config.avail_addr,
+            log_addr: None,
+        };
+        front.set_vring_addr(index, &addresses).unwrap();
+        front.set_vring_call(index, &call).unwrap();
+        front.set_vring_err(index, &err).unwrap();
+        front.set_vring_kick(index, &kick).unwrap();
+        front.set_vring_enable(index, true).unwrap();
+        let driver = DriverRing::new(&config, ram.map()).unwrap();
+        let area = ram.alloc(64 << 10, 4096).unwrap();
+        let more = ram.alloc(1 << 20, 4096).unwrap();
+        Lane { driver, map: Arc::clone(ram.map()), kick, call, err, area, more }
+    }
+
+    pub fn put(&self, at: u64, bytes: &[u8]) {
+        assert_eq!(self.map.slice(at, bytes.len() as u32).unwrap().write(bytes), bytes.len());
+    }
+
+    pub fn get(&self, at: u64, len: usize) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        assert_eq!(self.map.slice(at, len as u32).unwrap().read(&mut bytes), len);
+        bytes
+    }
+
+    pub fn publish(&mut self) {
+        if self.driver.publish() {
+            self.kick.write(1).unwrap();
+        }
+    }
+
+    /// Has these buffers served as one request; the used length.
+    pub fn serve(&mut self, buffers: &[Buffer]) -> u32 {
+        self.driver.add(buffers).unwrap();
+        self.publish();
+        let deadline = Instant::now() + LIMIT;
+        loop {
+            if let Some((_, len)) = self.driver.collect() {
+                return len;
+            }
+            assert!(Instant::now() < deadline, "no answer");
+            std::thread::yield_now();
+        }
+    }
+
+    /// A request of `kind` for `sector`, its header and data cut as told: status and used length.
+    pub fn request(&mut self, kind: u32, sector: u64, shape: &Shape<'_>) -> (u8, u32) {
+        let mut header = [kind.to_le_bytes(), [0; 4]].concat();
+        header.extend(sector.to_le_bytes());
+        self.put(self.area, &header);
+        let status = self.area + 1024;
+        self.put(status, &[0xff]);
+        let cut = |start: u64, lens: &[u32], writable: bool| {
+            let mut addr = start;
+            let pieces = lens.iter().map(move |&len| {
+                addr += u64::from(len);
+                Buffer { addr: addr - u64::from(len), len, writable }
+            });
+            pieces.collect::<Vec<_>>()
+        };
+        let mut buffers = cut(self.area, shape.header, false);
+        buffers.extend(cut(shape.out_at.unwrap_or(self.area + 4096), shape.out, false));
+        buffers.extend(cut(shape.into_at.unwrap_or(self.area + 4096), shape.into, true));
+        buffers.push(Buffer { addr: status, len: 1, writable: true });
+        let used = self.serve(&buffers);
+        (self.get(status, 1)[0], used)
+    }
+
+    /// Writes a pattern to a sector and reads it back.
+    pub fn verified_io(&mut self, sector: u64, seed: u8) {
+        let bytes: Vec<u8> = (0..512u32).map(|i| (i as u8).wrapping_mul(7) ^ seed).collect();
+        self.put(self.area + 4096, &bytes);
+        assert_eq!(self.request(WRITE, sector, &Shape { out: &[512], ..Shape::default() }), (OK, 1));
+        self.put(self.area + 4096, &[0; 512]);
+        assert_eq!(self.request(READ, sector, &Shape { into: &[512], ..Shape::default() }), (OK, 513));
+        assert_eq!(self.get(self.area + 4096, 512), bytes);
+    }
+}
+
+/// How a request is cut into descriptors.
+pub struct Shape<'a> {
+    pub header: &'a [u32],
+    pub out: &'a [u32],
+    pub into: &'a [u32],
+    pub out_at: Option<u64>,
+    pub into_at: Option<u64>,
+}
+
+impl Default for Shape<'_> {
+    fn default() -> Self {
+        Shape { header: &[16], out: &[], into: &[], out_at: None, into_at: None }
+    }
+}
