@@ -98,7 +98,7 @@ impl Job {
                 break;
             }
             let now = clock.raw();
-            while let (false, Some(slot)) = (stopping, free.pop()) {
+            while let Some(slot) = if stopping { None } else { free.pop() } {
                 random ^= random << 13;
                 random ^= random >> 7;
                 random ^= random << 17;

@@ -103,7 +103,11 @@ impl Run {
                 if let Some(at) = read_at {
                     let mut bytes = vec![0; range.len()];
                     self.ram.map().slice(at, range.len() as u32).unwrap().read(&mut bytes);
-                    assert!(bytes == self.model[range.clone()], "wrong data at {range:?}, seed {}", self.seed);
+                    assert!(
+                        bytes == self.model[range.clone()],
+                        "wrong data at {range:?}, seed {}",
+                        self.seed
+                    );
                 }
                 self.busy.retain(|r| *r != range);
                 self.free.push(slot);
@@ -175,7 +179,8 @@ impl Run {
             let pending = Pending { range: start..start + MAX_LEN, read_at: Some(at as u64), slot };
             self.busy.push(pending.range.clone());
             // SAFETY: a slot that nobody uses.
-            unsafe { self.queues[0].read_raw(start as u64, self.host.wrapping_add(at), MAX_LEN, pending) }.unwrap();
+            unsafe { self.queues[0].read_raw(start as u64, self.host.wrapping_add(at), MAX_LEN, pending) }
+                .unwrap();
             self.kick(0);
             self.wait(|run| run.busy.is_empty());
         }

@@ -17,7 +17,9 @@ fn on_all(args: &[&str], test: impl Fn(&mut Lane, &Served, u8)) {
     let scene = Scene::new().unwrap();
     let image = Image::filled(&scene, "disk.img", SIZE, 0x5a).unwrap();
     let file = format!("--blk-file={}", image.path().display());
-    for (storage, fill) in [(&[&file, "--direct=on"][..], 0x5a), (&[&file, "--direct=off"], 0x5a), (&["--backend=ram:4M"], 0)] {
+    for (storage, fill) in
+        [(&[&file, "--direct=on"][..], 0x5a), (&[&file, "--direct=off"], 0x5a), (&["--backend=ram:4M"], 0)]
+    {
         Image::filled(&scene, "disk.img", SIZE, 0x5a).unwrap();
         let served = Served::start(&scene, &[storage, args].concat());
         let mut front = Front::connect(&served.socket, 1);
@@ -71,7 +73,10 @@ fn a_header_may_be_cut_anywhere() {
         }
         assert_eq!(lane.get(lane.area + 4096, 512), [fill; 512]);
         let bytes = [1; 16];
-        assert_eq!(lane.request(READ, 1, &Shape { header: &bytes, into: &[512], ..Shape::default() }), (OK, 513));
+        assert_eq!(
+            lane.request(READ, 1, &Shape { header: &bytes, into: &[512], ..Shape::default() }),
+            (OK, 513)
+        );
     });
 }
 
@@ -146,7 +151,9 @@ fn bad_requests_are_answered_and_counted() {
     on_all(&[], |lane, served, _| {
         let data = lane.area + 4096;
         let mut range = 0;
-        for (sector, len) in [(SECTORS, 512), (SECTORS - 1, 1024), (u64::MAX, 512), (u64::MAX / 512, 512), (1 << 55, 512)] {
+        for (sector, len) in
+            [(SECTORS, 512), (SECTORS - 1, 1024), (u64::MAX, 512), (u64::MAX / 512, 512), (1 << 55, 512)]
+        {
             assert_eq!(lane.request(READ, sector, &Shape { into: &[len], ..Shape::default() }), (IOERR, 0));
             assert_eq!(lane.request(WRITE, sector, &Shape { out: &[len], ..Shape::default() }), (IOERR, 1));
             range += 2;
@@ -170,12 +177,16 @@ fn bad_requests_are_answered_and_counted() {
             assert_eq!(lane.request(kind, 0, &Shape::default()), (UNSUPP, 1), "type {kind}");
             unsupported += 1;
         }
-        for (kind, bad) in [(DISCARD, segment(0, 8, 1)), (DISCARD, segment(0, 8, 2)), (WRITE_ZEROES, segment(0, 8, 2))] {
+        for (kind, bad) in
+            [(DISCARD, segment(0, 8, 1)), (DISCARD, segment(0, 8, 2)), (WRITE_ZEROES, segment(0, 8, 2))]
+        {
             lane.put(data, &bad);
             assert_eq!(lane.request(kind, 0, &Shape { out: &[16], ..Shape::default() }), (UNSUPP, 1));
             unsupported += 1;
         }
-        for bad in [segment(SECTORS, 8, 0), segment(0, 0, 0), segment(u64::MAX, 8, 0), segment(0, u32::MAX, 0)] {
+        for bad in
+            [segment(SECTORS, 8, 0), segment(0, 0, 0), segment(u64::MAX, 8, 0), segment(0, u32::MAX, 0)]
+        {
             for kind in [DISCARD, WRITE_ZEROES] {
                 // Behind a good one, which must not be acted on either.
                 lane.put(data, &[segment(0, 8, 0), bad.clone()].concat());
@@ -192,7 +203,8 @@ fn bad_requests_are_answered_and_counted() {
         assert_eq!(lane.get(lane.area + 1024, 1), [IOERR]);
         malformed += 3;
         lane.verified_io(0, 1);
-        let counted = ["range", "malformed", "unsupported", "ring", "memory", "io"].map(|kind| served.errors(kind));
+        let counted =
+            ["range", "malformed", "unsupported", "ring", "memory", "io"].map(|kind| served.errors(kind));
         assert_eq!(counted, [range, malformed, unsupported, 0, 0, 0], "{}", served.stats());
     });
 }

@@ -1,6 +1,6 @@
 //! `vhost-blk`: opens images, starts reactors, serves sockets, obeys signals.
 
-use std::io::Write;
+use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -67,7 +67,12 @@ fn run(cli: &Cli) -> Result<()> {
         return Ok(());
     }
     let filter = EnvFilter::try_new(&cli.log).with_context(|| format!("--log '{}' is no filter", cli.log))?;
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false).init();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_target(false)
+        .init();
     let wanted = wanted(cli)?;
     raise_descriptor_limit();
 

@@ -32,7 +32,7 @@ const STACK: usize = 128 << 10;
 enum ActionError {
     #[error(transparent)]
     Memory(#[from] MemoryError),
-    #[error("queue {0}: {1}")]
+    #[error("queue {0}: {1}{hint}", hint = hint(.1))]
     Ring(u16, RingError),
     #[error("queue {0}: {1}")]
     Queue(u16, io::Error),
@@ -40,6 +40,14 @@ enum ActionError {
     NotEventfd(u16),
     #[error(transparent)]
     Config(#[from] crate::device::ConfigRefused),
+}
+
+/// What is behind it, most often.
+fn hint(error: &RingError) -> &'static str {
+    match error {
+        RingError::Memory(_) => " (is the guest's memory shared? with QEMU: memory-backend-memfd,share=on)",
+        _ => "",
+    }
 }
 
 /// A device as it is offered on a socket.

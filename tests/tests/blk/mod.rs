@@ -63,7 +63,8 @@ impl Served {
     pub fn stats(&self) -> String {
         let before = self.process.stdout().len();
         self.process.signal(Signal::SIGUSR1).unwrap();
-        let new = || Ok(self.process.stdout()[before..].split_once("\n\n").map(|(report, _)| report.to_owned()));
+        let new =
+            || Ok(self.process.stdout()[before..].split_once("\n\n").map(|(report, _)| report.to_owned()));
         wait::until("statistics", LIMIT, new).unwrap()
     }
 
@@ -85,7 +86,7 @@ impl Served {
 
 /// A session with its queues.
 pub struct Front {
-    front: Frontend,
+    session: Frontend,
     pub ram: Ram,
     pub queues: Vec<Lane>,
 }
@@ -131,11 +132,11 @@ impl Front {
         };
         front.set_mem_table(&[info]).unwrap();
         let queues = (0..queues).map(|i| Lane::start(&mut front, i, &mut ram)).collect();
-        Front { front, ram, queues }
+        Front { session: front, ram, queues }
     }
 
     pub fn base(&self, index: usize) -> u32 {
-        self.front.get_vring_base(index).unwrap()
+        self.session.get_vring_base(index).unwrap()
     }
 }
 
