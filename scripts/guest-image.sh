@@ -164,7 +164,16 @@ port=/dev/ttyS1
 stty -F $port raw -echo 115200
 exec 3<>$port
 echo "@@AGENT READY@@" >&3
+last=
 while read -r id line <&3; do
+    # Serial hardware may lose something: a line without its number at the end is asked for again, and none is
+    # run twice.
+    case $line in
+        *"#$id") [ -n "$id" ] || continue ;;
+        *) echo "init: mangled line: $id $line" >/dev/console; echo "@@AGAIN@@" >&3; continue ;;
+    esac
+    [ "$id" != "$last" ] || continue
+    last=$id
     /bin/sh -c "$line" </dev/null 3>&- >/dev/ttyS1 2>&1
     echo "@@END $id $?@@" >&3
 done

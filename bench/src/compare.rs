@@ -97,18 +97,15 @@ impl Started {
         Ok(started)
     }
 
-    /// CPU seconds used so far, user and system, by /proc/PID/stat (proc(5), fields 14 and 15).
+    /// CPU seconds used so far by all threads: /proc/PID/task/TID/schedstat, first field, nanoseconds.
     fn cpu_seconds(&self) -> Result<f64> {
-        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.child.id()))?;
-        let after_name = stat.rsplit(')').next().unwrap_or_default();
-        let ticks: u64 = after_name
-            .split_whitespace()
-            .skip(11)
-            .take(2)
-            .filter_map(|field| field.parse::<u64>().ok())
-            .sum();
-        // USER_HZ is 100 on every Linux there is.
-        Ok(ticks as f64 / 100.0)
+        let mut nanoseconds = 0;
+        for task in std::fs::read_dir(format!("/proc/{}/task", self.child.id()))? {
+            // A thread may end meanwhile.
+            let Ok(stat) = std::fs::read_to_string(task?.path().join("schedstat")) else { continue };
+            nanoseconds += stat.split_whitespace().next().and_then(|n| n.parse::<u64>().ok()).unwrap_or(0);
+        }
+        Ok(nanoseconds as f64 / 1e9)
     }
 }
 
@@ -118,6 +115,8 @@ impl Drop for Started {
         let _ = self.child.kill();
         let _ = self.child.wait();
         let _ = std::fs::remove_file(&self.socket);
+        // The kernel lets go of an io_uring's files, and their locks, a moment later.
+        std::thread::sleep(Duration::from_millis(200));
     }
 }
 

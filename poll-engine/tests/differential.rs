@@ -119,7 +119,7 @@ fn valid_chain() -> impl Strategy<Value = ValidChain> {
 }
 
 fn flags(writable: bool, next: bool) -> u16 {
-    u16::from(writable) * DESC_F_WRITE | u16::from(next) * DESC_F_NEXT
+    (u16::from(writable) * DESC_F_WRITE) | (u16::from(next) * DESC_F_NEXT)
 }
 
 impl ValidChain {

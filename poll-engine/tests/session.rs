@@ -239,7 +239,7 @@ fn sessions_end_anywhere_and_the_next_one_is_served() {
         peer.expect_hung_up();
     }
     let mut peer = back.connect();
-    let noise: Vec<u8> = (0..10_000u32).map(|i| (i * i >> 3) as u8).collect();
+    let noise: Vec<u8> = (0..10_000u32).map(|i| ((i * i) >> 3) as u8).collect();
     // It may hang up before it has read all of it.
     let _ = peer.stream.write_all(&noise);
     peer.expect_hung_up();

@@ -5,7 +5,7 @@ mod support;
 
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use poll_engine::engine::pacing::Pacing;
@@ -138,20 +138,22 @@ fn memory_comes_and_goes_while_requests_do() {
     guest.start(&mut peer);
     let more = Ram::new(FAR, 1 << 20, false).unwrap();
     let stream = peer.stream.try_clone().unwrap();
+    let (requests, stop) = (AtomicUsize::new(0), AtomicBool::new(false));
     std::thread::scope(|scope| {
         let changes = scope.spawn(|| {
             let mut peer = support::Peer::new(stream);
-            for _ in 0..100 {
+            let mut changes = 0;
+            while changes < 100 || (requests.load(Ordering::Relaxed) < 100 && !stop.load(Ordering::Relaxed)) {
                 assert!(peer.add_region(&more.spec(), more.fd().as_raw_fd()));
                 assert!(peer.remove_region(&more.spec()));
+                changes += 2;
             }
         });
-        let mut count = 0;
+        let _stopped = StopOnDrop(&stop);
         while !changes.is_finished() {
             guest.round_trip();
-            count += 1;
+            requests.fetch_add(1, Ordering::Relaxed);
         }
-        assert!(count > 10, "{count} requests beside 200 changes");
     });
     // The whole table again, and the ring's own memory gone for good.
     assert!(peer.mem_table(&[guest.region()]));
@@ -160,4 +162,13 @@ fn memory_comes_and_goes_while_requests_do() {
     std::thread::sleep(Duration::from_millis(20));
     peer.expect_alive();
     assert_eq!(back.stats[0].errors_total(), 1);
+}
+
+/// The scope waits for its threads, also when an assertion ends it.
+struct StopOnDrop<'a>(&'a AtomicBool);
+
+impl Drop for StopOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
 }

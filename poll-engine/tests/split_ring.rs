@@ -1,6 +1,6 @@
 //! Both sides of a split ring against each other, with a model of what each of them is owed: every request comes back
 //! exactly once, and whoever goes to sleep is woken.
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::struct_excessive_bools)]
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -35,6 +35,12 @@ struct Pair {
     returned: VecDeque<(u16, u32)>,
     interrupts: bool,
     notification: bool,
+    /// Something has been published, and not yet been asked about.
+    unasked: bool,
+    /// It was published to a driver that slept.
+    owed: bool,
+    /// The driver has declined interrupts since: too late to be heard, it may get one more.
+    declined_late: bool,
     driver_sleeps: bool,
     device_sleeps: bool,
 }
@@ -69,6 +75,9 @@ impl Pair {
             returned: VecDeque::new(),
             interrupts: true,
             notification: false,
+            unasked: false,
+            owed: false,
+            declined_late: false,
             driver_sleeps: false,
             device_sleeps: false,
         }
@@ -129,14 +138,22 @@ impl Pair {
     }
 
     fn show_completed(&mut self) {
-        let signal = self.ring.publish();
-        assert_eq!(signal.is_some(), !self.completed.is_empty());
-        if let Some(signal) = signal {
-            assert!(signal || !self.driver_sleeps, "lost interrupt");
-            assert!(!signal || self.interrupts, "interrupt that nobody asked for");
-            self.driver_sleeps = false;
-        }
+        let any = !self.completed.is_empty();
+        assert_eq!(self.ring.publish(), any);
+        self.unasked |= any;
+        self.owed |= any && self.driver_sleeps;
+        self.driver_sleeps &= !any;
         self.returned.append(&mut self.completed);
+    }
+
+    fn ask(&mut self) {
+        let signal = self.ring.wants_interrupt();
+        assert_eq!(signal.is_some(), self.unasked);
+        if let Some(signal) = signal {
+            assert!(signal || !self.owed, "lost interrupt");
+            assert!(!signal || self.interrupts || self.declined_late, "interrupt that nobody asked for");
+        }
+        (self.unasked, self.owed, self.declined_late) = (false, false, false);
     }
 
     fn collect(&mut self, count: u16) {
@@ -146,12 +163,16 @@ impl Pair {
             if got.is_none() {
                 break;
             }
+            // It is awake.
+            self.owed = false;
         }
         self.driver_sleeps = self.interrupts && self.returned.is_empty();
     }
 
     fn set_interrupts(&mut self, on: bool) {
         self.interrupts = on;
+        self.declined_late = !on && self.unasked;
+        self.owed = false;
         let pending = self.driver.set_interrupts(on);
         assert_eq!(pending, on && !self.returned.is_empty());
         self.driver_sleeps = on && !pending;
@@ -178,6 +199,7 @@ impl Pair {
             self.ring.complete(token, 7);
         }
         self.show_completed();
+        self.ask();
         self.collect(u16::MAX);
         assert_eq!(self.driver.free(), usize::from(self.ring.size()), "descriptors lost or doubled");
         assert_eq!(self.ring.in_flight(), 0);
@@ -191,6 +213,7 @@ enum Step {
     Take(u16),
     Complete(Index, u32),
     ShowCompleted,
+    Ask,
     Collect(u16),
     Interrupts(bool),
     Notification(bool),
@@ -205,6 +228,7 @@ fn step() -> impl Strategy<Value = Step> {
         4 => (1..8u16).prop_map(Step::Take),
         6 => (any::<Index>(), any::<u32>()).prop_map(|(which, len)| Step::Complete(which, len)),
         4 => Just(Step::ShowCompleted),
+        4 => Just(Step::Ask),
         4 => (1..8u16).prop_map(Step::Collect),
         2 => any::<bool>().prop_map(Step::Interrupts),
         2 => any::<bool>().prop_map(Step::Notification),
@@ -235,6 +259,7 @@ proptest! {
                 Step::Take(n) => pair.take(n),
                 Step::Complete(which, len) => pair.complete(which, len),
                 Step::ShowCompleted => pair.show_completed(),
+                Step::Ask => pair.ask(),
                 Step::Collect(n) => pair.collect(n),
                 Step::Interrupts(on) => pair.set_interrupts(on),
                 Step::Notification(on) => pair.set_notification(on),

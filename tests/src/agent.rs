@@ -10,6 +10,9 @@ use anyhow::{Context, Result, bail, ensure};
 /// What the guest's init prints when it takes commands.
 const READY: &[u8] = b"@@AGENT READY@@\n";
 
+/// What the agent answers to a line that serial hardware has mangled.
+const AGAIN: &[u8] = b"@@AGAIN@@\n";
+
 /// The longest command line the guest's terminal takes in one piece.
 const MAX_COMMAND: usize = 2048;
 
@@ -61,8 +64,14 @@ impl Agent {
         ensure!(!command.contains('\n'), "a command is one line: {command:?}");
         ensure!(command.len() <= MAX_COMMAND, "command of {} bytes", command.len());
         self.last_id += 1;
-        self.stream.write_all(format!("{} {command}\n", self.last_id).as_bytes())?;
+        self.write(command)?;
         Ok(self.last_id)
+    }
+
+    /// The number comes twice, the second time as a comment, so that the agent knows a whole line.
+    fn write(&mut self, command: &str) -> Result<()> {
+        let id = self.last_id;
+        Ok(self.stream.write_all(format!("{id} {command} #{id}\n").as_bytes())?)
     }
 
     /// Runs a command with `sh -c`.
@@ -85,6 +94,10 @@ impl Agent {
                 }
             } else if find(&self.buffer, READY).is_some() {
                 bail!("the guest has rebooted meanwhile");
+            } else if let Some(at) = find(&self.buffer, AGAIN) {
+                eprintln!("the guest has lost part of a line: {}", String::from_utf8_lossy(&self.buffer));
+                self.buffer.drain(..at + AGAIN.len());
+                self.write(command)?;
             }
             self.fill(deadline)?;
         }

@@ -283,13 +283,19 @@ impl Vm {
 
     /// Waits for the end of a command begun with [`Vm::start`].
     pub fn join(&mut self, name: &str, limit: Duration) -> Result<Output> {
-        let tries = limit.as_secs().max(1) * 5;
+        let seconds = limit.as_secs();
         let wait = format!(
-            "n=0; while ! test -s /tmp/{name}.code && test $n -lt {tries}; do n=$((n+1)); sleep 0.2; done"
+            "end=$(($(date +%s) + {seconds})); while ! test -s /tmp/{name}.code; do \
+             test $(date +%s) -lt $end || exit 1; sleep 0.2; done"
         );
-        self.run_for(&wait, limit + Duration::from_secs(15))?;
-        let code =
-            self.check(&format!("cat /tmp/{name}.code")).with_context(|| format!("{name} has not ended"))?;
+        if self.run_for(&wait, limit + Duration::from_secs(15))?.code != 0 {
+            let state = self.run("cd /sys/block; head -n 1 */inflight */stat; ps | grep -v '\\['")?;
+            bail!(
+                "{name} has not ended within {limit:?}; the guest's disks and processes:\n{}",
+                state.stdout
+            );
+        }
+        let code = self.check(&format!("cat /tmp/{name}.code"))?;
         let stdout = self.check(&format!("cat /tmp/{name}.out"))?;
         Ok(Output { stdout, code: code.trim().parse()? })
     }

@@ -53,7 +53,7 @@ const CASES: &[Case] = &[
         ring(l, &[desc(l.area, 16, DESC_F_WRITE | DESC_F_NEXT, 1), desc(l.area, 16, 0, 0)]);
     }),
     ("an index that jumps", "ring", |l| {
-        l.driver.layout().set_avail_idx(l.driver.layout().avail_idx().wrapping_add(65))
+        l.driver.layout().set_avail_idx(l.driver.layout().avail_idx().wrapping_add(65));
     }),
     ("an index that goes back", "ring", |l| {
         l.driver.layout().set_avail_idx(l.driver.layout().avail_idx().wrapping_sub(1));

@@ -7,6 +7,7 @@ use poll_engine::device::{ConfigRefused, Device, QueueHandler};
 
 use crate::backend::null::Null;
 use crate::backend::ram::RamBackend;
+use crate::backend::sync::SyncBackend;
 use crate::backend::uring::UringBackend;
 use crate::disk::{Disk, Storage};
 use crate::queue::BlkQueue;
@@ -110,6 +111,10 @@ impl Device for BlkDevice {
             Storage::Null => Box::new(BlkQueue::new(disk, Null)),
             Storage::Ram(ram) => {
                 let backend = RamBackend::new(Arc::clone(ram), Arc::clone(&disk));
+                Box::new(BlkQueue::new(disk, backend))
+            }
+            Storage::File(file, traits) if traits.in_memory => {
+                let backend = SyncBackend::new(file.try_clone()?, Arc::clone(&disk));
                 Box::new(BlkQueue::new(disk, backend))
             }
             Storage::File(file, traits) => {

@@ -80,9 +80,13 @@ impl Disk {
             Storage::File(_, traits) => u64::from(traits.offset_align),
             Storage::Ram(_) | Storage::Null => 512,
         };
-        // A RAM disk zeroes ranges itself, on the reactor: small ones, so that neighbours do not wait. The kernel does
-        // it for files, elsewhere.
-        let max_range_sectors = if matches!(storage, Storage::Ram(_)) { 1 << 13 } else { 1 << 22 };
+        // In memory, ranges are zeroed on the reactor: small ones, so that neighbours do not wait. For other files the
+        // kernel does it, elsewhere.
+        let on_reactor = match &storage {
+            Storage::File(_, traits) => traits.in_memory,
+            Storage::Ram(_) | Storage::Null => true,
+        };
+        let max_range_sectors = if on_reactor { 1 << 13 } else { 1 << 22 };
         let limits = Limits {
             size_max: 1 << 20,
             // Header and status need a descriptor each.

@@ -6,6 +6,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
 
 use nix::fcntl::{FcntlArg, fcntl};
 
@@ -48,9 +49,34 @@ fn is_held(file: &File, byte: i64) -> Result<bool, LockError> {
     Ok(i32::from(probe.l_type) != libc::F_UNLCK)
 }
 
+/// How long a holder may take to let go. The kernel closes the files of a killed process's io_uring a moment after the
+/// process is gone, and a restart must not fail for that.
+const PATIENCE: Duration = Duration::from_secs(1);
+
 /// Locks `file` for reading, or for writing too; other writers are shut out either way. The locks last as long as the
 /// open file.
 pub fn lock(file: &File, writable: bool) -> Result<(), LockError> {
+    let begun = Instant::now();
+    loop {
+        match try_lock(file, writable) {
+            Err(LockError::HeldByWriter | LockError::HeldByReader) if begun.elapsed() < PATIENCE => {
+                // Let go meanwhile: of two that wait for each other, neither would get it.
+                release(file)?;
+                std::thread::sleep(PATIENCE / 20);
+            }
+            outcome => return outcome,
+        }
+    }
+}
+
+fn release(file: &File) -> Result<(), LockError> {
+    let mut all = flock(libc::F_UNLCK, IN_USE);
+    all.l_len = NOT_SHARED + 64 - IN_USE;
+    fcntl(file.as_fd(), FcntlArg::F_OFD_SETLK(&all)).map_err(io::Error::from)?;
+    Ok(())
+}
+
+fn try_lock(file: &File, writable: bool) -> Result<(), LockError> {
     hold(file, IN_USE + CONSISTENT_READ)?;
     hold(file, NOT_SHARED + WRITE)?;
     if writable {

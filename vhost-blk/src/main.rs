@@ -87,8 +87,9 @@ fn run(cli: &Cli) -> Result<()> {
             Fixed::Off => FixedBuffers::Off,
         },
     })?);
-    let listeners = wanted.iter().map(|w| Ok(listen(&w.place)?)).collect::<Result<Vec<_>>>()?;
+    // Before the sockets: whoever sees one may send signals.
     let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP, SIGUSR1]).context("cannot handle signals")?;
+    let listeners = wanted.iter().map(|w| Ok(listen(&w.place)?)).collect::<Result<Vec<_>>>()?;
     let left = Arc::new(AtomicUsize::new(wanted.len()));
 
     let mut served = Vec::new();

@@ -62,11 +62,16 @@ pub enum OpenError {
     Stat(#[from] io::Error),
 }
 
+/// `TMPFS_MAGIC` of statfs(2).
+const TMPFS_MAGIC: i64 = 0x0102_1994;
+
 /// What an open image can do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FileTraits {
     /// Opened with `O_DIRECT`.
     pub direct: bool,
+    /// On a file system that keeps its files in memory (tmpfs).
+    pub in_memory: bool,
     /// Alignment of buffers in memory, bytes.
     pub mem_align: u32,
     /// Alignment of file offsets and lengths, bytes.
@@ -104,8 +109,9 @@ pub fn open(
     if !size.is_multiple_of(u64::from(block_size)) {
         return Err(OpenError::Size { path: path.to_owned(), size, block_size });
     }
-    let buffered = FileTraits { direct: false, mem_align: 1, offset_align: 512 };
-    let (file, traits) = match direct.then(|| with(libc::O_DIRECT)) {
+    let in_memory = rustix::fs::fstatfs(&file).map_err(io::Error::from)?.f_type == TMPFS_MAGIC;
+    let buffered = FileTraits { direct: false, in_memory, mem_align: 1, offset_align: 512 };
+    let (file, traits) = match (direct && !in_memory).then(|| with(libc::O_DIRECT)) {
         None => (file, buffered),
         // No direct I/O on this file system: it keeps the data in memory anyway, or has no better way.
         Some(Err(e)) if e.raw_os_error() == Some(libc::EINVAL) => {
@@ -117,7 +123,7 @@ pub fn open(
         }
         Some(Ok(file)) => {
             let traits = direct_traits(&file)?;
-            (file, traits.unwrap_or(buffered))
+            (file, traits)
         }
     };
     if traits.offset_align > block_size {
@@ -127,14 +133,8 @@ pub fn open(
     Ok((file, traits, size))
 }
 
-/// What direct I/O wants, as the kernel says (`STATX_DIOALIGN`, Linux 6.1); a page where it does not say. `None` for
-/// a file that takes `O_DIRECT` but copies anyway (tmpfs).
-fn direct_traits(file: &File) -> Result<Option<FileTraits>, OpenError> {
-    const TMPFS_MAGIC: i64 = 0x0102_1994;
-    let fs = rustix::fs::fstatfs(file).map_err(io::Error::from)?;
-    if fs.f_type == TMPFS_MAGIC {
-        return Ok(None);
-    }
+/// What direct I/O wants, as the kernel says (`STATX_DIOALIGN`, Linux 6.1); a page where it does not say.
+fn direct_traits(file: &File) -> Result<FileTraits, OpenError> {
     let stat = statx(file, c"", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN).map_err(io::Error::from)?;
     let said = stat.stx_mask & StatxFlags::DIOALIGN.bits() != 0 && stat.stx_dio_offset_align > 0;
     let (mem_align, offset_align) = match said {
@@ -142,7 +142,7 @@ fn direct_traits(file: &File) -> Result<Option<FileTraits>, OpenError> {
         false if file.metadata()?.file_type().is_block_device() => (4096, logical_block_size(file)),
         false => (4096, 4096),
     };
-    Ok(Some(FileTraits { direct: true, mem_align, offset_align }))
+    Ok(FileTraits { direct: true, in_memory: false, mem_align, offset_align })
 }
 
 /// `BLKSSZGET` without an ioctl: sysfs has it for every block device.

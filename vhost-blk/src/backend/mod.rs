@@ -2,6 +2,7 @@
 
 pub mod null;
 pub mod ram;
+pub mod sync;
 pub mod uring;
 
 use std::io;
