@@ -78,7 +78,7 @@ add_module() { # appends to etc/modules in the order in which to load
     strip --strip-debug -o "$root/lib/modules/$version/$name.ko" "$tmp/$name.ko"
     echo "$name.ko" >>"$root/etc/modules"
 }
-for m in crc32c_generic virtio_pci virtio_blk ext4; do add_module "$m"; done
+for m in crc32c_generic virtio_pci virtio_console virtio_blk ext4; do add_module "$m"; done
 
 say "copying programs"
 cp "$busybox" "$root/bin/busybox"
@@ -145,7 +145,7 @@ for lib in $(readelf -d "$fio" | sed -n 's/.*(NEEDED).*\[\(.*\)\]/\1/p'); do
     [ -n "$path" ] && install_lib "$path"
 done
 
-# The agent: a command line in on the second serial port; out come its output and a marker with the exit code.
+# The agent: in comes a command line on a port of the virtio console; out come its output and a marker with the exit code.
 cat >"$root/init" <<'INIT'
 #!/bin/busybox sh
 export PATH=/bin HOME=/ TERM=dumb LC_ALL=C
@@ -160,21 +160,13 @@ cd /
 # Memory plugged in later goes on line by itself (the kernel's command line may already say so).
 [ -w /sys/devices/system/memory/auto_online_blocks ] &&
     echo online_movable >/sys/devices/system/memory/auto_online_blocks
-port=/dev/ttyS1
-stty -F $port raw -echo 115200
+# A port can be open once only, so all that runs inherits it.
+port=/dev/vport0p1
+until [ -c $port ]; do usleep 10000; done
 exec 3<>$port
 echo "@@AGENT READY@@" >&3
-last=
 while read -r id line <&3; do
-    # Serial hardware may lose something: a line without its number at the end is asked for again, and none is
-    # run twice.
-    case $line in
-        *"#$id") [ -n "$id" ] || continue ;;
-        *) echo "init: mangled line: $id $line" >/dev/console; echo "@@AGAIN@@" >&3; continue ;;
-    esac
-    [ "$id" != "$last" ] || continue
-    last=$id
-    /bin/sh -c "$line" </dev/null 3>&- >/dev/ttyS1 2>&1
+    /bin/sh -c "$line" </dev/null >&3 2>&1 3>&-
     echo "@@END $id $?@@" >&3
 done
 echo "init: lost the agent port" >/dev/console

@@ -155,13 +155,13 @@ fn measure(what: &Compare, dir: &Path) -> Result<Vec<Vec<Sample>>> {
                 no_event_idx: false,
                 json: false,
             };
-            let before = started.cpu_seconds()?;
-            let jobs = front_end::run(&run).with_context(|| format!("driving {}", backend.name))?;
-            let cpu = started.cpu_seconds()? - before;
+            let mut cpu = Vec::new();
+            let jobs = front_end::run(&run, || cpu.push(started.cpu_seconds()));
+            let jobs = jobs.with_context(|| format!("driving {}", backend.name))?;
             let summary = Summary::of(&jobs);
-            // The CPU time is that of the warm-up too; so is the number of requests, nearly.
-            let share = load.runtime.as_secs_f64() / (load.runtime + run.ramp_time).as_secs_f64();
-            let cpu_us = cpu * share * 1e6 / summary.requests.max(1) as f64;
+            let [before, after] =
+                <[Result<f64>; 2]>::try_from(cpu).map_err(|_| anyhow::anyhow!("two marks"))?;
+            let cpu_us = (after? - before?) * 1e6 / summary.requests.max(1) as f64;
             samples.push(Sample { summary, cpu_us });
         }
     }

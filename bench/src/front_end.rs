@@ -18,8 +18,8 @@ use crate::job::{Job, JobResult};
 
 const RAM: u64 = 256 << 20;
 
-/// The results of all jobs.
-pub fn run(run: &Run) -> Result<Vec<JobResult>> {
+/// The results of all jobs. `mark` is called when measuring begins and when it ends.
+pub fn run(run: &Run, mut mark: impl FnMut()) -> Result<Vec<JobResult>> {
     let jobs = run.numjobs;
     let path = run.socket_path.display();
     let mut front = Frontend::connect(&run.socket_path, jobs.into())
@@ -85,7 +85,10 @@ pub fn run(run: &Run) -> Result<Vec<JobResult>> {
                 })
             })
             .collect();
-        std::thread::sleep(run.ramp_time + run.runtime);
+        std::thread::sleep(run.ramp_time);
+        mark();
+        std::thread::sleep(run.runtime);
+        mark();
         stop.store(true, Ordering::Relaxed);
         threads.into_iter().map(|t| t.join().map_err(|_| anyhow::anyhow!("a job panicked"))?).collect()
     })

@@ -112,7 +112,7 @@ fn seconds(s: &str) -> Result<Duration, String> {
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let outcome = match &cli.command {
-        Command::Run(run) => front_end::run(run).map(|jobs| report::print(run, &jobs)),
+        Command::Run(run) => front_end::run(run, || {}).map(|jobs| report::print(run, &jobs)),
         Command::Compare(what) => compare::compare(what),
         Command::Floor { socket_path, cpu } => floor::serve(socket_path, *cpu),
     };

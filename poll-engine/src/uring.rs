@@ -158,6 +158,12 @@ impl Uring {
         sq.taskrun() || sq.cq_overflow()
     }
 
+    /// Submissions not yet handed to the kernel.
+    #[inline]
+    pub fn queued(&self) -> u32 {
+        self.queued
+    }
+
     /// Submits, and sleeps until there is at least one completion (or a signal).
     pub fn wait(&mut self) {
         if self.ring.completion().is_empty() {

@@ -1,4 +1,5 @@
-//! The command line inside the guest, over a serial port.
+//! The command line inside the guest, over a port of a virtio console (an emulated UART
+//! loses bytes now and then).
 
 use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -10,10 +11,7 @@ use anyhow::{Context, Result, bail, ensure};
 /// What the guest's init prints when it takes commands.
 const READY: &[u8] = b"@@AGENT READY@@\n";
 
-/// What the agent answers to a line that serial hardware has mangled.
-const AGAIN: &[u8] = b"@@AGAIN@@\n";
-
-/// The longest command line the guest's terminal takes in one piece.
+/// The longest command line that is sent.
 const MAX_COMMAND: usize = 2048;
 
 /// What a command in the guest left behind.
@@ -64,14 +62,8 @@ impl Agent {
         ensure!(!command.contains('\n'), "a command is one line: {command:?}");
         ensure!(command.len() <= MAX_COMMAND, "command of {} bytes", command.len());
         self.last_id += 1;
-        self.write(command)?;
+        self.stream.write_all(format!("{} {command}\n", self.last_id).as_bytes())?;
         Ok(self.last_id)
-    }
-
-    /// The number comes twice, the second time as a comment, so that the agent knows a whole line.
-    fn write(&mut self, command: &str) -> Result<()> {
-        let id = self.last_id;
-        Ok(self.stream.write_all(format!("{id} {command} #{id}\n").as_bytes())?)
     }
 
     /// Runs a command with `sh -c`.
@@ -94,10 +86,6 @@ impl Agent {
                 }
             } else if find(&self.buffer, READY).is_some() {
                 bail!("the guest has rebooted meanwhile");
-            } else if let Some(at) = find(&self.buffer, AGAIN) {
-                eprintln!("the guest has lost part of a line: {}", String::from_utf8_lossy(&self.buffer));
-                self.buffer.drain(..at + AGAIN.len());
-                self.write(command)?;
             }
             self.fill(deadline)?;
         }

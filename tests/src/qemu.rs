@@ -205,7 +205,8 @@ impl VmBuilder {
         add("append", self.kernel_args.clone());
         add("serial", format!("file:{}", kernel_log.display()));
         add("chardev", format!("socket,id=agent,path={}", agent.display()));
-        add("serial", "chardev:agent".to_owned());
+        add("device", "virtio-serial-pci".to_owned());
+        add("device", "virtserialport,chardev=agent,nr=1".to_owned());
         add("chardev", format!("socket,id=qmp,path={}", qmp.display()));
         add("mon", "chardev=qmp,mode=control".to_owned());
         for disk in &self.disks {

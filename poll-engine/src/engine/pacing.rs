@@ -50,6 +50,11 @@ impl Pacer {
         Pacer { pacing, clock: Clock::new(), idle_since: None, rounds: 0 }
     }
 
+    /// Whether CPU time is to be saved rather than latency.
+    pub(super) fn saves_cpu(&self) -> bool {
+        self.pacing == Pacing::Event
+    }
+
     /// A round that found work.
     #[inline]
     pub(super) fn worked(&mut self) {

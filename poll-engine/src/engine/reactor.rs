@@ -19,6 +19,10 @@ use crate::uring::{Completion, FileRef, FixedBuffers, Uring};
 /// Submission entries; completions have four times as many.
 const URING_ENTRIES: u32 = 1024;
 
+/// Most rounds, and most submissions, that may wait for more where CPU time is to be saved.
+const MAX_HELD_ROUNDS: u32 = 8;
+const MAX_HELD: u32 = 32;
+
 /// A queue's place on its reactor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct TaskId {
@@ -138,6 +142,8 @@ pub(super) struct Reactor {
     fixed: FixedBuffers,
     completions: Vec<Completion>,
     watching_bell: bool,
+    /// Rounds since the last submit.
+    held_back: u32,
     quitting: bool,
     stopping: usize,
 }
@@ -160,6 +166,7 @@ impl Reactor {
             fixed,
             completions: Vec::with_capacity(4 * URING_ENTRIES as usize),
             watching_bell: false,
+            held_back: 0,
             quitting: false,
             stopping: 0,
         })
@@ -211,7 +218,13 @@ impl Reactor {
                 task.queue.report_broken(io);
             }
         }
-        self.uring.submit();
+        // To save CPU time, submissions wait for each other and go with the call that sleeps: one entry into the
+        // kernel, and one doorbell of the disk below, for many requests.
+        self.held_back += 1;
+        if !self.pacer.saves_cpu() || self.held_back > MAX_HELD_ROUNDS || self.uring.queued() >= MAX_HELD {
+            self.held_back = 0;
+            self.uring.submit();
+        }
         worked += self.reap();
         if self.stopping > 0 {
             self.retire();
@@ -237,7 +250,6 @@ impl Reactor {
                 task.queue.publish();
             }
         }
-        self.uring.submit();
         count
     }
 
@@ -287,6 +299,7 @@ impl Reactor {
             work |= task.polls() && task.queue.enable_notification();
         }
         if !work && !self.mailbox.has_mail() {
+            self.held_back = 0;
             self.uring.wait();
             self.reap();
         }

@@ -52,11 +52,14 @@ impl SyncBackend {
             while left > 0 {
                 let iovecs = &self.iovecs[first..];
                 let (fd, count) = (self.file.as_raw_fd(), iovecs.len() as i32);
+                let (at, one) = (offset as i64, iovecs[0]);
                 // SAFETY: the iovecs are guest slices of the chain at hand, whose map the queue holds during this call.
                 let n = unsafe {
-                    match access {
-                        Access::Read => libc::preadv(fd, iovecs.as_ptr(), count, offset as i64),
-                        Access::Write => libc::pwritev(fd, iovecs.as_ptr(), count, offset as i64),
+                    match (access, count) {
+                        (Access::Read, 1) => libc::pread(fd, one.iov_base, one.iov_len, at),
+                        (Access::Read, _) => libc::preadv(fd, iovecs.as_ptr(), count, at),
+                        (Access::Write, 1) => libc::pwrite(fd, one.iov_base, one.iov_len, at),
+                        (Access::Write, _) => libc::pwritev(fd, iovecs.as_ptr(), count, at),
                     }
                 };
                 let n = match usize::try_from(n) {
