@@ -19,6 +19,8 @@ use crate::uring::{Completion, FileRef, FixedBuffers, Uring};
 /// Submission entries; completions have four times as many.
 const URING_ENTRIES: u32 = 1024;
 
+/// How often rings are looked at before the mailbox and the kernel are, while nothing is in flight.
+const MAX_LOOKS: u32 = 8;
 /// Most rounds, and most submissions, that may wait for more where CPU time is to be saved.
 const MAX_HELD_ROUNDS: u32 = 8;
 const MAX_HELD: u32 = 32;
@@ -192,31 +194,19 @@ impl Reactor {
         }
     }
 
-    /// One round: every ring once, one submit, every completion once.
+    /// One round: every ring, one submit, every completion once.
     #[inline]
     fn round(&mut self) -> usize {
+        // With nothing to come from the kernel, rings are all there is to look at.
+        let looks = if self.pacer.saves_cpu() { 1 } else { MAX_LOOKS };
         let mut worked = 0;
-        for task in &mut self.tasks {
-            let io = &mut Io { uring: &mut self.uring, id: task.id };
-            if !task.polls() {
-                if task.queue.is_signal_due(true) {
-                    task.queue.signal(io);
-                }
-                continue;
+        for _ in 0..looks {
+            let (found, in_flight) = self.poll_rings();
+            worked += found;
+            if found > 0 || in_flight || self.uring.queued() > 0 {
+                break;
             }
-            let n = task.handler.poll(&mut task.queue, io);
-            if n > 0 {
-                worked += n;
-                task.queue.publish();
-                task.queue.settle();
-            }
-            if task.queue.is_signal_due(n == 0) {
-                task.queue.signal(io);
-            }
-            if task.queue.is_broken() && !task.reported {
-                task.reported = true;
-                task.queue.report_broken(io);
-            }
+            std::hint::spin_loop();
         }
         // To save CPU time, submissions wait for each other and go with the call that sleeps: one entry into the
         // kernel, and one doorbell of the disk below, for many requests.
@@ -230,6 +220,31 @@ impl Reactor {
             self.retire();
         }
         worked
+    }
+
+    /// Looks at every ring once: how much was found, and whether any request is in flight.
+    #[inline]
+    fn poll_rings(&mut self) -> (usize, bool) {
+        let mut worked = 0;
+        let mut in_flight = false;
+        for task in &mut self.tasks {
+            let io = &mut Io { uring: &mut self.uring, id: task.id };
+            let n = if task.polls() { task.handler.poll(&mut task.queue, io) } else { 0 };
+            if n > 0 {
+                worked += n;
+                task.queue.publish();
+                task.queue.settle();
+            }
+            if task.queue.is_signal_due(n == 0) {
+                task.queue.signal(io);
+            }
+            if task.queue.is_broken() && !task.reported {
+                task.reported = true;
+                task.queue.report_broken(io);
+            }
+            in_flight |= task.queue.in_flight() > 0;
+        }
+        (worked, in_flight)
     }
 
     #[inline]
