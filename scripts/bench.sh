@@ -30,10 +30,11 @@ compare() { # DEPTH NAME=COMMAND...: the first is the reference
     "$bin/vbench" compare --rounds "$rounds" --runtime "$seconds" --cpu "$driver" --iodepth "$depth" "${args[@]}"
 }
 ours() { echo "$bin/vhost-blk --cpus $device --log error --socket-path {socket} $*"; }
-qsd() { # BLOCKDEV
+# qemu-storage-daemon, as it comes (its main loop does not poll) or with an I/O thread (which polls adaptively).
+qsd() { # BLOCKDEV [iothread]
     command -v qemu-storage-daemon >/dev/null || return 0
-    echo "qsd=taskset -c $device qemu-storage-daemon --object iothread,id=t0 --blockdev $1,node-name=f --export" \
-        "type=vhost-user-blk,id=e,node-name=f,addr.type=unix,addr.path={socket},writable=on,num-queues=1,iothread=t0"
+    echo "qsd${2:+-$2}=taskset -c $device qemu-storage-daemon ${2:+--object iothread,id=t0} --blockdev $1,node-name=f --export" \
+        "type=vhost-user-blk,id=e,node-name=f,addr.type=unix,addr.path={socket},writable=on,num-queues=1${2:+,iothread=t0}"
 }
 image() { # PATH MIB: random content, all of it allocated
     head -c "$2M" /dev/urandom >"$1"; sync "$1"
@@ -43,22 +44,23 @@ if [ "$what" = null ] || [ "$what" = all ]; then
     for depth in 1 32; do
         echo "== null disk, depth $depth"
         peer=$(qsd driver=null-co,size=1073741824)
+        polling=$(qsd driver=null-co,size=1073741824 iothread)
         compare $depth "floor=$bin/vbench floor --cpu $device --socket-path {socket}" \
             ${BENCH_FLOOR:+"other=$BENCH_FLOOR {socket}"} ${peer:+"$peer"} \
-            "kickless=$(ours --backend null:1G --poll busy)"
+            ${polling:+"$polling"} "kickless=$(ours --backend null:1G --poll busy)"
     done
 fi
 if [ "$what" = tmpfs ] || [ "$what" = all ]; then
     echo "== 512 MiB file on tmpfs, depth 32"
     image "$shm/disk.img" 512
-    peer=$(qsd "driver=file,filename=$shm/disk.img,aio=io_uring,cache.direct=off")
+    peer=$(qsd "driver=file,filename=$shm/disk.img,aio=io_uring,cache.direct=off" iothread)
     compare 32 ${peer:+"$peer"} "kickless=$(ours --blk-file "$shm/disk.img" --poll busy)"
     rm "$shm/disk.img"
 fi
 if [ "$what" = disk ] || [ "$what" = all ]; then
     echo "== 1 GiB file on $(stat -f -c %T "$disk"), O_DIRECT, depth 32"
     image "$disk/disk.img" 1024
-    peer=$(qsd "driver=file,filename=$disk/disk.img,aio=io_uring,cache.direct=on")
+    peer=$(qsd "driver=file,filename=$disk/disk.img,aio=io_uring,cache.direct=on" iothread)
     compare 32 ${peer:+"$peer"} \
         "busy=$(ours --blk-file "$disk/disk.img" --poll busy)" \
         "adaptive=$(ours --blk-file "$disk/disk.img" --poll adaptive)" \
