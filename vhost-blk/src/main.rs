@@ -27,7 +27,10 @@ use vhost_blk::open::open;
 use vhost_blk::report::report;
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(e) => return usage(&e),
+    };
     match run(&cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
@@ -35,6 +38,19 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// Help and version go out as they are; a mistake is one line, like every other error.
+fn usage(error: &clap::Error) -> ExitCode {
+    if !error.use_stderr() {
+        error.exit();
+    }
+    let text = error.render().to_string();
+    // The first paragraph says what is wrong; usage and hints follow behind an empty line.
+    let what =
+        text.lines().take_while(|line| !line.trim().is_empty()).map(str::trim).collect::<Vec<_>>().join(" ");
+    eprintln!("vhost-blk: {} (see vhost-blk --help)", what.trim_start_matches("error: "));
+    ExitCode::from(2)
 }
 
 /// Where a disk is served.
