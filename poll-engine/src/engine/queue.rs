@@ -8,7 +8,7 @@ use quanta::Clock;
 use tracing::warn;
 
 use super::reactor::Io;
-use crate::memory::map::{MapHold, MemoryMap};
+use crate::memory::map::{MapHold, MemoryError, MemoryMap};
 use crate::ring::chain::{Chain, ChainView, HeldChain};
 use crate::ring::{Ring, RingConfig, RingError, Token};
 use crate::stats::{ErrorKind, QueueStats};
@@ -247,6 +247,13 @@ impl Queue {
     pub fn count_error(&self, kind: ErrorKind, what: &dyn std::fmt::Display) {
         if self.stats.error(kind) {
             warn!("{}: {what} (further ones are only counted)", self.name);
+        }
+    }
+
+    /// Stops the queue if memory that it uses has been taken away.
+    pub(super) fn check_memory(&mut self) {
+        if !self.broken && self.hold.map().has_faulted() {
+            self.fail(&RingError::Memory(MemoryError::TakenAway));
         }
     }
 

@@ -11,6 +11,7 @@ use super::mailbox::Mailbox;
 use super::pacing::{Pacer, Pacing};
 use super::queue::Queue;
 use crate::device::QueueHandler;
+use crate::memory::fault::faults;
 use crate::memory::map::MapHold;
 use crate::ring::RingConfig;
 use crate::stats::ErrorKind;
@@ -146,6 +147,8 @@ pub(super) struct Reactor {
     watching_bell: bool,
     /// Rounds since the last submit.
     held_back: u32,
+    /// Memory faults caught, as last looked at.
+    seen_faults: usize,
     quitting: bool,
     stopping: usize,
 }
@@ -169,6 +172,7 @@ impl Reactor {
             completions: Vec::with_capacity(4 * URING_ENTRIES as usize),
             watching_bell: false,
             held_back: 0,
+            seen_faults: 0,
             quitting: false,
             stopping: 0,
         })
@@ -218,6 +222,12 @@ impl Reactor {
         worked += self.reap();
         if self.stopping > 0 {
             self.retire();
+        }
+        if self.seen_faults != faults() {
+            self.seen_faults = faults();
+            for task in &mut self.tasks {
+                task.queue.check_memory();
+            }
         }
         worked
     }

@@ -13,6 +13,7 @@ use crossbeam::sync::WaitGroup;
 use nix::sys::statfs::{HUGETLBFS_MAGIC, fstatfs};
 use vm_memory::{FileOffset, MmapRegion};
 
+use super::fault::Guard;
 use super::slice::{GuestSlice, RawSlice};
 
 /// Most regions a session may have: what QEMU's `VHOST_USER_MAX_RAM_SLOTS` on x86 (512) leaves, and what KVM offers.
@@ -46,6 +47,9 @@ pub enum MemoryError {
         /// What the mapping said.
         reason: String,
     },
+    /// The front end has truncated the file behind a region that is in use.
+    #[error("the front end has taken shared memory away")]
+    TakenAway,
     /// A guest address range that no region covers.
     #[error("guest address {addr:#x} with length {len:#x} is outside guest memory")]
     Outside {
@@ -90,6 +94,8 @@ pub struct Region {
     spec: RegionSpec,
     host: NonNull<u8>,
     huge: bool,
+    /// Before the mapping: it is given up first.
+    guard: Guard,
     _mapping: MmapRegion,
 }
 
@@ -128,7 +134,8 @@ impl Region {
         // SAFETY: skip < len, so the address is inside the mapping just made.
         let host = NonNull::new(unsafe { mapping.as_ptr().add(skip as usize) })
             .ok_or_else(|| fail("mapped at address zero".into()))?;
-        Ok(Region { spec, host, huge, _mapping: mapping })
+        let guard = Guard::new(mapping.as_ptr().addr(), len, page as usize);
+        Ok(Region { spec, host, huge, guard, _mapping: mapping })
     }
 
     /// The region with its host address as the front-end address, for memory of our own.
@@ -200,6 +207,11 @@ impl MemoryMap {
             .map(|r| Span { guest_addr: r.spec.guest_addr, size: r.spec.size, host: r.host_addr() })
             .collect();
         Ok(MemoryMap { spans, regions })
+    }
+
+    /// Whether the front end has taken some of this memory away.
+    pub fn has_faulted(&self) -> bool {
+        self.regions.iter().any(|r| r.guard.has_faulted())
     }
 
     /// The regions, in guest-physical order.
