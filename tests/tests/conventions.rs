@@ -35,7 +35,10 @@ impl Killed {
     fn inheriting(fd: OwnedFd, args: &[&str]) -> Killed {
         fcntl(&fd, FcntlArg::F_SETFD(FdFlag::empty())).unwrap();
         let number = format!("--fd={}", fd.as_raw_fd());
-        Killed(Command::new(program()).arg(number).args(args).stderr(Stdio::null()).spawn().unwrap())
+        let child = Command::new(program()).arg(number).args(args).stderr(Stdio::null()).spawn().unwrap();
+        // Ours would keep the connection alive.
+        drop(fd);
+        Killed(child)
     }
 
     fn exit_code(&mut self) -> i32 {
