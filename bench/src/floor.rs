@@ -1,6 +1,6 @@
 //! The floor of a request's cost: a null back end that trusts the guest and checks nothing, one split queue, one
 //! thread. It exists to be measured beside, in the same run and with the same driver, and for nothing else.
-#![allow(unsafe_code)] // it trusts its driver: that is the point
+#![allow(unsafe_code, clippy::cast_ptr_alignment)] // it trusts its driver: that is the point
 
 use std::os::fd::AsFd;
 use std::path::Path;
