@@ -188,8 +188,13 @@ impl Run {
 }
 
 fn on_a_file(seed: u64, args: &[&str]) {
+    on_the_file("disk.img", seed, args);
+}
+
+/// On an image of this name in the scratch directory, or with this path.
+fn on_the_file(name: &str, seed: u64, args: &[&str]) {
     let scene = Scene::new().unwrap();
-    let image = Image::create(&scene, "disk.img", SIZE as u64).unwrap();
+    let image = Image::create(&scene, name, SIZE as u64).unwrap();
     let file = format!("--blk-file={}", image.path().display());
     let served = Served::start(&scene, &[&[&file, "--num-queues=3"], args].concat());
     let mut run = Run::new(&served, seed);
@@ -218,6 +223,15 @@ fn direct_io_on_registered_memory() {
 #[test]
 fn buffered_io_on_a_sleeping_reactor() {
     on_a_file(4, &["--direct=off", "--poll=event"]);
+}
+
+#[test]
+fn a_file_on_tmpfs_is_served_at_once() {
+    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let path = dir.path().join("disk.img");
+    for (seed, poll) in [(7, "--poll=busy"), (8, "--poll=event")] {
+        on_the_file(path.to_str().unwrap(), seed, &[poll, "--cache=writethrough"]);
+    }
 }
 
 #[test]
