@@ -109,7 +109,9 @@ pub fn open(
     if !size.is_multiple_of(u64::from(block_size)) {
         return Err(OpenError::Size { path: path.to_owned(), size, block_size });
     }
-    let in_memory = rustix::fs::fstatfs(&file).map_err(io::Error::from)?.f_type == TMPFS_MAGIC;
+    // Device nodes lie on a tmpfs too; what they stand for does not.
+    let in_memory =
+        kind.is_file() && rustix::fs::fstatfs(&file).map_err(io::Error::from)?.f_type == TMPFS_MAGIC;
     let buffered = FileTraits { direct: false, in_memory, mem_align: 1, offset_align: 512 };
     let (file, traits) = match (direct && !in_memory).then(|| with(libc::O_DIRECT)) {
         None => (file, buffered),
