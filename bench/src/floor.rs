@@ -12,6 +12,7 @@ use anyhow::{Context, Result};
 use nix::sys::eventfd::EventFd;
 use poll_engine::device::features;
 use poll_engine::engine::placement::pin_to;
+use poll_engine::memory::slice::prefetch;
 use poll_engine::memory::{MemoryMap, Region};
 use poll_engine::ring::RingConfig;
 use poll_engine::ring::layout::{DESC_F_INDIRECT, DESC_F_NEXT};
@@ -158,15 +159,4 @@ fn run(map: &MemoryMap, config: &RingConfig, cpu: Option<usize>, stop: &AtomicBo
         }
     }
     last
-}
-
-#[inline]
-fn prefetch(at: *const u8) {
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: a prefetch of any address is only a hint.
-    unsafe {
-        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(at.cast());
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = at;
 }

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
 
 use super::{RingConfig, RingError};
 use crate::memory::map::{MemoryMap, RingAddress};
-use crate::memory::slice::GuestSlice;
+use crate::memory::slice::{GuestSlice, prefetch};
 
 /// `VIRTQ_DESC_F_NEXT`: the chain goes on at `next`.
 pub const DESC_F_NEXT: u16 = 1;
@@ -257,15 +257,4 @@ pub fn indirect_desc(table: &GuestSlice<'_>, index: u16) -> Option<Desc> {
         .part(usize::from(index) * DESC_SIZE as usize, DESC_SIZE as usize)
         .read_pair_once()
         .map(Desc::from_pair)
-}
-
-#[inline]
-fn prefetch(at: *const u8) {
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: a prefetch of any address is only a hint.
-    unsafe {
-        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(at.cast());
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = at;
 }

@@ -20,12 +20,15 @@ use crate::device::{Device, features};
 use crate::engine::queue::{Notifier, Queue};
 use crate::engine::reactor::NotifierChange;
 use crate::engine::{Engine, RunningQueue};
-use crate::memory::map::{MapHold, MemoryError, MemoryMap, Region, RegionSpec};
+use crate::memory::map::{MapHold, MemoryError, MemoryMap, Region};
 use crate::ring::{RingConfig, RingError};
 use crate::stats::QueueStats;
 
 /// A control thread's stack: it parses small messages. Hundreds of these threads may exist.
 const STACK: usize = 128 << 10;
+
+/// Mistakes of a front end that are logged, for each session.
+const MAX_COMPLAINTS: u32 = 16;
 
 /// Why an action failed; the front end is told by an error acknowledgement.
 #[derive(Debug, thiserror::Error)]
@@ -160,10 +163,12 @@ struct Served<'a> {
     connection: &'a Connection,
     session: Session,
     map: Arc<MemoryMap>,
-    /// Cloned into every hold on `map`: waiting for it is waiting for the last request that points into the map.
+    /// Cloned into every hold on `map`, and on those it grew from: waiting for it is waiting for the last request that
+    /// points into any of them.
     released: WaitGroup,
     slots: Vec<Slot>,
     backend_channel: Option<OwnedFd>,
+    complaints: u32,
 }
 
 impl<'a> Served<'a> {
@@ -182,6 +187,18 @@ impl<'a> Served<'a> {
             released: WaitGroup::new(),
             slots: std::iter::repeat_with(Slot::default).take(device.num_queues().into()).collect(),
             backend_channel: None,
+            complaints: 0,
+        }
+    }
+
+    /// Logs what the front end did wrong: the first few times, so that it cannot fill the log.
+    fn complain(&mut self, what: &dyn std::fmt::Display) {
+        self.complaints += 1;
+        let name = &self.export.name;
+        match self.complaints.cmp(&MAX_COMPLAINTS) {
+            std::cmp::Ordering::Less => warn!("{name}: {what}"),
+            std::cmp::Ordering::Equal => warn!("{name}: {what} (no more of this session is logged)"),
+            std::cmp::Ordering::Greater => {}
         }
     }
 
@@ -225,7 +242,7 @@ impl<'a> Served<'a> {
                             })
                         }
                         Err(why) => {
-                            warn!("{}: request {} refused: {why}", self.export.name, header.request);
+                            self.complain(&format_args!("request {} refused: {why}", header.request));
                             match self.session.refuse(header.request, header.need_reply) {
                                 Refused::Reply(reply) => Some(reply),
                                 Refused::Silence => None,
@@ -258,7 +275,7 @@ impl<'a> Served<'a> {
         let mut done = true;
         for action in actions {
             if let Err(e) = self.act(action) {
-                warn!("{}: {e}", self.export.name);
+                self.complain(&e);
                 done = false;
             }
         }
@@ -270,10 +287,10 @@ impl<'a> Served<'a> {
             Action::SetMemory(regions) => {
                 let mapped = regions.into_iter().map(|(spec, fd)| Region::map(spec, fd).map(Arc::new));
                 let map = MemoryMap::new(mapped.collect::<Result<_, _>>()?)?;
-                self.set_memory(map);
+                self.replace_memory(map);
             }
-            Action::AddMemory(spec, fd) => self.set_memory(self.map.with(Region::map(spec, fd)?)?),
-            Action::RemoveMemory(spec) => self.remove_memory(&spec)?,
+            Action::AddMemory(spec, fd) => self.extend_memory(self.map.with(Region::map(spec, fd)?)?),
+            Action::RemoveMemory(spec) => self.replace_memory(self.map.without(&spec)?),
             Action::Start(index, config) => {
                 let config = RingConfig { base: self.session.base(index), ..config };
                 if let Err(e) = self.start(index, config) {
@@ -344,20 +361,20 @@ impl<'a> Served<'a> {
         Ok(())
     }
 
-    /// Moves every running queue to `map`. Returns when nothing points into the old one any more: only then may the
-    /// front end take removed memory for its own.
-    fn set_memory(&mut self, map: MemoryMap) {
+    /// Moves every running queue to `map`, in which nothing that was there is missing.
+    fn extend_memory(&mut self, map: MemoryMap) {
         self.map = Arc::new(map);
-        let released = std::mem::take(&mut self.released);
         for (queue, config) in self.slots.iter().filter_map(|s| s.running.as_ref()) {
             queue.set_map(*config, MapHold::new(Arc::clone(&self.map), self.released.clone()));
         }
-        released.wait();
     }
 
-    fn remove_memory(&mut self, spec: &RegionSpec) -> Result<(), ActionError> {
-        self.set_memory(self.map.without(spec)?);
-        Ok(())
+    /// Moves every running queue to `map`, and returns when nothing points into any earlier one: only then may the
+    /// front end take removed memory for its own.
+    fn replace_memory(&mut self, map: MemoryMap) {
+        let released = std::mem::take(&mut self.released);
+        self.extend_memory(map);
+        released.wait();
     }
 }
 
