@@ -64,7 +64,7 @@ for _ in {1..100}; do
 done
 [ -S "$tmp/blk.sock" ] || fail "the daemon does not listen"
 
-# The guest's init takes commands on the second serial port, whose other end is a pair of FIFOs.
+# The guest's init takes commands on a virtio-serial port, whose other end is a pair of FIFOs.
 mkfifo "$tmp/agent.in" "$tmp/agent.out"
 exec 3<>"$tmp/agent.in" 4<>"$tmp/agent.out"
 id=0
@@ -100,7 +100,8 @@ boot() { # ACCELERATOR LIMIT
         -chardev "socket,id=disk,path=$tmp/blk.sock" -device vhost-user-blk-pci,chardev=disk,num-queues=4 \
         -kernel "$guest/vmlinuz" -initrd "$guest/initramfs" \
         -append "console=ttyS0 loglevel=5 panic=-1 mitigations=off no_timer_check cryptomgr.notests" \
-        -serial "file:$tmp/kernel.log" -chardev "pipe,id=agent,path=$tmp/agent" -serial chardev:agent \
+        -serial "file:$tmp/kernel.log" -chardev "pipe,id=agent,path=$tmp/agent" \
+        -device virtio-serial-pci -device virtserialport,chardev=agent,nr=1 \
         >"$tmp/qemu.log" 2>&1 3>&- 4>&- &
     qemu=$!
     await "$2" '@@AGENT READY@@'

@@ -161,9 +161,9 @@ cd /
 [ -w /sys/devices/system/memory/auto_online_blocks ] &&
     echo online_movable >/sys/devices/system/memory/auto_online_blocks
 # A port can be open once only, so all that runs inherits it.
-port=/dev/vport0p1
-until [ -c $port ]; do usleep 10000; done
-exec 3<>$port
+# The first number is the device's among all virtio devices, disks included.
+until set -- /dev/vport*p1 && [ -c "$1" ]; do usleep 10000; done
+exec 3<>"$1"
 echo "@@AGENT READY@@" >&3
 while read -r id line <&3; do
     /bin/sh -c "$line" </dev/null >&3 2>&1 3>&-
