@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
 use crossbeam::channel::bounded;
+use crossbeam::sync::WaitGroup;
 use tracing::info;
 
 use crate::device::QueueHandler;
@@ -153,9 +154,10 @@ impl RunningQueue {
         base
     }
 
-    /// Goes over to a new memory map, in which `config` says where the ring lies.
-    pub fn set_map(&self, config: RingConfig, hold: MapHold) {
-        self.reactor.postbox.post(Message::SetMap { id: self.id, config, hold });
+    /// Goes over to a new memory map, in which `config` says where the ring lies. `adopted` is dropped once the queue
+    /// takes requests by that map.
+    pub fn set_map(&self, config: RingConfig, hold: MapHold, adopted: WaitGroup) {
+        self.reactor.postbox.post(Message::SetMap { id: self.id, config, hold, adopted });
     }
 
     /// Replaces an event descriptor.

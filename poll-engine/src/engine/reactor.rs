@@ -5,6 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
 use crossbeam::channel::Sender;
+use crossbeam::sync::WaitGroup;
 use tracing::{debug, warn};
 
 use super::mailbox::Mailbox;
@@ -39,8 +40,8 @@ pub(super) enum Message {
     Start { queue: Box<Queue>, handler: Box<dyn QueueHandler>, id: Sender<TaskId> },
     /// Take no more chains, finish what is in flight, answer with the base and let the queue go.
     Stop { id: TaskId, base: Sender<u16> },
-    /// Go over to a new memory map.
-    SetMap { id: TaskId, config: RingConfig, hold: MapHold },
+    /// Go over to a new memory map, and let `adopted` go once that is done.
+    SetMap { id: TaskId, config: RingConfig, hold: MapHold, adopted: WaitGroup },
     /// Replace one of the event descriptors.
     SetNotifier { id: TaskId, change: NotifierChange },
     /// Leave, once no queue is left.
@@ -367,11 +368,12 @@ impl Reactor {
                         warn!("{}: asked to stop a queue that does not run here", self.name);
                     }
                 }
-                Message::SetMap { id, config, hold } => {
+                Message::SetMap { id, config, hold, adopted } => {
                     let old = self.find(id).map(|task| task.queue.set_map(&config, hold));
                     self.sync_buffers();
                     // Last: whoever waits for the old map takes its memory away.
                     drop(old);
+                    drop(adopted);
                 }
                 Message::SetNotifier { id, change } => {
                     if let Some(task) = self.find(id) {

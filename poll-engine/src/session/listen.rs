@@ -69,7 +69,7 @@ impl Listener {
                 Ok(_) => return Err(ListenError::InUse(path.to_owned())),
             }
         }
-        let listener = UnixListener::bind(path).map_err(fail)?;
+        let listener = bind_listening(path).map_err(fail)?;
         let inode = fs::symlink_metadata(path).map_err(fail)?.ino();
         Self::listening(listener, Some((path.to_owned(), inode))).map_err(fail)
     }
@@ -123,6 +123,23 @@ impl Listener {
                 let _ = nix::unistd::read(bell, &mut [0; 8]);
             }
         }
+    }
+}
+
+/// Binds so that the path appears only when the socket listens: whoever waits for it to appear may connect at once.
+fn bind_listening(path: &Path) -> io::Result<UnixListener> {
+    let mut name = path.as_os_str().to_owned();
+    name.push(".new");
+    match UnixListener::bind(&name) {
+        Ok(listener) => match fs::rename(&name, path) {
+            Ok(()) => Ok(listener),
+            Err(e) => {
+                let _ = fs::remove_file(&name);
+                Err(e)
+            }
+        },
+        // Too long a name with the addition, or one that is taken: the plain way, with a gap between bind and listen.
+        Err(_) => UnixListener::bind(path),
     }
 }
 

@@ -361,12 +361,19 @@ impl<'a> Served<'a> {
         Ok(())
     }
 
-    /// Moves every running queue to `map`, in which nothing that was there is missing.
+    /// Moves every running queue to `map`, in which nothing that was there is missing. Returns when all have gone over:
+    /// from the acknowledgement on, the guest may use what is new.
     fn extend_memory(&mut self, map: MemoryMap) {
         self.map = Arc::new(map);
+        let adopted = WaitGroup::new();
         for (queue, config) in self.slots.iter().filter_map(|s| s.running.as_ref()) {
-            queue.set_map(*config, MapHold::new(Arc::clone(&self.map), self.released.clone()));
+            queue.set_map(
+                *config,
+                MapHold::new(Arc::clone(&self.map), self.released.clone()),
+                adopted.clone(),
+            );
         }
+        adopted.wait();
     }
 
     /// Moves every running queue to `map`, and returns when nothing points into any earlier one: only then may the
