@@ -172,3 +172,22 @@ impl Drop for StopOnDrop<'_> {
         self.0.store(true, Ordering::Relaxed);
     }
 }
+
+#[test]
+fn memory_can_be_used_as_soon_as_it_is_acknowledged() {
+    for pacing in [Pacing::Busy, Pacing::Adaptive, Pacing::Event] {
+        let back = Back::start(pacing);
+        let mut peer = back.front();
+        let mut guest = Guest::new(0);
+        guest.start(&mut peer);
+        let more = Ram::new(FAR, 1 << 20, false).unwrap();
+        let map: Arc<MemoryMap> = Arc::clone(more.map());
+        for _ in 0..200 {
+            assert!(peer.add_region(&more.spec(), more.fd().as_raw_fd()));
+            guest.submit_at(FAR, &map);
+            guest.wait();
+            assert!(peer.remove_region(&more.spec()));
+        }
+        assert_eq!(back.stats[0].errors_total(), 0, "{pacing:?}");
+    }
+}
