@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 
 use crate::report::Summary;
-use crate::{Run, front_end};
+use crate::{Load, front_end};
 
 /// What to compare.
 #[derive(Clone, Debug, clap::Args)]
@@ -21,30 +21,7 @@ pub struct Compare {
     pub rounds: usize,
     /// What each is driven with
     #[command(flatten)]
-    pub run: Load,
-}
-
-/// The load, without a socket.
-#[derive(Clone, Debug, clap::Args)]
-pub struct Load {
-    /// Access pattern
-    #[arg(long, value_enum, default_value_t = crate::Pattern::Randread)]
-    pub rw: crate::Pattern,
-    /// Bytes of a request (such as 4k)
-    #[arg(long, value_name = "SIZE", default_value = "4k", value_parser = crate::size)]
-    pub bs: u32,
-    /// Requests in flight
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    pub iodepth: u16,
-    /// Seconds to measure
-    #[arg(long, value_name = "SECONDS", default_value = "2", value_parser = crate::seconds)]
-    pub runtime: Duration,
-    /// CPU of the driver
-    #[arg(long, value_name = "CPU")]
-    pub cpu: Option<usize>,
-    /// Use indirect descriptors
-    #[arg(long)]
-    pub indirect: bool,
+    pub load: Load,
 }
 
 /// A back end to start.
@@ -140,23 +117,8 @@ fn measure(what: &Compare, dir: &Path) -> Result<Vec<Vec<Sample>>> {
     for _ in 0..what.rounds {
         for (backend, samples) in what.backend.iter().zip(&mut samples) {
             let started = Started::new(backend, dir)?;
-            let load = &what.run;
-            let run = Run {
-                socket_path: started.socket.clone(),
-                rw: load.rw,
-                rwmixread: 50,
-                bs: load.bs,
-                iodepth: load.iodepth,
-                numjobs: 1,
-                runtime: load.runtime,
-                ramp_time: Duration::from_millis(300),
-                cpu: load.cpu,
-                indirect: load.indirect,
-                no_event_idx: false,
-                json: false,
-            };
             let mut cpu = Vec::new();
-            let jobs = front_end::run(&run, || cpu.push(started.cpu_seconds()));
+            let jobs = front_end::run(&started.socket, &what.load, || cpu.push(started.cpu_seconds()));
             let jobs = jobs.with_context(|| format!("driving {}", backend.name))?;
             let summary = Summary::of(&jobs);
             let [before, after] =
@@ -176,7 +138,7 @@ fn spread(mut values: Vec<f64>) -> [f64; 3] {
 }
 
 fn print(what: &Compare, samples: &[Vec<Sample>]) {
-    let load = &what.run;
+    let load = &what.load;
     println!(
         "{:?} bs={} iodepth={} {} rounds of {:.1} s; min / median / max; ratios to {} of the same round",
         load.rw,

@@ -1,6 +1,7 @@
 //! The front end: connects by the `vhost` crate's half of the protocol, lays rings out, runs jobs.
 
 use std::os::fd::AsRawFd;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result, bail};
@@ -13,16 +14,16 @@ use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use crate::Run;
+use crate::Load;
 use crate::job::{Job, JobResult};
 
 const RAM: u64 = 256 << 20;
 
 /// The results of all jobs. `mark` is called when measuring begins and when it ends.
-pub fn run(run: &Run, mut mark: impl FnMut()) -> Result<Vec<JobResult>> {
+pub fn run(socket: &Path, run: &Load, mut mark: impl FnMut()) -> Result<Vec<JobResult>> {
     let jobs = run.numjobs;
-    let path = run.socket_path.display();
-    let mut front = Frontend::connect(&run.socket_path, jobs.into())
+    let path = socket.display();
+    let mut front = Frontend::connect(socket, jobs.into())
         .with_context(|| format!("cannot connect to {path}; is the back end running?"))?;
     let refused = || format!("{path} refused the session");
     front.set_owner().with_context(refused)?;
@@ -59,8 +60,7 @@ pub fn run(run: &Run, mut mark: impl FnMut()) -> Result<Vec<JobResult>> {
         }])
         .with_context(refused)?;
 
-    // Room for three descriptors a request.
-    let size = (run.iodepth.max(16) * 4).next_power_of_two();
+    let size = run.ring_size();
     let mut ready = Vec::new();
     for index in 0..usize::from(jobs) {
         let full = "guest memory is used up; lower --iodepth, --bs or --numjobs";

@@ -15,7 +15,7 @@ use poll_engine::ring::driver::{Buffer, DriverRing};
 use quanta::Clock;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::{Pattern, Run};
+use crate::{Load, Pattern};
 
 /// What a job measured.
 #[derive(Debug)]
@@ -55,7 +55,7 @@ pub struct Job {
 impl Job {
     /// Sets memory aside; `None` when there is not enough.
     pub fn new(
-        run: &Run,
+        run: &Load,
         index: u64,
         ram: &mut Ram,
         config: &RingConfig,
@@ -78,7 +78,7 @@ impl Job {
     }
 
     /// Runs until told to stop, then collects what is in flight.
-    pub fn run(mut self, run: &Run, stop: &AtomicBool) -> Result<JobResult> {
+    pub fn run(mut self, run: &Load, stop: &AtomicBool) -> Result<JobResult> {
         if let Some(cpu) = run.cpu {
             pin_to(cpu + self.index as usize).with_context(|| format!("cannot run on CPU {cpu}"))?;
         }
@@ -87,7 +87,7 @@ impl Job {
         let mut next_block = self.index * (self.blocks / 64);
         let mut latency = Histogram::<u64>::new_with_bounds(1, 60_000_000_000, 3)?;
         let mut free: Vec<u16> = (0..run.iodepth).rev().collect();
-        let mut by_head = vec![(0u16, 0u64); usize::from(run.iodepth.max(16) * 4).next_power_of_two()];
+        let mut by_head = vec![(0u16, 0u64); usize::from(run.ring_size())];
         let (mut requests, mut kicks, mut measuring) = (0, 0, None);
         let started = Instant::now();
         self.ring.set_interrupts(false);
@@ -168,7 +168,7 @@ impl Job {
     }
 
     #[inline]
-    fn add(&mut self, slot: u16, sector: u64, write: bool, run: &Run) -> Option<u16> {
+    fn add(&mut self, slot: u16, sector: u64, write: bool, run: &Load) -> Option<u16> {
         let place = self.places[usize::from(slot)];
         let mut header = [0; 16];
         header[0] = u8::from(write);

@@ -26,6 +26,7 @@ enum Command {
     /// Drive one vhost-user-blk socket and report rates and latencies
     Run(Run),
     /// Run several back ends in turn under the same load and print their ratios
+    #[command(mut_arg("runtime", |a| a.default_value("2")), mut_arg("ramp_time", |a| a.default_value("0.3")))]
     Compare(compare::Compare),
     /// Serve a null disk by a loop without any checks: the limit to measure back ends against
     Floor {
@@ -38,12 +39,23 @@ enum Command {
     },
 }
 
-/// What to run; names and meanings are fio's.
+/// One socket to drive.
 #[derive(Clone, Debug, clap::Args)]
 pub struct Run {
     /// vhost-user-blk socket to connect to
     #[arg(long, value_name = "PATH")]
     pub socket_path: PathBuf,
+    /// What to drive it with
+    #[command(flatten)]
+    pub load: Load,
+    /// Print the result as JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// What to drive a back end with; names and meanings are fio's.
+#[derive(Clone, Debug, clap::Args)]
+pub struct Load {
     /// Access pattern
     #[arg(long, value_enum, default_value_t = Pattern::Randread)]
     pub rw: Pattern,
@@ -74,9 +86,13 @@ pub struct Run {
     /// Do without the event index, which is used where it is offered
     #[arg(long)]
     pub no_event_idx: bool,
-    /// Print the result as JSON
-    #[arg(long)]
-    pub json: bool,
+}
+
+impl Load {
+    /// Descriptors of a queue: room for three a request.
+    pub fn ring_size(&self) -> u16 {
+        (self.iodepth.max(16) * 4).next_power_of_two()
+    }
 }
 
 /// Access patterns.
@@ -112,7 +128,9 @@ fn seconds(s: &str) -> Result<Duration, String> {
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let outcome = match &cli.command {
-        Command::Run(run) => front_end::run(run, || {}).map(|jobs| report::print(run, &jobs)),
+        Command::Run(run) => {
+            front_end::run(&run.socket_path, &run.load, || {}).map(|jobs| report::print(run, &jobs))
+        }
         Command::Compare(what) => compare::compare(what),
         Command::Floor { socket_path, cpu } => floor::serve(socket_path, *cpu),
     };

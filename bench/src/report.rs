@@ -44,24 +44,25 @@ impl Summary {
 
 /// Prints the sum of all jobs.
 pub fn print(run: &Run, jobs: &[JobResult]) {
+    let load = &run.load;
     let sum = Summary::of(jobs);
     let [p50, p90, p99, p999, max] = [50.0, 90.0, 99.0, 99.9, 100.0].map(|p| sum.us(p));
-    let (iops, rw) = (sum.iops, format!("{:?}", run.rw).to_lowercase());
+    let (iops, rw) = (sum.iops, format!("{:?}", load.rw).to_lowercase());
     if run.json {
         println!(
             "{}",
             json!({
-                "rw": rw, "bs": run.bs, "iodepth": run.iodepth, "numjobs": run.numjobs,
+                "rw": rw, "bs": load.bs, "iodepth": load.iodepth, "numjobs": load.numjobs,
                 "requests": sum.requests, "iops": iops, "kicks": sum.kicks, "driver_cpu_seconds": sum.cpu_seconds,
                 "latency_us": { "p50": p50, "p90": p90, "p99": p99, "p99.9": p999, "max": max },
             })
         );
     } else {
-        let mib = iops * f64::from(run.bs) / f64::from(1 << 20);
+        let mib = iops * f64::from(load.bs) / f64::from(1 << 20);
         println!(
             "{rw} bs={} iodepth={} numjobs={}: {iops:.0} IOPS, {mib:.1} MiB/s, latency us p50={p50:.2} p90={p90:.2} \
              p99={p99:.2} p99.9={p999:.2} max={max:.2}, {} kicks",
-            run.bs, run.iodepth, run.numjobs, sum.kicks,
+            load.bs, load.iodepth, load.numjobs, sum.kicks,
         );
     }
 }

@@ -83,10 +83,7 @@ fn try_lock(file: &File, writable: bool) -> Result<(), LockError> {
         hold(file, IN_USE + WRITE)?;
     }
     // Taken first and looked at second: of two that come at once, both may lose, never both win.
-    if is_held(file, IN_USE + WRITE)? {
-        return Err(LockError::HeldByWriter);
-    }
-    if is_held(file, NOT_SHARED + CONSISTENT_READ)? {
+    if is_held(file, IN_USE + WRITE)? || is_held(file, NOT_SHARED + CONSISTENT_READ)? {
         return Err(LockError::HeldByWriter);
     }
     if writable && is_held(file, NOT_SHARED + WRITE)? {

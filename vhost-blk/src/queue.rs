@@ -17,14 +17,12 @@ use crate::request::{ID_LEN, Operation, STATUS_IOERR, STATUS_OK, parse};
 pub struct BlkQueue<B> {
     disk: Arc<Disk>,
     backend: B,
-    /// Pending requests that are over, until the round's completions have all been taken.
-    over: Vec<(Request, u32)>,
 }
 
 impl<B: Backend> BlkQueue<B> {
     /// A queue of `disk`.
     pub fn new(disk: Arc<Disk>, backend: B) -> BlkQueue<B> {
-        BlkQueue { disk, backend, over: Vec::new() }
+        BlkQueue { disk, backend }
     }
 
     #[inline]
@@ -70,14 +68,10 @@ impl<B: Backend> QueueHandler for BlkQueue<B> {
     }
 
     fn complete(&mut self, queue: &mut Queue, io: &mut Io<'_>, tag: u32, result: i32) {
-        let over = &mut self.over;
-        let queue_ref: &Queue = queue;
         self.backend.complete(io, tag, result, &mut |request, operation, outcome, chain| {
-            over.push((request, finish(queue_ref, &chain, operation, outcome)));
-        });
-        for (request, written) in self.over.drain(..) {
+            let written = finish(queue, &chain, operation, outcome);
             queue.complete(request, written);
-        }
+        });
     }
 
     fn detach(&mut self, io: &mut Io<'_>) {

@@ -215,16 +215,12 @@ impl Queue {
         }
     }
 
-    /// Looks after the ring between rounds while awake.
-    #[inline]
-    pub(super) fn settle(&mut self) {
-        self.ring.disable_notification();
-    }
-
     pub(super) fn enable_notification(&mut self) -> bool {
         !self.broken && self.ring.enable_notification()
     }
 
+    /// To be called now and then while awake, too: the ring keeps its event index from going stale.
+    #[inline]
     pub(super) fn disable_notification(&mut self) {
         if !self.broken {
             self.ring.disable_notification();

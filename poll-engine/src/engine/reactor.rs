@@ -16,7 +16,7 @@ use crate::memory::fault::faults;
 use crate::memory::map::MapHold;
 use crate::ring::RingConfig;
 use crate::stats::ErrorKind;
-use crate::uring::{Completion, FileRef, FixedBuffers, Uring};
+use crate::uring::{Completion, FixedBuffers, Uring};
 
 /// Submission entries; completions have four times as many.
 const URING_ENTRIES: u32 = 1024;
@@ -102,11 +102,6 @@ impl Io<'_> {
 
     pub(super) fn signal(&mut self, fd: BorrowedFd<'_>) {
         self.uring.signal(fd, label(Purpose::Signal, self.id, 0));
-    }
-
-    /// Registers a file for the handler.
-    pub fn register_file(&mut self, fd: BorrowedFd<'_>) -> FileRef {
-        self.uring.register_file(fd)
     }
 }
 
@@ -244,7 +239,7 @@ impl Reactor {
             if n > 0 {
                 worked += n;
                 task.queue.publish();
-                task.queue.settle();
+                task.queue.disable_notification();
             }
             if task.queue.is_signal_due(n == 0) {
                 task.queue.signal(io);

@@ -101,28 +101,20 @@ impl Connection {
             }
             let mut waits =
                 [PollFd::new(self.stream.as_fd(), PollFlags::POLLIN), PollFd::new(bell, PollFlags::POLLIN)];
-            match poll(&mut waits, PollTimeout::NONE) {
+            // Once a message has begun the bell is kept for after it: only a request to stop cuts it short, for which
+            // the wait ends now and then.
+            let (of, timeout) = if at_start { (2, PollTimeout::NONE) } else { (1, PollTimeout::from(100u8)) };
+            match poll(&mut waits[..of], timeout) {
                 Ok(_) => {}
                 Err(nix::Error::EINTR) => continue,
                 Err(e) => return Err(io::Error::from(e).into()),
             }
-            let rung = waits[1].any().unwrap_or(false);
-            if rung && at_start {
+            let [readable, rung] = waits.map(|w| w.any().unwrap_or(false));
+            if rung {
                 return Ok(Filled::Rung);
             }
-            if rung {
-                // Kept for after this message: only a request to stop may cut it short.
-                if stopping() {
-                    return Ok(Filled::Rung);
-                }
-                if !waits[0].any().unwrap_or(false) {
-                    let mut only = [PollFd::new(self.stream.as_fd(), PollFlags::POLLIN)];
-                    // Woken now and then to see whether to stop.
-                    let _ = poll(&mut only, 100u8);
-                    if !only[0].any().unwrap_or(false) {
-                        continue;
-                    }
-                }
+            if !readable {
+                continue;
             }
             let n = self.receive_some(into, fds)?;
             if n == 0 {

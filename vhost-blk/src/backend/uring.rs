@@ -341,7 +341,7 @@ impl UringBackend {
 
 impl Backend for UringBackend {
     fn attach(&mut self, io: &mut Io<'_>) {
-        self.fd = io.register_file(self.file.as_fd());
+        self.fd = io.uring().register_file(self.file.as_fd());
     }
 
     fn detach(&mut self, io: &mut Io<'_>) {
