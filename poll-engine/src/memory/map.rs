@@ -100,7 +100,7 @@ pub struct Region {
 }
 
 // SAFETY: the region is an address range owned by its mapping; access is by copies through GuestSlice or by the
-// volatile and atomic accessors of ring::layout, both of which allow for concurrent writers.
+// volatile and atomic accessors of vring::layout, both of which allow for concurrent writers.
 unsafe impl Send for Region {}
 // SAFETY: as above.
 unsafe impl Sync for Region {}
@@ -167,7 +167,7 @@ pub struct RingAddress {
     pub(crate) _keep: Arc<Region>,
 }
 
-// SAFETY: an address whose mapping is kept by the Arc; ring::layout says how it is accessed.
+// SAFETY: an address whose mapping is kept by the Arc; vring::layout says how it is accessed.
 unsafe impl Send for RingAddress {}
 
 /// What translation reads: 24 bytes a region, in guest-physical order.

@@ -4,6 +4,8 @@
 use std::marker::PhantomData;
 use std::ptr;
 
+pub use vring::layout::prefetch;
+
 use super::map::MemoryMap;
 
 /// A host address and a length inside one mapped region, without the map that keeps it alive.
@@ -147,16 +149,4 @@ impl<'m> GuestSlice<'m> {
     pub fn prefetch(&self) {
         prefetch(self.host);
     }
-}
-
-/// Asks the CPU to fetch the cache line at `at`, which may be any address.
-#[inline]
-pub fn prefetch(at: *const u8) {
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: a prefetch of any address is only a hint.
-    unsafe {
-        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(at.cast());
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = at;
 }

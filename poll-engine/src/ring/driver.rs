@@ -1,42 +1,25 @@
-//! The driver side of a split ring: what tests, benchmarks and guests of our own drive a device with. It is as honest
-//! as a good driver and does not defend itself against a broken device.
+//! The driver side of a split ring in guest memory of ours: what tests and benchmarks drive a device with. What it does
+//! is in [`vring::driver`].
+#![allow(unsafe_code)] // holds a layout beside what keeps it mapped
 
-use std::sync::atomic::{Ordering, fence};
+use std::ops::Deref;
 
-use super::layout::{
-    AVAIL_F_NO_INTERRUPT, DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, DESC_SIZE, Desc, SplitLayout,
-    USED_F_NO_NOTIFY, split_bytes,
-};
-use super::split::need_event;
+pub use vring::driver::Buffer;
+
+use super::layout::{DESC_SIZE, SplitLayout, split_bytes};
 use super::{RingConfig, RingError};
-use crate::memory::map::MemoryMap;
+use crate::memory::map::{MemoryMap, RingAddress};
 use crate::memory::ram::Ram;
 
-/// One buffer of a request.
-#[derive(Clone, Copy, Debug)]
-pub struct Buffer {
-    /// Guest-physical address.
-    pub addr: u64,
-    /// Bytes.
-    pub len: u32,
-    /// The device writes it; otherwise it reads it.
-    pub writable: bool,
-}
-
-/// The driver side of a running split ring.
+/// A [`vring::driver::DriverRing`] with the memory that it lies in kept mapped.
+///
+/// What changes it is passed on method by method: a mutable reference to the inner ring could be swapped with another,
+/// and each would then be kept by the wrong memory.
 #[derive(Debug)]
 pub struct DriverRing {
-    layout: SplitLayout,
-    event_idx: bool,
-    /// Free descriptors, taken and returned last first so that few cache lines stay warm.
-    free: Vec<u16>,
-    /// How many descriptors each chain took, by head; and the chain itself, by `next` in the table.
-    taken: Vec<u16>,
-    next_avail: u16,
-    published: u16,
-    next_used: u16,
-    seen_used: u16,
-    interrupts: bool,
+    ring: vring::driver::DriverRing,
+    /// After the ring, whose layout must not outlive them.
+    _parts: [RingAddress; 3],
 }
 
 impl DriverRing {
@@ -59,144 +42,73 @@ impl DriverRing {
         })
     }
 
-    /// Starts the driver side; both indices begin at `config.base`.
+    /// Starts the driver side; the available ring begins at `config.base`.
     pub fn new(config: &RingConfig, map: &MemoryMap) -> Result<DriverRing, RingError> {
         let layout = SplitLayout::new(config, map)?;
-        let size = layout.size();
-        let mut ring = DriverRing {
-            event_idx: config.event_idx,
-            free: (0..size).rev().collect(),
-            taken: vec![0; usize::from(size)],
-            next_avail: config.base,
-            published: config.base,
-            next_used: layout.used_idx(),
-            seen_used: layout.used_idx(),
-            interrupts: true,
-            layout,
-        };
-        // Memory of a ring that has run before says something else.
-        ring.set_interrupts(true);
-        Ok(ring)
-    }
-
-    /// The ring in memory, for tests that break its rules.
-    pub fn layout(&self) -> &SplitLayout {
-        &self.layout
-    }
-
-    /// Descriptors not in use.
-    pub fn free(&self) -> usize {
-        self.free.len()
-    }
-
-    /// Adds a request in descriptors of the ring. `None` when there is no room (or nothing to add).
-    pub fn add(&mut self, buffers: &[Buffer]) -> Option<u16> {
-        if buffers.is_empty() || buffers.len() > self.free.len() {
-            return None;
-        }
-        let head = *self.free.last()?;
-        let mut index = head;
-        for (i, b) in buffers.iter().enumerate() {
-            self.free.pop();
-            let last = i + 1 == buffers.len();
-            let next = if last { 0 } else { *self.free.last()? };
-            let flags = if b.writable { DESC_F_WRITE } else { 0 } | if last { 0 } else { DESC_F_NEXT };
-            self.layout.set_desc(index, Desc { addr: b.addr, len: b.len, flags, next });
-            index = next;
-        }
-        self.taken[usize::from(head)] = buffers.len() as u16;
-        self.make_available(head);
-        Some(head)
+        // SAFETY: the addresses are kept beside the ring that the layout goes into, which never leaves this struct
+        // and is dropped before them.
+        let (layout, parts) = unsafe { layout.into_parts() };
+        let ring = vring::driver::DriverRing::new(layout, config.base, config.event_idx);
+        Ok(DriverRing { ring, _parts: parts })
     }
 
     /// Adds a request as an indirect table, which is written to guest-physical `table` (16 bytes a buffer).
     pub fn add_indirect(&mut self, map: &MemoryMap, table: u64, buffers: &[Buffer]) -> Option<u16> {
         let len = DESC_SIZE * buffers.len() as u32;
         let slice = map.slice(table, len).filter(|s| s.len() == len as usize && !s.is_empty())?;
-        let head = self.free.pop()?;
-        for (i, b) in buffers.iter().enumerate() {
-            let last = i + 1 == buffers.len();
-            let flags = if b.writable { DESC_F_WRITE } else { 0 } | if last { 0 } else { DESC_F_NEXT };
-            let desc = Desc { addr: b.addr, len: b.len, flags, next: i as u16 + 1 };
-            slice.part(DESC_SIZE as usize * i, DESC_SIZE as usize).write(&desc.to_bytes());
-        }
-        self.layout.set_desc(head, Desc { addr: table, len, flags: DESC_F_INDIRECT, next: 0 });
-        self.taken[usize::from(head)] = 1;
-        self.make_available(head);
-        Some(head)
+        self.ring.add_indirect(table, buffers, |i, desc| {
+            slice.part(DESC_SIZE as usize * i, DESC_SIZE as usize).write(&desc);
+        })
     }
 
-    /// Makes a descriptor that is already in the table available again, as it stands: for a driver that reuses its
-    /// chains, and for tests that write their own.
+    /// [`vring::driver::DriverRing::add`].
+    #[inline]
+    pub fn add(&mut self, buffers: &[Buffer]) -> Option<u16> {
+        self.ring.add(buffers)
+    }
+
+    /// [`vring::driver::DriverRing::make_available`].
+    #[inline]
     pub fn make_available(&mut self, head: u16) {
-        self.layout.set_avail_ring(self.next_avail, head);
-        self.next_avail = self.next_avail.wrapping_add(1);
+        self.ring.make_available(head);
     }
 
-    /// Shows added requests to the device; true when it wants a notification (a kick).
+    /// [`vring::driver::DriverRing::publish`].
+    #[inline]
     pub fn publish(&mut self) -> bool {
-        if self.published == self.next_avail {
-            return false;
-        }
-        let old = std::mem::replace(&mut self.published, self.next_avail);
-        self.layout.set_avail_idx(self.next_avail);
-        fence(Ordering::SeqCst);
-        if self.event_idx {
-            need_event(self.layout.avail_event(), self.next_avail, old)
-        } else {
-            self.layout.used_flags() & USED_F_NO_NOTIFY == 0
-        }
+        self.ring.publish()
     }
 
-    /// Requests the device has finished and that are not yet collected.
+    /// [`vring::driver::DriverRing::finished`].
     #[inline]
     pub fn finished(&mut self) -> u16 {
-        if self.seen_used == self.next_used {
-            self.seen_used = self.layout.used_idx();
-        }
-        self.seen_used.wrapping_sub(self.next_used)
+        self.ring.finished()
     }
 
-    /// Collects a finished request as its head and the bytes written, leaving its descriptors in the table: for a
-    /// driver that reuses its chains.
+    /// [`vring::driver::DriverRing::collect_keeping`].
     #[inline]
     pub fn collect_keeping(&mut self) -> Option<(u16, u32)> {
-        if self.finished() == 0 {
-            return None;
-        }
-        let (head, len) = self.layout.used_ring(self.next_used);
-        self.next_used = self.next_used.wrapping_add(1);
-        if self.interrupts && self.event_idx {
-            self.layout.set_used_event(self.next_used);
-        }
-        Some((head as u16, len))
+        self.ring.collect_keeping()
     }
 
-    /// Collects a finished request as its head and the bytes written, and frees its descriptors.
+    /// [`vring::driver::DriverRing::collect`].
+    #[inline]
     pub fn collect(&mut self) -> Option<(u16, u32)> {
-        let (head, len) = self.collect_keeping()?;
-        let count = self.taken.get_mut(usize::from(head)).map_or(0, std::mem::take);
-        let first = self.free.len();
-        let mut index = head;
-        for _ in 0..count {
-            self.free.push(index);
-            index = self.layout.desc(index).next;
-        }
-        self.free[first..].reverse();
-        Some((head, len))
+        self.ring.collect()
     }
 
-    /// Asks for an interrupt with the next finished request, or for none. When asking, true means that something has
-    /// finished already.
+    /// [`vring::driver::DriverRing::set_interrupts`].
+    #[inline]
     pub fn set_interrupts(&mut self, on: bool) -> bool {
-        self.interrupts = on;
-        if self.event_idx {
-            // As far behind as numbers go is what the device passes last.
-            self.layout.set_used_event(if on { self.next_used } else { self.next_used.wrapping_sub(1) });
-        } else {
-            self.layout.set_avail_flags(if on { 0 } else { AVAIL_F_NO_INTERRUPT });
-        }
-        fence(Ordering::SeqCst);
-        on && self.layout.used_idx() != self.next_used
+        self.ring.set_interrupts(on)
+    }
+}
+
+impl Deref for DriverRing {
+    type Target = vring::driver::DriverRing;
+
+    #[inline]
+    fn deref(&self) -> &vring::driver::DriverRing {
+        &self.ring
     }
 }

@@ -1,73 +1,26 @@
-//! The split ring in memory: offsets, sizes and atomic access, for both sides (virtio 1.3, 2.7).
-//!
-//! Every index is masked to the ring size, so no accessor can leave the ring, whatever the guest wrote.
-#![allow(unsafe_code)] // rings are shared with the guest and live at raw addresses
+//! The split ring in guest memory: a [`RingConfig`] resolved to host addresses. What lies where, and how it is
+//! accessed, is in [`vring::layout`].
+#![allow(unsafe_code)] // tells `vring` where the mapped parts of a ring are
 
-use std::ptr::NonNull;
-use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
+use std::ops::Deref;
+
+pub use vring::layout::{
+    AVAIL_F_NO_INTERRUPT, DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, DESC_SIZE, Desc, USED_F_NO_NOTIFY,
+    split_bytes,
+};
 
 use super::{RingConfig, RingError};
 use crate::memory::map::{MemoryMap, RingAddress};
-use crate::memory::slice::{GuestSlice, prefetch};
+use crate::memory::slice::GuestSlice;
 
-/// `VIRTQ_DESC_F_NEXT`: the chain goes on at `next`.
-pub const DESC_F_NEXT: u16 = 1;
-/// `VIRTQ_DESC_F_WRITE`: device-writable, otherwise device-readable.
-pub const DESC_F_WRITE: u16 = 2;
-/// `VIRTQ_DESC_F_INDIRECT`: the buffer is a table of descriptors.
-pub const DESC_F_INDIRECT: u16 = 4;
-/// `VIRTQ_AVAIL_F_NO_INTERRUPT`.
-pub const AVAIL_F_NO_INTERRUPT: u16 = 1;
-/// `VIRTQ_USED_F_NO_NOTIFY`.
-pub const USED_F_NO_NOTIFY: u16 = 1;
-
-/// Bytes of one descriptor.
-pub const DESC_SIZE: u32 = 16;
-
-/// `struct virtq_desc` (virtio 1.3, 2.7.5), as read once.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
-pub struct Desc {
-    /// Guest-physical address of the buffer.
-    pub addr: u64,
-    /// Bytes.
-    pub len: u32,
-    /// `DESC_F_*`.
-    pub flags: u16,
-    /// The next descriptor, when `DESC_F_NEXT` is set.
-    pub next: u16,
-}
-
-impl Desc {
-    /// Decodes a descriptor from its two halves, read as little-endian numbers.
-    #[inline]
-    pub fn from_pair([addr, rest]: [u64; 2]) -> Desc {
-        Desc { addr, len: rest as u32, flags: (rest >> 32) as u16, next: (rest >> 48) as u16 }
-    }
-
-    /// Encodes the descriptor.
-    pub fn to_bytes(self) -> [u8; 16] {
-        let mut b = [0; 16];
-        b[..8].copy_from_slice(&self.addr.to_le_bytes());
-        b[8..12].copy_from_slice(&self.len.to_le_bytes());
-        b[12..14].copy_from_slice(&self.flags.to_le_bytes());
-        b[14..].copy_from_slice(&self.next.to_le_bytes());
-        b
-    }
-}
-
-/// Bytes of the three parts of a split ring of `size` descriptors, with the event fields.
-pub fn split_bytes(size: u16) -> (u64, u64, u64) {
-    let n = u64::from(size);
-    (16 * n, 6 + 2 * n, 6 + 8 * n)
-}
-
-/// The three parts of a split ring, resolved to host addresses and kept mapped.
+/// A [`vring::layout::SplitLayout`] with the memory that it lies in kept mapped.
+///
+/// It gives the layout out by shared reference only: one that could be moved out would outlive the mapping.
 #[derive(Debug)]
 pub struct SplitLayout {
-    desc: RingAddress,
-    avail: RingAddress,
-    used: RingAddress,
-    size: u16,
+    layout: vring::layout::SplitLayout,
+    /// After the layout, which must not outlive them.
+    parts: [RingAddress; 3],
 }
 
 impl SplitLayout {
@@ -79,174 +32,31 @@ impl SplitLayout {
             let at = map.ring_address(addr, len, config.access_platform)?;
             if at.host.addr().get().is_multiple_of(align) { Ok(at) } else { Err(RingError::Misaligned(addr)) }
         };
-        Ok(SplitLayout {
-            desc: resolve(config.desc_addr, desc_len, 16)?,
-            avail: resolve(config.avail_addr, avail_len, 2)?,
-            used: resolve(config.used_addr, used_len, 4)?,
-            size,
-        })
+        let desc = resolve(config.desc_addr, desc_len, 16)?;
+        let avail = resolve(config.avail_addr, avail_len, 2)?;
+        let used = resolve(config.used_addr, used_len, 4)?;
+        // SAFETY: size, alignment and length are checked above. The parts are mapped for reading and writing, and
+        // stay so while the RingAddresses beside the layout live. Guest memory is accessed by copies and by layouts,
+        // never by reference (see `GuestSlice`).
+        let layout = unsafe { vring::layout::SplitLayout::at(desc.host, avail.host, used.host, size) };
+        Ok(SplitLayout { layout, parts: [desc, avail, used] })
     }
 
-    /// Number of descriptors, a power of two.
-    #[inline]
-    pub fn size(&self) -> u16 {
-        self.size
+    /// Takes the layout apart from what keeps it mapped.
+    ///
+    /// # Safety
+    /// The addresses must be kept for as long as the layout lives.
+    pub(super) unsafe fn into_parts(self) -> (vring::layout::SplitLayout, [RingAddress; 3]) {
+        (self.layout, self.parts)
     }
+}
+
+impl Deref for SplitLayout {
+    type Target = vring::layout::SplitLayout;
 
     #[inline]
-    fn mask(&self, index: u16) -> usize {
-        usize::from(index & (self.size - 1))
-    }
-
-    #[inline]
-    fn u16_at(part: &RingAddress, offset: usize) -> &AtomicU16 {
-        // SAFETY: offset is even and inside the part (a fixed header field, a masked ring slot, or the event field
-        // behind the ring), the part is 2-byte aligned and kept mapped by the RingAddress. All access is atomic.
-        unsafe { part.host.add(offset).cast::<AtomicU16>().as_ref() }
-    }
-
-    #[inline]
-    fn desc_slice(&self, index: u16) -> NonNull<u8> {
-        // SAFETY: the index is masked, so the descriptor is inside the table.
-        unsafe { self.desc.host.add(16 * self.mask(index)) }
-    }
-
-    /// Reads descriptor `index`, each byte once.
-    #[inline]
-    pub fn desc(&self, index: u16) -> Desc {
-        let words = self.desc_slice(index).cast::<u64>();
-        // SAFETY: 16 bytes inside the table, 16-byte aligned by `new`; volatile because the guest may write meanwhile.
-        let (addr, rest) = unsafe { (words.read_volatile(), words.add(1).read_volatile()) };
-        Desc::from_pair([u64::from_le(addr), u64::from_le(rest)])
-    }
-
-    /// Writes descriptor `index` (driver side).
-    #[inline]
-    pub fn set_desc(&self, index: u16, desc: Desc) {
-        let bytes = desc.to_bytes();
-        // SAFETY: 16 bytes inside the table.
-        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.desc_slice(index).as_ptr(), 16) };
-    }
-
-    /// Asks the CPU to fetch descriptor `index`.
-    #[inline]
-    pub fn prefetch_desc(&self, index: u16) {
-        prefetch(self.desc_slice(index).as_ptr());
-    }
-
-    /// Asks the CPU to fetch the used-ring slot `index`, to be written.
-    #[inline]
-    pub fn prefetch_used(&self, index: u16) {
-        // SAFETY: a masked slot of the used ring.
-        prefetch(unsafe { self.used.host.add(4 + 8 * self.mask(index)) }.as_ptr());
-    }
-
-    /// `avail->flags`.
-    #[inline]
-    pub fn avail_flags(&self) -> u16 {
-        u16::from_le(Self::u16_at(&self.avail, 0).load(Ordering::Relaxed))
-    }
-
-    /// Writes `avail->flags` (driver side).
-    #[inline]
-    pub fn set_avail_flags(&self, flags: u16) {
-        Self::u16_at(&self.avail, 0).store(flags.to_le(), Ordering::Relaxed);
-    }
-
-    /// `avail->idx`; what was written before the driver raised it is visible after.
-    #[inline]
-    pub fn avail_idx(&self) -> u16 {
-        u16::from_le(Self::u16_at(&self.avail, 2).load(Ordering::Acquire))
-    }
-
-    /// Publishes `avail->idx` (driver side).
-    #[inline]
-    pub fn set_avail_idx(&self, idx: u16) {
-        Self::u16_at(&self.avail, 2).store(idx.to_le(), Ordering::Release);
-    }
-
-    /// `avail->ring[slot]`.
-    #[inline]
-    pub fn avail_ring(&self, slot: u16) -> u16 {
-        u16::from_le(Self::u16_at(&self.avail, 4 + 2 * self.mask(slot)).load(Ordering::Relaxed))
-    }
-
-    /// Writes `avail->ring[slot]` (driver side).
-    #[inline]
-    pub fn set_avail_ring(&self, slot: u16, head: u16) {
-        Self::u16_at(&self.avail, 4 + 2 * self.mask(slot)).store(head.to_le(), Ordering::Relaxed);
-    }
-
-    /// `used_event`, behind the available ring.
-    #[inline]
-    pub fn used_event(&self) -> u16 {
-        u16::from_le(Self::u16_at(&self.avail, 4 + 2 * usize::from(self.size)).load(Ordering::Relaxed))
-    }
-
-    /// Writes `used_event` (driver side).
-    #[inline]
-    pub fn set_used_event(&self, event: u16) {
-        Self::u16_at(&self.avail, 4 + 2 * usize::from(self.size)).store(event.to_le(), Ordering::Relaxed);
-    }
-
-    /// `used->flags` (driver side).
-    #[inline]
-    pub fn used_flags(&self) -> u16 {
-        u16::from_le(Self::u16_at(&self.used, 0).load(Ordering::Relaxed))
-    }
-
-    /// Writes `used->flags`.
-    #[inline]
-    pub fn set_used_flags(&self, flags: u16) {
-        Self::u16_at(&self.used, 0).store(flags.to_le(), Ordering::Relaxed);
-    }
-
-    /// `used->idx`; what the device wrote before raising it is visible after.
-    #[inline]
-    pub fn used_idx(&self) -> u16 {
-        u16::from_le(Self::u16_at(&self.used, 2).load(Ordering::Acquire))
-    }
-
-    /// Publishes `used->idx`.
-    #[inline]
-    pub fn set_used_idx(&self, idx: u16) {
-        Self::u16_at(&self.used, 2).store(idx.to_le(), Ordering::Release);
-    }
-
-    #[inline]
-    fn used_words(&self, slot: u16) -> (&AtomicU32, &AtomicU32) {
-        // SAFETY: a masked slot of the used ring, 4-byte aligned by `new`; all access is atomic.
-        unsafe {
-            let at = self.used.host.add(4 + 8 * self.mask(slot)).cast::<AtomicU32>();
-            (at.as_ref(), at.add(1).as_ref())
-        }
-    }
-
-    /// Writes `used->ring[slot]`; visible to the driver after [`set_used_idx`](Self::set_used_idx).
-    #[inline]
-    pub fn set_used_ring(&self, slot: u16, head: u16, len: u32) {
-        let (id_word, len_word) = self.used_words(slot);
-        id_word.store(u32::from(head).to_le(), Ordering::Relaxed);
-        len_word.store(len.to_le(), Ordering::Relaxed);
-    }
-
-    /// Reads `used->ring[slot]` as id and length (driver side).
-    #[inline]
-    pub fn used_ring(&self, slot: u16) -> (u32, u32) {
-        let (id_word, len_word) = self.used_words(slot);
-        (u32::from_le(id_word.load(Ordering::Relaxed)), u32::from_le(len_word.load(Ordering::Relaxed)))
-    }
-
-    /// `avail_event`, behind the used ring (driver side).
-    #[inline]
-    pub fn avail_event(&self) -> u16 {
-        u16::from_le(Self::u16_at(&self.used, 4 + 8 * usize::from(self.size)).load(Ordering::Relaxed))
-    }
-
-    /// Writes `avail_event`.
-    #[inline]
-    pub fn set_avail_event(&self, event: u16) {
-        Self::u16_at(&self.used, 4 + 8 * usize::from(self.size)).store(event.to_le(), Ordering::Relaxed);
+    fn deref(&self) -> &vring::layout::SplitLayout {
+        &self.layout
     }
 }
 

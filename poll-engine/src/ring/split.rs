@@ -10,6 +10,8 @@
 
 use std::sync::atomic::{Ordering, fence};
 
+pub use vring::layout::need_event;
+
 use super::chain::Chain;
 use super::layout::{
     AVAIL_F_NO_INTERRUPT, DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, DESC_SIZE, Desc, SplitLayout,
@@ -46,12 +48,6 @@ pub struct SplitRing {
     /// `avail_event` as last written.
     avail_event: u16,
     notify: bool,
-}
-
-/// Whether moving from `old` to `new` passes `event` (virtio 1.3, 2.7.10.1, `vring_need_event`).
-#[inline]
-pub fn need_event(event: u16, new: u16, old: u16) -> bool {
-    new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
 }
 
 impl SplitRing {
