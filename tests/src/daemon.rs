@@ -34,18 +34,12 @@ impl Kind {
         }
     }
 
-    /// The program, if it is there. The daemon is looked for in `KICKLESS_BIN_DIR`, or else where cargo has built
-    /// the running test.
+    /// The program, if it is there.
     pub fn program(self) -> Option<PathBuf> {
         if self == Self::Qsd {
             return process::find_program("qemu-storage-daemon");
         }
-        let dir = match std::env::var_os("KICKLESS_BIN_DIR") {
-            Some(dir) => PathBuf::from(dir),
-            // target/<profile>/deps/<test>
-            None => std::env::current_exe().ok()?.parent()?.parent()?.to_owned(),
-        };
-        Some(dir.join("vhost-blk")).filter(|path| path.is_file())
+        process::built("vhost-blk")
     }
 }
 

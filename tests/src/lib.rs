@@ -17,12 +17,16 @@
 
 pub mod accel;
 pub mod agent;
+pub mod bare;
 pub mod daemon;
 pub mod fio;
 pub mod image;
+pub mod linux;
 pub mod process;
 pub mod qemu;
 pub mod qmp;
+pub mod scenario;
 pub mod scene;
 pub mod stats;
+pub mod vmm;
 pub mod wait;

@@ -107,6 +107,19 @@ pub fn run(program: &str, args: &[&str]) -> Result<(i32, String)> {
     Ok((output.status.code().unwrap_or(-1), text))
 }
 
+/// A program of this workspace, if it is built: in `KICKLESS_BIN_DIR`, or else where cargo has built the one that asks.
+pub fn built(name: &str) -> Option<PathBuf> {
+    let dir = if let Some(dir) = std::env::var_os("KICKLESS_BIN_DIR") {
+        PathBuf::from(dir)
+    } else {
+        let exe = std::env::current_exe().ok()?;
+        let dir = exe.parent()?;
+        // Tests are in a directory of their own.
+        if dir.ends_with("deps") { dir.parent()?.to_owned() } else { dir.to_owned() }
+    };
+    Some(dir.join(name)).filter(|path| path.is_file())
+}
+
 /// Looks a program up in `PATH` and the system's administration directories.
 pub fn find_program(name: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();

@@ -38,12 +38,16 @@ pub fn guest_dir() -> PathBuf {
         .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/guest"), PathBuf::from)
 }
 
-/// Why no virtual machine can run here, if none can.
+/// Which program is missing for any virtual machine of QEMU's, if one is.
+pub fn missing_program() -> Option<String> {
+    let missing = [QEMU, "setpriv", "timeout"].into_iter().find(|name| process::find_program(name).is_none());
+    missing.map(|name| format!("{name} is not installed"))
+}
+
+/// Why Linux cannot run in QEMU here, if it cannot.
 pub fn missing_needs() -> Option<String> {
-    for program in [QEMU, "setpriv", "timeout"] {
-        if process::find_program(program).is_none() {
-            return Some(format!("{program} is not installed"));
-        }
+    if let Some(reason) = missing_program() {
+        return Some(reason);
     }
     let guest = guest_dir();
     (!guest.join("vmlinuz").is_file() || !guest.join("initramfs").is_file())

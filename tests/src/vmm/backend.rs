@@ -1,0 +1,351 @@
+//! The front-end half of a device: the vhost-user session with its back end, and the eventfds that its queues are
+//! wired to KVM with.
+
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use vhost::vhost_user::message::{
+    VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserProtocolFeatures as Protocol, VhostUserVirtioFeatures,
+};
+use vhost::vhost_user::{
+    Frontend, FrontendReqHandler, HandlerResult, VhostUserFrontend, VhostUserFrontendReqHandler,
+};
+use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use crate::wait;
+
+/// How long a back end may take to listen (again).
+const CONNECT_LIMIT: Duration = Duration::from_secs(15);
+
+/// Dirty-page logging is the front end's business (vhost-user: `VHOST_F_LOG_ALL`).
+const F_LOG_ALL: u64 = 1 << 26;
+
+/// Virtio device types.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// A network card.
+    Net,
+    /// A disk.
+    Block,
+}
+
+impl Kind {
+    /// The number of the type (virtio 1.3, 5).
+    pub fn id(self) -> u32 {
+        match self {
+            Self::Net => 1,
+            Self::Block => 2,
+        }
+    }
+}
+
+/// Bytes of `struct virtio_blk_config` up to the write-zeroes fields.
+const BLOCK_CONFIG: u32 = 60;
+/// `VIRTIO_NET_F_MAC`: the front end has the address.
+const NET_F_MAC: u64 = 1 << 5;
+/// `VIRTIO_NET_F_CTRL_VQ`, and `VIRTIO_NET_F_MQ` which needs it: there is no control queue here.
+const NET_F_CONTROLLED: u64 = 1 << 17 | 1 << 22;
+
+/// A queue as the driver has set it up. Addresses are the guest's.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct QueueSetup {
+    /// Descriptors.
+    pub size: u16,
+    /// Descriptor table.
+    pub desc: u64,
+    /// Available ring.
+    pub driver: u64,
+    /// Used ring.
+    pub device: u64,
+}
+
+/// The eventfds of one queue.
+#[derive(Debug)]
+pub struct Wires {
+    /// The guest's notifications.
+    pub kick: EventFd,
+    /// The back end's.
+    pub call: EventFd,
+}
+
+/// A session, and what is needed to make another one.
+pub struct Backend {
+    kind: Kind,
+    socket: PathBuf,
+    wires: Vec<Wires>,
+    front: Frontend,
+    features: u64,
+    config: Vec<u8>,
+    channel: Channel,
+    config_changed: Arc<dyn Fn() + Send + Sync>,
+}
+
+impl std::fmt::Debug for Backend {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Backend")
+            .field("kind", &self.kind)
+            .field("socket", &self.socket)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Backend {
+    /// Connects to the back end at `socket` for at most `queues` queues. `config_changed` is called, from another
+    /// thread, when the back end says so.
+    pub fn connect(
+        kind: Kind,
+        socket: &Path,
+        queues: usize,
+        memory: &[VhostUserMemoryRegionInfo],
+        config_changed: Arc<dyn Fn() + Send + Sync>,
+    ) -> Result<Backend> {
+        let opened = open(kind, socket, queues, memory, &config_changed)
+            .with_context(|| format!("vhost-user session at {}", socket.display()))?;
+        let wire = || EventFd::new(EFD_NONBLOCK);
+        let wires = (0..opened.queues).map(|_| Ok(Wires { kick: wire()?, call: wire()? }));
+        Ok(Backend {
+            kind,
+            socket: socket.to_owned(),
+            wires: wires.collect::<Result<_>>()?,
+            front: opened.front,
+            features: opened.features,
+            config: opened.config,
+            channel: opened.channel,
+            config_changed,
+        })
+    }
+
+    /// What kind of device it is.
+    pub fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    /// The features a driver may choose from.
+    pub fn features(&self) -> u64 {
+        self.features
+    }
+
+    /// The configuration space as last read.
+    pub fn config(&self) -> &[u8] {
+        &self.config
+    }
+
+    /// Reads the configuration space again.
+    pub fn read_config(&mut self) -> Result<()> {
+        if self.kind == Kind::Block {
+            self.config = read_config(&mut self.front)?;
+        }
+        Ok(())
+    }
+
+    /// Writes to the configuration space.
+    pub fn write_config(&mut self, offset: u32, bytes: &[u8]) -> Result<()> {
+        self.front.set_config(offset, VhostUserConfigFlags::WRITABLE, bytes)?;
+        self.read_config()
+    }
+
+    /// The queues' eventfds.
+    pub fn wires(&self) -> &[Wires] {
+        &self.wires
+    }
+
+    /// Starts queues: `(index, setup, host address of a guest address, first available index)`.
+    pub fn start(
+        &mut self,
+        features: u64,
+        queues: &[(usize, QueueSetup, u16)],
+        host: impl Fn(u64) -> Result<u64>,
+    ) -> Result<()> {
+        self.front.set_features(features | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits())?;
+        for &(index, setup, base) in queues {
+            self.front.set_vring_num(index, setup.size)?;
+            self.front.set_vring_base(index, base)?;
+            let addresses = VringConfigData {
+                queue_max_size: setup.size,
+                queue_size: setup.size,
+                flags: 0,
+                desc_table_addr: host(setup.desc)?,
+                used_ring_addr: host(setup.device)?,
+                avail_ring_addr: host(setup.driver)?,
+                log_addr: None,
+            };
+            self.front.set_vring_addr(index, &addresses)?;
+            self.front.set_vring_call(index, &self.wires[index].call)?;
+            self.front.set_vring_kick(index, &self.wires[index].kick)?;
+            self.front.set_vring_enable(index, true)?;
+        }
+        Ok(())
+    }
+
+    /// Stops a queue; where it stands.
+    pub fn stop(&mut self, index: usize) -> Result<u32> {
+        Ok(self.front.get_vring_base(index)?)
+    }
+
+    /// Shares another region.
+    pub fn add_memory(&mut self, region: &VhostUserMemoryRegionInfo) -> Result<()> {
+        self.front.add_mem_region(region).map(|_| ()).context("ADD_MEM_REG")
+    }
+
+    /// Has the back end let go of a region.
+    pub fn remove_memory(&mut self, region: &VhostUserMemoryRegionInfo) -> Result<()> {
+        self.front.remove_mem_region(region).context("REM_MEM_REG")
+    }
+
+    /// Begins another session, when the back end has been started again.
+    pub fn reconnect(&mut self, memory: &[VhostUserMemoryRegionInfo]) -> Result<()> {
+        let opened = open(self.kind, &self.socket, self.wires.len(), memory, &self.config_changed)?;
+        ensure!(opened.queues == self.wires.len(), "the back end has fewer queues than before");
+        self.front = opened.front;
+        self.config = opened.config;
+        self.channel = opened.channel;
+        Ok(())
+    }
+}
+
+struct Opened {
+    front: Frontend,
+    features: u64,
+    queues: usize,
+    config: Vec<u8>,
+    channel: Channel,
+}
+
+fn open(
+    kind: Kind,
+    socket: &Path,
+    queues: usize,
+    memory: &[VhostUserMemoryRegionInfo],
+    config_changed: &Arc<dyn Fn() + Send + Sync>,
+) -> Result<Opened> {
+    let stream =
+        wait::until("a back end that listens", CONNECT_LIMIT, || Ok(UnixStream::connect(socket).ok()))?;
+    let mut front = Frontend::from_stream(stream, queues as u64);
+    front.set_owner()?;
+    let offered = front.get_features()?;
+    let theirs = front.get_protocol_features()?;
+    let wanted = Protocol::MQ
+        | Protocol::REPLY_ACK
+        | Protocol::CONFIG
+        | Protocol::CONFIGURE_MEM_SLOTS
+        | Protocol::BACKEND_REQ;
+    let protocol = theirs & wanted;
+    front.set_protocol_features(protocol)?;
+    if protocol.contains(Protocol::REPLY_ACK) {
+        front.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
+    }
+    let queues =
+        if protocol.contains(Protocol::MQ) { queues.min(front.get_queue_num()? as usize) } else { 1 };
+    let channel = Channel::open(&mut front, protocol, config_changed)?;
+    if protocol.contains(Protocol::CONFIGURE_MEM_SLOTS) {
+        for region in memory {
+            front.add_mem_region(region)?;
+        }
+    } else {
+        front.set_mem_table(memory)?;
+    }
+    let mut features = offered
+        & !(VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() | VhostUserVirtioFeatures::LOG_ALL.bits());
+    features &= !F_LOG_ALL;
+    let config = match kind {
+        Kind::Block => read_config(&mut front)?,
+        Kind::Net => {
+            features = features & !NET_F_CONTROLLED | NET_F_MAC;
+            // Locally administered.
+            vec![0x02, 0x4b, 0x4b, 0, 0, 1, 1, 0]
+        }
+    };
+    Ok(Opened { front, features, queues, config, channel })
+}
+
+fn read_config(front: &mut Frontend) -> Result<Vec<u8>> {
+    let room = [0; BLOCK_CONFIG as usize];
+    let (_, config) = front.get_config(0, BLOCK_CONFIG, VhostUserConfigFlags::empty(), &room)?;
+    ensure!(config.len() == room.len(), "GET_CONFIG: {} bytes", config.len());
+    Ok(config)
+}
+
+/// The back end's channel to us, and the thread that listens to it.
+struct Channel {
+    stop: Arc<AtomicBool>,
+    wake: EventFd,
+    thread: Option<JoinHandle<()>>,
+}
+
+struct OnConfigChange(Arc<dyn Fn() + Send + Sync>);
+
+impl VhostUserFrontendReqHandler for OnConfigChange {
+    fn handle_config_change(&self) -> HandlerResult<u64> {
+        (self.0)();
+        Ok(0)
+    }
+}
+
+impl Channel {
+    fn open(
+        front: &mut Frontend,
+        protocol: Protocol,
+        config_changed: &Arc<dyn Fn() + Send + Sync>,
+    ) -> Result<Channel> {
+        let stop = Arc::new(AtomicBool::new(false));
+        let wake = EventFd::new(EFD_NONBLOCK)?;
+        let mut thread = None;
+        if protocol.contains(Protocol::BACKEND_REQ) {
+            let mut handler = FrontendReqHandler::new(Arc::new(OnConfigChange(Arc::clone(config_changed))))?;
+            if protocol.contains(Protocol::REPLY_ACK) {
+                handler.set_reply_ack_flag(true);
+            }
+            front.set_backend_request_fd(&RawFd(handler.get_tx_raw_fd()))?;
+            let (stop, wake) = (Arc::clone(&stop), wake.try_clone()?);
+            thread = Some(std::thread::spawn(move || {
+                while !stop.load(Ordering::Acquire) && readable(&handler, &wake) {
+                    if handler.handle_request().is_err() {
+                        break;
+                    }
+                }
+            }));
+        }
+        Ok(Channel { stop, wake, thread })
+    }
+}
+
+/// For an interface that asks for something with a descriptor.
+struct RawFd(i32);
+
+impl AsRawFd for RawFd {
+    fn as_raw_fd(&self) -> i32 {
+        self.0
+    }
+}
+
+/// Waits for a message, or for the end: then false.
+fn readable(handler: &impl AsRawFd, wake: &EventFd) -> bool {
+    let mut fds =
+        [handler.as_raw_fd(), wake.as_raw_fd()].map(|fd| PollFd::new(borrow(fd), PollFlags::POLLIN));
+    while poll(&mut fds, PollTimeout::NONE) == Err(nix::Error::EINTR) {}
+    fds[1].any() != Some(true)
+}
+
+#[allow(unsafe_code)]
+fn borrow(fd: i32) -> BorrowedFd<'static> {
+    // SAFETY: only used by `readable`, whose caller keeps both descriptors open.
+    unsafe { BorrowedFd::borrow_raw(fd) }
+}
+
+impl Drop for Channel {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Release);
+        let _ = self.wake.write(1);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}

@@ -1,0 +1,470 @@
+//! The virtual machine: memory, devices, CPUs.
+
+use std::fmt::Write as _;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use kickless_guest::{EVENT_PORT, event};
+use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_pit_config};
+use kvm_ioctls::{IoEventAddress, Kvm, VmFd};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+use vm_superio::{Serial, Trigger};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::backend::{Backend, Kind, QueueSetup};
+use super::boot::{self, Image};
+use super::memory::{Backing, Memory};
+use super::mmio::{self, Effect, INT_CONFIG, NEEDS_RESET, Registers};
+use super::vcpu::{Bus, Ended, Vcpu};
+
+/// Where devices are, one after the other.
+const MMIO_BASE: u64 = 0xd000_0000;
+/// Lines of the I/O APIC that devices have, more than one a line when there are many.
+const FIRST_LINE: u32 = 5;
+const LINES: u32 = 19;
+const SERIAL_PORT: u16 = 0x3f8;
+const SERIAL_LINE: u32 = 4;
+/// The keyboard controller, by which PCs are reset.
+const RESET_PORT: u16 = 0x64;
+/// Where Intel's processors want some pages of their own; below all that is used here.
+const TSS_ADDRESS: usize = 0xfffb_d000;
+const IDENTITY_MAP_ADDRESS: u64 = 0xfffb_c000;
+/// Descriptors a ring may have.
+const MAX_RING: u16 = 1024;
+
+/// A device of the machine.
+#[derive(Debug, Clone)]
+pub struct DeviceSpec {
+    /// What it is.
+    pub kind: Kind,
+    /// Where its back end listens.
+    pub socket: PathBuf,
+    /// Queues, at most.
+    pub queues: usize,
+}
+
+/// What a machine is to be like.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Bytes of memory from address 0 on.
+    pub memory: u64,
+    /// What the memory is made of.
+    pub backing: Backing,
+    /// Number of CPUs.
+    pub cpus: usize,
+    /// Host CPUs for them, in turn; none to let the host choose.
+    pub pin: Vec<usize>,
+    /// The devices.
+    pub devices: Vec<DeviceSpec>,
+    /// What is booted. The devices are added to its command line.
+    pub image: Image,
+    /// Whether there is a timer, which bare-metal guests do not need.
+    pub timer: bool,
+}
+
+/// A running machine. Dropping it stops it.
+#[derive(Debug)]
+pub struct Machine {
+    // Before the memory it runs in.
+    cpus: Vec<Vcpu>,
+    board: Arc<Board>,
+    started: Instant,
+}
+
+/// What all CPUs share.
+struct Board {
+    devices: Vec<Arc<Device>>,
+    serial: Mutex<Serial<Line, vm_superio::serial::NoEvents, Vec<u8>>>,
+    /// How often the guest was called, for one that waits.
+    rung: Mutex<u64>,
+    ring: Condvar,
+    stopping: AtomicBool,
+    first_request: OnceLock<Instant>,
+    memory: Arc<Mutex<Memory>>,
+    vm: Arc<VmFd>,
+}
+
+impl std::fmt::Debug for Board {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Board").field("devices", &self.devices).finish_non_exhaustive()
+    }
+}
+
+/// An interrupt line that is pulsed.
+#[derive(Debug)]
+struct Line(EventFd);
+
+impl Trigger for Line {
+    type E = std::io::Error;
+
+    fn trigger(&self) -> std::io::Result<()> {
+        self.0.write(1)
+    }
+}
+
+#[derive(Debug)]
+struct Device {
+    base: u64,
+    line: u32,
+    state: Mutex<State>,
+    /// The back end has announced another configuration.
+    changed: Arc<AtomicBool>,
+    memory: Arc<Mutex<Memory>>,
+}
+
+#[derive(Debug)]
+struct State {
+    registers: Registers,
+    backend: Backend,
+    /// Indices of the queues that run.
+    running: Vec<usize>,
+    /// What went wrong last.
+    failure: Option<String>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Machine {
+    /// Puts a machine together and starts it.
+    pub fn start(config: &Config) -> Result<Machine> {
+        let started = Instant::now();
+        let kvm = Kvm::new().context("/dev/kvm")?;
+        let vm = Arc::new(kvm.create_vm().context("KVM_CREATE_VM")?);
+        vm.set_tss_address(TSS_ADDRESS).context("KVM_SET_TSS_ADDR")?;
+        vm.set_identity_map_address(IDENTITY_MAP_ADDRESS).context("KVM_SET_IDENTITY_MAP_ADDR")?;
+        vm.create_irq_chip().context("KVM_CREATE_IRQCHIP")?;
+        if config.timer {
+            vm.create_pit2(kvm_pit_config::default()).context("KVM_CREATE_PIT2")?;
+        }
+        let mut memory = Memory::default();
+        memory.add(&vm, 0, config.memory, config.backing)?;
+        let memory = Arc::new(Mutex::new(memory));
+        let mut devices = Vec::new();
+        for (i, spec) in config.devices.iter().enumerate() {
+            devices.push(Arc::new(Device::new(&vm, i, spec, &memory)?));
+        }
+        let mut image = image_for(config, &devices);
+        let entry = boot::load(&image, lock(&memory).map())?;
+        image.cmdline.clear();
+        let line = EventFd::new(EFD_NONBLOCK)?;
+        vm.register_irqfd(&line, SERIAL_LINE)?;
+        let board = Arc::new(Board {
+            devices,
+            serial: Mutex::new(Serial::new(Line(line), Vec::new())),
+            rung: Mutex::new(0),
+            ring: Condvar::new(),
+            stopping: AtomicBool::new(false),
+            first_request: OnceLock::new(),
+            memory,
+            vm: Arc::clone(&vm),
+        });
+        let cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).context("KVM_GET_SUPPORTED_CPUID")?;
+        let mut machine = Machine { cpus: Vec::new(), board, started };
+        // The first CPU last: it starts the others.
+        for index in (0..config.cpus).rev() {
+            let pin = config.pin.get(index % config.pin.len().max(1)).copied();
+            let bus = Arc::clone(&machine.board) as Arc<dyn Bus>;
+            let cpu = Vcpu::start(&vm, index, &cpuid, (index == 0).then_some(entry), pin, bus)?;
+            machine.cpus.insert(0, cpu);
+        }
+        Ok(machine)
+    }
+
+    /// Tells a guest that sleeps in [`event::IDLE`] that there is something to do.
+    pub fn ring(&self) {
+        *lock(&self.board.rung) += 1;
+        self.board.ring.notify_all();
+    }
+
+    /// When the machine was begun to be put together.
+    pub fn started(&self) -> Instant {
+        self.started
+    }
+
+    /// From then to the first request that the guest has seen complete.
+    pub fn first_request(&self) -> Option<Duration> {
+        Some(self.board.first_request.get()?.duration_since(self.started))
+    }
+
+    /// What the guest has written to its serial port.
+    pub fn serial(&self) -> String {
+        String::from_utf8_lossy(lock(&self.board.serial).writer()).into_owned()
+    }
+
+    /// Types at the serial port.
+    pub fn type_in(&self, text: &[u8]) -> Result<()> {
+        let mut serial = lock(&self.board.serial);
+        serial.enqueue_raw_bytes(text).map_err(|error| anyhow::anyhow!("serial port: {error:?}"))?;
+        Ok(())
+    }
+
+    /// The file that holds the memory region at `start`, and its size.
+    pub fn memory_file(&self, start: u64) -> Result<(std::fs::File, u64)> {
+        let memory = lock(&self.board.memory);
+        let region = memory.map().find_region(GuestAddress(start)).context("no such memory region")?;
+        let file = region.file_offset().context("memory without a file")?.file().try_clone()?;
+        Ok((file, region.len()))
+    }
+
+    /// Gives the guest, and every back end, another region of memory.
+    pub fn add_memory(&self, start: u64, size: u64, backing: Backing) -> Result<()> {
+        let region = lock(&self.board.memory).add(&self.board.vm, start, size, backing)?;
+        self.board.devices.iter().try_for_each(|device| lock(&device.state).backend.add_memory(&region))
+    }
+
+    /// Takes a region away again.
+    pub fn remove_memory(&self, start: u64) -> Result<()> {
+        let region = lock(&self.board.memory).describe(start)?;
+        for device in &self.board.devices {
+            lock(&device.state).backend.remove_memory(&region)?;
+        }
+        lock(&self.board.memory).remove(&self.board.vm, start)
+    }
+
+    /// Connects device `index` to its back end again, once that listens, and goes on where the used rings say.
+    pub fn reconnect(&self, index: usize) -> Result<()> {
+        self.board.devices.get(index).context("no such device")?.reconnect()
+    }
+
+    /// What KVM counts, by CPU.
+    pub fn stats(&self) -> Result<Vec<std::collections::BTreeMap<String, u64>>> {
+        let stats = |cpu: &Vcpu| cpu.stats.as_ref().context("this kernel has no KVM_GET_STATS_FD")?.read();
+        self.cpus.iter().map(stats).collect()
+    }
+
+    /// What has gone wrong, if anything has: a CPU that cannot go on, a back end that refuses.
+    pub fn failure(&mut self) -> Option<String> {
+        for (i, cpu) in self.cpus.iter_mut().enumerate() {
+            if let Some(Ended::Failed(why)) = cpu.ended() {
+                return Some(format!("CPU {i}: {why}"));
+            }
+        }
+        let failure = |device: &Arc<Device>| lock(&device.state).failure.clone();
+        self.board.devices.iter().find_map(failure)
+    }
+
+    /// Whether all CPUs have ended.
+    pub fn has_ended(&mut self) -> bool {
+        self.cpus.iter_mut().all(|cpu| cpu.ended().is_some())
+    }
+
+    /// Stops the CPUs; where each of them was.
+    pub fn stop(&mut self) -> Vec<Ended> {
+        self.board.stopping.store(true, Ordering::Release);
+        self.ring();
+        self.cpus.iter_mut().map(Vcpu::stop).collect()
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        self.stop();
+        self.cpus.clear();
+        // The back ends let go of the memory first.
+        for device in &self.board.devices {
+            let mut state = lock(&device.state);
+            state.stop_queues();
+        }
+    }
+}
+
+fn image_for(config: &Config, devices: &[Arc<Device>]) -> Image {
+    let mut image = config.image.clone();
+    for device in devices {
+        let (size, base, line) = (mmio::SIZE, device.base, device.line);
+        let _ = write!(image.cmdline, " virtio_mmio.device={size:#x}@{base:#x}:{line}");
+    }
+    image
+}
+
+impl Device {
+    fn new(vm: &VmFd, index: usize, spec: &DeviceSpec, memory: &Arc<Mutex<Memory>>) -> Result<Device> {
+        let base = MMIO_BASE + index as u64 * mmio::SIZE;
+        let line = FIRST_LINE + index as u32 % LINES;
+        let config_line = EventFd::new(EFD_NONBLOCK)?;
+        vm.register_irqfd(&config_line, line).context("KVM_IRQFD")?;
+        let changed = Arc::new(AtomicBool::new(false));
+        let announce = {
+            let changed = Arc::clone(&changed);
+            Arc::new(move || {
+                changed.store(true, Ordering::Release);
+                let _ = config_line.write(1);
+            })
+        };
+        let regions = lock(memory).describe_all();
+        let backend = Backend::connect(spec.kind, &spec.socket, spec.queues, &regions, announce)?;
+        for (queue, wires) in backend.wires().iter().enumerate() {
+            let notify = IoEventAddress::Mmio(base + mmio::QUEUE_NOTIFY);
+            vm.register_ioevent(&wires.kick, &notify, queue as u32).context("KVM_IOEVENTFD")?;
+            vm.register_irqfd(&wires.call, line).context("KVM_IRQFD")?;
+        }
+        let registers =
+            Registers::new(backend.kind().id(), backend.features(), backend.wires().len(), MAX_RING);
+        let state = State { registers, backend, running: Vec::new(), failure: None };
+        Ok(Device { base, line, state: Mutex::new(state), changed, memory: Arc::clone(memory) })
+    }
+
+    /// Takes a change of the configuration in, if one was announced.
+    fn refresh(&self, state: &mut State) {
+        if self.changed.swap(false, Ordering::AcqRel) {
+            state.registers.interrupts |= INT_CONFIG;
+            state.registers.generation = state.registers.generation.wrapping_add(1);
+            let read = state.backend.read_config();
+            state.note(read);
+        }
+    }
+
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        let mut state = lock(&self.state);
+        self.refresh(&mut state);
+        state.registers.read(offset, state.backend.config(), data);
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        let mut state = lock(&self.state);
+        let result = match state.registers.write(offset, data) {
+            Effect::None => Ok(()),
+            Effect::Start => {
+                let queues: Vec<usize> =
+                    (0..state.registers.queues.len()).filter(|&i| state.registers.queues[i].ready).collect();
+                self.start_queues(&mut state, &queues, |_, _| Ok(0))
+            }
+            Effect::Reset => {
+                state.stop_queues();
+                Ok(())
+            }
+            Effect::Notify(queue) => match state.backend.wires().get(queue as usize) {
+                Some(wires) => wires.kick.write(1).context("kick"),
+                None => Ok(()),
+            },
+            Effect::WriteConfig(offset, bytes) => state.backend.write_config(offset, &bytes),
+        };
+        state.note(result);
+    }
+
+    fn start_queues(
+        &self,
+        state: &mut State,
+        queues: &[usize],
+        base: impl Fn(&QueueSetup, &Memory) -> Result<u16>,
+    ) -> Result<()> {
+        let memory = lock(&self.memory);
+        let mut setups = Vec::new();
+        for &index in queues {
+            let setup = state.registers.queues[index].setup;
+            setups.push((index, setup, base(&setup, &memory)?));
+        }
+        let host = |address: u64| {
+            let host = memory.map().get_host_address(GuestAddress(address));
+            Ok(host.with_context(|| format!("a ring at {address:#x}"))? as u64)
+        };
+        let features = state.registers.features();
+        state.backend.start(features, &setups, host)?;
+        state.running = queues.to_vec();
+        Ok(())
+    }
+
+    fn reconnect(&self) -> Result<()> {
+        let mut state = lock(&self.state);
+        let regions = lock(&self.memory).describe_all();
+        state.backend.reconnect(&regions)?;
+        state.failure = None;
+        let queues = std::mem::take(&mut state.running);
+        // What is in flight is served again, from where the used ring ends (vhost-user, "Reconnecting").
+        self.start_queues(&mut state, &queues, |setup, memory| {
+            Ok(memory.map().read_obj::<u16>(GuestAddress(setup.device + 2))?)
+        })?;
+        for &index in &queues {
+            state.backend.wires()[index].kick.write(1)?;
+            // The one that was lost with the old process, perhaps.
+            state.backend.wires()[index].call.write(1)?;
+        }
+        Ok(())
+    }
+}
+
+impl State {
+    fn stop_queues(&mut self) {
+        for index in std::mem::take(&mut self.running) {
+            // A back end that has gone has stopped.
+            let _ = self.backend.stop(index);
+        }
+    }
+
+    fn note(&mut self, result: Result<()>) {
+        if let Err(error) = result {
+            self.registers.status |= NEEDS_RESET;
+            self.failure = Some(format!("{error:#}"));
+        }
+    }
+}
+
+impl Board {
+    fn device(&self, address: u64) -> Option<(&Arc<Device>, u64)> {
+        let offset = address.checked_sub(MMIO_BASE)?;
+        Some((self.devices.get((offset / mmio::SIZE) as usize)?, offset % mmio::SIZE))
+    }
+
+    /// Sleeps until somebody has rung since the last time.
+    fn idle(&self, seen: &mut u64) {
+        let mut rung = lock(&self.rung);
+        while *rung == *seen && !self.stopping.load(Ordering::Acquire) {
+            rung = self.ring.wait(rung).unwrap_or_else(PoisonError::into_inner);
+        }
+        *seen = *rung;
+    }
+}
+
+thread_local! {
+    /// How often this CPU has been called so far.
+    static SEEN: std::cell::Cell<u64> = const { std::cell::Cell::new(0) };
+}
+
+impl Bus for Board {
+    fn port_read(&self, port: u16, data: &mut [u8]) {
+        data.fill(0xff);
+        if let (SERIAL_PORT..=0x3ff, [byte]) = (port, data) {
+            *byte = lock(&self.serial).read((port - SERIAL_PORT) as u8);
+        }
+    }
+
+    fn port_write(&self, _cpu: usize, port: u16, data: &[u8]) -> bool {
+        match (port, data) {
+            (SERIAL_PORT..=0x3ff, &[byte]) => {
+                let _ = lock(&self.serial).write((port - SERIAL_PORT) as u8, byte);
+            }
+            (EVENT_PORT, &[a, b, c, d]) => match u32::from_le_bytes([a, b, c, d]) {
+                event::FIRST_REQUEST => {
+                    let _ = self.first_request.set(Instant::now());
+                }
+                event::IDLE | event::FAILED => {
+                    let mut seen = SEEN.get();
+                    self.idle(&mut seen);
+                    SEEN.set(seen);
+                }
+                _ => {}
+            },
+            (RESET_PORT, &[0xfe]) => return false,
+            _ => {}
+        }
+        true
+    }
+
+    fn mmio_read(&self, address: u64, data: &mut [u8]) {
+        data.fill(0);
+        if let Some((device, offset)) = self.device(address) {
+            device.read(offset, data);
+        }
+    }
+
+    fn mmio_write(&self, address: u64, data: &[u8]) {
+        if let Some((device, offset)) = self.device(address) {
+            device.write(offset, data);
+        }
+    }
+}
