@@ -43,10 +43,22 @@ impl Kind {
     }
 }
 
+/// What is behind a disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Storage {
+    /// The image.
+    File,
+    /// Nothing: requests succeed and that is all (`vhost-blk` only). As large as the image.
+    Null,
+    /// Memory of the daemon (`vhost-blk` only). As large as the image.
+    Ram,
+}
+
 /// How to start a back end.
 #[derive(Debug, Clone)]
 pub struct Options {
     kind: Kind,
+    storage: Storage,
     poll: &'static str,
     read_only: bool,
     block_size: u32,
@@ -58,6 +70,7 @@ impl Default for Options {
     fn default() -> Self {
         Self {
             kind: Kind::from_env(),
+            storage: Storage::File,
             poll: "adaptive",
             read_only: false,
             block_size: 512,
@@ -72,6 +85,13 @@ impl Options {
     #[must_use]
     pub fn poll(mut self, mode: &'static str) -> Self {
         self.poll = mode;
+        self
+    }
+
+    /// Sets what is behind the disk.
+    #[must_use]
+    pub fn storage(mut self, storage: Storage) -> Self {
+        self.storage = storage;
         self
     }
 
@@ -106,30 +126,62 @@ impl Options {
     /// Starts the back end with four queues and waits until it can be connected to. Its socket is `name.sock`.
     pub fn spawn(&self, scene: &Scene, name: &str, image: &Image) -> Result<Daemon> {
         let socket = scene.path(&format!("{name}.sock"));
-        let _ = std::fs::remove_file(&socket);
-        let program = self.kind.program().context("no back end to test")?;
         let args = match self.kind {
-            Kind::VhostBlk => self.vhost_blk_args(&socket, image),
+            Kind::VhostBlk => {
+                let mut args = vec![format!("--socket-path={}", socket.display())];
+                args.push(format!("--{}", self.disk(image)?));
+                args.extend(self.vhost_blk_args(&[image]));
+                args
+            }
             Kind::Qsd => self.qsd_args(&socket, image.path()),
         };
-        let mut process = Process::spawn(scene, name, &program, &args)?;
+        self.start(scene, name, vec![socket], &args)
+    }
+
+    /// Starts `vhost-blk` with a disk for each image, each at a socket of its own.
+    pub fn spawn_many(&self, scene: &Scene, name: &str, images: &[&Image]) -> Result<Daemon> {
+        ensure!(self.kind == Kind::VhostBlk, "several disks in one process are an option of vhost-blk");
+        let sockets: Vec<PathBuf> =
+            (0..images.len()).map(|i| scene.path(&format!("{name}-{i}.sock"))).collect();
+        let mut args = Vec::new();
+        for (socket, image) in sockets.iter().zip(images) {
+            args.push(format!("--disk=socket-path={},{}", socket.display(), self.disk(image)?));
+        }
+        args.extend(self.vhost_blk_args(images));
+        self.start(scene, name, sockets, &args)
+    }
+
+    fn start(&self, scene: &Scene, name: &str, sockets: Vec<PathBuf>, args: &[String]) -> Result<Daemon> {
+        for socket in &sockets {
+            let _ = std::fs::remove_file(socket);
+        }
+        let program = self.kind.program().context("no back end to test")?;
+        let mut process = Process::spawn(scene, name, &program, args)?;
         wait::until("the daemon's socket", LIMIT, || {
             if let Some(status) = process.poll_exit()? {
                 bail!("the daemon has ended at once ({status}): {}", process.stderr_tail());
             }
-            let there = std::fs::metadata(&socket).is_ok_and(|meta| meta.file_type().is_socket());
-            Ok(there.then_some(()))
+            let there = |path: &PathBuf| std::fs::metadata(path).is_ok_and(|m| m.file_type().is_socket());
+            Ok(sockets.iter().all(there).then_some(()))
         })?;
-        Ok(Daemon { process, socket })
+        Ok(Daemon { process, sockets })
     }
 
-    fn vhost_blk_args(&self, socket: &Path, image: &Image) -> Vec<String> {
+    /// What is behind a disk, as an option.
+    fn disk(&self, image: &Image) -> Result<String> {
+        let size = || std::fs::metadata(image.path()).map(|meta| meta.len());
+        Ok(match self.storage {
+            Storage::File => format!("blk-file={}", image.path().display()),
+            Storage::Null => format!("backend=null:{}", size()?),
+            Storage::Ram => format!("backend=ram:{}", size()?),
+        })
+    }
+
+    fn vhost_blk_args(&self, images: &[&Image]) -> Vec<String> {
         // Not every file system that scratch directories are on takes direct I/O.
-        let direct = if self.direct && image.takes_direct_io() { "on" } else { "off" };
+        let direct = self.direct && images.iter().all(|image| image.takes_direct_io());
         let mut args = vec![
-            format!("--socket-path={}", socket.display()),
-            format!("--blk-file={}", image.path().display()),
-            format!("--direct={direct}"),
+            format!("--direct={}", if direct { "on" } else { "off" }),
             "--num-queues=4".to_owned(),
             "--queue-size=256".to_owned(),
             format!("--poll={}", self.poll),
@@ -167,13 +219,18 @@ impl Options {
 #[derive(Debug)]
 pub struct Daemon {
     process: Process,
-    socket: PathBuf,
+    sockets: Vec<PathBuf>,
 }
 
 impl Daemon {
-    /// The socket front ends connect to.
+    /// The socket front ends connect to; the first, if there are several.
     pub fn socket(&self) -> &Path {
-        &self.socket
+        &self.sockets[0]
+    }
+
+    /// The sockets, one a disk.
+    pub fn sockets(&self) -> &[PathBuf] {
+        &self.sockets
     }
 
     /// Asks for the statistics: `SIGUSR1`, upon which the daemon prints lines that end with an empty one.

@@ -25,6 +25,7 @@ pub mod linux;
 pub mod process;
 pub mod qemu;
 pub mod qmp;
+pub mod runner;
 pub mod scenario;
 pub mod scene;
 pub mod stats;

@@ -211,7 +211,7 @@ pub enum Wait {
     Poll,
     /// It sleeps when it has nothing to do, and asks for interrupts only then.
     Sleep,
-    /// It asks for an interrupt with every completion.
+    /// It asks for an interrupt with every completion, and looks at nothing before one has come.
     EveryInterrupt,
 }
 
@@ -242,6 +242,8 @@ pub struct Load {
     pub indirect: bool,
     /// A flush after so many writes; 0 for none.
     pub flush_every: u32,
+    /// Whether latencies are recorded.
+    pub record: bool,
     /// Makes contents and order differ.
     pub seed: u64,
     /// How long it may take in all, before it counts as hanging.
@@ -264,6 +266,7 @@ impl Load {
             wait: Wait::Sleep,
             indirect: true,
             flush_every: 0,
+            record: true,
             seed: 1,
             limit: Duration::from_secs(60),
         }
@@ -348,6 +351,13 @@ impl Load {
     #[must_use]
     pub fn flush_every(mut self, writes: u32) -> Self {
         self.flush_every = writes;
+        self
+    }
+
+    /// Records no latencies, which takes memory that is touched for the first time.
+    #[must_use]
+    pub fn unrecorded(mut self) -> Self {
+        self.record = false;
         self
     }
 

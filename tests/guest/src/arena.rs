@@ -54,12 +54,12 @@ impl Piece {
         unsafe { self.at.add(offset).cast::<T>().write_unaligned(value) };
     }
 
-    /// Reads an integer at an offset.
+    /// Reads an integer at an offset, aligned or not.
     #[inline]
     pub fn get<T: Copy + Default>(&self, offset: usize) -> T {
         assert!(offset + size_of::<T>() <= self.len, "beyond the piece");
         // SAFETY: inside the piece; callers read integers, which any bytes are.
-        unsafe { self.at.add(offset).cast::<T>().read_volatile() }
+        unsafe { self.at.add(offset).cast::<T>().read_unaligned() }
     }
 
     /// Clears all of it.

@@ -51,8 +51,6 @@ struct Slot {
     data: Piece,
     op: u32,
     block: u64,
-    /// How often this slot has gone on to its next block.
-    turn: u64,
     started: u64,
 }
 
@@ -60,8 +58,8 @@ const HEADER: usize = 0;
 const TABLE: usize = 64;
 const STATUS: usize = 128;
 
-/// One queue under load. Slot `s` only touches blocks that are `s` modulo the depth, so that no two requests in
-/// flight meet, and what a read must find is always known.
+/// One queue under load. In random order slot `s` only touches blocks that are `s` modulo the depth, so that no two
+/// requests in flight meet, and what a read must find is always known.
 pub struct BlockLane {
     ring: DriverRing,
     transport: Transport,
@@ -74,6 +72,8 @@ pub struct BlockLane {
     blocks_each: u64,
     random: u64,
     issued: u64,
+    /// Where blocks come one after the other: the next.
+    next_block: u64,
     writes_since_flush: u32,
     indirect: bool,
     samples: Samples,
@@ -104,7 +104,7 @@ impl BlockLane {
         for _ in 0..depth {
             let control = arena.take(192, 64).ok_or(failure::MEMORY)?;
             let data = arena.take(block_size.max(16), 4096).ok_or(failure::MEMORY)?;
-            slots.push(Slot { control, data, op: op::READ, block: 0, turn: 0, started: 0 });
+            slots.push(Slot { control, data, op: op::READ, block: 0, started: 0 });
         }
         let verified = if order.verify == verify::STAMPS { blocks_each as usize * depth } else { 0 };
         Ok(BlockLane {
@@ -118,6 +118,7 @@ impl BlockLane {
             blocks_each,
             random: (order.seed ^ (index as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15)) | 1,
             issued: 0,
+            next_block: 0,
             writes_since_flush: 0,
             indirect,
             samples: Samples::new(order, index),
@@ -146,12 +147,19 @@ impl BlockLane {
 
     /// Collects what is finished and issues what there is room for. The number of completions, if anything was done.
     pub fn turn(&mut self, stop: bool) -> Option<u64> {
-        let completed = u64::from(self.ring.finished());
-        if completed != 0 {
+        let mut completed = 0;
+        loop {
+            let finished = self.ring.finished();
             let now = cpu::ticks();
-            for _ in 0..completed {
+            for _ in 0..finished {
                 let Some((head, _)) = self.ring.collect() else { break };
                 self.complete(self.by_head[usize::from(head)], now);
+            }
+            completed += u64::from(finished);
+            // Before waiting for an interrupt without looking: what finished before the device was told where to
+            // interrupt next (virtio 1.3, 2.7.7.2).
+            if self.order.wait != wait::EVERY || !self.ring.set_interrupts(true) {
+                break;
             }
         }
         let mut issued = false;
@@ -191,15 +199,16 @@ impl BlockLane {
 
     fn issue(&mut self, index: u16) {
         let depth = self.slots.len() as u64;
-        let step =
-            if self.order.random != 0 { self.next_random() } else { self.slots[usize::from(index)].turn };
-        let block = u64::from(index) + depth * (step % self.blocks_each);
+        let block = match self.order.random {
+            0 => self.next_block % (self.blocks_each * depth),
+            _ => u64::from(index) + depth * (self.next_random() % self.blocks_each),
+        };
         let op = self.choose_op(block);
+        self.next_block += u64::from(op != op::FLUSH);
         let sector = (self.order.offset + block * u64::from(self.order.block_size)) / SECTOR;
         let slot = &mut self.slots[usize::from(index)];
         slot.op = op;
         slot.block = block;
-        slot.turn += u64::from(op != op::FLUSH);
         slot.control.put(HEADER, op.to_le());
         slot.control.put(HEADER + 4, 0u32);
         slot.control.put(HEADER + 8, if op == op::FLUSH { 0 } else { sector.to_le() });

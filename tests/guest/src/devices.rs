@@ -22,6 +22,8 @@ pub struct Device {
     pub info: DeviceInfo,
     /// The rings that run, by queue; those under load are elsewhere meanwhile.
     pub rings: Vec<DriverRing>,
+    /// The order by which it was attached.
+    pub attached: Order,
 }
 
 impl Device {
@@ -43,7 +45,7 @@ impl Devices {
         let device = |(base, line)| {
             let (transport, id) = Transport::probe(base, line)?;
             let info = DeviceInfo { id, config: transport.config(), ..DeviceInfo::default() };
-            Some(Device { transport, info, rings: Vec::new() })
+            Some(Device { transport, info, rings: Vec::new(), attached: Order::default() })
         };
         Devices(places.filter(|&(_, line)| line < LINES).filter_map(device).take(MAX_DEVICES).collect())
     }
@@ -72,13 +74,10 @@ impl Devices {
         &mut self.0[index]
     }
 
-    /// Negotiates and starts queues.
+    /// Negotiates with a device and starts its queues, whose rings keep the order's memory.
     pub fn attach(&mut self, order: &Order, cpus: usize) -> Result<(), u32> {
-        let mut arena = Arena::new(order.arena, order.arena_size);
-        for (_, device) in self.named(order)? {
-            device.attach(order, &mut arena, cpus)?;
-        }
-        Ok(())
+        let [(_, device)] = &mut self.named(order)?[..] else { return Err(failure::ORDER) };
+        device.attach(*order, cpus)
     }
 
     /// Resets the devices.
@@ -95,9 +94,7 @@ impl Devices {
     pub fn misbehave(&mut self, order: &Order, cpus: usize) -> Result<(), u32> {
         for (_, device) in self.named(order)? {
             for _ in 0..order.requests.max(1) {
-                // The first half for rings that are set up again.
-                let half = order.arena_size / 2;
-                let mut arena = Arena::new(order.arena + half, half);
+                let mut arena = Arena::new(order.arena, order.arena_size);
                 if device.rings.is_empty() {
                     return Err(failure::QUEUE);
                 }
@@ -107,9 +104,7 @@ impl Devices {
                     device.transport.notify(queue as u32);
                 }
                 if order.misdeed == misdeed::RESET_IN_FLIGHT {
-                    let again =
-                        Order { queues: device.info.queues, features: device.info.features, ..*order };
-                    device.attach(&again, &mut Arena::new(order.arena, half), cpus)?;
+                    device.attach(device.attached, cpus)?;
                 }
             }
         }
@@ -137,13 +132,16 @@ impl Devices {
 }
 
 impl Device {
-    fn attach(&mut self, order: &Order, arena: &mut Arena, cpus: usize) -> Result<(), u32> {
+    /// Negotiates and starts queues, from the beginning.
+    pub fn attach(&mut self, order: Order, cpus: usize) -> Result<(), u32> {
+        self.attached = order;
+        let mut arena = Arena::new(order.arena, order.arena_size);
         self.rings.clear();
         self.info.queues = 0;
         self.info.features = self.transport.negotiate(order.features)?;
         self.info.config = self.transport.config();
         self.route(cpus);
-        self.rings = self.transport.start(self.info.features, order.queues, order.ring_size, arena)?;
+        self.rings = self.transport.start(self.info.features, order.queues, order.ring_size, &mut arena)?;
         self.info.queues = self.rings.len() as u32;
         Ok(())
     }

@@ -42,7 +42,8 @@ pub mod state {
 
 /// [`Order::kind`].
 pub mod kind {
-    /// Set the devices up: negotiate [`Order::features`](super::Order::features), start the queues.
+    /// Set a device up: negotiate [`Order::features`](super::Order::features), start the queues, whose rings keep the
+    /// order's memory.
     pub const ATTACH: u32 = 1;
     /// Reset the devices.
     pub const RESET: u32 = 2;
@@ -83,7 +84,7 @@ pub mod wait {
     pub const POLL: u32 = 0;
     /// Suppress interrupts while there is work; sleep with them on when there is none.
     pub const SLEEP: u32 = 1;
-    /// Ask for an interrupt with every completion, and sleep when there is no work.
+    /// Ask for an interrupt with every completion, and do not look at the rings before one has come.
     pub const EVERY: u32 = 2;
 }
 

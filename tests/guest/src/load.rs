@@ -80,6 +80,10 @@ impl Work {
         let counters = Counters::of(cpu);
         self.lanes.iter_mut().for_each(Lane::begin);
         loop {
+            let total = counters.total();
+            if self.wait == wait::EVERY {
+                self.acknowledge(counters);
+            }
             let stop = self.end.is_some_and(|end| cpu::ticks() >= end);
             let (mut worked, mut open) = (false, false);
             for lane in &mut self.lanes {
@@ -94,13 +98,11 @@ impl Work {
             if !open {
                 break;
             }
-            if worked {
-                continue;
-            }
-            if self.wait == wait::POLL {
-                core::hint::spin_loop();
-            } else {
-                self.sleep(counters);
+            match self.wait {
+                wait::EVERY => self.await_interrupt(counters, total),
+                _ if worked => {}
+                wait::POLL => core::hint::spin_loop(),
+                _ => self.sleep(counters),
             }
         }
         self.acknowledge(counters);
@@ -113,20 +115,23 @@ impl Work {
         self.acknowledge(counters);
         let mut ready = false;
         for lane in &mut self.lanes {
-            ready |= match self.wait {
-                wait::EVERY => lane.ring().finished() != 0,
-                _ => lane.ring().set_interrupts(true),
-            };
+            ready |= lane.ring().set_interrupts(true);
         }
         if !ready {
             cpu::sleep(total);
             self.sleeps += 1;
         }
         self.acknowledge(counters);
-        if self.wait == wait::SLEEP {
-            self.lanes.iter_mut().for_each(|lane| {
-                lane.ring().set_interrupts(false);
-            });
+        self.lanes.iter_mut().for_each(|lane| {
+            lane.ring().set_interrupts(false);
+        });
+    }
+
+    /// Does not look at the rings before an interrupt has come.
+    fn await_interrupt(&mut self, counters: Counters, total: u32) {
+        while counters.total() == total {
+            cpu::sleep(total);
+            self.sleeps += 1;
         }
     }
 
@@ -198,6 +203,12 @@ pub fn run(devices: &mut Devices, order: &Order, cpus: usize, report: &mut Repor
     for (i, (lane, rings)) in done.into_iter().enumerate() {
         report.lane[i] = lane;
         devices.get(lane.device as usize).rings.extend(rings);
+    }
+    if order.kind == kind::ECHO {
+        // Receive buffers stay with the device until it is reset.
+        for (_, device) in devices.named(order)? {
+            device.attach(device.attached, cpus)?;
+        }
     }
     Ok(())
 }

@@ -125,13 +125,21 @@ impl EchoLane {
 
     /// Takes what has arrived and sends what there is room for. The number of packets taken, if anything was done.
     pub fn turn(&mut self, stop: bool) -> Option<u64> {
-        let arrived = u64::from(self.receive.finished());
-        let now = cpu::ticks();
-        for _ in 0..arrived {
-            let Some((head, len)) = self.receive.collect() else { break };
-            let index = self.receive_by_head[usize::from(head)];
-            self.check(index, len, now);
-            self.post(index);
+        let mut arrived = 0;
+        loop {
+            let finished = self.receive.finished();
+            let now = cpu::ticks();
+            for _ in 0..finished {
+                let Some((head, len)) = self.receive.collect() else { break };
+                let index = self.receive_by_head[usize::from(head)];
+                self.check(index, len, now);
+                self.post(index);
+            }
+            arrived += u64::from(finished);
+            // As for blocks.
+            if self.order.wait != wait::EVERY || !self.receive.set_interrupts(true) {
+                break;
+            }
         }
         if arrived != 0 {
             self.notify_receive();

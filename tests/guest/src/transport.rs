@@ -110,6 +110,9 @@ impl Transport {
         ring_size: u32,
         arena: &mut Arena,
     ) -> Result<Vec<DriverRing>, u32> {
+        if !ring_size.is_power_of_two() {
+            return Err(failure::ORDER);
+        }
         let mut rings = Vec::new();
         for index in 0..queues {
             self.write(QUEUE_SEL, index);

@@ -144,9 +144,10 @@ impl BareGuest {
         if let Some(&(start, size)) = self.added.last() {
             (order.arena, order.arena_size) = (start, size);
         }
-        let lanes: usize =
-            load.devices.iter().map(|&i| self.plan.devices.get(i).map_or(0, |d| d.queues)).sum();
-        Bare::record(&mut order, lanes);
+        if load.record {
+            let queues = |&i: &usize| self.plan.devices.get(i).map_or(0, |device| device.queues);
+            Bare::record(&mut order, load.devices.iter().map(queues).sum());
+        }
         Order {
             op: match load.op {
                 Op::Read | Op::Echo => op::READ,

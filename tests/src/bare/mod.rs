@@ -3,6 +3,7 @@
 
 pub mod guest;
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::PathBuf;
 use std::ptr::NonNull;
@@ -15,6 +16,7 @@ use kickless_guest::{
     DeviceInfo, Fault, LaneReport, MAX_DEVICES, MAX_LANES, Mailbox, Order, Report, failure, kind, state,
 };
 use vm_memory::{FileOffset, MmapRegion};
+use vring::layout::split_bytes;
 
 use crate::process;
 use crate::vmm::machine::Machine;
@@ -23,9 +25,8 @@ use crate::vmm::machine::Machine;
 pub const MEMORY: u64 = 64 << 20;
 /// Where orders are left.
 const MAILBOX: u64 = 48 << 20;
-/// Rings of the devices, one part for each of them.
+/// Rings of the devices.
 const RINGS: u64 = 16 << 20;
-const RINGS_EACH: u64 = 512 << 10;
 /// Buffers of the order at hand.
 const BUFFERS: u64 = 24 << 20;
 const BUFFERS_SIZE: u64 = MAILBOX - BUFFERS;
@@ -91,6 +92,8 @@ pub struct Bare {
     pages: Pages,
     given: u32,
     ticks_per_ns: f64,
+    /// Start and size of the memory that each device has for its rings.
+    rings: BTreeMap<u64, (u64, u64)>,
 }
 
 impl std::fmt::Debug for Bare {
@@ -103,7 +106,7 @@ impl Bare {
     /// Waits for a guest that has been started to take orders. `memory` is the file of its memory from address 0 on.
     pub fn meet(host: Box<dyn Host>, memory: File, ticks_per_ns: f64) -> Result<Bare> {
         let pages = Pages::map(memory)?;
-        let mut guest = Bare { host, pages, given: 0, ticks_per_ns };
+        let mut guest = Bare { host, pages, given: 0, ticks_per_ns, rings: BTreeMap::new() };
         let deadline = Instant::now() + BOOT_LIMIT;
         while guest.pages.mailbox().state.load(Ordering::Acquire) == state::OFF {
             guest.check(deadline, "boot")?;
@@ -172,12 +175,23 @@ impl Bare {
 
     /// Sets devices up.
     pub fn attach(&mut self, devices: u64, queues: u32, ring_size: u32, features: u64) -> Result<()> {
+        // Each part of a ring has pages to itself.
+        let page = |bytes: u64| bytes.next_multiple_of(4096);
+        let (desc, avail, used) = split_bytes(ring_size.min(1 << 15) as u16);
+        let size = u64::from(queues) * (page(desc) + page(avail) + page(used));
         for index in (0..MAX_DEVICES as u64).filter(|i| devices >> i & 1 != 0) {
+            let next = self.rings.values().map(|(start, size)| start + size).max().unwrap_or(RINGS);
+            let place = self.rings.entry(index).or_insert((next, size));
+            if place.1 < size {
+                *place = (next, size);
+            }
+            let (arena, arena_size) = *place;
+            ensure!(arena + arena_size <= BUFFERS, "the rings have outgrown their place");
             let order = Order {
                 kind: kind::ATTACH,
                 devices: 1 << index,
-                arena: RINGS + index % 16 * RINGS_EACH,
-                arena_size: RINGS_EACH,
+                arena,
+                arena_size,
                 queues,
                 ring_size,
                 features,

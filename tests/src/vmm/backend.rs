@@ -82,6 +82,8 @@ pub struct Backend {
     socket: PathBuf,
     wires: Vec<Wires>,
     front: Frontend,
+    /// What the back end itself offers.
+    offered: u64,
     features: u64,
     config: Vec<u8>,
     channel: Channel,
@@ -116,6 +118,7 @@ impl Backend {
             socket: socket.to_owned(),
             wires: wires.collect::<Result<_>>()?,
             front: opened.front,
+            offered: opened.offered,
             features: opened.features,
             config: opened.config,
             channel: opened.channel,
@@ -164,7 +167,8 @@ impl Backend {
         queues: &[(usize, QueueSetup, u16)],
         host: impl Fn(u64) -> Result<u64>,
     ) -> Result<()> {
-        self.front.set_features(features | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits())?;
+        self.front
+            .set_features(features & self.offered | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits())?;
         for &(index, setup, base) in queues {
             self.front.set_vring_num(index, setup.size)?;
             self.front.set_vring_base(index, base)?;
@@ -213,6 +217,7 @@ impl Backend {
 
 struct Opened {
     front: Frontend,
+    offered: u64,
     features: u64,
     queues: usize,
     config: Vec<u8>,
@@ -263,7 +268,7 @@ fn open(
             vec![0x02, 0x4b, 0x4b, 0, 0, 1, 1, 0]
         }
     };
-    Ok(Opened { front, features, queues, config, channel })
+    Ok(Opened { front, offered, features, queues, config, channel })
 }
 
 fn read_config(front: &mut Frontend) -> Result<Vec<u8>> {

@@ -1,0 +1,106 @@
+//! Doorbells and interrupts: as many as asked for, none that is lost, none that is not needed.
+
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use kickless_tests::daemon::{Options, Storage};
+use kickless_tests::scenario::{Load, Op, Plan, Platform, Wait};
+use kickless_tests::scene::Scene;
+use poll_engine::device::features;
+
+use crate::OneDisk;
+
+fn null(poll: &'static str) -> Options {
+    Options::default().poll(poll).storage(Storage::Null)
+}
+
+/// A driver that wants to hear of every completion, one request at a time: an interrupt for each, by the guest's
+/// count and by the daemon's, with the event index and without.
+pub fn counted(scene: &Scene, platform: Platform) -> Result<Option<String>> {
+    const REQUESTS: u64 = 1500;
+    for (refused, poll) in [(0, "adaptive"), (features::EVENT_IDX, "adaptive"), (0, "event")] {
+        let plan = |disk: &std::path::Path| Plan::new().disk(disk, 1).without(refused);
+        let mut one = OneDisk::boot_with(scene, platform, &null(poll), &plan)?;
+        let load = Load::new(Op::Read).depth(1).requests(REQUESTS).wait(Wait::EveryInterrupt);
+        let outcome = one.guest.run(&load)?;
+        outcome.expect_clean()?;
+        let signals = one.daemon.stats()?.column("signals")[&0];
+        ensure!(
+            (outcome.interrupts, signals) == (REQUESTS, REQUESTS),
+            "{REQUESTS} requests one by one: {} interrupts, {signals} signals ({poll}, refused {refused:#x})",
+            outcome.interrupts
+        );
+        one.finish()?;
+    }
+    Ok(None)
+}
+
+/// A driver that polls hears nothing, and one that sleeps hears no more often than it slept.
+pub fn suppressed(scene: &Scene, platform: Platform) -> Result<Option<String>> {
+    for refused in [0, features::EVENT_IDX] {
+        let plan = |disk: &std::path::Path| Plan::new().disk(disk, 1).without(refused);
+        let mut one = OneDisk::boot_with(scene, platform, &null("adaptive"), &plan)?;
+        let outcome = one.guest.run(&Load::new(Op::Read).requests(20_000).wait(Wait::Poll))?;
+        outcome.expect_clean()?;
+        let signals = one.daemon.stats()?.column("signals")[&0];
+        ensure!(
+            (outcome.interrupts, signals) == (0, 0),
+            "{} interrupts, {signals} signals",
+            outcome.interrupts
+        );
+        let outcome = one.guest.run(&Load::new(Op::Read).requests(20_000).wait(Wait::Sleep))?;
+        outcome.expect_clean()?;
+        let signals = one.daemon.stats()?.column("signals")[&0];
+        ensure!(outcome.interrupts <= signals, "{} interrupts of {signals} signals", outcome.interrupts);
+        ensure!(signals < outcome.requests / 2, "{signals} signals for {} requests", outcome.requests);
+        one.finish()?;
+    }
+    Ok(None)
+}
+
+/// Both sides go to sleep after every request and must be woken every time.
+fn wake_ups(scene: &Scene, platform: Platform, poll: &'static str) -> Result<Option<String>> {
+    let plan = |disk: &std::path::Path| Plan::new().disk(disk, 1);
+    let mut one = OneDisk::boot_with(scene, platform, &null(poll), &plan)?;
+    let load = Load::new(Op::Read).depth(1).requests(20_000).limit(Duration::from_secs(60));
+    let outcome = one.guest.run(&load)?;
+    outcome.expect_clean()?;
+    ensure!(outcome.interrupts > 1000, "{} interrupts: the guest has hardly slept", outcome.interrupts);
+    one.finish()?;
+    Ok(None)
+}
+
+/// With a reactor that spins for a while before it sleeps.
+pub fn wake_ups_adaptive(scene: &Scene, platform: Platform) -> Result<Option<String>> {
+    wake_ups(scene, platform, "adaptive")
+}
+
+/// With a reactor that sleeps at once.
+pub fn wake_ups_event(scene: &Scene, platform: Platform) -> Result<Option<String>> {
+    wake_ups(scene, platform, "event")
+}
+
+/// A reactor that never sleeps asks for no notifications, and the guest, which polls, has no reason to come out: by
+/// the CPU's own statistics. Those exits that the host brings about (its timer, its scheduler) are not counted.
+pub fn doorbells(scene: &Scene, platform: Platform) -> Result<Option<String>> {
+    const REQUESTS: u64 = 1_000_000;
+    let plan = |disk: &std::path::Path| Plan::new().disk(disk, 1);
+    let mut one = OneDisk::boot_with(scene, platform, &null("busy"), &plan)?;
+    one.guest.run(&Load::new(Op::Read).wait(Wait::Poll))?.expect_clean()?;
+    let before = one.guest.bare()?.machine()?.stats()?;
+    let outcome = one
+        .guest
+        .run(&Load::new(Op::Read).block_size(512).requests(REQUESTS).wait(Wait::Poll).unrecorded())?;
+    outcome.expect_clean()?;
+    let after = one.guest.bare()?.machine()?.stats()?;
+    let grown = |name: &str| after[0].get(name).unwrap_or(&0) - before[0].get(name).unwrap_or(&0);
+    let exits = grown("exits") - grown("irq_exits");
+    println!(
+        "{REQUESTS} requests: {} kicks, {exits} exits of the guest's, {} of the host's",
+        outcome.kicks,
+        grown("irq_exits")
+    );
+    ensure!(exits < 100, "{exits} exits for {REQUESTS} requests: {before:?} {after:?}");
+    one.finish()?;
+    Ok(None)
+}

@@ -1,0 +1,92 @@
+//! What changes while the guest runs.
+
+use anyhow::{Result, ensure};
+use kickless_tests::daemon::Options;
+use kickless_tests::image::MIB;
+use kickless_tests::scenario::{Expect, Load, Op, Platform};
+use kickless_tests::scene::Scene;
+
+use crate::OneDisk;
+
+/// The image grows, an interrupt says so, and what lies beyond the old end can be used.
+pub fn growth(scene: &Scene, platform: Platform) -> Result<Option<String>> {
+    let mut one = OneDisk::boot(scene, platform, 1)?;
+    ensure!(one.guest.capacity(0)? == 64 * MIB, "{} bytes at first", one.guest.capacity(0)?);
+    let beyond = Load::new(Op::Write).span(80 * MIB).block_size(1 << 20).depth(1).requests(80);
+    let early = one.guest.run(&beyond)?;
+    ensure!(early.errors == 16, "writes beyond the end: {early:?}");
+    for mib in [80, 100] {
+        one.image.resize(mib * MIB)?;
+        one.daemon.sighup()?;
+        one.guest.await_capacity(0, mib * MIB)?;
+    }
+    one.guest.run(&beyond)?.expect_clean()?;
+    one.finish()?;
+    Ok(None)
+}
+
+/// Regions of memory are added and removed while requests are in flight, and their buffers are used.
+pub fn memory(scene: &Scene, platform: Platform) -> Result<Option<String>> {
+    let mut one = OneDisk::boot(scene, platform, 2)?;
+    for round in 0..3 {
+        one.guest.start(&Load::verified().requests(3000).seed(round))?;
+        one.guest.after(500)?;
+        one.guest.add_memory(32)?;
+        one.guest.add_memory(64)?;
+        one.guest.finish()?.expect_clean()?;
+        // With buffers in the last one; the other goes away under load after it.
+        one.guest.start(&Load::verified().requests(3000).seed(round + 10))?;
+        one.guest.after(500)?;
+        one.guest.finish()?.expect_clean()?;
+        one.guest.remove_memory()?;
+        one.guest.run(&Load::verified())?.expect_clean()?;
+        one.guest.remove_memory()?;
+        one.guest.run(&Load::verified())?.expect_clean()?;
+    }
+    one.finish()?;
+    Ok(None)
+}
+
+/// Reset, negotiate, start, load, thirty times.
+pub fn resets(scene: &Scene, platform: Platform) -> Result<Option<String>> {
+    let mut one = OneDisk::boot(scene, platform, 4)?;
+    for seed in 0..30 {
+        one.guest.run(&Load::verified().requests(50).seed(seed))?.expect_clean()?;
+        one.guest.reset()?;
+    }
+    one.finish()?;
+    Ok(None)
+}
+
+/// SIGTERM, and another daemon on the same socket: the driver sees nothing but a pause.
+pub fn restarted(scene: &Scene, platform: Platform) -> Result<Option<String>> {
+    let mut one = OneDisk::boot(scene, platform, 2)?;
+    one.guest.start(&Load::verified().requests(20_000))?;
+    for step in 1..=3 {
+        one.guest.after(step * 2000)?;
+        one.daemon.terminate()?;
+        one.daemon = Options::default().spawn(scene, "daemon", &one.image)?;
+        one.guest.reconnect(0)?;
+    }
+    let outcome = one.guest.finish()?;
+    outcome.expect_clean()?;
+    ensure!(outcome.requests == 40_000, "{outcome:?}");
+    one.finish()?;
+    Ok(None)
+}
+
+/// SIGKILL with one request in flight, which is served again: nothing that completed is missing.
+pub fn killed(scene: &Scene, platform: Platform) -> Result<Option<String>> {
+    let mut one = OneDisk::boot(scene, platform, 1)?;
+    let blocks = 4000;
+    let pass = |op| Load::new(op).expect(Expect::Written).requests(blocks).span(blocks * 4096).depth(1);
+    one.guest.start(&pass(Op::Write))?;
+    one.guest.after(1000)?;
+    one.daemon.kill9()?;
+    one.daemon = Options::default().spawn(scene, "daemon", &one.image)?;
+    one.guest.reconnect(0)?;
+    one.guest.finish()?.expect_clean()?;
+    one.guest.run(&pass(Op::Read).depth(1))?.expect_clean()?;
+    one.finish()?;
+    Ok(None)
+}

@@ -1,0 +1,98 @@
+//! Scenarios with a bare-metal guest under KVM: real doorbells, real interrupts, and the daemon as another process.
+//!
+//! Where there is no KVM every test ends as ignored, with the reason; with `KICKLESS_REQUIRE_KVM` set it fails
+//! instead.
+
+mod blocks;
+mod harness;
+mod interrupts;
+mod lifecycle;
+mod net;
+mod tenants;
+
+use anyhow::Result;
+use kickless_tests::daemon::{Daemon, Options};
+use kickless_tests::image::{Image, MIB};
+use kickless_tests::runner::{self, Test};
+use kickless_tests::scenario::{Guest, Plan, Platform};
+use kickless_tests::scene::Scene;
+
+use Platform::{Bare, Microvm};
+
+/// What a scenario does; `Ok(Some(reason))` means that this machine has not what it takes.
+type Scenario = fn(&Scene, Platform) -> Result<Option<String>>;
+
+/// All scenarios: name, what it runs on, what it does.
+const ALL: &[(&str, Platform, Scenario)] = &[
+    ("five_boots_to_the_first_request", Bare, harness::boots),
+    ("verified_random_io_on_four_queues", Bare, blocks::four_queues),
+    ("verified_random_io_on_four_queues", Microvm, blocks::four_queues),
+    ("requests_of_all_sizes", Bare, blocks::sizes),
+    ("what_is_written_is_read_back_and_is_in_the_image", Bare, blocks::two_passes),
+    ("discarded_and_zeroed_blocks_are_zeroes", Bare, blocks::discard),
+    ("direct_descriptors_and_small_rings", Bare, blocks::small_rings),
+    ("without_event_index_and_indirect_descriptors", Bare, blocks::few_features),
+    ("two_cpus_share_a_disk", Bare, blocks::two_cpus),
+    ("two_cpus_share_a_disk", Microvm, blocks::two_cpus),
+    ("twenty_four_disks", Bare, blocks::many_disks),
+    ("memory_in_huge_pages", Bare, blocks::huge_pages),
+    ("disk_grows_online", Bare, lifecycle::growth),
+    ("memory_comes_and_goes_under_load", Bare, lifecycle::memory),
+    ("device_reset_again_and_again", Bare, lifecycle::resets),
+    ("daemon_restarted_under_load", Bare, lifecycle::restarted),
+    ("daemon_killed_between_requests", Bare, lifecycle::killed),
+    ("interrupts_are_those_the_ring_asked_for", Bare, interrupts::counted),
+    ("no_interrupts_for_a_driver_that_polls", Bare, interrupts::suppressed),
+    ("no_wake_up_is_lost_adaptive", Bare, interrupts::wake_ups_adaptive),
+    ("no_wake_up_is_lost_event", Bare, interrupts::wake_ups_event),
+    ("a_million_requests_without_a_doorbell", Bare, interrupts::doorbells),
+    ("packets_come_back", Bare, net::echo),
+    ("a_disk_and_a_network_card", Bare, net::with_disk),
+    ("every_misdeed_costs_its_queue_only", Bare, tenants::misdeeds),
+    ("a_guest_that_resets_in_flight", Bare, tenants::resets),
+    ("a_guest_that_vanishes", Bare, tenants::vanishes),
+    ("faults_are_reported_with_registers", Bare, harness::fault),
+    ("a_guest_that_hangs_meets_its_deadline", Bare, harness::hang),
+    ("features_and_configuration_as_the_specification_has_them", Bare, harness::negotiation),
+];
+
+fn main() -> std::process::ExitCode {
+    let tests = ALL.iter().map(|&(name, platform, scenario)| Test {
+        name: format!("{platform}::{name}"),
+        needs: Box::new(move || platform.missing_needs()),
+        run: Box::new(move |scene| scenario(scene, platform)),
+    });
+    runner::run(tests.collect(), "KICKLESS_REQUIRE_KVM")
+}
+
+/// A guest with one disk of 64 MiB.
+struct OneDisk {
+    image: Image,
+    daemon: Daemon,
+    guest: Box<dyn Guest>,
+}
+
+impl OneDisk {
+    fn boot(scene: &Scene, platform: Platform, queues: usize) -> Result<Self> {
+        Self::boot_with(scene, platform, &Options::default(), &|disk| Plan::new().disk(disk, queues))
+    }
+
+    fn boot_with(
+        scene: &Scene,
+        platform: Platform,
+        options: &Options,
+        plan: &dyn Fn(&std::path::Path) -> Plan,
+    ) -> Result<Self> {
+        let image = Image::create(scene, "disk.img", 64 * MIB)?;
+        let daemon = options.spawn(scene, "daemon", &image)?;
+        let guest = plan(daemon.socket()).boot(platform, scene)?;
+        Ok(Self { image, daemon, guest })
+    }
+
+    /// Ends all in good order. The image is left.
+    fn finish(self) -> Result<Image> {
+        self.guest.power_off()?;
+        self.daemon.terminate()?;
+        Ok(self.image)
+    }
+}

@@ -1,0 +1,117 @@
+//! Two guests on one daemon, one of which does what it must not: the other does not notice.
+
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use kickless_guest::{Order, kind, misdeed};
+use kickless_tests::bare::Bare;
+use kickless_tests::daemon::{Daemon, Options};
+use kickless_tests::image::{Image, MIB};
+use kickless_tests::scenario::{Guest, Load, Plan, Platform};
+use kickless_tests::scene::Scene;
+
+/// The longest that a request of the well-behaved guest may take.
+const STALL: Duration = Duration::from_millis(100);
+const LIMIT: Duration = Duration::from_secs(15);
+
+struct Two {
+    daemon: Daemon,
+    good: Box<dyn Guest>,
+    scene_images: [Image; 2],
+}
+
+impl Two {
+    fn start(scene: &Scene, platform: Platform) -> Result<Two> {
+        let image = |name| Image::create(scene, name, 32 * MIB);
+        let images = [image("good.img")?, image("bad.img")?];
+        let daemon = Options::default().spawn_many(scene, "daemon", &[&images[0], &images[1]])?;
+        let good = Plan::new().disk(&daemon.sockets()[0], 2).boot(platform, scene)?;
+        Ok(Two { daemon, good, scene_images: images })
+    }
+
+    fn bad_guest(&self, scene: &Scene, platform: Platform) -> Result<Box<dyn Guest>> {
+        Plan::new().disk(&self.daemon.sockets()[1], 2).boot(platform, scene)
+    }
+
+    /// Has the good guest work while `bad` is done, and fails if it has noticed. A stall is not the daemon's fault on
+    /// a host that stalls by itself: then it is tried again, a few times.
+    fn while_working(&mut self, mut bad: impl FnMut(&Daemon) -> Result<()>) -> Result<()> {
+        let mut stalls = Vec::new();
+        for seed in 0..4 {
+            self.good.start(&Load::verified().depth(4).requests(4000).seed(seed))?;
+            self.good.after(200)?;
+            bad(&self.daemon)?;
+            let outcome = self.good.finish()?;
+            outcome.expect_clean()?;
+            if outcome.longest < STALL {
+                return Ok(());
+            }
+            stalls.push(outcome.longest);
+        }
+        anyhow::bail!("the good guest's longest requests took {stalls:?}")
+    }
+
+    fn finish(self) -> Result<()> {
+        self.good.power_off()?;
+        self.daemon.terminate()?;
+        self.scene_images[0].allocated()?;
+        Ok(())
+    }
+}
+
+/// Each way of breaking a ring stops that queue; after a reset the guest is served again.
+pub fn misdeeds(scene: &Scene, platform: Platform) -> Result<Option<String>> {
+    let mut two = Two::start(scene, platform)?;
+    let mut bad = two.bad_guest(scene, platform)?;
+    two.while_working(|_| {
+        for misdeed in 0..misdeed::COUNT {
+            if misdeed == misdeed::RESET_IN_FLIGHT {
+                continue;
+            }
+            for seed in 1..=if misdeed == misdeed::NOISE { 20 } else { 1 } {
+                let order = Order { misdeed, seed, ..Bare::blank(kind::MISBEHAVE, 1) };
+                bad.bare()?.order(&order, LIMIT)?;
+                bad.reset()?;
+            }
+        }
+        bad.run(&Load::verified().requests(100))?.expect_clean()
+    })?;
+    bad.power_off()?;
+    two.finish()?;
+    Ok(None)
+}
+
+/// Resets while requests are in flight.
+pub fn resets(scene: &Scene, platform: Platform) -> Result<Option<String>> {
+    let mut two = Two::start(scene, platform)?;
+    let mut bad = two.bad_guest(scene, platform)?;
+    two.while_working(|_| {
+        let order =
+            Order { misdeed: misdeed::RESET_IN_FLIGHT, requests: 20, ..Bare::blank(kind::MISBEHAVE, 1) };
+        bad.bare()?.order(&order, LIMIT)?;
+        bad.run(&Load::verified().requests(100))?.expect_clean()
+    })?;
+    bad.power_off()?;
+    two.finish()?;
+    Ok(None)
+}
+
+/// Pulls the plug while requests are in flight, and comes back.
+pub fn vanishes(scene: &Scene, platform: Platform) -> Result<Option<String>> {
+    let mut two = Two::start(scene, platform)?;
+    let socket = two.daemon.sockets()[1].clone();
+    let mut times = 0;
+    two.while_working(|_| {
+        for _ in 0..3 {
+            let mut bad = Plan::new().disk(&socket, 2).boot(platform, scene)?;
+            bad.start(&Load::verified().requests(100_000))?;
+            bad.after(100)?;
+            drop(bad);
+            times += 1;
+        }
+        Ok(())
+    })?;
+    ensure!(times >= 3, "{times}");
+    two.finish()?;
+    Ok(None)
+}
