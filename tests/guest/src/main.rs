@@ -19,9 +19,8 @@ mod load;
 mod mailbox;
 mod misbehave;
 mod net;
+mod selftest;
 mod transport;
-
-use core::fmt::Write;
 
 use kickless_guest::{Report, failure, kind};
 
@@ -43,11 +42,7 @@ extern "C" fn ring3(cpu: usize, start_info: usize) -> ! {
     let wanted = cmdline::value(line, "kickless.cpus=").unwrap_or(1) as usize;
     let cpus = cpu::start_others(wanted.clamp(1, kickless_guest::MAX_CPUS));
     let mut devices = Devices::probe(cmdline::devices(line));
-    let Some(inbox) = inbox else {
-        // Nobody to take orders from: say what is there.
-        let _ = writeln!(fail::Serial, "guest: {cpus} CPUs, {} devices, no kickless.mailbox=", devices.len());
-        panic!("no kickless.mailbox= on the command line")
-    };
+    let Some(inbox) = inbox else { selftest::run(&mut devices, line, cpus) };
     devices.show(&inbox);
     inbox.up(cpus as u32);
     loop {
@@ -79,6 +74,7 @@ extern "C" fn ring3(cpu: usize, start_info: usize) -> ! {
     }
 }
 
+/// Nothing done yet.
 fn empty_report() -> Report {
     Report {
         failure: failure::NONE,

@@ -1,12 +1,17 @@
 //! The harness itself: what it says when a guest goes wrong.
 
+use std::fs;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use kickless_guest::{Order, kind};
-use kickless_tests::bare::Bare;
+use kickless_tests::bare::{Bare, program};
+use kickless_tests::image::{Image, MIB};
+use kickless_tests::process::{self, Process};
+use kickless_tests::qemu::QEMU;
 use kickless_tests::scenario::{Load, Op, Platform};
 use kickless_tests::scene::Scene;
+use kickless_tests::wait;
 use poll_engine::device::features;
 
 use crate::OneDisk;
@@ -32,6 +37,36 @@ fn expect_error(result: Result<impl Sized>, words: &[&str]) -> Result<()> {
         Some(word) => anyhow::bail!("no '{word}' in: {text}"),
         None => Ok(()),
     }
+}
+
+/// The guest by itself, on a device that shares no code with ours.
+pub fn selftest(scene: &Scene, _: Platform) -> Result<Option<String>> {
+    let image = Image::create(scene, "disk.img", 16 * MIB)?;
+    let serial = scene.fresh_log("serial");
+    let args = [
+        "-machine microvm,accel=kvm,acpi=off,pit=off,pic=off,rtc=off,isa-serial=on,x-option-roms=off"
+            .to_owned(),
+        "-nodefaults -no-reboot -cpu host -m 64 -smp 2 -global virtio-mmio.force-legacy=false".to_owned(),
+        format!("-display none -serial file:{}", serial.display()),
+        format!(
+            "-drive id=d,file={},if=none,format=raw -device virtio-blk-device,drive=d",
+            image.path().display()
+        ),
+        format!("-kernel {} -append", program().context("no guest")?.display()),
+    ];
+    let mut args: Vec<String> = args.iter().flat_map(|part| part.split(' ')).map(str::to_owned).collect();
+    args.push("kickless.cpus=2 kickless.selftest".to_owned());
+    let qemu = process::find_program(QEMU).context("no QEMU")?;
+    let mut process = Process::spawn(scene, "qemu", &qemu, &args)?;
+    let said = || fs::read_to_string(&serial).unwrap_or_default();
+    wait::until("the guest's word that it is done", Duration::from_secs(20), || {
+        ensure!(process.poll_exit()?.is_none(), "QEMU: {}", process.stderr_tail());
+        Ok(said().contains("guest: done").then_some(()))
+    })?;
+    ensure!(said().contains("2 CPUs, 1 devices") && said().contains("disk 0: ok"), "{}", said());
+    process.kill9()?;
+    ensure!(image.read(0, 1 << 20)?.chunks(512).all(|sector| sector.iter().any(|&byte| byte != 0)));
+    Ok(None)
 }
 
 /// A page fault in the guest ends the run with its registers.

@@ -8,6 +8,7 @@ mod harness;
 mod interrupts;
 mod lifecycle;
 mod net;
+mod ten_lines;
 mod tenants;
 
 use anyhow::Result;
@@ -54,6 +55,10 @@ const ALL: &[(&str, Platform, Scenario)] = &[
     ("faults_are_reported_with_registers", Bare, harness::fault),
     ("a_guest_that_hangs_meets_its_deadline", Bare, harness::hang),
     ("features_and_configuration_as_the_specification_has_them", Bare, harness::negotiation),
+    ("a_disk_of_qemus_own", Microvm, harness::selftest),
+    ("a_scenario_of_ten_lines", Bare, ten_lines::restart),
+    ("a_scenario_of_ten_lines", Microvm, ten_lines::restart),
+    ("the_scenario_of_the_documentation_is_this_one", Bare, ten_lines::documented),
 ];
 
 fn main() -> std::process::ExitCode {

@@ -1,0 +1,32 @@
+//! The scenario of docs/kvm-harness.md, and a test that it is this one.
+
+use anyhow::{Result, ensure};
+use kickless_tests::daemon::Options;
+use kickless_tests::image::{Image, MIB};
+use kickless_tests::scenario::{Load, Plan, Platform};
+use kickless_tests::scene::Scene;
+
+pub fn restart(scene: &Scene, platform: Platform) -> Result<Option<String>> {
+    let image = Image::create(scene, "disk.img", 64 * MIB)?;
+    let mut daemon = Options::default().spawn(scene, "daemon", &image)?;
+    let mut guest = Plan::new().disk(daemon.socket(), 4).boot(platform, scene)?;
+    guest.start(&Load::verified().requests(5000))?;
+    guest.after(1000)?;
+    daemon.terminate()?;
+    daemon = Options::default().spawn(scene, "daemon", &image)?;
+    guest.reconnect(0)?;
+    guest.finish()?.expect_clean()?;
+    guest.power_off()?;
+    daemon.terminate()?;
+    Ok(None)
+}
+
+/// What the documentation shows is what is run above.
+pub fn documented(_: &Scene, _: Platform) -> Result<Option<String>> {
+    let source = include_str!("ten_lines.rs");
+    let start = source.find("pub fn restart").unwrap_or(0);
+    let end = source[start..].find("\n}\n").map_or(source.len(), |end| start + end + 3);
+    let page = include_str!("../../../docs/kvm-harness.md");
+    ensure!(page.contains(&source[start..end]), "docs/kvm-harness.md shows something else");
+    Ok(None)
+}
