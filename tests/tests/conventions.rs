@@ -145,3 +145,11 @@ fn idle_disks_cost_next_to_nothing() {
     let kib: u64 = resident.trim().trim_end_matches(" kB").parse().unwrap();
     assert!(kib < 64 << 10, "256 idle disks are {kib} KiB resident");
 }
+
+#[test]
+fn the_scenario_in_the_documentation_is_one_that_runs() {
+    let source = include_str!("kvm/ten_lines.rs");
+    let start = source.find("pub fn restart").unwrap();
+    let page = include_str!("../../docs/kvm-harness.md");
+    assert!(page.contains(source[start..].trim_end()), "docs/kvm-harness.md shows something else");
+}

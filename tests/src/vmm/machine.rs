@@ -65,7 +65,7 @@ pub struct Config {
     pub timer: bool,
 }
 
-/// A running machine. Dropping it stops it.
+/// A running machine. Dropping it is pulling the plug.
 #[derive(Debug)]
 pub struct Machine {
     // Before the memory it runs in.
@@ -263,13 +263,9 @@ impl Machine {
 
 impl Drop for Machine {
     fn drop(&mut self) {
+        // Back ends hear of it by their sockets being closed, as from a VMM that was killed.
         self.stop();
         self.cpus.clear();
-        // The back ends let go of the memory first.
-        for device in &self.board.devices {
-            let mut state = lock(&device.state);
-            state.stop_queues();
-        }
     }
 }
 

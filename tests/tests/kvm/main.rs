@@ -58,7 +58,6 @@ const ALL: &[(&str, Platform, Scenario)] = &[
     ("a_disk_of_qemus_own", Microvm, harness::selftest),
     ("a_scenario_of_ten_lines", Bare, ten_lines::restart),
     ("a_scenario_of_ten_lines", Microvm, ten_lines::restart),
-    ("the_scenario_of_the_documentation_is_this_one", Bare, ten_lines::documented),
 ];
 
 fn main() -> std::process::ExitCode {

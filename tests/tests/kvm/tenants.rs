@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
 use kickless_guest::{Order, kind, misdeed};
 use kickless_tests::bare::Bare;
 use kickless_tests::daemon::{Daemon, Options};
@@ -17,7 +17,6 @@ const LIMIT: Duration = Duration::from_secs(15);
 struct Two {
     daemon: Daemon,
     good: Box<dyn Guest>,
-    scene_images: [Image; 2],
 }
 
 impl Two {
@@ -26,7 +25,7 @@ impl Two {
         let images = [image("good.img")?, image("bad.img")?];
         let daemon = Options::default().spawn_many(scene, "daemon", &[&images[0], &images[1]])?;
         let good = Plan::new().disk(&daemon.sockets()[0], 2).boot(platform, scene)?;
-        Ok(Two { daemon, good, scene_images: images })
+        Ok(Two { daemon, good })
     }
 
     fn bad_guest(&self, scene: &Scene, platform: Platform) -> Result<Box<dyn Guest>> {
@@ -53,9 +52,7 @@ impl Two {
 
     fn finish(self) -> Result<()> {
         self.good.power_off()?;
-        self.daemon.terminate()?;
-        self.scene_images[0].allocated()?;
-        Ok(())
+        self.daemon.terminate()
     }
 }
 
@@ -96,22 +93,22 @@ pub fn resets(scene: &Scene, platform: Platform) -> Result<Option<String>> {
     Ok(None)
 }
 
-/// Pulls the plug while requests are in flight, and comes back.
+/// Pulls the plug while requests are in flight, or has its QEMU killed, and comes back.
 pub fn vanishes(scene: &Scene, platform: Platform) -> Result<Option<String>> {
+    if let Some(reason) = Platform::Microvm.missing_needs() {
+        return Ok(Some(reason));
+    }
     let mut two = Two::start(scene, platform)?;
     let socket = two.daemon.sockets()[1].clone();
-    let mut times = 0;
     two.while_working(|_| {
-        for _ in 0..3 {
+        for platform in [platform, Platform::Microvm, platform] {
             let mut bad = Plan::new().disk(&socket, 2).boot(platform, scene)?;
             bad.start(&Load::verified().requests(100_000))?;
             bad.after(100)?;
             drop(bad);
-            times += 1;
         }
         Ok(())
     })?;
-    ensure!(times >= 3, "{times}");
     two.finish()?;
     Ok(None)
 }
