@@ -44,21 +44,44 @@ impl Kind {
 }
 
 /// What is behind a disk.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Storage {
-    /// The image.
-    File,
-    /// Nothing: requests succeed and that is all (`vhost-blk` only). As large as the image.
-    Null,
-    /// Memory of the daemon (`vhost-blk` only). As large as the image.
-    Ram,
+#[derive(Debug, Clone, Copy)]
+pub enum Medium<'a> {
+    /// An image.
+    Image(&'a Image),
+    /// Memory of this many bytes.
+    Ram(u64),
+    /// Nothing, said to be of this many bytes.
+    Null(u64),
+}
+
+impl<'a> From<&'a Image> for Medium<'a> {
+    fn from(image: &'a Image) -> Self {
+        Self::Image(image)
+    }
+}
+
+impl Medium<'_> {
+    /// As `vhost-blk` wants it, on its command line and in the list of a further disk.
+    fn vhost_blk_key(self) -> String {
+        match self {
+            Self::Image(image) => format!("blk-file={}", image.path().display()),
+            Self::Ram(bytes) => format!("backend=ram:{bytes}"),
+            Self::Null(bytes) => format!("backend=null:{bytes}"),
+        }
+    }
+
+    fn takes_direct_io(self) -> bool {
+        match self {
+            Self::Image(image) => image.takes_direct_io(),
+            Self::Ram(_) | Self::Null(_) => true,
+        }
+    }
 }
 
 /// How to start a back end.
 #[derive(Debug, Clone)]
 pub struct Options {
     kind: Kind,
-    storage: Storage,
     poll: &'static str,
     read_only: bool,
     block_size: u32,
@@ -70,7 +93,6 @@ impl Default for Options {
     fn default() -> Self {
         Self {
             kind: Kind::from_env(),
-            storage: Storage::File,
             poll: "adaptive",
             read_only: false,
             block_size: 512,
@@ -85,13 +107,6 @@ impl Options {
     #[must_use]
     pub fn poll(mut self, mode: &'static str) -> Self {
         self.poll = mode;
-        self
-    }
-
-    /// Sets what is behind the disk.
-    #[must_use]
-    pub fn storage(mut self, storage: Storage) -> Self {
-        self.storage = storage;
         self
     }
 
@@ -123,69 +138,61 @@ impl Options {
         self
     }
 
-    /// Starts the back end with four queues and waits until it can be connected to. Its socket is `name.sock`.
-    pub fn spawn(&self, scene: &Scene, name: &str, image: &Image) -> Result<Daemon> {
-        let socket = scene.path(&format!("{name}.sock"));
-        let args = match self.kind {
-            Kind::VhostBlk => {
-                let mut args = vec![format!("--socket-path={}", socket.display())];
-                args.push(format!("--{}", self.disk(image)?));
-                args.extend(self.vhost_blk_args(&[image]));
-                args
-            }
-            Kind::Qsd => self.qsd_args(&socket, image.path()),
-        };
-        self.start(scene, name, vec![socket], &args)
+    /// Starts the back end with one disk of four queues and waits until it can be connected to. Its socket is
+    /// `name.sock`.
+    pub fn spawn<'a>(&self, scene: &Scene, name: &str, disk: impl Into<Medium<'a>> + Copy) -> Result<Daemon> {
+        self.spawn_many(scene, name, &[disk])
     }
 
-    /// Starts `vhost-blk` with a disk for each image, each at a socket of its own.
-    pub fn spawn_many(&self, scene: &Scene, name: &str, images: &[&Image]) -> Result<Daemon> {
-        ensure!(self.kind == Kind::VhostBlk, "several disks in one process are an option of vhost-blk");
-        let sockets: Vec<PathBuf> =
-            (0..images.len()).map(|i| scene.path(&format!("{name}-{i}.sock"))).collect();
-        let mut args = Vec::new();
-        for (socket, image) in sockets.iter().zip(images) {
-            args.push(format!("--disk=socket-path={},{}", socket.display(), self.disk(image)?));
+    /// Starts one back end with several disks of four queues each, on the sockets `name.sock`, `name-1.sock`, ...
+    pub fn spawn_many<'a>(
+        &self,
+        scene: &Scene,
+        name: &str,
+        disks: &[impl Into<Medium<'a>> + Copy],
+    ) -> Result<Daemon> {
+        let mut served = Vec::new();
+        for (i, &disk) in disks.iter().enumerate() {
+            let socket =
+                scene.path(&if i == 0 { format!("{name}.sock") } else { format!("{name}-{i}.sock") });
+            let _ = std::fs::remove_file(&socket);
+            served.push((socket, disk.into()));
         }
-        args.extend(self.vhost_blk_args(images));
-        self.start(scene, name, sockets, &args)
-    }
-
-    fn start(&self, scene: &Scene, name: &str, sockets: Vec<PathBuf>, args: &[String]) -> Result<Daemon> {
-        for socket in &sockets {
-            let _ = std::fs::remove_file(socket);
-        }
+        ensure!(!served.is_empty(), "a back end without a disk");
         let program = self.kind.program().context("no back end to test")?;
-        let mut process = Process::spawn(scene, name, &program, args)?;
-        wait::until("the daemon's socket", LIMIT, || {
+        let args = match self.kind {
+            Kind::VhostBlk => self.vhost_blk_args(&served),
+            Kind::Qsd => self.qsd_args(&served)?,
+        };
+        let mut process = Process::spawn(scene, name, &program, &args)?;
+        let sockets: Vec<PathBuf> = served.into_iter().map(|(socket, _)| socket).collect();
+        wait::until("the daemon's sockets", LIMIT, || {
             if let Some(status) = process.poll_exit()? {
                 bail!("the daemon has ended at once ({status}): {}", process.stderr_tail());
             }
-            let there = |path: &PathBuf| std::fs::metadata(path).is_ok_and(|m| m.file_type().is_socket());
+            let there = |socket| std::fs::metadata(socket).is_ok_and(|meta| meta.file_type().is_socket());
             Ok(sockets.iter().all(there).then_some(()))
         })?;
         Ok(Daemon { process, sockets })
     }
 
-    /// What is behind a disk, as an option.
-    fn disk(&self, image: &Image) -> Result<String> {
-        let size = || std::fs::metadata(image.path()).map(|meta| meta.len());
-        Ok(match self.storage {
-            Storage::File => format!("blk-file={}", image.path().display()),
-            Storage::Null => format!("backend=null:{}", size()?),
-            Storage::Ram => format!("backend=ram:{}", size()?),
-        })
-    }
-
-    fn vhost_blk_args(&self, images: &[&Image]) -> Vec<String> {
+    fn vhost_blk_args(&self, disks: &[(PathBuf, Medium<'_>)]) -> Vec<String> {
         // Not every file system that scratch directories are on takes direct I/O.
-        let direct = self.direct && images.iter().all(|image| image.takes_direct_io());
+        let direct = self.direct && disks.iter().all(|(_, disk)| disk.takes_direct_io());
         let mut args = vec![
             format!("--direct={}", if direct { "on" } else { "off" }),
             "--num-queues=4".to_owned(),
             "--queue-size=256".to_owned(),
             format!("--poll={}", self.poll),
         ];
+        for (i, (socket, disk)) in disks.iter().enumerate() {
+            let (socket, disk) = (socket.display(), disk.vhost_blk_key());
+            if i == 0 {
+                args.extend([format!("--socket-path={socket}"), format!("--{disk}")]);
+            } else {
+                args.push(format!("--disk=socket-path={socket},{disk}"));
+            }
+        }
         if self.read_only {
             args.push("--read-only".to_owned());
         }
@@ -196,22 +203,27 @@ impl Options {
         args
     }
 
-    fn qsd_args(&self, socket: &Path, image: &Path) -> Vec<String> {
+    fn qsd_args(&self, disks: &[(PathBuf, Medium<'_>)]) -> Result<Vec<String>> {
         let (writable, read_only) = if self.read_only { ("off", "on") } else { ("on", "off") };
-        vec![
-            "--blockdev".to_owned(),
-            format!(
-                "driver=file,node-name=f,filename={},cache.direct=off,discard=unmap,read-only={read_only}",
-                image.display()
-            ),
-            "--export".to_owned(),
-            format!(
-                "type=vhost-user-blk,id=e,node-name=f,addr.type=unix,addr.path={},writable={writable},\
+        let mut args = Vec::new();
+        for (i, (socket, disk)) in disks.iter().enumerate() {
+            let node = match disk {
+                Medium::Image(image) => format!(
+                    "driver=file,node-name=f{i},filename={},cache.direct=off,discard=unmap,read-only={read_only}",
+                    image.path().display()
+                ),
+                Medium::Null(bytes) => format!("driver=null-co,node-name=f{i},size={bytes}"),
+                Medium::Ram(_) => bail!("qemu-storage-daemon has no disks of memory"),
+            };
+            let export = format!(
+                "type=vhost-user-blk,id=e{i},node-name=f{i},addr.type=unix,addr.path={},writable={writable},\
                  num-queues=4,logical-block-size={}",
                 socket.display(),
                 self.block_size
-            ),
-        ]
+            );
+            args.extend(["--blockdev".to_owned(), node, "--export".to_owned(), export]);
+        }
+        Ok(args)
     }
 }
 
@@ -223,17 +235,18 @@ pub struct Daemon {
 }
 
 impl Daemon {
-    /// The socket front ends connect to; the first, if there are several.
+    /// The socket front ends connect to, that of the first disk.
     pub fn socket(&self) -> &Path {
         &self.sockets[0]
     }
 
-    /// The sockets, one a disk.
+    /// The sockets of all disks.
     pub fn sockets(&self) -> &[PathBuf] {
         &self.sockets
     }
 
-    /// Asks for the statistics: `SIGUSR1`, upon which the daemon prints lines that end with an empty one.
+    /// Asks for the statistics: `SIGUSR1`, upon which the daemon prints lines for each disk,
+    /// and an empty one after the last.
     pub fn stats(&mut self) -> Result<Stats> {
         let before = self.process.stdout().len();
         self.process.signal(Signal::SIGUSR1)?;

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-/// One report of the daemon: a line for the disk, a table with a line for each queue, and a line for each kind of
+/// One report of the daemon: for each disk a line, a table with a line for each queue, and a line for each kind of
 /// error.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Stats {
@@ -20,7 +20,22 @@ impl Stats {
         &self.text
     }
 
-    /// A column of whole numbers of the table, by queue.
+    /// The report of each disk by itself.
+    pub fn disks(&self) -> Vec<Stats> {
+        let mut disks: Vec<Stats> = Vec::new();
+        for line in self.text.lines() {
+            if line.starts_with("disk ") || disks.is_empty() {
+                disks.push(Stats::new(""));
+            }
+            if let Some(disk) = disks.last_mut() {
+                disk.text.push_str(line);
+                disk.text.push('\n');
+            }
+        }
+        disks
+    }
+
+    /// A column of whole numbers of the table, by queue; of the last disk, where there are several.
     pub fn column(&self, name: &str) -> BTreeMap<u32, u64> {
         let mut lines = self.text.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
         let head = lines.find(|words| words.first() == Some(&"queue")).unwrap_or_default();
@@ -33,9 +48,9 @@ impl Stats {
         self.column("requests")
     }
 
-    /// The requests that have failed, over all queues.
+    /// The requests that have failed, over all queues of all disks.
     pub fn errors(&self) -> u64 {
-        self.column("errors").values().sum()
+        self.disks().iter().flat_map(|disk| disk.column("errors").into_values()).sum()
     }
 }
 
@@ -51,5 +66,16 @@ mod tests {
         assert_eq!(stats.requests().into_iter().collect::<Vec<_>>(), [(0, 10), (1, 7)]);
         assert_eq!(stats.errors(), 2);
         assert!(stats.column("none").is_empty());
+    }
+
+    #[test]
+    fn tells_disks_apart() {
+        let stats = Stats::new(
+            "disk a 1 bytes\nqueue requests errors\n0 1 0\ndisk b 2 bytes\nqueue requests errors\n0 5 2\n",
+        );
+        let disks = stats.disks();
+        assert_eq!(disks.iter().map(|disk| disk.requests()[&0]).collect::<Vec<_>>(), [1, 5]);
+        assert_eq!(disks.iter().map(Stats::errors).collect::<Vec<_>>(), [0, 2]);
+        assert_eq!(stats.errors(), 2);
     }
 }

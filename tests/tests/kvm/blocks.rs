@@ -89,7 +89,7 @@ pub fn discard(scene: &Scene, platform: Platform) -> Result<Option<String>> {
 pub fn small_rings(scene: &Scene, platform: Platform) -> Result<Option<String>> {
     for size in [4, 16] {
         let plan = |disk: &std::path::Path| Plan::new().disk(disk, 2).ring_size(size);
-        let mut one = OneDisk::boot_with(scene, platform, &Options::default(), &plan)?;
+        let mut one = OneDisk::boot_with(scene, platform, &plan)?;
         one.guest.run(&Load::verified().depth(64).direct())?.expect_clean()?;
         one.guest.run(&Load::verified().depth(64))?.expect_clean()?;
         one.finish()?;
@@ -102,7 +102,7 @@ pub fn few_features(scene: &Scene, platform: Platform) -> Result<Option<String>>
     let plan = |disk: &std::path::Path| {
         Plan::new().disk(disk, 2).without(features::EVENT_IDX | features::INDIRECT_DESC)
     };
-    let mut one = OneDisk::boot_with(scene, platform, &Options::default(), &plan)?;
+    let mut one = OneDisk::boot_with(scene, platform, &plan)?;
     let known = one.guest.bare()?.device(0).features;
     ensure!(known & (features::EVENT_IDX | features::INDIRECT_DESC) == 0, "features {known:#x}");
     one.guest.run(&Load::verified().requests(2000))?.expect_clean()?;
@@ -113,7 +113,7 @@ pub fn few_features(scene: &Scene, platform: Platform) -> Result<Option<String>>
 /// Two CPUs, two queues each.
 pub fn two_cpus(scene: &Scene, platform: Platform) -> Result<Option<String>> {
     let plan = |disk: &std::path::Path| Plan::new().disk(disk, 4).cpus(2).pin(&[0, 1]);
-    let mut one = OneDisk::boot_with(scene, platform, &Options::default(), &plan)?;
+    let mut one = OneDisk::boot_with(scene, platform, &plan)?;
     let cpus = one.guest.bare()?.cpus();
     ensure!(cpus == 2, "{cpus} CPUs");
     let outcome = one.guest.run(&Load::verified().requests(1000))?;
@@ -163,7 +163,7 @@ fn with_huge_pages(scene: &Scene, platform: Platform, enough: bool) -> Result<Op
         return Ok(Some("the host has no 32 huge pages to spare".to_owned()));
     }
     let plan = |disk: &std::path::Path| Plan::new().disk(disk, 2).huge_pages();
-    let mut one = OneDisk::boot_with(scene, platform, &Options::default(), &plan)?;
+    let mut one = OneDisk::boot_with(scene, platform, &plan)?;
     one.guest.run(&Load::verified())?.expect_clean()?;
     one.finish()?;
     Ok(None)

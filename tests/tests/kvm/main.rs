@@ -11,6 +11,8 @@ mod net;
 mod ten_lines;
 mod tenants;
 
+use std::path::Path;
+
 use anyhow::Result;
 use kickless_tests::daemon::{Daemon, Options};
 use kickless_tests::image::{Image, MIB};
@@ -78,17 +80,12 @@ struct OneDisk {
 
 impl OneDisk {
     fn boot(scene: &Scene, platform: Platform, queues: usize) -> Result<Self> {
-        Self::boot_with(scene, platform, &Options::default(), &|disk| Plan::new().disk(disk, queues))
+        Self::boot_with(scene, platform, &|disk| Plan::new().disk(disk, queues))
     }
 
-    fn boot_with(
-        scene: &Scene,
-        platform: Platform,
-        options: &Options,
-        plan: &dyn Fn(&std::path::Path) -> Plan,
-    ) -> Result<Self> {
+    fn boot_with(scene: &Scene, platform: Platform, plan: &dyn Fn(&Path) -> Plan) -> Result<Self> {
         let image = Image::create(scene, "disk.img", 64 * MIB)?;
-        let daemon = options.spawn(scene, "daemon", &image)?;
+        let daemon = Options::default().spawn(scene, "daemon", &image)?;
         let guest = plan(daemon.socket()).boot(platform, scene)?;
         Ok(Self { image, daemon, guest })
     }
