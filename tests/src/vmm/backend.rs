@@ -1,11 +1,13 @@
 //! The front-end half of a device: the vhost-user session with its back end, and the eventfds that its queues are
 //! wired to KVM with.
 
+use std::net::Shutdown;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -24,6 +26,8 @@ use crate::wait;
 
 /// How long a back end may take to listen (again).
 const CONNECT_LIMIT: Duration = Duration::from_secs(15);
+/// How long it may take to answer what belongs together.
+const ANSWER_LIMIT: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 15 });
 
 /// Dirty-page logging is the front end's business (vhost-user: `VHOST_F_LOG_ALL`).
 const F_LOG_ALL: u64 = 1 << 26;
@@ -82,6 +86,7 @@ pub struct Backend {
     socket: PathBuf,
     wires: Vec<Wires>,
     front: Frontend,
+    stream: UnixStream,
     /// What the back end itself offers.
     offered: u64,
     features: u64,
@@ -118,6 +123,7 @@ impl Backend {
             socket: socket.to_owned(),
             wires: wires.collect::<Result<_>>()?,
             front: opened.front,
+            stream: opened.stream,
             offered: opened.offered,
             features: opened.features,
             config: opened.config,
@@ -144,14 +150,14 @@ impl Backend {
     /// Reads the configuration space again.
     pub fn read_config(&mut self) -> Result<()> {
         if self.kind == Kind::Block {
-            self.config = read_config(&mut self.front)?;
+            self.config = within(&self.stream, || read_config(&mut self.front))?;
         }
         Ok(())
     }
 
     /// Writes to the configuration space.
     pub fn write_config(&mut self, offset: u32, bytes: &[u8]) -> Result<()> {
-        self.front.set_config(offset, VhostUserConfigFlags::WRITABLE, bytes)?;
+        within(&self.stream, || self.front.set_config(offset, VhostUserConfigFlags::WRITABLE, bytes))?;
         self.read_config()
     }
 
@@ -167,41 +173,42 @@ impl Backend {
         queues: &[(usize, QueueSetup, u16)],
         host: impl Fn(u64) -> Result<u64>,
     ) -> Result<()> {
-        self.front
-            .set_features(features & self.offered | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits())?;
-        for &(index, setup, base) in queues {
-            self.front.set_vring_num(index, setup.size)?;
-            self.front.set_vring_base(index, base)?;
-            let addresses = VringConfigData {
-                queue_max_size: setup.size,
-                queue_size: setup.size,
-                flags: 0,
-                desc_table_addr: host(setup.desc)?,
-                used_ring_addr: host(setup.device)?,
-                avail_ring_addr: host(setup.driver)?,
-                log_addr: None,
-            };
-            self.front.set_vring_addr(index, &addresses)?;
-            self.front.set_vring_call(index, &self.wires[index].call)?;
-            self.front.set_vring_kick(index, &self.wires[index].kick)?;
-            self.front.set_vring_enable(index, true)?;
-        }
-        Ok(())
+        within(&self.stream, || {
+            self.front.set_features(features & self.offered | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits())?;
+            for &(index, setup, base) in queues {
+                self.front.set_vring_num(index, setup.size)?;
+                self.front.set_vring_base(index, base)?;
+                let addresses = VringConfigData {
+                    queue_max_size: setup.size,
+                    queue_size: setup.size,
+                    flags: 0,
+                    desc_table_addr: host(setup.desc)?,
+                    used_ring_addr: host(setup.device)?,
+                    avail_ring_addr: host(setup.driver)?,
+                    log_addr: None,
+                };
+                self.front.set_vring_addr(index, &addresses)?;
+                self.front.set_vring_call(index, &self.wires[index].call)?;
+                self.front.set_vring_kick(index, &self.wires[index].kick)?;
+                self.front.set_vring_enable(index, true)?;
+            }
+            Ok(())
+        })
     }
 
     /// Stops a queue; where it stands.
     pub fn stop(&mut self, index: usize) -> Result<u32> {
-        Ok(self.front.get_vring_base(index)?)
+        Ok(within(&self.stream, || self.front.get_vring_base(index))?)
     }
 
     /// Shares another region.
     pub fn add_memory(&mut self, region: &VhostUserMemoryRegionInfo) -> Result<()> {
-        self.front.add_mem_region(region).map(|_| ()).context("ADD_MEM_REG")
+        within(&self.stream, || self.front.add_mem_region(region)).map(|_| ()).context("ADD_MEM_REG")
     }
 
     /// Has the back end let go of a region.
     pub fn remove_memory(&mut self, region: &VhostUserMemoryRegionInfo) -> Result<()> {
-        self.front.remove_mem_region(region).context("REM_MEM_REG")
+        within(&self.stream, || self.front.remove_mem_region(region)).context("REM_MEM_REG")
     }
 
     /// Begins another session, when the back end has been started again.
@@ -209,14 +216,32 @@ impl Backend {
         let opened = open(self.kind, &self.socket, self.wires.len(), memory, &self.config_changed)?;
         ensure!(opened.queues == self.wires.len(), "the back end has fewer queues than before");
         self.front = opened.front;
+        self.stream = opened.stream;
         self.config = opened.config;
         self.channel = opened.channel;
         Ok(())
     }
 }
 
+/// Does something with a session. The `vhost` crate waits for answers for ever, so a back end that does not give one
+/// loses its connection.
+fn within<T>(stream: &UnixStream, what: impl FnOnce() -> T) -> T {
+    let (done, ends) = channel::<()>();
+    std::thread::scope(|scope| {
+        scope.spawn(move || {
+            if ends.recv_timeout(ANSWER_LIMIT) == Err(RecvTimeoutError::Timeout) {
+                let _ = stream.shutdown(Shutdown::Both);
+            }
+        });
+        let result = what();
+        drop(done);
+        result
+    })
+}
+
 struct Opened {
     front: Frontend,
+    stream: UnixStream,
     offered: u64,
     features: u64,
     queues: usize,
@@ -233,7 +258,17 @@ fn open(
 ) -> Result<Opened> {
     let stream =
         wait::until("a back end that listens", CONNECT_LIMIT, || Ok(UnixStream::connect(socket).ok()))?;
-    let mut front = Frontend::from_stream(stream, queues as u64);
+    within(&stream.try_clone()?, || negotiate(kind, stream, queues, memory, config_changed))
+}
+
+fn negotiate(
+    kind: Kind,
+    stream: UnixStream,
+    queues: usize,
+    memory: &[VhostUserMemoryRegionInfo],
+    config_changed: &Arc<dyn Fn() + Send + Sync>,
+) -> Result<Opened> {
+    let mut front = Frontend::from_stream(stream.try_clone()?, queues as u64);
     front.set_owner()?;
     let offered = front.get_features()?;
     let theirs = front.get_protocol_features()?;
@@ -268,7 +303,7 @@ fn open(
             vec![0x02, 0x4b, 0x4b, 0, 0, 1, 1, 0]
         }
     };
-    Ok(Opened { front, offered, features, queues, config, channel })
+    Ok(Opened { front, stream, offered, features, queues, config, channel })
 }
 
 fn read_config(front: &mut Frontend) -> Result<Vec<u8>> {
@@ -352,5 +387,21 @@ impl Drop for Channel {
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixListener;
+
+    use super::{Arc, Backend, Kind};
+
+    #[test]
+    fn a_back_end_that_does_not_answer_is_given_up() -> anyhow::Result<()> {
+        let dir = tempfile::tempdir()?;
+        let socket = dir.path().join("s");
+        let _listener = UnixListener::bind(&socket)?;
+        assert!(Backend::connect(Kind::Block, &socket, 1, &[], Arc::new(|| {})).is_err());
+        Ok(())
     }
 }
