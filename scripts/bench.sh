@@ -2,7 +2,8 @@
 # Rates, latencies and CPU time of the engine beside its peers, in the same run: vbench drives each back end in turn
 # through a real session, without a guest. How to read the figures: docs/performance.md.
 #
-#   scripts/bench.sh [null|tmpfs|disk|pacing|idle|all]     BENCH_ROUNDS (5) and BENCH_SECONDS (2) for each line
+#   scripts/bench.sh [null|tmpfs|disk|pacing|idle|guest|all]   BENCH_ROUNDS (5) and BENCH_SECONDS (2) for each line
+#   guest: with and without a virtual machine, BENCH_ROUNDS (11) of 200,000 requests; needs /dev/kvm
 #   BENCH_DISK: where the image for "disk" is made (default: /var/tmp), BENCH_FLOOR: another floor to run beside ours
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -10,7 +11,7 @@ what=${1:-all}
 rounds=${BENCH_ROUNDS:-5}
 seconds=${BENCH_SECONDS:-2}
 
-cargo build --release -p vhost-blk -p vbench
+cargo build --release -p vhost-blk -p vbench -p kickless-guest -p kickless-tests --bins
 bin=${CARGO_TARGET_DIR:-target}/release
 tmp=$(mktemp -d)
 shm=$(mktemp -d /dev/shm/kickless-XXXXXX)
@@ -98,4 +99,8 @@ if [ "$what" = idle ] || [ "$what" = all ]; then
         kill $daemon; wait $daemon || true; daemon=
         rm -f "$tmp"/*
     done
+fi
+if [ "$what" = guest ] || [ "$what" = all ]; then
+    echo "== what the virtual machine costs"
+    "$bin/kvm-harness" latency --rounds "${BENCH_ROUNDS:-11}" --device-cpu "$device" --driver-cpu "$driver"
 fi
