@@ -68,7 +68,7 @@ pub fn suppressed(scene: &Scene, platform: Platform) -> Result<Option<String>> {
 /// Both sides go to sleep after every request and must be woken every time.
 fn wake_ups(scene: &Scene, platform: Platform, poll: &'static str) -> Result<Option<String>> {
     let (mut guest, daemon) = boot(scene, platform, poll, 0)?;
-    let load = Load::new(Op::Read).depth(1).requests(20_000).limit(Duration::from_secs(20));
+    let load = Load::new(Op::Read).depth(1).requests(20_000).limit(Duration::from_secs(60));
     let outcome = guest.run(&load)?;
     outcome.expect_clean()?;
     ensure!(outcome.interrupts > 1000, "{} interrupts: the guest has hardly slept", outcome.interrupts);

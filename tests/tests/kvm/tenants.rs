@@ -9,6 +9,7 @@ use kickless_tests::daemon::{Daemon, Options};
 use kickless_tests::image::{Image, MIB};
 use kickless_tests::scenario::{Guest, Load, Plan, Platform};
 use kickless_tests::scene::Scene;
+use kickless_tests::wait;
 
 /// The longest that a request of the well-behaved guest may take.
 const STALL: Duration = Duration::from_millis(100);
@@ -34,12 +35,12 @@ impl Two {
 
     /// Has the good guest work while `bad` is done, and fails if it has noticed. A stall is not the daemon's fault on
     /// a host that stalls by itself: then it is tried again, a few times.
-    fn while_working(&mut self, mut bad: impl FnMut(&Daemon) -> Result<()>) -> Result<()> {
+    fn while_working(&mut self, mut bad: impl FnMut(&mut Daemon) -> Result<()>) -> Result<()> {
         let mut stalls = Vec::new();
         for seed in 0..4 {
             self.good.start(&Load::verified().depth(4).requests(4000).seed(seed))?;
             self.good.after(200)?;
-            bad(&self.daemon)?;
+            bad(&mut self.daemon)?;
             let outcome = self.good.finish()?;
             outcome.expect_clean()?;
             if outcome.longest < STALL {
@@ -60,14 +61,21 @@ impl Two {
 pub fn misdeeds(scene: &Scene, platform: Platform) -> Result<Option<String>> {
     let mut two = Two::start(scene, platform)?;
     let mut bad = two.bad_guest(scene, platform)?;
-    two.while_working(|_| {
+    two.while_working(|daemon| {
         for misdeed in 0..misdeed::COUNT {
             if misdeed == misdeed::RESET_IN_FLIGHT {
                 continue;
             }
             for seed in 1..=if misdeed == misdeed::NOISE { 20 } else { 1 } {
                 let order = Order { misdeed, seed, ..Bare::blank(kind::MISBEHAVE, 1) };
+                let before = daemon.stats()?.errors();
                 bad.bare()?.order(&order, LIMIT)?;
+                // Noise may happen to be good enough.
+                if misdeed != misdeed::NOISE {
+                    wait::until(&format!("the daemon's notice of misdeed {misdeed}"), LIMIT, || {
+                        Ok((daemon.stats()?.errors() > before).then_some(()))
+                    })?;
+                }
                 bad.reset()?;
             }
         }
