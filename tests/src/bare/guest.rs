@@ -39,6 +39,9 @@ pub fn boot(plan: &Plan) -> Result<BareGuest> {
         kind: device.kind,
         socket: device.socket.clone(),
         queues: device.queues,
+        // What it leaves of these, the guest says itself.
+        ring_size: 1024,
+        features: !0,
     });
     let kernel = program().context("kickless-guest is not built: cargo build --workspace --bins")?;
     let machine = Machine::start(&Config {

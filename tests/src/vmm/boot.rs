@@ -19,6 +19,8 @@ use vm_memory::{
     Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, ReadVolatile,
 };
 
+use super::acpi;
+
 /// Where what the loader leaves for the guest lies, all below 640 KiB.
 const GDT: u64 = 0x500;
 const START_INFO: u64 = 0x6000;
@@ -124,6 +126,7 @@ fn write_start_info(memory: &GuestMemoryMmap, initramfs: Option<(u64, u64)>) -> 
         memmap_entries: map.len() as u32,
         nr_modules: modules.len() as u32,
         modlist_paddr: if modules.is_empty() { 0 } else { MODULES },
+        rsdp_paddr: acpi::RSDP,
         ..Default::default()
     };
     let mut params = BootParams::new(&info, GuestAddress(START_INFO));
@@ -140,6 +143,7 @@ fn write_zero_page(
     initramfs: Option<(u64, u64)>,
 ) -> Result<()> {
     zero_page.hdr.type_of_loader = 0xff;
+    zero_page.acpi_rsdp_addr = acpi::RSDP;
     zero_page.hdr.cmd_line_ptr = CMDLINE as u32;
     zero_page.hdr.cmdline_size = CMDLINE_SIZE as u32;
     if let Some((start, size)) = initramfs {
@@ -156,7 +160,7 @@ fn write_zero_page(
 }
 
 /// Maps the first 4 GiB one to one.
-fn write_page_tables(memory: &GuestMemoryMmap) -> Result<()> {
+pub fn write_page_tables(memory: &GuestMemoryMmap) -> Result<()> {
     memory.write_obj(PDPT | 3, GuestAddress(PML4))?;
     for gib in 0..4_u64 {
         let directory = PAGE_DIRECTORIES + gib * 0x1000;

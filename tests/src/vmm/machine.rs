@@ -1,12 +1,16 @@
 //! The virtual machine: memory, devices, CPUs.
 
 use std::fmt::Write as _;
+use std::io::{Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use kickless_guest::{EVENT_PORT, event};
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_pit_config};
 use kvm_ioctls::{IoEventAddress, Kvm, VmFd};
@@ -14,6 +18,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 use vm_superio::{Serial, Trigger};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use super::acpi;
 use super::backend::{Backend, Kind, QueueSetup};
 use super::boot::{self, Image};
 use super::memory::{Backing, Memory};
@@ -25,15 +30,15 @@ const MMIO_BASE: u64 = 0xd000_0000;
 /// Lines of the I/O APIC that devices have, more than one a line when there are many.
 const FIRST_LINE: u32 = 5;
 const LINES: u32 = 19;
-const SERIAL_PORT: u16 = 0x3f8;
-const SERIAL_LINE: u32 = 4;
+/// First ports and lines of the serial ports: the console, and one for whoever wants to talk to the guest.
+const SERIAL: [acpi::Uart; 2] = [acpi::Uart { port: 0x3f8, line: 4 }, acpi::Uart { port: 0x2f8, line: 3 }];
 /// The keyboard controller, by which PCs are reset.
 const RESET_PORT: u16 = 0x64;
 /// Where Intel's processors want some pages of their own; below all that is used here.
 const TSS_ADDRESS: usize = 0xfffb_d000;
 const IDENTITY_MAP_ADDRESS: u64 = 0xfffb_c000;
-/// Descriptors a ring may have.
-const MAX_RING: u16 = 1024;
+/// How long a serial port whose guest does not take what is typed is left alone.
+const SERIAL_PAUSE: Duration = Duration::from_millis(1);
 
 /// A device of the machine.
 #[derive(Debug, Clone)]
@@ -44,6 +49,10 @@ pub struct DeviceSpec {
     pub socket: PathBuf,
     /// Queues, at most.
     pub queues: usize,
+    /// Descriptors a ring may have.
+    pub ring_size: u16,
+    /// Features of the back end that are passed on.
+    pub features: u64,
 }
 
 /// What a machine is to be like.
@@ -72,12 +81,14 @@ pub struct Machine {
     cpus: Vec<Vcpu>,
     board: Arc<Board>,
     started: Instant,
+    /// Our end of the second serial port's socket, and the thread that types what comes out of it.
+    cable: Option<(UnixStream, JoinHandle<()>)>,
 }
 
 /// What all CPUs share.
 struct Board {
     devices: Vec<Arc<Device>>,
-    serial: Mutex<Serial<Line, vm_superio::serial::NoEvents, Vec<u8>>>,
+    serial: [Mutex<Uart>; 2],
     /// How often the guest was called, for one that waits.
     rung: Mutex<u64>,
     ring: Condvar,
@@ -90,6 +101,28 @@ struct Board {
 impl std::fmt::Debug for Board {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Board").field("devices", &self.devices).finish_non_exhaustive()
+    }
+}
+
+type Uart = Serial<Line, vm_superio::serial::NoEvents, Cable>;
+
+/// What is at the other end of a serial port: a socket, or until there is one, a place to keep what is written.
+#[derive(Debug, Default)]
+struct Cable {
+    kept: Vec<u8>,
+    socket: Option<UnixStream>,
+}
+
+impl Write for Cable {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        match &mut self.socket {
+            Some(socket) => socket.write(bytes),
+            None => self.kept.write(bytes),
+        }
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
     }
 }
 
@@ -148,14 +181,17 @@ impl Machine {
         for (i, spec) in config.devices.iter().enumerate() {
             devices.push(Arc::new(Device::new(&vm, i, spec, &memory)?));
         }
-        let mut image = image_for(config, &devices);
-        let entry = boot::load(&image, lock(&memory).map())?;
-        image.cmdline.clear();
-        let line = EventFd::new(EFD_NONBLOCK)?;
-        vm.register_irqfd(&line, SERIAL_LINE)?;
+        let entry = boot::load(&image_for(config, &devices), lock(&memory).map())?;
+        let mmio: Vec<acpi::Mmio> = devices.iter().map(|device| device.describe()).collect();
+        acpi::write(lock(&memory).map(), config.cpus, &mmio, &SERIAL)?;
+        let uart = |uart: acpi::Uart| {
+            let line = EventFd::new(EFD_NONBLOCK)?;
+            vm.register_irqfd(&line, uart.line).context("KVM_IRQFD")?;
+            Ok::<_, anyhow::Error>(Mutex::new(Serial::new(Line(line), Cable::default())))
+        };
         let board = Arc::new(Board {
             devices,
-            serial: Mutex::new(Serial::new(Line(line), Vec::new())),
+            serial: [uart(SERIAL[0])?, uart(SERIAL[1])?],
             rung: Mutex::new(0),
             ring: Condvar::new(),
             stopping: AtomicBool::new(false),
@@ -164,7 +200,7 @@ impl Machine {
             vm: Arc::clone(&vm),
         });
         let cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).context("KVM_GET_SUPPORTED_CPUID")?;
-        let mut machine = Machine { cpus: Vec::new(), board, started };
+        let mut machine = Machine { cpus: Vec::new(), board, started, cable: None };
         // The first CPU last: it starts the others.
         for index in (0..config.cpus).rev() {
             let pin = config.pin.get(index % config.pin.len().max(1)).copied();
@@ -191,16 +227,30 @@ impl Machine {
         Some(self.board.first_request.get()?.duration_since(self.started))
     }
 
-    /// What the guest has written to its serial port.
+    /// What the guest has written to its console.
     pub fn serial(&self) -> String {
-        String::from_utf8_lossy(lock(&self.board.serial).writer()).into_owned()
+        String::from_utf8_lossy(&lock(&self.board.serial[0]).writer().kept).into_owned()
     }
 
-    /// Types at the serial port.
-    pub fn type_in(&self, text: &[u8]) -> Result<()> {
-        let mut serial = lock(&self.board.serial);
-        serial.enqueue_raw_bytes(text).map_err(|error| anyhow::anyhow!("serial port: {error:?}"))?;
-        Ok(())
+    /// The other end of the second serial port, to be asked for once. What the guest has written to it is there.
+    pub fn talk(&mut self) -> Result<UnixStream> {
+        ensure!(self.cable.is_none(), "somebody talks to the guest already");
+        let (mut ours, theirs) = UnixStream::pair()?;
+        {
+            let mut uart = lock(&self.board.serial[1]);
+            let cable = uart.writer_mut();
+            ours.write_all(&std::mem::take(&mut cable.kept))?;
+            cable.socket = Some(ours.try_clone()?);
+        }
+        let (mut from, board) = (ours.try_clone()?, Arc::clone(&self.board));
+        let thread = std::thread::spawn(move || {
+            let mut bytes = [0; 64];
+            while let Ok(len @ 1..) = from.read(&mut bytes) {
+                board.type_in(&bytes[..len]);
+            }
+        });
+        self.cable = Some((ours, thread));
+        Ok(theirs)
     }
 
     /// The file that holds the memory region at `start`, and its size.
@@ -253,6 +303,11 @@ impl Machine {
         self.cpus.iter_mut().all(|cpu| cpu.ended().is_some())
     }
 
+    /// Whether the guest has powered off: one CPU does so for all.
+    pub fn is_off(&mut self) -> bool {
+        self.cpus.iter_mut().any(|cpu| matches!(cpu.ended(), Some(Ended::Stopped(_))))
+    }
+
     /// Stops the CPUs; where each of them was.
     pub fn stop(&mut self) -> Vec<Ended> {
         self.board.stopping.store(true, Ordering::Release);
@@ -266,6 +321,10 @@ impl Drop for Machine {
         // Back ends hear of it by their sockets being closed, as from a VMM that was killed.
         self.stop();
         self.cpus.clear();
+        if let Some((socket, thread)) = self.cable.take() {
+            let _ = socket.shutdown(Shutdown::Both);
+            let _ = thread.join();
+        }
     }
 }
 
@@ -299,10 +358,18 @@ impl Device {
             vm.register_ioevent(&wires.kick, &notify, queue as u32).context("KVM_IOEVENTFD")?;
             vm.register_irqfd(&wires.call, line).context("KVM_IRQFD")?;
         }
-        let registers =
-            Registers::new(backend.kind().id(), backend.features(), backend.wires().len(), MAX_RING);
+        let registers = Registers::new(
+            backend.kind().id(),
+            backend.features() & spec.features,
+            backend.wires().len(),
+            spec.ring_size,
+        );
         let state = State { registers, backend, running: Vec::new(), failure: None };
         Ok(Device { base, line, state: Mutex::new(state), changed, memory: Arc::clone(memory) })
+    }
+
+    fn describe(&self) -> acpi::Mmio {
+        acpi::Mmio { base: self.base as u32, size: mmio::SIZE as u32, line: self.line }
     }
 
     /// Takes a change of the configuration in, if one was announced.
@@ -401,6 +468,26 @@ impl State {
 }
 
 impl Board {
+    /// Types at the second serial port, as fast as the guest takes it.
+    fn type_in(&self, mut bytes: &[u8]) {
+        while !bytes.is_empty() && !self.stopping.load(Ordering::Acquire) {
+            let mut uart = lock(&self.serial[1]);
+            let room = uart.fifo_capacity().min(bytes.len());
+            let typed = uart.enqueue_raw_bytes(&bytes[..room]).unwrap_or(0);
+            drop(uart);
+            bytes = &bytes[typed..];
+            if typed == 0 {
+                std::thread::sleep(SERIAL_PAUSE);
+            }
+        }
+    }
+
+    fn uart(&self, port: u16) -> Option<(MutexGuard<'_, Uart>, u8)> {
+        let at = |uart: &acpi::Uart| (uart.port..uart.port + 8).contains(&port);
+        let index = SERIAL.iter().position(at)?;
+        Some((lock(&self.serial[index]), (port - SERIAL[index].port) as u8))
+    }
+
     fn device(&self, address: u64) -> Option<(&Arc<Device>, u64)> {
         let offset = address.checked_sub(MMIO_BASE)?;
         Some((self.devices.get((offset / mmio::SIZE) as usize)?, offset % mmio::SIZE))
@@ -423,17 +510,15 @@ thread_local! {
 
 impl Bus for Board {
     fn port_read(&self, port: u16, data: &mut [u8]) {
-        data.fill(0xff);
-        if let (SERIAL_PORT..=0x3ff, [byte]) = (port, data) {
-            *byte = lock(&self.serial).read((port - SERIAL_PORT) as u8);
+        // The keyboard controller is always ready.
+        data.fill(if port == RESET_PORT { 0 } else { 0xff });
+        if let (Some((mut uart, register)), [byte]) = (self.uart(port), data) {
+            *byte = uart.read(register);
         }
     }
 
     fn port_write(&self, _cpu: usize, port: u16, data: &[u8]) -> bool {
         match (port, data) {
-            (SERIAL_PORT..=0x3ff, &[byte]) => {
-                let _ = lock(&self.serial).write((port - SERIAL_PORT) as u8, byte);
-            }
             (EVENT_PORT, &[a, b, c, d]) => match u32::from_le_bytes([a, b, c, d]) {
                 event::FIRST_REQUEST => {
                     let _ = self.first_request.set(Instant::now());
@@ -446,6 +531,11 @@ impl Bus for Board {
                 _ => {}
             },
             (RESET_PORT, &[0xfe]) => return false,
+            (_, &[byte]) => {
+                if let Some((mut uart, register)) = self.uart(port) {
+                    let _ = uart.write(register, byte);
+                }
+            }
             _ => {}
         }
         true
@@ -461,6 +551,13 @@ impl Bus for Board {
     fn mmio_write(&self, address: u64, data: &[u8]) {
         if let Some((device, offset)) = self.device(address) {
             device.write(offset, data);
+        }
+    }
+
+    fn ended(&self) {
+        // Whoever waits for the guest's words has waited long enough.
+        if let Some(socket) = &lock(&self.serial[1]).writer().socket {
+            let _ = socket.shutdown(Shutdown::Both);
         }
     }
 }

@@ -15,8 +15,10 @@
 //! | [`backend`] | its other half: the vhost-user session, and the eventfds of the queues |
 //! | [`vcpu`]    | a CPU: a thread in `KVM_RUN`                                          |
 //! | [`boot`]    | how a guest is loaded and where it begins                             |
+//! | [`acpi`]    | the tables by which Linux finds devices and CPUs                      |
 //! | [`stats`]   | what KVM counts                                                       |
 
+pub mod acpi;
 pub mod backend;
 pub mod boot;
 pub mod machine;

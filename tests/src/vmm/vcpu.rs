@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use kvm_bindings::{CpuId, kvm_regs, kvm_sregs};
-use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
+use kvm_ioctls::{Cap, VcpuExit, VcpuFd, VmFd};
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::sys::pthread::pthread_kill;
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
@@ -22,6 +22,11 @@ use super::stats::CpuStats;
 /// Gets a thread out of `KVM_RUN`.
 const KICK: Signal = Signal::SIGUSR2;
 
+/// CPUID 1, ECX: there is a hypervisor, whose clock Linux then uses.
+const HYPERVISOR: u32 = 1 << 31;
+/// CPUID 1, ECX: the local APIC's timer goes by the time-stamp counter.
+const TSC_DEADLINE: u32 = 1 << 24;
+
 /// What the rest of the machine does for a CPU.
 pub trait Bus: Send + Sync {
     /// A read of a port.
@@ -32,6 +37,8 @@ pub trait Bus: Send + Sync {
     fn mmio_read(&self, address: u64, data: &mut [u8]);
     /// A write to a device's memory.
     fn mmio_write(&self, address: u64, data: &[u8]);
+    /// A CPU has come to its end, which [`Vcpu::ended`] knows by now.
+    fn ended(&self);
 }
 
 /// Why a CPU has come to its end.
@@ -73,11 +80,16 @@ impl Vcpu {
             // SAFETY: the handler does nothing, which is safe at any time.
             let _ = unsafe { sigaction(KICK, &action) };
         });
+        // Never among what is supported, since only userspace knows of the APIC (KVM_GET_SUPPORTED_CPUID).
+        let deadline = vm.check_extension(Cap::TscDeadlineTimer);
         let mut vcpu = vm.create_vcpu(index as u64).context("KVM_CREATE_VCPU")?;
         let mut cpuid = cpuid.clone();
         for entry in cpuid.as_mut_slice() {
             match entry.function {
-                1 => entry.ebx = entry.ebx & 0x00ff_ffff | (index as u32) << 24,
+                1 => {
+                    entry.ebx = entry.ebx & 0x00ff_ffff | (index as u32) << 24;
+                    entry.ecx |= HYPERVISOR | if deadline { TSC_DEADLINE } else { 0 };
+                }
                 0xb | 0x1f => entry.edx = index as u32,
                 _ => {}
             }
@@ -100,6 +112,7 @@ impl Vcpu {
             }
             let end = run(&mut vcpu, index, &*bus, &stopped);
             let _ = sender.send(end);
+            bus.ended();
         })?;
         Ok(Vcpu { stop, thread: Some(thread), ended, outcome: None, stats })
     }
