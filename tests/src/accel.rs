@@ -1,8 +1,8 @@
 //! KVM or TCG, found out by measuring.
 //!
 //! `/dev/kvm` does not mean that KVM is of use: under some hypervisors it opens and yet executes guest kernels
-//! hundreds of times too slowly. So one guest is booted under KVM, against the clock, and the answer is kept next to
-//! the guest image. `KICKLESS_ACCEL=kvm` or `KICKLESS_ACCEL=tcg` says it without measuring.
+//! hundreds of times too slowly. A loop tells in milliseconds ([`speed`]); where it is fast, one guest is booted under
+//! KVM, against the clock, and the answer is kept next to the guest image. `KICKLESS_ACCEL=kvm` or `KICKLESS_ACCEL=tcg` says it without measuring.
 
 use std::fmt;
 use std::fs;
@@ -14,6 +14,7 @@ use anyhow::{Result, bail};
 
 use crate::qemu::{Vm, guest_dir};
 use crate::scene::Scene;
+use crate::vmm::speed;
 
 /// How fast a guest has to boot under KVM. On a machine where KVM is what it should be it takes a second or two.
 const KVM_LIMIT: Duration = Duration::from_secs(12);
@@ -78,6 +79,9 @@ fn decide() -> Result<(Accel, String)> {
     }
     if fs::OpenOptions::new().read(true).write(true).open("/dev/kvm").is_err() {
         return Ok((Accel::Tcg, "/dev/kvm does not open".to_owned()));
+    }
+    if let Some(reason) = speed::is_emulated() {
+        return Ok((Accel::Tcg, reason));
     }
     let cache = guest_dir().join("accel");
     if let Some(answer) = read_cache(&cache) {

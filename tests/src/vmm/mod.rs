@@ -17,6 +17,7 @@
 //! | [`boot`]    | how a guest is loaded and where it begins                             |
 //! | [`acpi`]    | the tables by which Linux finds devices and CPUs                      |
 //! | [`stats`]   | what KVM counts                                                       |
+//! | [`speed`]   | how fast guests run here, measured                                    |
 
 pub mod acpi;
 pub mod backend;
@@ -24,6 +25,7 @@ pub mod boot;
 pub mod machine;
 pub mod memory;
 pub mod mmio;
+pub mod speed;
 pub mod stats;
 pub mod vcpu;
 
