@@ -1,12 +1,13 @@
 #!/bin/bash
-# Builds the guest the QEMU tests boot, out of Debian packages: OUTDIR/vmlinuz and OUTDIR/initramfs.
+# Builds the guest the tests boot, out of Debian packages: OUTDIR/vmlinuz and OUTDIR/initramfs; OUTDIR/vmlinux, the
+# same kernel unpacked; and OUTDIR/kvm, its modules for a host of further guests (scripts/nested.sh).
 #
 #   scripts/guest-image.sh [OUTDIR]        (default: target/guest)
 #
 # The kernel is downloaded with apt-get and unpacked, never installed; everything else is copied from this
 # system. A second call with the same packages and the same script does nothing. Needs no root.
 #
-# Packages: busybox-static cpio fio e2fsprogs util-linux binutils gcc (and qemu-system-x86 to boot it).
+# Packages: busybox-static cpio fio e2fsprogs util-linux binutils xz-utils gcc (and qemu-system-x86 to boot it).
 set -euo pipefail
 export LC_ALL=C PATH="$PATH:/usr/sbin:/sbin"
 
@@ -15,8 +16,8 @@ out=${1:-$here/target/guest}
 say() { echo "guest-image: $*" >&2; }
 die() { say "$*"; exit 1; }
 
-for tool in busybox cpio dash fio mkfs.ext4 e2fsck blockdev blkdiscard nm readelf gcc apt-get dpkg; do
-    command -v "$tool" >/dev/null || die "no $tool: apt-get install busybox-static cpio fio e2fsprogs util-linux binutils gcc"
+for tool in busybox cpio dash fio mkfs.ext4 e2fsck blockdev blkdiscard nm readelf xz gcc apt-get dpkg; do
+    command -v "$tool" >/dev/null || die "no $tool: apt-get install busybox-static cpio fio e2fsprogs util-linux binutils xz-utils gcc"
 done
 busybox=$(command -v busybox)
 ! readelf -l "$busybox" | grep -q INTERP || die "$busybox is not static: apt-get install busybox-static"
@@ -32,7 +33,7 @@ stamp=$({
     apt-cache show --no-all-versions "$kernel" | grep -E '^(Package|Version):'
     dpkg-query -W busybox-static dash fio e2fsprogs util-linux libc6
 } | sha256sum | cut -d' ' -f1)
-if [ -s "$out/vmlinuz" ] && [ -s "$out/initramfs" ] && [ "$(cat "$out/stamp" 2>/dev/null)" = "$stamp" ]; then
+if [ -s "$out/vmlinuz" ] && [ -s "$out/vmlinux" ] && [ -s "$out/initramfs" ] && [ "$(cat "$out/stamp" 2>/dev/null)" = "$stamp" ]; then
     say "$out is up to date"
     exit 0
 fi
@@ -57,9 +58,9 @@ mods=$tmp/pkg/lib/modules/$version/kernel
 index=$tmp/index # NAME PATH, with '-' written as '_' in the names
 find "$mods" -name '*.ko*' | awk -F/ '{ n = $NF; sub(/\.ko.*/, "", n); gsub(/-/, "_", n); print n, $0 }' >"$index"
 : >"$root/etc/modules"
-add_module() { # appends to etc/modules in the order in which to load
-    local name=${1//-/_} path dep
-    grep -qx "$name.ko" "$root/etc/modules" && return
+add_module() { # NAME [DIR LIST]: into DIR, and appended to LIST in the order in which to load
+    local name=${1//-/_} dir=${2:-$root/lib/modules/$version} list=${3:-$root/etc/modules} path dep
+    ! grep -sqx "$name.ko" "$list" || return 0
     path=$(awk -v n="$name" '$1 == n { print $2; exit }' "$index")
     if [ -z "$path" ]; then
         grep -q "/${name//_/[-_]}\.ko" "$tmp/pkg/lib/modules/$version/modules.builtin" && return
@@ -73,12 +74,23 @@ add_module() { # appends to etc/modules in the order in which to load
     # .modinfo is a list of NUL-terminated key=value strings.
     for dep in $(objcopy -O binary --only-section=.modinfo "$tmp/$name.ko" /dev/stdout | tr '\0' '\n' |
         sed -n 's/^depends=//p' | tr ',' '\n'); do
-        [ -z "$dep" ] || add_module "$dep"
+        [ -z "$dep" ] || add_module "$dep" "$dir" "$list"
     done
-    strip --strip-debug -o "$root/lib/modules/$version/$name.ko" "$tmp/$name.ko"
-    echo "$name.ko" >>"$root/etc/modules"
+    strip --strip-debug -o "$dir/$name.ko" "$tmp/$name.ko"
+    echo "$name.ko" >>"$list"
 }
-for m in crc32c_generic virtio_pci virtio_console virtio_blk ext4; do add_module "$m"; done
+for m in crc32c_generic virtio_pci virtio_mmio virtio_console virtio_blk ext4; do add_module "$m"; done
+mkdir "$tmp/kvm"
+add_module kvm_amd "$tmp/kvm" "$tmp/kvm/list"
+
+# The kernel as an ELF file: where a bzImage has it, its header says (Documentation/arch/x86/boot.rst). Booting it
+# spares the guest the unpacking.
+bzimage=$tmp/pkg/boot/vmlinuz-$version
+word() { od -A n -t "u$1" -j "$2" -N "$1" "$bzimage" | tr -d ' '; }
+start=$((($(word 1 497) + 1) * 512 + $(word 4 584)))
+# The last four bytes are the size afterwards, which is not part of what was compressed.
+dd if="$bzimage" bs=64K iflag=skip_bytes,count_bytes skip=$start count=$(($(word 4 588) - 4)) status=none |
+    xz -dc >"$tmp/vmlinux" || die "the kernel is not packed with xz"
 
 say "copying programs"
 cp "$busybox" "$root/bin/busybox"
@@ -145,7 +157,7 @@ for lib in $(readelf -d "$fio" | sed -n 's/.*(NEEDED).*\[\(.*\)\]/\1/p'); do
     [ -n "$path" ] && install_lib "$path"
 done
 
-# The agent: in comes a command line on a port of the virtio console; out come its output and a marker with the exit code.
+# The agent: in comes a command line on a port; out come its output and a marker with the exit code.
 cat >"$root/init" <<'INIT'
 #!/bin/busybox sh
 export PATH=/bin HOME=/ TERM=dumb LC_ALL=C
@@ -160,10 +172,17 @@ cd /
 # Memory plugged in later goes on line by itself (the kernel's command line may already say so).
 [ -w /sys/devices/system/memory/auto_online_blocks ] &&
     echo online_movable >/sys/devices/system/memory/auto_online_blocks
-# A port can be open once only, so all that runs inherits it.
-# The first number is the device's among all virtio devices, disks included.
-until set -- /dev/vport*p1 && [ -c "$1" ]; do usleep 10000; done
-exec 3<>"$1"
+# The port is a serial one if the command line says which, or one of a virtio console. It is opened once, and all
+# that runs inherits it: a console's port can be open once only.
+port=$(sed -n 's/.*kickless\.agent=\([^ ]*\).*/\/dev\/\1/p' /proc/cmdline)
+if [ -n "$port" ]; then
+    stty -F "$port" raw -echo
+else
+    # The first number is the device's among all virtio devices, disks included.
+    until set -- /dev/vport*p1 && [ -c "$1" ]; do usleep 10000; done
+    port=$1
+fi
+exec 3<>"$port"
 echo "@@AGENT READY@@" >&3
 while read -r id line <&3; do
     /bin/sh -c "$line" </dev/null >&3 2>&1 3>&-
@@ -183,7 +202,8 @@ fi
 say "packing"
 (cd "$root" && find . | cpio --quiet -o -H newc -R 0:0) >"$tmp/initramfs"
 cp "$tmp/pkg/boot/vmlinuz-$version" "$tmp/vmlinuz"
-mv "$tmp/vmlinuz" "$tmp/initramfs" "$out/"
+rm -rf "$out/kvm"
+mv "$tmp/vmlinuz" "$tmp/vmlinux" "$tmp/initramfs" "$tmp/kvm" "$out/"
 rm -f "$out/accel"
 echo "$stamp" >"$out/stamp"
 say "$out: Linux $version, initramfs $(du -h "$out/initramfs" | cut -f1)"
