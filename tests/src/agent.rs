@@ -1,5 +1,5 @@
-//! The command line inside the guest, over a port of a virtio console (an emulated UART
-//! loses bytes now and then).
+//! The command line inside the guest, over a port of a virtio console (QEMU's UART loses bytes now and then), or the
+//! second serial port of a machine of ours.
 
 use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -8,11 +8,16 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 
+use crate::wait;
+
 /// What the guest's init prints when it takes commands.
 const READY: &[u8] = b"@@AGENT READY@@\n";
 
 /// The longest command line that is sent.
 const MAX_COMMAND: usize = 2048;
+
+/// How long a command in the guest may take when the test does not say.
+const RUN_LIMIT: Duration = Duration::from_secs(60);
 
 /// What a command in the guest left behind.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -21,6 +26,60 @@ pub struct Output {
     pub stdout: String,
     /// The exit code.
     pub code: i32,
+}
+
+/// A guest that runs commands.
+pub trait Shell {
+    /// Runs a command in the guest; when it does not end in time, the guest is of no more use.
+    fn run_for(&mut self, command: &str, limit: Duration) -> Result<Output>;
+
+    /// Runs a command in the guest, for at most a minute.
+    fn run(&mut self, command: &str) -> Result<Output> {
+        self.run_for(command, RUN_LIMIT)
+    }
+
+    /// Runs a command in the guest, fails unless it exits with 0, and returns its output without the last newline.
+    fn check(&mut self, command: &str) -> Result<String> {
+        let output = self.run(command)?;
+        ensure!(output.code == 0, "guest command `{command}`: exit code {}\n{}", output.code, output.stdout);
+        Ok(output.stdout.trim_end().to_owned())
+    }
+
+    /// Waits until a command in the guest exits with 0.
+    fn check_soon(&mut self, command: &str, limit: Duration) -> Result<()> {
+        wait::until(command, limit, || Ok((self.run(command)?.code == 0).then_some(())))
+    }
+
+    /// Starts a command in the guest without waiting for it; [`Shell::join`] with the same name does.
+    fn start(&mut self, name: &str, command: &str) -> Result<()> {
+        let code = format!("/tmp/{name}.code");
+        self.check(&format!("rm -f {code}; ( ( {command} ) >/tmp/{name}.out 2>&1; echo $? >{code} ) &"))?;
+        Ok(())
+    }
+
+    /// Whether a command begun with [`Shell::start`] is still running.
+    fn is_running(&mut self, name: &str) -> Result<bool> {
+        Ok(self.run(&format!("test -s /tmp/{name}.code"))?.code != 0)
+    }
+
+    /// Waits for the end of a command begun with [`Shell::start`].
+    fn join(&mut self, name: &str, limit: Duration) -> Result<Output> {
+        let seconds = limit.as_secs();
+        let wait = format!(
+            "end=$(($(date +%s) + {seconds})); while ! test -s /tmp/{name}.code; do \
+             test $(date +%s) -lt $end || exit 1; sleep 0.2; done"
+        );
+        if self.run_for(&wait, limit + Duration::from_secs(15))?.code != 0 {
+            let state = self.run("cd /sys/block; head -n 1 */inflight */stat; ps | grep -v '\\['")?;
+            bail!(
+                "{name} has not ended within {limit:?}; the guest's disks and processes:\n{}",
+                state.stdout
+            );
+        }
+        let code = self.check(&format!("cat /tmp/{name}.code"))?;
+        let stdout = self.check(&format!("cat /tmp/{name}.out"))?;
+        Ok(Output { stdout, code: code.trim().parse()? })
+    }
 }
 
 /// The connection to the agent.
@@ -39,7 +98,7 @@ impl Agent {
         Ok(listener)
     }
 
-    /// Wraps the connection that QEMU made.
+    /// Wraps the connection to the guest.
     pub fn new(stream: UnixStream) -> Result<Self> {
         stream.set_nonblocking(false)?;
         Ok(Self { stream, buffer: Vec::new(), last_id: 0 })
@@ -101,7 +160,7 @@ impl Agent {
         self.stream.set_read_timeout(Some(left))?;
         let mut chunk = [0; 4096];
         match self.stream.read(&mut chunk) {
-            Ok(0) => bail!("QEMU has closed the agent's port"),
+            Ok(0) => bail!("the agent's port has been closed"),
             Ok(len) => self.buffer.extend_from_slice(&chunk[..len]),
             Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {}
             Err(error) => return Err(error.into()),

@@ -11,6 +11,7 @@
 //! | [`agent`]   | the command line inside the guest                                              |
 //! | [`qmp`]     | QEMU's control socket                                                          |
 //! | [`fio`]     | verified load inside the guest                                                 |
+//! | [`linux`]   | Linux as one of the guests of [`scenario`]s, in QEMU and in a machine of ours  |
 //! | [`image`]   | disk images as the host sees them                                              |
 //!
 //! Everything that waits has a deadline, and nothing outlives the test that started it.

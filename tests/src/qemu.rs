@@ -8,26 +8,27 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
 use crate::accel::{self, Accel};
-use crate::agent::{Agent, Output};
+use crate::agent::{Agent, Output, Shell};
 use crate::process::{self, Process};
 use crate::qmp::Qmp;
 use crate::scene::{Scene, tail};
 use crate::wait;
 
 /// How long the guest may take from power-on to the agent's prompt.
-const BOOT_LIMIT: Duration = Duration::from_secs(60);
-
-/// How long a command in the guest may take when the test does not say.
-const RUN_LIMIT: Duration = Duration::from_secs(60);
+pub const BOOT_LIMIT: Duration = Duration::from_secs(60);
 
 /// How long the guest may take to let go of a device.
 const UNPLUG_LIMIT: Duration = Duration::from_secs(40);
 
 /// The kernel's command line, but for what [`VmBuilder::kernel_arg`] adds: little to say, nothing to probe for,
 /// reboot on panic (which the harness notices).
-const KERNEL_ARGS: &str = "console=ttyS0 loglevel=5 panic=-1 oops=panic mitigations=off nokaslr \
+pub const KERNEL_ARGS: &str = "console=ttyS0 loglevel=5 panic=-1 oops=panic mitigations=off nokaslr \
      no_timer_check nowatchdog audit=0 cryptomgr.notests rcupdate.rcu_expedited=1 \
      memhp_default_state=online_movable";
+
+/// Words of a kernel that something is wrong with.
+pub const KERNEL_COMPLAINTS: [&str; 6] =
+    ["I/O error", "BUG:", "WARNING:", "blocked for more than", "EXT4-fs error", "Oops"];
 
 /// The emulator.
 pub const QEMU: &str = "qemu-system-x86_64";
@@ -234,6 +235,12 @@ pub struct Vm {
     tolerated: Vec<&'static str>,
 }
 
+impl Shell for Vm {
+    fn run_for(&mut self, command: &str, limit: Duration) -> Result<Output> {
+        Vm::run_for(self, command, limit)
+    }
+}
+
 impl Vm {
     /// Describes a virtual machine: 384 MiB, four CPUs, no disks.
     pub fn builder() -> VmBuilder {
@@ -245,12 +252,12 @@ impl Vm {
         self.accel
     }
 
-    /// Runs a command in the guest, for at most a minute.
+    /// [`Shell::run`].
     pub fn run(&mut self, command: &str) -> Result<Output> {
-        self.run_for(command, RUN_LIMIT)
+        Shell::run(self, command)
     }
 
-    /// Runs a command in the guest; when it does not end in time, the virtual machine is killed.
+    /// [`Shell::run_for`]; when the command does not end in time, the virtual machine is killed.
     pub fn run_for(&mut self, command: &str, limit: Duration) -> Result<Output> {
         match self.agent.run(command, limit) {
             Ok(output) => Ok(output),
@@ -262,47 +269,29 @@ impl Vm {
         }
     }
 
-    /// Runs a command in the guest, fails unless it exits with 0, and returns its output without the last newline.
+    /// [`Shell::check`].
     pub fn check(&mut self, command: &str) -> Result<String> {
-        let output = self.run(command)?;
-        ensure!(output.code == 0, "guest command `{command}`: exit code {}\n{}", output.code, output.stdout);
-        Ok(output.stdout.trim_end().to_owned())
+        Shell::check(self, command)
     }
 
-    /// Waits until a command in the guest exits with 0.
+    /// [`Shell::check_soon`].
     pub fn check_soon(&mut self, command: &str, limit: Duration) -> Result<()> {
-        wait::until(command, limit, || Ok((self.run(command)?.code == 0).then_some(())))
+        Shell::check_soon(self, command, limit)
     }
 
-    /// Starts a command in the guest without waiting for it; [`Vm::join`] with the same name does.
+    /// [`Shell::start`].
     pub fn start(&mut self, name: &str, command: &str) -> Result<()> {
-        let code = format!("/tmp/{name}.code");
-        self.check(&format!("rm -f {code}; ( ( {command} ) >/tmp/{name}.out 2>&1; echo $? >{code} ) &"))?;
-        Ok(())
+        Shell::start(self, name, command)
     }
 
-    /// Whether a command begun with [`Vm::start`] is still running.
+    /// [`Shell::is_running`].
     pub fn is_running(&mut self, name: &str) -> Result<bool> {
-        Ok(self.run(&format!("test -s /tmp/{name}.code"))?.code != 0)
+        Shell::is_running(self, name)
     }
 
-    /// Waits for the end of a command begun with [`Vm::start`].
+    /// [`Shell::join`].
     pub fn join(&mut self, name: &str, limit: Duration) -> Result<Output> {
-        let seconds = limit.as_secs();
-        let wait = format!(
-            "end=$(($(date +%s) + {seconds})); while ! test -s /tmp/{name}.code; do \
-             test $(date +%s) -lt $end || exit 1; sleep 0.2; done"
-        );
-        if self.run_for(&wait, limit + Duration::from_secs(15))?.code != 0 {
-            let state = self.run("cd /sys/block; head -n 1 */inflight */stat; ps | grep -v '\\['")?;
-            bail!(
-                "{name} has not ended within {limit:?}; the guest's disks and processes:\n{}",
-                state.stdout
-            );
-        }
-        let code = self.check(&format!("cat /tmp/{name}.code"))?;
-        let stdout = self.check(&format!("cat /tmp/{name}.out"))?;
-        Ok(Output { stdout, code: code.trim().parse()? })
+        Shell::join(self, name, limit)
     }
 
     /// Sends a complete QMP request and returns what it returns.
@@ -382,16 +371,11 @@ impl Vm {
         ensure!(status.success(), "QEMU: {status}\n{}", self.process.stderr_tail());
         self.expect_silence("QEMU", &self.process.stderr(), &["vhost"])?;
         let kernel = std::fs::read(&self.kernel_log)?;
-        let bad = ["I/O error", "BUG:", "WARNING:", "blocked for more than", "EXT4-fs error", "Oops"];
-        self.expect_silence("the guest's kernel", &String::from_utf8_lossy(&kernel), &bad)
+        self.expect_silence("the guest's kernel", &String::from_utf8_lossy(&kernel), &KERNEL_COMPLAINTS)
     }
 
     fn expect_silence(&self, who: &str, said: &str, bad: &[&str]) -> Result<()> {
-        let is_any = |line: &str, words: &[&str]| words.iter().any(|&word| line.contains(word));
-        match said.lines().find(|line| is_any(line, bad) && !is_any(line, &self.tolerated)) {
-            Some(line) => bail!("{who} says: {line}"),
-            None => Ok(()),
-        }
+        expect_silence(who, said, bad, &self.tolerated)
     }
 
     /// Kills QEMU with `SIGKILL`.
@@ -433,6 +417,15 @@ impl Vm {
     fn explain(&self, error: anyhow::Error) -> anyhow::Error {
         let said = self.process.stderr_tail();
         error.context(format!("QEMU says:\n{said}\nthe guest's kernel says:\n{}", tail(&self.kernel_log, 30)))
+    }
+}
+
+/// Fails if a line of what somebody has said has bad words in it, and none that are tolerated.
+pub fn expect_silence(who: &str, said: &str, bad: &[&str], tolerated: &[&str]) -> Result<()> {
+    let is_any = |line: &str, words: &[&str]| words.iter().any(|&word| line.contains(word));
+    match said.lines().find(|line| is_any(line, bad) && !is_any(line, tolerated)) {
+        Some(line) => bail!("{who} says: {line}"),
+        None => Ok(()),
     }
 }
 
