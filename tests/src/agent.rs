@@ -104,6 +104,11 @@ impl Agent {
         Ok(Self { stream, buffer: Vec::new(), last_id: 0 })
     }
 
+    /// For an agent that has moved: commands are counted on from those that `before` has sent.
+    pub fn go_on_after(&mut self, before: &Agent) {
+        self.last_id = before.last_id;
+    }
+
     /// Waits for the agent to come up, which it does at every boot.
     pub fn wait_ready(&mut self, limit: Duration) -> Result<()> {
         let deadline = Instant::now() + limit;

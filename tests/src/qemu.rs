@@ -17,6 +17,9 @@ use crate::wait;
 /// How long the guest may take from power-on to the agent's prompt.
 pub const BOOT_LIMIT: Duration = Duration::from_secs(60);
 
+/// How long a migration may take.
+const MIGRATION_LIMIT: Duration = Duration::from_secs(60);
+
 /// How long the guest may take to let go of a device.
 const UNPLUG_LIMIT: Duration = Duration::from_secs(40);
 
@@ -173,22 +176,34 @@ impl VmBuilder {
             Some(accel) => accel,
             None => accel::choose()?,
         };
+        let deadline = Instant::now() + self.boot_limit;
+        let mut vm = self.spawn(scene, accel, None)?;
+        vm.agent.wait_ready(deadline.saturating_duration_since(Instant::now())).map_err(|e| vm.explain(e))?;
+        Ok(vm)
+    }
+
+    /// Starts QEMU, for a guest that boots or for one that comes from elsewhere.
+    fn spawn(self, scene: &Scene, accel: Accel, incoming: Option<&Path>) -> Result<Vm> {
         let kernel_log = scene.fresh_log("kernel");
         // Sockets next to the log, with the same number.
         let agent_path = kernel_log.with_extension("agent");
         let qmp_path = kernel_log.with_extension("qmp");
         let agent = Agent::listen(&agent_path)?;
         let qmp = Agent::listen(&qmp_path)?;
-        let args = self.args(accel, &kernel_log, &agent_path, &qmp_path);
+        let mut args = self.args(accel, &kernel_log, &agent_path, &qmp_path);
+        args.extend(
+            incoming
+                .map(|path| ["-incoming".to_owned(), format!("unix:{}", path.display())])
+                .into_iter()
+                .flatten(),
+        );
         let program = process::find_program(QEMU).with_context(|| format!("no {QEMU}"))?;
         let mut process = Process::spawn(scene, "qemu", &program, &args)?;
-
-        let deadline = Instant::now() + self.boot_limit;
         let qmp = Qmp::new(accept(&qmp, &mut process)?)?;
         let agent = Agent::new(accept(&agent, &mut process)?)?;
-        let mut vm = Vm { process, agent, qmp, kernel_log, accel, tolerated: Vec::new() };
-        vm.agent.wait_ready(deadline.saturating_duration_since(Instant::now())).map_err(|e| vm.explain(e))?;
-        Ok(vm)
+        // The kernel's log may be made later than we look for a fresh name.
+        let _ = std::fs::File::options().create(true).append(true).open(&kernel_log);
+        Ok(Vm { process, agent, qmp, kernel_log, accel, tolerated: Vec::new(), builder: self })
     }
 
     fn args(&self, accel: Accel, kernel_log: &Path, agent: &Path, qmp: &Path) -> Vec<String> {
@@ -233,6 +248,8 @@ pub struct Vm {
     kernel_log: PathBuf,
     accel: Accel,
     tolerated: Vec<&'static str>,
+    /// What another QEMU is started with when the guest migrates.
+    builder: VmBuilder,
 }
 
 impl Shell for Vm {
@@ -344,6 +361,30 @@ impl Vm {
     pub fn unplug_memory(&mut self, id: &str) -> Result<()> {
         self.unplug(id)?;
         self.qmp.execute("object-del", &json!({ "id": format!("mem-{id}") }))?;
+        Ok(())
+    }
+
+    /// Migrates the guest to another QEMU on this host, live. When that fails, it goes on where it is, and why is the
+    /// error. What was plugged in since booting cannot come along.
+    pub fn migrate(&mut self, scene: &Scene) -> Result<()> {
+        // Asked first: the other QEMU would wait for back ends that serve this one.
+        let blocked = &self.qmp.execute("query-migrate", &json!({}))?["blocked-reasons"];
+        ensure!(blocked.is_null(), "migration is blocked: {blocked}");
+        let socket = scene.fresh_log("migration").with_extension("sock");
+        let mut there = self.builder.clone().spawn(scene, self.accel, Some(&socket))?;
+        self.qmp.execute("migrate", &json!({ "uri": format!("unix:{}", socket.display()) }))?;
+        wait::until("end of the migration", MIGRATION_LIMIT, || {
+            let state = self.qmp.execute("query-migrate", &json!({}))?;
+            match state["status"].as_str() {
+                Some("completed") => Ok(Some(())),
+                Some("failed" | "cancelled") => bail!("migration: {state}"),
+                _ => Ok(None),
+            }
+        })?;
+        there.agent.go_on_after(&self.agent);
+        there.tolerated.append(&mut self.tolerated);
+        // The old one holds a guest that must not run again.
+        *self = there;
         Ok(())
     }
 

@@ -460,6 +460,11 @@ pub trait Guest {
     /// Has the driver reset its devices and set them up again.
     fn reset(&mut self) -> Result<()>;
 
+    /// Moves the guest to another machine on this host while it runs. If that fails, it goes on where it is.
+    fn migrate(&mut self, _scene: &Scene) -> Result<()> {
+        bail!("this guest cannot be migrated")
+    }
+
     /// To be called when a back end was started again: connects to it, where the platform does not by itself.
     fn reconnect(&mut self, device: usize) -> Result<()>;
 

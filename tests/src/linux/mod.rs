@@ -327,6 +327,10 @@ impl Guest for LinuxGuest {
         self.host.power_off()
     }
 
+    fn migrate(&mut self, scene: &Scene) -> Result<()> {
+        self.host.qemu()?.migrate(scene)
+    }
+
     fn qemu(&mut self) -> Result<&mut Vm> {
         self.host.qemu()
     }
