@@ -14,7 +14,8 @@ use crate::scenario::{Expect, Guest, Load, Op, Outcome, Plan, Wait};
 use crate::scene::Scene;
 use crate::vmm;
 use crate::vmm::boot::Image;
-use crate::vmm::machine::{Config, DeviceSpec, Machine};
+use crate::vmm::device::DeviceSpec;
+use crate::vmm::machine::{Config, Machine};
 use crate::vmm::memory::Backing;
 
 /// Where memory that is added later begins; every region has this much room.

@@ -4,7 +4,6 @@ use std::fmt::Write as _;
 use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::JoinHandle;
@@ -13,23 +12,18 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use kickless_guest::{EVENT_PORT, event};
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_pit_config};
-use kvm_ioctls::{IoEventAddress, Kvm, VmFd};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+use kvm_ioctls::{Kvm, VmFd};
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 use vm_superio::{Serial, Trigger};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::acpi;
-use super::backend::{Backend, Kind, QueueSetup};
 use super::boot::{self, Image};
+use super::device::{Device, DeviceSpec};
+use super::lock;
 use super::memory::{Backing, Memory};
-use super::mmio::{self, Effect, INT_CONFIG, NEEDS_RESET, Registers};
 use super::vcpu::{Bus, Ended, Vcpu};
 
-/// Where devices are, one after the other.
-const MMIO_BASE: u64 = 0xd000_0000;
-/// Lines of the I/O APIC that devices have, more than one a line when there are many.
-const FIRST_LINE: u32 = 5;
-const LINES: u32 = 19;
 /// First ports and lines of the serial ports: the console, and one for whoever wants to talk to the guest.
 const SERIAL: [acpi::Uart; 2] = [acpi::Uart { port: 0x3f8, line: 4 }, acpi::Uart { port: 0x2f8, line: 3 }];
 /// The keyboard controller, by which PCs are reset.
@@ -39,21 +33,6 @@ const TSS_ADDRESS: usize = 0xfffb_d000;
 const IDENTITY_MAP_ADDRESS: u64 = 0xfffb_c000;
 /// How long a serial port whose guest does not take what is typed is left alone.
 const SERIAL_PAUSE: Duration = Duration::from_millis(1);
-
-/// A device of the machine.
-#[derive(Debug, Clone)]
-pub struct DeviceSpec {
-    /// What it is.
-    pub kind: Kind,
-    /// Where its back end listens.
-    pub socket: PathBuf,
-    /// Queues, at most.
-    pub queues: usize,
-    /// Descriptors a ring may have.
-    pub ring_size: u16,
-    /// Features of the back end that are passed on.
-    pub features: u64,
-}
 
 /// What a machine is to be like.
 #[derive(Debug, Clone)]
@@ -136,30 +115,6 @@ impl Trigger for Line {
     fn trigger(&self) -> std::io::Result<()> {
         self.0.write(1)
     }
-}
-
-#[derive(Debug)]
-struct Device {
-    base: u64,
-    line: u32,
-    state: Mutex<State>,
-    /// The back end has announced another configuration.
-    changed: Arc<AtomicBool>,
-    memory: Arc<Mutex<Memory>>,
-}
-
-#[derive(Debug)]
-struct State {
-    registers: Registers,
-    backend: Backend,
-    /// Indices of the queues that run.
-    running: Vec<usize>,
-    /// What went wrong last.
-    failure: Option<String>,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Machine {
@@ -264,14 +219,14 @@ impl Machine {
     /// Gives the guest, and every back end, another region of memory.
     pub fn add_memory(&self, start: u64, size: u64, backing: Backing) -> Result<()> {
         let region = lock(&self.board.memory).add(&self.board.vm, start, size, backing)?;
-        self.board.devices.iter().try_for_each(|device| lock(&device.state).backend.add_memory(&region))
+        self.board.devices.iter().try_for_each(|device| device.add_memory(&region))
     }
 
     /// Takes a region away again.
     pub fn remove_memory(&self, start: u64) -> Result<()> {
         let region = lock(&self.board.memory).describe(start)?;
         for device in &self.board.devices {
-            lock(&device.state).backend.remove_memory(&region)?;
+            device.remove_memory(&region)?;
         }
         lock(&self.board.memory).remove(&self.board.vm, start)
     }
@@ -294,8 +249,7 @@ impl Machine {
                 return Some(format!("CPU {i}: {why}"));
             }
         }
-        let failure = |device: &Arc<Device>| lock(&device.state).failure.clone();
-        self.board.devices.iter().find_map(failure)
+        self.board.devices.iter().find_map(|device| device.failure())
     }
 
     /// Whether all CPUs have ended.
@@ -331,140 +285,10 @@ impl Drop for Machine {
 fn image_for(config: &Config, devices: &[Arc<Device>]) -> Image {
     let mut image = config.image.clone();
     for device in devices {
-        let (size, base, line) = (mmio::SIZE, device.base, device.line);
+        let acpi::Mmio { base, size, line } = device.describe();
         let _ = write!(image.cmdline, " virtio_mmio.device={size:#x}@{base:#x}:{line}");
     }
     image
-}
-
-impl Device {
-    fn new(vm: &VmFd, index: usize, spec: &DeviceSpec, memory: &Arc<Mutex<Memory>>) -> Result<Device> {
-        let base = MMIO_BASE + index as u64 * mmio::SIZE;
-        let line = FIRST_LINE + index as u32 % LINES;
-        let config_line = EventFd::new(EFD_NONBLOCK)?;
-        vm.register_irqfd(&config_line, line).context("KVM_IRQFD")?;
-        let changed = Arc::new(AtomicBool::new(false));
-        let announce = {
-            let changed = Arc::clone(&changed);
-            Arc::new(move || {
-                changed.store(true, Ordering::Release);
-                let _ = config_line.write(1);
-            })
-        };
-        let regions = lock(memory).describe_all();
-        let backend = Backend::connect(spec.kind, &spec.socket, spec.queues, &regions, announce)?;
-        for (queue, wires) in backend.wires().iter().enumerate() {
-            let notify = IoEventAddress::Mmio(base + mmio::QUEUE_NOTIFY);
-            vm.register_ioevent(&wires.kick, &notify, queue as u32).context("KVM_IOEVENTFD")?;
-            vm.register_irqfd(&wires.call, line).context("KVM_IRQFD")?;
-        }
-        let registers = Registers::new(
-            backend.kind().id(),
-            backend.features() & spec.features,
-            backend.wires().len(),
-            spec.ring_size,
-        );
-        let state = State { registers, backend, running: Vec::new(), failure: None };
-        Ok(Device { base, line, state: Mutex::new(state), changed, memory: Arc::clone(memory) })
-    }
-
-    fn describe(&self) -> acpi::Mmio {
-        acpi::Mmio { base: self.base as u32, size: mmio::SIZE as u32, line: self.line }
-    }
-
-    /// Takes a change of the configuration in, if one was announced.
-    fn refresh(&self, state: &mut State) {
-        if self.changed.swap(false, Ordering::AcqRel) {
-            state.registers.interrupts |= INT_CONFIG;
-            state.registers.generation = state.registers.generation.wrapping_add(1);
-            let read = state.backend.read_config();
-            state.note(read);
-        }
-    }
-
-    fn read(&self, offset: u64, data: &mut [u8]) {
-        let mut state = lock(&self.state);
-        self.refresh(&mut state);
-        state.registers.read(offset, state.backend.config(), data);
-    }
-
-    fn write(&self, offset: u64, data: &[u8]) {
-        let mut state = lock(&self.state);
-        let result = match state.registers.write(offset, data) {
-            Effect::None => Ok(()),
-            Effect::Start => {
-                let queues: Vec<usize> =
-                    (0..state.registers.queues.len()).filter(|&i| state.registers.queues[i].ready).collect();
-                self.start_queues(&mut state, &queues, |_, _| Ok(0))
-            }
-            Effect::Reset => {
-                state.stop_queues();
-                Ok(())
-            }
-            Effect::Notify(queue) => match state.backend.wires().get(queue as usize) {
-                Some(wires) => wires.kick.write(1).context("kick"),
-                None => Ok(()),
-            },
-            Effect::WriteConfig(offset, bytes) => state.backend.write_config(offset, &bytes),
-        };
-        state.note(result);
-    }
-
-    fn start_queues(
-        &self,
-        state: &mut State,
-        queues: &[usize],
-        base: impl Fn(&QueueSetup, &Memory) -> Result<u16>,
-    ) -> Result<()> {
-        let memory = lock(&self.memory);
-        let mut setups = Vec::new();
-        for &index in queues {
-            let setup = state.registers.queues[index].setup;
-            setups.push((index, setup, base(&setup, &memory)?));
-        }
-        let host = |address: u64| {
-            let host = memory.map().get_host_address(GuestAddress(address));
-            Ok(host.with_context(|| format!("a ring at {address:#x}"))? as u64)
-        };
-        let features = state.registers.features();
-        state.backend.start(features, &setups, host)?;
-        state.running = queues.to_vec();
-        Ok(())
-    }
-
-    fn reconnect(&self) -> Result<()> {
-        let mut state = lock(&self.state);
-        let regions = lock(&self.memory).describe_all();
-        state.backend.reconnect(&regions)?;
-        state.failure = None;
-        let queues = std::mem::take(&mut state.running);
-        // What is in flight is served again, from where the used ring ends (vhost-user, "Reconnecting").
-        self.start_queues(&mut state, &queues, |setup, memory| {
-            Ok(memory.map().read_obj::<u16>(GuestAddress(setup.device + 2))?)
-        })?;
-        for &index in &queues {
-            state.backend.wires()[index].kick.write(1)?;
-            // The one that was lost with the old process, perhaps.
-            state.backend.wires()[index].call.write(1)?;
-        }
-        Ok(())
-    }
-}
-
-impl State {
-    fn stop_queues(&mut self) {
-        for index in std::mem::take(&mut self.running) {
-            // A back end that has gone has stopped.
-            let _ = self.backend.stop(index);
-        }
-    }
-
-    fn note(&mut self, result: Result<()>) {
-        if let Err(error) = result {
-            self.registers.status |= NEEDS_RESET;
-            self.failure = Some(format!("{error:#}"));
-        }
-    }
 }
 
 impl Board {
@@ -489,8 +313,8 @@ impl Board {
     }
 
     fn device(&self, address: u64) -> Option<(&Arc<Device>, u64)> {
-        let offset = address.checked_sub(MMIO_BASE)?;
-        Some((self.devices.get((offset / mmio::SIZE) as usize)?, offset % mmio::SIZE))
+        let (index, offset) = Device::at(address)?;
+        Some((self.devices.get(index)?, offset))
     }
 
     /// Sleeps until somebody has rung since the last time.

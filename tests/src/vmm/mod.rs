@@ -11,6 +11,7 @@
 //! |-------------|-----------------------------------------------------------------------|
 //! | [`machine`] | the virtual machine: memory, devices and CPUs put together            |
 //! | [`memory`]  | guest memory in memfds, which can come and go                         |
+//! | [`device`]  | a virtio-mmio device: registers, back end, and the wires between them and KVM |
 //! | [`mmio`]    | the registers of a virtio-mmio device                                 |
 //! | [`backend`] | its other half: the vhost-user session, and the eventfds of the queues |
 //! | [`vcpu`]    | a CPU: a thread in `KVM_RUN`                                          |
@@ -22,12 +23,15 @@
 pub mod acpi;
 pub mod backend;
 pub mod boot;
+pub mod device;
 pub mod machine;
 pub mod memory;
 pub mod mmio;
 pub mod speed;
 pub mod stats;
 pub mod vcpu;
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Why there is no virtual machine here, if there is none.
 pub fn missing_needs() -> Option<String> {
@@ -42,4 +46,9 @@ pub fn missing_needs() -> Option<String> {
 pub fn ticks_per_ns() -> anyhow::Result<f64> {
     let vcpu = kvm_ioctls::Kvm::new()?.create_vm()?.create_vcpu(0)?;
     Ok(f64::from(vcpu.get_tsc_khz()?) / 1e6)
+}
+
+/// Locks, whatever has become of others who did.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
