@@ -54,7 +54,7 @@ pub fn missing_needs() -> Option<String> {
         return Some(reason);
     }
     let guest = guest_dir();
-    (!guest.join("vmlinuz").is_file() || !guest.join("initramfs").is_file())
+    (!guest.join("vmlinux").is_file() || !guest.join("initramfs").is_file())
         .then(|| format!("no guest in {}: run scripts/guest-image.sh", guest.display()))
 }
 
@@ -220,7 +220,7 @@ impl VmBuilder {
             add("object", format!("memory-backend-memfd,id=boot-mem{n},size={mib}M,share=on"));
             add("device", format!("pc-dimm,id=boot-dimm{n},memdev=boot-mem{n}"));
         }
-        add("kernel", guest.join("vmlinuz").display().to_string());
+        add("kernel", guest.join("vmlinux").display().to_string());
         add("initrd", guest.join("initramfs").display().to_string());
         add("append", self.kernel_args.clone());
         add("serial", format!("file:{}", kernel_log.display()));
