@@ -1,10 +1,18 @@
-//! The front end: connects by the `vhost` crate's half of the protocol, lays rings out, runs jobs.
+//! The front end: connects by the `vhost` crate's half of the protocol and lays rings out.
 
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Arc;
+use std::sync::mpsc::{Sender, channel};
+use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
+use nix::errno::Errno;
+use nix::sys::socket::{
+    AddressFamily, SockFlag, SockType, UnixAddr, connect, setsockopt, socket, sockopt::SendTimeout,
+};
+use nix::sys::time::{TimeVal, TimeValLike};
 use poll_engine::device::features;
 use poll_engine::memory::Ram;
 use poll_engine::ring::RingConfig;
@@ -12,94 +20,243 @@ use poll_engine::ring::driver::DriverRing;
 use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::Load;
+use crate::drive::drive;
 use crate::job::{Job, JobResult};
+use crate::requests::Region;
+use crate::spec::Spec;
+use crate::verify::Ledger;
 
-const RAM: u64 = 256 << 20;
+/// How long a back end may take for the start of a session.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// `VIRTIO_BLK_F_RO`.
+const READ_ONLY: u64 = 1 << 5;
+/// `VIRTIO_F_RING_PACKED`.
+const RING_PACKED: u64 = 1 << 34;
+const HUGE_PAGE: u64 = 2 << 20;
 
 /// The results of all jobs. `mark` is called when measuring begins and when it ends.
-pub fn run(socket: &Path, run: &Load, mut mark: impl FnMut()) -> Result<Vec<JobResult>> {
-    let jobs = run.numjobs;
-    let path = socket.display();
-    let mut front = Frontend::connect(socket, jobs.into())
-        .with_context(|| format!("cannot connect to {path}; is the back end running?"))?;
-    let refused = || format!("{path} refused the session");
-    front.set_owner().with_context(refused)?;
-    let offered = front.get_features().with_context(refused)?;
-    let protocol_bit = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
-    let mut wanted = features::VERSION_1 | protocol_bit;
-    wanted |= if run.indirect { features::INDIRECT_DESC } else { 0 };
-    wanted |= if run.no_event_idx { 0 } else { offered & features::EVENT_IDX };
-    if wanted & !offered != 0 {
-        bail!("{path} does not offer feature bits {:#x}", wanted & !offered);
+pub fn run(socket: &Path, run: &Load, mark: impl FnMut()) -> Result<Vec<JobResult>> {
+    let spec = Arc::new(Spec::of(run));
+    let mut session = Session::open(socket, &[spec], &Ledger::default())?;
+    let jobs = std::mem::take(&mut session.jobs);
+    let results = drive(jobs, &[(session.fd(), 0..usize::from(run.numjobs))], mark)?;
+    match results.iter().find_map(|r| r.failure.clone()) {
+        Some(failure) => bail!("{}: {}", socket.display(), failure.message),
+        None => Ok(results),
     }
-    front.set_features(wanted).with_context(refused)?;
-    let protocol = front.get_protocol_features().with_context(refused)?;
-    let use_protocol = protocol & (VhostUserProtocolFeatures::MQ | VhostUserProtocolFeatures::CONFIG);
-    front.set_protocol_features(use_protocol).with_context(refused)?;
-    let queues =
-        if use_protocol.contains(VhostUserProtocolFeatures::MQ) { front.get_queue_num()? } else { 1 };
-    if queues < jobs.into() {
-        bail!("{path} has {queues} queues, fewer than --numjobs {jobs}");
-    }
-    let (_, config) = front.get_config(0, 8, VhostUserConfigFlags::empty(), &[0; 8]).with_context(refused)?;
-    let sectors =
-        u64::from_le_bytes(config.try_into().ok().context("a configuration space of another size")?);
+}
 
-    let mut ram = Ram::new(0, RAM, false)?;
-    let spec = ram.spec();
-    front
-        .set_mem_table(&[VhostUserMemoryRegionInfo {
-            guest_phys_addr: spec.guest_addr,
-            memory_size: spec.size,
-            userspace_addr: spec.user_addr,
-            mmap_offset: 0,
-            mmap_handle: ram.fd().as_raw_fd(),
-        }])
-        .with_context(refused)?;
+/// A started session: its queues run for as long as it is kept.
+pub struct Session {
+    front: Frontend,
+    /// One job for each queue, to be taken out and run.
+    pub jobs: Vec<(Arc<Spec>, Job)>,
+}
 
-    let size = run.ring_size();
-    let mut ready = Vec::new();
-    for index in 0..usize::from(jobs) {
-        let full = "guest memory is used up; lower --iodepth, --bs or --numjobs";
-        let config = DriverRing::lay_out(&mut ram, size, wanted & features::EVENT_IDX != 0, run.indirect)
-            .context(full)?;
-        let kick = EventFd::new(EFD_NONBLOCK)?;
-        let call = EventFd::new(EFD_NONBLOCK)?;
-        set_up(&front, index, &config, &kick, &call).with_context(refused)?;
-        front.set_vring_enable(index, true).with_context(refused)?;
-        let job = Job::new(run, index as u64, &mut ram, &config, sectors, kick).context(full)?;
-        ready.push((job, call));
+impl Session {
+    /// Connects, and starts a queue for every job of every section.
+    pub fn open(path: &Path, specs: &[Arc<Spec>], known: &Ledger) -> Result<Session> {
+        let deadline = Deadline::new(reach(path)?)?;
+        let outcome = Session::negotiate(path, deadline.stream.try_clone()?, specs, known);
+        outcome.map_err(|e| {
+            let late = "does not answer; does it serve another front end?";
+            if deadline.passed() { anyhow!("{} {late}", path.display()) } else { e }
+        })
     }
-    let stop = AtomicBool::new(false);
-    std::thread::scope(|scope| {
-        let threads: Vec<_> = ready
-            .into_iter()
-            .map(|(job, call)| {
-                let stop = &stop;
-                scope.spawn(move || {
-                    let _call = call;
-                    job.run(run, stop)
-                })
-            })
-            .collect();
-        std::thread::sleep(run.ramp_time);
-        mark();
-        std::thread::sleep(run.runtime);
-        mark();
-        stop.store(true, Ordering::Relaxed);
-        threads.into_iter().map(|t| t.join().map_err(|_| anyhow::anyhow!("a job panicked"))?).collect()
-    })
+
+    fn negotiate(path: &Path, stream: UnixStream, specs: &[Arc<Spec>], known: &Ledger) -> Result<Session> {
+        let jobs: u64 = specs.iter().map(|s| u64::from(s.numjobs)).sum();
+        let any = |is: fn(&Spec) -> bool| specs.iter().any(|s| is(s));
+        let (path, mut front) = (path.display(), Frontend::from_stream(stream, jobs));
+        let refused = || format!("{path} refused the session");
+        front.set_owner().with_context(refused)?;
+        let offered = front.get_features().with_context(refused)?;
+        if any(|s| s.packed) {
+            match offered & RING_PACKED {
+                0 => bail!("{path} does not offer RING_PACKED; run without --packed"),
+                _ => bail!(
+                    "{path} offers RING_PACKED, but this vbench drives split rings only; run without --packed"
+                ),
+            }
+        }
+        if offered & READ_ONLY != 0 && any(|s| s.rw.writes()) {
+            bail!("{path} is a read-only disk");
+        }
+        let indirect = any(|s| s.indirect);
+        let mut wanted = features::VERSION_1 | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+        wanted |= if indirect { features::INDIRECT_DESC } else { 0 };
+        wanted |= if any(|s| s.no_event_idx) { 0 } else { offered & features::EVENT_IDX };
+        if wanted & !offered != 0 {
+            bail!("{path} does not offer {}", names(wanted & !offered));
+        }
+        front.set_features(wanted).with_context(refused)?;
+        let protocol = front.get_protocol_features().with_context(refused)?;
+        let use_protocol = protocol & (VhostUserProtocolFeatures::MQ | VhostUserProtocolFeatures::CONFIG);
+        front.set_protocol_features(use_protocol).with_context(refused)?;
+        let mq = use_protocol.contains(VhostUserProtocolFeatures::MQ);
+        let queues = if mq { front.get_queue_num().with_context(refused)? } else { 1 };
+        if queues < jobs {
+            bail!("{path} has {queues} queues, fewer than the {jobs} jobs that run at once (--numjobs)");
+        }
+        if !use_protocol.contains(VhostUserProtocolFeatures::CONFIG) {
+            bail!("{path} does not tell the size of its disk: it has no configuration space");
+        }
+        let none = VhostUserConfigFlags::empty();
+        let (_, config) = front.get_config(0, 8, none, &[0; 8]).with_context(refused)?;
+        let sectors =
+            u64::from_le_bytes(config.try_into().ok().context("a configuration space of another size")?);
+        let regions = regions(specs, sectors.saturating_mul(512))?;
+
+        let mut ram = memory(specs.iter().map(|s| s.memory()).sum(), any(|s| s.hugepages))?;
+        let spec = ram.spec();
+        front
+            .set_mem_table(&[VhostUserMemoryRegionInfo {
+                guest_phys_addr: spec.guest_addr,
+                memory_size: spec.size,
+                userspace_addr: spec.user_addr,
+                mmap_offset: 0,
+                mmap_handle: ram.fd().as_raw_fd(),
+            }])
+            .with_context(refused)?;
+        let mut session = Session { front, jobs: Vec::new() };
+        for (at, (spec, index, region)) in regions.into_iter().enumerate() {
+            let full = "guest memory is used up; lower iodepth, bs or numjobs";
+            let event_idx = wanted & features::EVENT_IDX != 0;
+            let config =
+                DriverRing::lay_out(&mut ram, spec.ring_size(), event_idx, indirect).context(full)?;
+            let events = events()?;
+            set_up(&session.front, at, &config, &events)
+                .with_context(|| format!("{path} refused a ring of {} descriptors", config.size))?;
+            session.front.set_vring_enable(at, true).with_context(refused)?;
+            let job = Job::new(&spec, index, &mut ram, &config, (region, known), events).context(full)?;
+            session.jobs.push((spec, job));
+        }
+        // Answered after everything before it: what is refused without an answer shows here.
+        session.front.get_features().with_context(refused)?;
+        Ok(session)
+    }
+
+    /// The socket, to see when the back end closes it.
+    pub fn fd(&self) -> RawFd {
+        self.front.as_raw_fd()
+    }
+}
+
+/// Kick and call. A read of the call blocks.
+pub fn events() -> std::io::Result<(EventFd, EventFd)> {
+    Ok((EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?, EventFd::new(EFD_CLOEXEC)?))
+}
+
+/// A job's section, its number there, and its part of the disk.
+pub type Placed = (Arc<Spec>, usize, Region);
+
+/// All jobs with their parts of the disk.
+pub fn regions(specs: &[Arc<Spec>], disk: u64) -> Result<Vec<Placed>> {
+    let mut all: Vec<Placed> = Vec::new();
+    for spec in specs {
+        for index in 0..usize::from(spec.numjobs) {
+            let region = Region::of(spec, index as u64, disk).map_err(|e| anyhow!(e))?;
+            let spoils = |(other, _, theirs): &Placed| {
+                let verified = (spec.verify && other.rw.writes()) || (other.verify && spec.rw.writes());
+                verified && theirs.overlaps(&region)
+            };
+            if all.iter().any(spoils) {
+                bail!(
+                    "{}: another job would overwrite what is verified; give size and offset_increment",
+                    spec.name
+                );
+            }
+            all.push((Arc::clone(spec), index, region));
+        }
+    }
+    Ok(all)
+}
+
+/// Guest memory of at least `size` bytes.
+pub fn memory(size: u64, huge: bool) -> Result<Ram> {
+    let size = size.next_multiple_of(HUGE_PAGE);
+    if huge {
+        let free = |what: &str| {
+            let path = format!("/sys/kernel/mm/hugepages/hugepages-2048kB/{what}");
+            std::fs::read_to_string(path).ok().and_then(|n| n.trim().parse::<u64>().ok()).unwrap_or(0)
+        };
+        let (needed, there) =
+            (size / HUGE_PAGE, free("free_hugepages").saturating_sub(free("resv_hugepages")));
+        // Memory that is not there would end this process, and the back end, when it is touched.
+        if there < needed {
+            bail!(
+                "--hugepages needs {needed} pages of 2 MiB and {there} are free; as root: \
+                 echo {} >/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages",
+                free("nr_hugepages") + needed - there
+            );
+        }
+    }
+    Ok(Ram::new(0, size, huge)?)
+}
+
+/// Connects, but does not wait for ever for a listener that does not accept.
+fn reach(path: &Path) -> Result<UnixStream> {
+    let connected = || -> nix::Result<UnixStream> {
+        let fd = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+        setsockopt(&fd, SendTimeout, &TimeVal::seconds(PATIENCE.as_secs() as i64))?;
+        connect(fd.as_raw_fd(), &UnixAddr::new(path)?)?;
+        Ok(fd.into())
+    };
+    // A back end that has bound its socket and does not listen yet refuses.
+    let mut outcome = connected();
+    for _ in 0..5 {
+        if outcome.as_ref().err() == Some(&Errno::ECONNREFUSED) {
+            std::thread::sleep(Duration::from_millis(100));
+            outcome = connected();
+        }
+    }
+    outcome.with_context(|| format!("cannot connect to {}; is the back end running?", path.display()))
+}
+
+/// Closes the connection when a session takes too long to start: the `vhost` crate waits without a limit.
+struct Deadline {
+    stream: UnixStream,
+    thread: Option<std::thread::JoinHandle<bool>>,
+    met: Option<Sender<()>>,
+}
+
+impl Deadline {
+    fn new(stream: UnixStream) -> Result<Deadline> {
+        let (met, over) = channel();
+        let theirs = stream.try_clone()?;
+        let thread = std::thread::spawn(move || {
+            let late = over.recv_timeout(PATIENCE) == Err(std::sync::mpsc::RecvTimeoutError::Timeout);
+            late && theirs.shutdown(std::net::Shutdown::Both).is_ok()
+        });
+        Ok(Deadline { stream, thread: Some(thread), met: Some(met) })
+    }
+
+    /// Ends it, and says whether it had passed.
+    fn passed(mut self) -> bool {
+        self.met = None;
+        self.thread.take().is_some_and(|t| t.join().unwrap_or(false))
+    }
+}
+
+/// Names of feature bits.
+fn names(bits: u64) -> String {
+    let known = [
+        (features::VERSION_1, "VIRTIO_F_VERSION_1"),
+        (features::INDIRECT_DESC, "VIRTIO_F_INDIRECT_DESC (--indirect)"),
+        (VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits(), "VHOST_USER_F_PROTOCOL_FEATURES"),
+    ];
+    let names: Vec<_> = known.iter().filter(|(bit, _)| bits & bit != 0).map(|(_, name)| *name).collect();
+    names.join(" and ")
 }
 
 fn set_up(
     front: &Frontend,
     index: usize,
     config: &RingConfig,
-    kick: &EventFd,
-    call: &EventFd,
+    (kick, call): &(EventFd, EventFd),
 ) -> vhost::Result<()> {
     front.set_vring_num(index, config.size as u16)?;
     front.set_vring_base(index, config.base)?;

@@ -1,24 +1,41 @@
-//! One job: a thread that keeps one queue filled and polls for what is finished.
+//! One job: a thread that keeps one queue filled, and polls for what is finished or sleeps until interrupted.
 
+use std::mem;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
+use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
 use hdrhistogram::Histogram;
-use nix::sys::resource::{UsageWho, getrusage};
-use nix::sys::time::TimeValLike;
-use poll_engine::engine::placement::pin_to;
+use nix::errno::Errno;
+use nix::sched::{CpuSet, sched_setaffinity};
+use nix::unistd::Pid;
 use poll_engine::memory::{MemoryMap, Ram};
 use poll_engine::ring::RingConfig;
 use poll_engine::ring::driver::{Buffer, DriverRing};
 use quanta::Clock;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::{Load, Pattern};
+use crate::control::{Control, Order};
+use crate::event::sleep;
+use crate::measure::{Batches, Cost, SAMPLE, Side, histogram};
+use crate::pace::Pacer;
+use crate::requests::{Random, Region, Request, Requests};
+use crate::spec::Spec;
+use crate::verify::{self, Ledger, Written};
+
+/// No slot.
+const NONE: u16 = u16::MAX;
+
+/// Why a job ended before its time.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Failure {
+    /// In words.
+    pub message: String,
+    /// As a number, for JSON.
+    pub errno: i32,
+}
 
 /// What a job measured.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct JobResult {
     /// Requests finished in the measured time.
     pub requests: u64,
@@ -30,160 +47,492 @@ pub struct JobResult {
     pub kicks: u64,
     /// CPU seconds of this thread in all.
     pub cpu_seconds: f64,
+    /// The reads.
+    pub read: Side,
+    /// The writes.
+    pub write: Side,
+    /// Requests in flight when one was sent.
+    pub depths: Batches,
+    /// Requests sent at once.
+    pub sent: Batches,
+    /// Requests collected at once.
+    pub collected: Batches,
+    /// What the measured time took of the machine.
+    pub cost: Cost,
+    /// How many jobs this is the sum of.
+    pub jobs: u64,
+    /// What went wrong.
+    pub failure: Option<Failure>,
+    /// Where it worked.
+    pub region: Region,
+    /// What it has written, if it verifies.
+    pub ledger: Option<Ledger>,
 }
 
-/// Guest-physical places of one request.
+impl JobResult {
+    /// Of a job that has done nothing.
+    pub fn nothing(region: Region, failure: Option<Failure>) -> JobResult {
+        JobResult {
+            requests: 0,
+            seconds: 0.0,
+            latency: histogram(),
+            kicks: 0,
+            cpu_seconds: 0.0,
+            read: Side::default(),
+            write: Side::default(),
+            depths: Batches::default(),
+            sent: Batches::default(),
+            collected: Batches::default(),
+            cost: Cost::default(),
+            jobs: 1,
+            failure,
+            region,
+            ledger: None,
+        }
+    }
+
+    /// CPU time in user mode and in the kernel, as percentages of the measured time.
+    pub fn cpu_percent(&self) -> (f64, f64) {
+        let percent =
+            |seconds: f64| (seconds * 100.0 / (self.seconds.max(1e-9) * self.jobs as f64)).clamp(0.0, 100.0);
+        if self.seconds > 0.0 { (percent(self.cost.user), percent(self.cost.system)) } else { (0.0, 0.0) }
+    }
+}
+
+/// Guest-physical places of one request, and the request in it.
 #[derive(Clone, Copy, Debug)]
-struct Place {
+struct Slot {
     header: u64,
     data: u64,
     status: u64,
     table: u64,
+    busy: bool,
+    request: Request,
+    /// When its latency begins.
+    since: u64,
+    written: Written,
+}
+
+/// Where requests come from.
+#[derive(Debug)]
+enum Source {
+    Work,
+    ReadBack(std::vec::IntoIter<Request>),
 }
 
 /// A job that is ready to run.
 #[derive(Debug)]
 pub struct Job {
+    spec: Arc<Spec>,
+    index: usize,
     map: Arc<MemoryMap>,
     ring: DriverRing,
-    places: Vec<Place>,
-    blocks: u64,
+    slots: Vec<Slot>,
+    free: Vec<u16>,
+    by_head: Vec<u16>,
     kick: EventFd,
-    index: u64,
+    call: EventFd,
+    clock: Clock,
+    started: u64,
+    source: Source,
+    requests: Requests,
+    pacer: Pacer,
+    /// A request that has to wait for another one to the same place, and since when.
+    held: Option<(Request, u64)>,
+    seeds: Random,
+    scratch: Vec<u8>,
+    /// Bytes and requests that are left to send; what limits the job is counted down.
+    bytes_left: u64,
+    ios_left: u64,
+    /// When measuring began, and when the last sample was taken.
+    measuring: Option<u64>,
+    sampled: u64,
+    finished: u64,
+    result: JobResult,
 }
 
 impl Job {
-    /// Sets memory aside; `None` when there is not enough.
+    /// Sets memory aside; `None` when there is not enough. `index` is the job's in its section.
     pub fn new(
-        run: &Load,
-        index: u64,
+        spec: &Arc<Spec>,
+        index: usize,
         ram: &mut Ram,
         config: &RingConfig,
-        sectors: u64,
-        kick: EventFd,
+        (region, known): (Region, &Ledger),
+        (kick, call): (EventFd, EventFd),
     ) -> Option<Job> {
-        let places = (0..run.iodepth)
-            .map(|_| {
-                Some(Place {
-                    header: ram.alloc(16, 64)?,
-                    status: ram.alloc(1, 64)?,
-                    table: ram.alloc(48, 64)?,
-                    data: ram.alloc(u64::from(run.bs), 4096)?,
-                })
-            })
-            .collect::<Option<Vec<_>>>()?;
+        let (largest, nothing) = (spec.largest(), Request { offset: 0, len: 0, write: false });
+        let seed = spec.randseed.wrapping_add(index as u64);
+        let mut seeds = Random::new(!seed);
+        let mut scratch = vec![0; largest as usize];
+        verify::fill(&mut scratch, 0, seeds.next());
+        let mut slots = Vec::new();
+        for _ in 0..spec.iodepth {
+            let slot = Slot {
+                header: ram.alloc(16, 64)?,
+                status: ram.alloc(1, 64)?,
+                table: ram.alloc(48, 64)?,
+                data: ram.alloc(u64::from(largest), 4096)?,
+                busy: false,
+                request: nothing,
+                since: 0,
+                written: Written { len: 0, seed: 0, crc: 0 },
+            };
+            if spec.rw.writes() {
+                // Zeroes may be cheaper to store.
+                ram.map().slice(slot.data, largest)?.write(&scratch);
+            }
+            slots.push(slot);
+        }
         let ring = DriverRing::new(config, ram.map()).ok()?;
-        let blocks = (sectors * 512 / u64::from(run.bs)).max(1);
-        Some(Job { map: Arc::clone(ram.map()), ring, places, blocks, kick, index })
+        let mut result = JobResult::nothing(region, None);
+        result.ledger = spec.verify.then(|| known.within(region.start, region.start + region.len));
+        Some(Job {
+            index,
+            map: Arc::clone(ram.map()),
+            ring,
+            slots,
+            free: (0..spec.iodepth).rev().collect(),
+            by_head: vec![NONE; config.size as usize],
+            kick,
+            call,
+            clock: Clock::new(),
+            started: 0,
+            source: Source::Work,
+            requests: Requests::new(spec, index as u64, region),
+            pacer: Pacer::new(spec.rate(), seed),
+            held: None,
+            seeds,
+            scratch,
+            bytes_left: u64::MAX,
+            ios_left: u64::MAX,
+            measuring: None,
+            sampled: 0,
+            finished: 0,
+            result,
+            spec: Arc::clone(spec),
+        })
     }
 
-    /// Runs until told to stop, then collects what is in flight.
-    pub fn run(mut self, run: &Load, stop: &AtomicBool) -> Result<JobResult> {
-        if let Some(cpu) = run.cpu {
-            pin_to(cpu + self.index as usize).with_context(|| format!("cannot run on CPU {cpu}"))?;
+    /// Wakes the job when it sleeps until an interrupt.
+    pub fn waker(&self) -> std::io::Result<EventFd> {
+        self.call.try_clone()
+    }
+
+    /// Runs until its work is done or it is told to end. `ready` is called before the first request, `peer` after
+    /// requests were published.
+    pub fn run(mut self, control: &Control, ready: impl FnOnce(), mut peer: impl FnMut()) -> JobResult {
+        if let Err(e) = self.pin() {
+            self.fail(Errno::EINVAL, format!("cannot run on the CPU that was asked for: {e}"));
         }
-        let clock = Clock::new();
-        let mut random = 0x9e37_79b9_7f4a_7c15 ^ (self.index + 1);
-        let mut next_block = self.index * (self.blocks / 64);
-        let mut latency = Histogram::<u64>::new_with_bounds(1, 60_000_000_000, 3)?;
-        let mut free: Vec<u16> = (0..run.iodepth).rev().collect();
-        let mut by_head = vec![(0u16, 0u64); usize::from(run.ring_size())];
-        let (mut requests, mut kicks, mut measuring) = (0, 0, None);
-        let started = Instant::now();
-        self.ring.set_interrupts(false);
-        let mut idle = 0u32;
+        ready();
+        self.started = self.clock.raw();
+        self.limit();
+        self.ring.set_interrupts(self.spec.interrupt);
         loop {
-            let stopping = stop.load(Ordering::Relaxed);
-            if stopping && free.len() == self.places.len() {
+            let order = control.order();
+            if order == Order::Abort {
                 break;
             }
-            let now = clock.raw();
-            while let Some(slot) = if stopping { None } else { free.pop() } {
-                random ^= random << 13;
-                random ^= random >> 7;
-                random ^= random << 17;
-                let block = match run.rw {
-                    Pattern::Read | Pattern::Write => {
-                        next_block += 1;
-                        next_block % self.blocks
-                    }
-                    _ => ((u128::from(random) * u128::from(self.blocks)) >> 64) as u64,
-                };
-                let write = match run.rw {
-                    Pattern::Randwrite | Pattern::Write => true,
-                    Pattern::Randrw => random % 100 >= u64::from(run.rwmixread),
-                    _ => false,
-                };
-                let head = self
-                    .add(slot, block * u64::from(run.bs / 512), write, run)
-                    .context("the ring is full")?;
-                by_head[usize::from(head)] = (slot, now);
+            let now = self.now();
+            if order >= Order::Measure && self.measuring.is_none() {
+                self.measure(now);
             }
-            if self.ring.publish() {
-                self.kick.write(1)?;
-                kicks += 1;
-            }
-            let finished = self.ring.finished();
-            if finished == 0 {
-                idle = idle.wrapping_add(1);
-                // A look at the clock now and then ends a run against a back end that has died.
-                if idle.is_multiple_of(1 << 26) && started.elapsed() > (run.ramp_time + run.runtime) * 2 {
-                    bail!("the back end does not answer; {requests} requests were finished");
+            let sending = self.result.failure.is_none()
+                && match self.source {
+                    Source::Work => order <= Order::Measure,
+                    Source::ReadBack(_) => order <= Order::Stop,
+                };
+            let free = self.free.len();
+            while sending && self.send_next(now) {}
+            let sent = free - self.free.len();
+            let in_flight = self.slots.len() - self.free.len();
+            if sent > 0 {
+                self.result.sent.add(sent, 1);
+                self.result.depths.add_depth(in_flight, sent as u64);
+                control.report(self.finished, in_flight);
+                if self.ring.publish() {
+                    self.result.kicks += 1;
+                    // A counter that is full has been kicked.
+                    let _ = self.kick.write(1);
                 }
-                std::hint::spin_loop();
+            }
+            peer();
+            let finished = usize::from(self.ring.finished());
+            if finished == 0 {
+                if in_flight == 0 && !(sending && self.more()) {
+                    if self.read_back(order) {
+                        continue;
+                    }
+                    break;
+                }
+                self.wait(sending, now);
                 continue;
             }
-            idle = 0;
-            let now = clock.raw();
-            for _ in 0..finished {
-                let Some((head, _)) = self.ring.collect() else { break };
-                let (slot, since) = by_head[usize::from(head)];
-                let status = self.status(self.places[usize::from(slot)]);
-                if status != 0 {
-                    bail!("a request failed with status {status}");
-                }
-                if measuring.is_some() {
-                    requests += 1;
-                    latency.saturating_record(clock.delta_as_nanos(since, now));
-                }
-                free.push(slot);
+            if finished > in_flight || !self.collect(finished) {
+                self.fail(Errno::EPROTO, "the back end answered a request that is not in flight".into());
+                break;
             }
-            if measuring.is_none() && started.elapsed() >= run.ramp_time {
-                measuring = Some(Instant::now());
+            control.report(self.finished, self.slots.len() - self.free.len());
+        }
+        let end = self.now();
+        self.close(end);
+        let mut all = Cost::now();
+        self.result.cpu_seconds = all.user + all.system;
+        all.add(&self.result.cost, -1);
+        // Without a measured time `cost` is that of nothing.
+        self.result.cost = if self.measuring.is_some() { all } else { Cost::default() };
+        let JobResult { read, write, latency, requests, .. } = &mut self.result;
+        *requests = read.ios + write.ios;
+        // Same bounds, so both fit.
+        let _ = (latency.add(&read.latency), latency.add(&write.latency));
+        control.end(self.result.failure.is_some());
+        self.result
+    }
+
+    fn pin(&self) -> nix::Result<()> {
+        let mut set = CpuSet::new();
+        match (self.spec.cpu, &self.spec.cpus_allowed) {
+            (Some(first), _) => set.set(first + self.index)?,
+            (None, Some(list)) => list.0.iter().try_for_each(|&cpu| set.set(cpu))?,
+            (None, None) => return Ok(()),
+        }
+        sched_setaffinity(Pid::from_raw(0), &set)
+    }
+
+    /// What there is to do in all.
+    fn limit(&mut self) {
+        let region = self.result.region;
+        // The blocks that fit, where all are the same: what remains is less than one.
+        let same = self.spec.sizes.each_ref().map(crate::units::Sizes::only);
+        let unit = same[usize::from(self.spec.rw.writes())].filter(|_| same[0] == same[1]);
+        let whole = unit.map_or(region.len, |unit| region.len / u64::from(unit) * u64::from(unit));
+        self.bytes_left = if self.spec.time_based { u64::MAX } else { whole };
+        self.ios_left = self.spec.number_ios.unwrap_or(u64::MAX);
+    }
+
+    fn measure(&mut self, now: u64) {
+        self.measuring = Some(now);
+        self.sampled = now;
+        self.result.cost = Cost::now();
+        // What the ramp did does not count.
+        self.limit();
+    }
+
+    /// Nanoseconds since the job began.
+    #[inline]
+    fn now(&self) -> u64 {
+        self.clock.delta_as_nanos(self.started, self.clock.raw())
+    }
+
+    fn fail(&mut self, errno: Errno, message: String) {
+        self.result.failure.get_or_insert(Failure { message, errno: errno as i32 });
+    }
+
+    /// Whether there is anything left to send, now or later.
+    #[inline]
+    fn more(&self) -> bool {
+        self.held.is_some()
+            || match &self.source {
+                Source::Work => self.bytes_left > 0 && self.ios_left > 0,
+                Source::ReadBack(rest) => !rest.as_slice().is_empty(),
+            }
+    }
+
+    /// Adds the next request to the ring, if it is due and there is room.
+    #[inline]
+    fn send_next(&mut self, now: u64) -> bool {
+        let Some(&index) = self.free.last() else { return false };
+        let (request, since) = match self.held.take() {
+            Some(held) => held,
+            None if !self.more() => return false,
+            None => match &mut self.source {
+                Source::Work => {
+                    let Some(since) = self.pacer.take(now) else { return false };
+                    let request = self.requests.next();
+                    self.bytes_left = self.bytes_left.saturating_sub(u64::from(request.len));
+                    self.ios_left -= 1;
+                    (request, since)
+                }
+                Source::ReadBack(rest) => match rest.next() {
+                    Some(request) => (request, now),
+                    None => return false,
+                },
+            },
+        };
+        if let Some(ledger) = &mut self.result.ledger {
+            let conflicts =
+                |s: &Slot| s.busy && (s.request.write || request.write) && s.request.overlaps(&request);
+            if self.slots.iter().any(conflicts) {
+                // Which of them comes first would be the back end's choice.
+                self.held = Some((request, since));
+                return false;
+            }
+            if request.write {
+                ledger.forget(&request);
             }
         }
-        let seconds = measuring.map_or(0.0, |m| m.elapsed().as_secs_f64());
-        let usage = getrusage(UsageWho::RUSAGE_THREAD)?;
-        let cpu = usage.user_time().num_microseconds() + usage.system_time().num_microseconds();
-        Ok(JobResult { requests, seconds, latency, kicks, cpu_seconds: cpu as f64 / 1e6 })
+        let Some(head) = self.add(index, &request) else {
+            self.fail(Errno::ENOSPC, "the ring is full".into());
+            return false;
+        };
+        self.free.pop();
+        self.by_head[usize::from(head)] = index;
+        let slot = &mut self.slots[usize::from(index)];
+        (slot.busy, slot.request, slot.since) = (true, request, since);
+        if since != now && self.measuring.is_some() {
+            let side = if request.write { &mut self.result.write } else { &mut self.result.read };
+            side.waits.add((now - since) as f64);
+        }
+        true
     }
 
     #[inline]
-    fn status(&self, place: Place) -> u8 {
-        let mut byte = [0xff];
-        if let Some(slice) = self.map.slice(place.status, 1) {
-            slice.read(&mut byte);
-        }
-        byte[0]
-    }
-
-    #[inline]
-    fn add(&mut self, slot: u16, sector: u64, write: bool, run: &Load) -> Option<u16> {
-        let place = self.places[usize::from(slot)];
+    fn add(&mut self, index: u16, request: &Request) -> Option<u16> {
+        let slot = &mut self.slots[usize::from(index)];
         let mut header = [0; 16];
-        header[0] = u8::from(write);
-        header[8..].copy_from_slice(&sector.to_le_bytes());
-        self.map.slice(place.header, 16)?.write(&header);
-        self.map.slice(place.status, 1)?.write(&[0xff]);
+        header[0] = u8::from(request.write);
+        header[8..].copy_from_slice(&(request.offset / 512).to_le_bytes());
+        self.map.slice(slot.header, 16)?.write(&header);
+        self.map.slice(slot.status, 1)?.write(&[0xff]);
+        if request.write && self.result.ledger.is_some() {
+            let block = &mut self.scratch[..request.len as usize];
+            slot.written = verify::fill(block, request.offset, self.seeds.next());
+            self.map.slice(slot.data, request.len)?.write(block);
+        }
         let buffers = [
-            Buffer { addr: place.header, len: 16, writable: false },
-            Buffer { addr: place.data, len: run.bs, writable: !write },
-            Buffer { addr: place.status, len: 1, writable: true },
+            Buffer { addr: slot.header, len: 16, writable: false },
+            Buffer { addr: slot.data, len: request.len, writable: !request.write },
+            Buffer { addr: slot.status, len: 1, writable: true },
         ];
-        if run.indirect {
-            self.ring.add_indirect(&self.map, place.table, &buffers)
+        if self.spec.indirect {
+            self.ring.add_indirect(&self.map, slot.table, &buffers)
         } else {
             self.ring.add(&buffers)
+        }
+    }
+
+    /// Collects finished requests; false if one of them was not in flight.
+    #[inline]
+    fn collect(&mut self, finished: usize) -> bool {
+        let now = self.now();
+        for _ in 0..finished {
+            let Some((head, _)) = self.ring.collect() else { break };
+            let index = self.by_head.get_mut(usize::from(head)).map_or(NONE, |slot| mem::replace(slot, NONE));
+            let Some(slot) = self.slots.get_mut(usize::from(index)) else { return false };
+            slot.busy = false;
+            let slot = *slot;
+            self.free.push(index);
+            self.finished += 1;
+            let mut status = [0xff];
+            if let Some(at) = self.map.slice(slot.status, 1) {
+                at.read(&mut status);
+            }
+            if status[0] != 0 {
+                self.refused(&slot.request, status[0]);
+                continue;
+            }
+            if self.measuring.is_some() {
+                let side = if slot.request.write { &mut self.result.write } else { &mut self.result.read };
+                side.count(slot.request.len, now.saturating_sub(slot.since));
+            }
+            if self.result.ledger.is_some() {
+                self.verify(&slot);
+            }
+        }
+        if self.measuring.is_some() {
+            self.result.collected.add(finished, 1);
+            if now - self.sampled >= SAMPLE.as_nanos() as u64 {
+                let seconds = (now - self.sampled) as f64 / 1e9;
+                self.result.read.sample(seconds);
+                self.result.write.sample(seconds);
+                self.sampled = now;
+            }
+        }
+        true
+    }
+
+    fn refused(&mut self, request: &Request, status: u8) {
+        let kind = if request.write { "write" } else { "read" };
+        let meaning = match status {
+            1 => "VIRTIO_BLK_S_IOERR",
+            2 => "VIRTIO_BLK_S_UNSUPP",
+            0xff => "none was written",
+            _ => "unknown",
+        };
+        let message = format!(
+            "a {kind} of {} bytes at offset {} failed with status {status} ({meaning})",
+            request.len, request.offset
+        );
+        self.fail(Errno::EIO, message);
+    }
+
+    fn verify(&mut self, slot: &Slot) {
+        let Some(ledger) = &mut self.result.ledger else { return };
+        if slot.request.write {
+            ledger.record(slot.request.offset, slot.written);
+            return;
+        }
+        let block = &mut self.scratch[..slot.request.len as usize];
+        if let Some(at) = self.map.slice(slot.data, slot.request.len) {
+            at.read(block);
+        }
+        if let Err(wrong) = ledger.check(slot.request.offset, block) {
+            self.fail(Errno::EILSEQ, wrong.to_string());
+        }
+    }
+
+    /// Nothing is finished: sleeps until something may be, or spins.
+    #[inline]
+    fn wait(&mut self, sending: bool, now: u64) {
+        if !self.spec.interrupt {
+            std::hint::spin_loop();
+            return;
+        }
+        if self.ring.set_interrupts(true) {
+            return;
+        }
+        let room = sending && !self.free.is_empty() && self.held.is_none() && self.more();
+        let due = self.pacer.next().filter(|_| room && matches!(self.source, Source::Work));
+        match due {
+            Some(due) => sleep(&self.call, Some(Duration::from_nanos(due.saturating_sub(now)))),
+            None => match self.call.read() {
+                // A back end may have made the descriptor one that does not block.
+                Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => sleep(&self.call, None),
+                _ => {}
+            },
+        }
+    }
+
+    /// All work is done: whether there is something to read back now.
+    fn read_back(&mut self, order: Order) -> bool {
+        let wanted = self.spec.do_verify && self.spec.rw.writes() && order <= Order::Stop;
+        if !wanted || self.result.failure.is_some() || !matches!(self.source, Source::Work) {
+            return false;
+        }
+        let Some(ledger) = &self.result.ledger else { return false };
+        let reads = ledger.reads().into_iter();
+        let now = self.now();
+        self.close(now);
+        if self.measuring.is_some() {
+            self.measuring = Some(now);
+        }
+        self.held = None;
+        self.source = Source::ReadBack(reads);
+        true
+    }
+
+    /// Adds the time since measuring began to what it was the time of.
+    fn close(&mut self, now: u64) {
+        let Some(began) = self.measuring else { return };
+        let seconds = now.saturating_sub(began) as f64 / 1e9;
+        let work = matches!(self.source, Source::Work);
+        self.result.seconds += seconds;
+        if !work || self.spec.rw.reads() {
+            self.result.read.seconds += seconds;
+        }
+        if work && self.spec.rw.writes() {
+            self.result.write.seconds += seconds;
         }
     }
 }

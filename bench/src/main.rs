@@ -1,10 +1,25 @@
 //! `vbench`: drives a vhost-user-blk socket from the driver's side of the ring, with fio's vocabulary.
 
+mod ceiling;
 mod compare;
+mod control;
+mod drive;
+mod event;
+mod fio_json;
 mod floor;
 mod front_end;
+mod human;
 mod job;
+mod jobfile;
+mod measure;
+mod options;
+mod pace;
 mod report;
+mod requests;
+mod run;
+mod spec;
+mod units;
+mod verify;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -24,7 +39,9 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Drive one vhost-user-blk socket and report rates and latencies
-    Run(Run),
+    Run(run::Run),
+    /// Measure the generator itself, against a ring that is served in this process
+    Ceiling(ceiling::Ceiling),
     /// Run several back ends in turn under the same load and print their ratios
     #[command(mut_arg("runtime", |a| a.default_value("2")), mut_arg("ramp_time", |a| a.default_value("0.3")))]
     Compare(compare::Compare),
@@ -39,27 +56,13 @@ enum Command {
     },
 }
 
-/// One socket to drive.
-#[derive(Clone, Debug, clap::Args)]
-pub struct Run {
-    /// vhost-user-blk socket to connect to
-    #[arg(long, value_name = "PATH")]
-    pub socket_path: PathBuf,
-    /// What to drive it with
-    #[command(flatten)]
-    pub load: Load,
-    /// Print the result as JSON
-    #[arg(long)]
-    pub json: bool,
-}
-
 /// What to drive a back end with; names and meanings are fio's.
 #[derive(Clone, Debug, clap::Args)]
 pub struct Load {
     /// Access pattern
     #[arg(long, value_enum, default_value_t = Pattern::Randread)]
     pub rw: Pattern,
-    /// Percentage of reads in randrw
+    /// Percentage of reads in randrw and rw
     #[arg(long, value_name = "PERCENT", default_value_t = 50, value_parser = clap::value_parser!(u8).range(0..=100))]
     pub rwmixread: u8,
     /// Bytes of a request (such as 4k)
@@ -88,13 +91,6 @@ pub struct Load {
     pub no_event_idx: bool,
 }
 
-impl Load {
-    /// Descriptors of a queue: room for three a request.
-    pub fn ring_size(&self) -> u16 {
-        (self.iodepth.max(16) * 4).next_power_of_two()
-    }
-}
-
 /// Access patterns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Pattern {
@@ -108,6 +104,25 @@ pub enum Pattern {
     Write,
     /// Random, mixed.
     Randrw,
+    /// Sequential, mixed.
+    Rw,
+}
+
+impl Pattern {
+    /// At random places.
+    pub fn random(self) -> bool {
+        matches!(self, Pattern::Randread | Pattern::Randwrite | Pattern::Randrw)
+    }
+
+    /// Has reads.
+    pub fn reads(self) -> bool {
+        !matches!(self, Pattern::Randwrite | Pattern::Write)
+    }
+
+    /// Has writes.
+    pub fn writes(self) -> bool {
+        !matches!(self, Pattern::Randread | Pattern::Read)
+    }
 }
 
 fn size(s: &str) -> Result<u32, String> {
@@ -128,9 +143,8 @@ fn seconds(s: &str) -> Result<Duration, String> {
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let outcome = match &cli.command {
-        Command::Run(run) => {
-            front_end::run(&run.socket_path, &run.load, || {}).map(|jobs| report::print(run, &jobs))
-        }
+        Command::Run(run) => return run::run(run),
+        Command::Ceiling(what) => ceiling::ceiling(what),
         Command::Compare(what) => compare::compare(what),
         Command::Floor { socket_path, cpu } => floor::serve(socket_path, *cpu),
     };

@@ -1,9 +1,7 @@
-//! Results in words or JSON.
+//! What jobs have measured, added up.
 
 use hdrhistogram::Histogram;
-use serde_json::json;
 
-use crate::Run;
 use crate::job::JobResult;
 
 /// The sum of all jobs.
@@ -13,8 +11,10 @@ pub struct Summary {
     pub iops: f64,
     /// Requests measured.
     pub requests: u64,
-    kicks: u64,
-    cpu_seconds: f64,
+    /// Kicks sent.
+    pub kicks: u64,
+    /// CPU seconds of the jobs in all.
+    pub cpu_seconds: f64,
     latency: Histogram<u64>,
 }
 
@@ -39,30 +39,5 @@ impl Summary {
     /// A latency percentile in microseconds.
     pub fn us(&self, percent: f64) -> f64 {
         self.latency.value_at_percentile(percent) as f64 / 1000.0
-    }
-}
-
-/// Prints the sum of all jobs.
-pub fn print(run: &Run, jobs: &[JobResult]) {
-    let load = &run.load;
-    let sum = Summary::of(jobs);
-    let [p50, p90, p99, p999, max] = [50.0, 90.0, 99.0, 99.9, 100.0].map(|p| sum.us(p));
-    let (iops, rw) = (sum.iops, format!("{:?}", load.rw).to_lowercase());
-    if run.json {
-        println!(
-            "{}",
-            json!({
-                "rw": rw, "bs": load.bs, "iodepth": load.iodepth, "numjobs": load.numjobs,
-                "requests": sum.requests, "iops": iops, "kicks": sum.kicks, "driver_cpu_seconds": sum.cpu_seconds,
-                "latency_us": { "p50": p50, "p90": p90, "p99": p99, "p99.9": p999, "max": max },
-            })
-        );
-    } else {
-        let mib = iops * f64::from(load.bs) / f64::from(1 << 20);
-        println!(
-            "{rw} bs={} iodepth={} numjobs={}: {iops:.0} IOPS, {mib:.1} MiB/s, latency us p50={p50:.2} p90={p90:.2} \
-             p99={p99:.2} p99.9={p999:.2} max={max:.2}, {} kicks",
-            load.bs, load.iodepth, load.numjobs, sum.kicks,
-        );
     }
 }

@@ -1,0 +1,137 @@
+//! Runs jobs at the same time: when they measure and stop, and what becomes of them when the back end does not go on.
+
+use std::ops::Range;
+use std::os::fd::RawFd;
+use std::sync::{Arc, Barrier};
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, anyhow};
+use nix::errno::Errno;
+
+use crate::control::{Control, Order};
+use crate::event::{Done, hung_up};
+use crate::job::{Failure, Job, JobResult};
+use crate::spec::Spec;
+
+/// How long requests may be in flight without any of the queue's being finished.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// How often that is looked at.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// A running job as the main thread sees it.
+struct Watched {
+    spec: Arc<Spec>,
+    control: Arc<Control>,
+    waker: vmm_sys_util::eventfd::EventFd,
+    /// How far it was when that last changed.
+    seen: (u64, Instant),
+    failure: Option<Failure>,
+}
+
+impl Watched {
+    fn give(&self, order: Order) {
+        if self.control.give(order) {
+            // A counter that is full wakes as well.
+            let _ = self.waker.write(1);
+        }
+    }
+
+    fn abort(&mut self, errno: Errno, message: String) {
+        if self.control.ended().is_none() {
+            self.failure.get_or_insert(Failure { message, errno: errno as i32 });
+            self.give(Order::Abort);
+        }
+    }
+
+    /// When the next order is due, after the start.
+    fn next(&self) -> Option<Duration> {
+        match self.control.order() {
+            Order::Ramp => Some(self.spec.ramp_time),
+            Order::Measure => self.spec.runtime.map(|time| time + self.spec.ramp_time),
+            _ => None,
+        }
+    }
+
+    /// Requests that are in flight without progress for too long.
+    fn stuck(&mut self) -> Option<u32> {
+        let (finished, in_flight) = self.control.progress();
+        if finished != self.seen.0 || in_flight == 0 {
+            self.seen = (finished, Instant::now());
+        }
+        (self.seen.1.elapsed() >= PATIENCE).then_some(in_flight)
+    }
+}
+
+/// Runs all jobs to their end; `sockets` says which of them are whose. `mark` is called when the first of them begins
+/// to measure and when the first has reached its runtime.
+pub fn drive(
+    jobs: Vec<(Arc<Spec>, Job)>,
+    sockets: &[(RawFd, Range<usize>)],
+    mut mark: impl FnMut(),
+) -> Result<Vec<JobResult>> {
+    let start = Arc::new(Barrier::new(jobs.len() + 1));
+    let done = Arc::new(Done::new()?);
+    let mut watched = Vec::new();
+    let mut threads = Vec::new();
+    for (spec, job) in jobs {
+        let begin = if spec.ramp_time.is_zero() { Order::Measure } else { Order::Ramp };
+        let control = Arc::new(Control::new(begin));
+        let (waker, seen) = (job.waker()?, (0, Instant::now()));
+        let (start, done, theirs) = (Arc::clone(&start), Arc::clone(&done), Arc::clone(&control));
+        let ready = move || {
+            start.wait();
+        };
+        threads.push(std::thread::spawn(move || {
+            let result = job.run(&theirs, ready, || {});
+            done.tell();
+            result
+        }));
+        watched.push(Watched { spec, control, waker, seen, failure: None });
+    }
+    start.wait();
+    let begun = Instant::now();
+    let mut marks = 0;
+    if watched.iter().any(|w| w.control.order() == Order::Measure) {
+        mark();
+        marks = 1;
+    }
+    while watched.iter().any(|w| w.control.ended().is_none()) {
+        let next = watched.iter().filter_map(Watched::next).min();
+        let wait = next.map_or(LOOK, |at| at.saturating_sub(begun.elapsed()).min(LOOK));
+        let gone = hung_up(sockets.iter().map(|s| s.0), &done, wait)?;
+        for (_, jobs) in sockets.iter().zip(gone).filter_map(|(s, gone)| gone.then_some(s)) {
+            for job in &mut watched[jobs.clone()] {
+                job.abort(Errno::ECONNRESET, "the back end has closed the connection".into());
+            }
+        }
+        let elapsed = begun.elapsed();
+        for order in [Order::Measure, Order::Stop] {
+            let due = |w: &Watched| {
+                w.control.order() as u8 + 1 == order as u8 && w.next().is_some_and(|at| elapsed >= at)
+            };
+            if watched.iter().any(due) && marks < order as u8 {
+                mark();
+                marks = order as u8;
+            }
+            watched.iter().filter(|w| due(w)).for_each(|w| w.give(order));
+        }
+        for job in &mut watched {
+            if let Some(n) = job.stuck() {
+                let message = format!("the back end does not go on: {n} requests without an answer for 5 s");
+                job.abort(Errno::ETIMEDOUT, message);
+            }
+        }
+        if watched.iter().any(|w| w.failure.is_some() || w.control.ended() == Some(true)) {
+            watched.iter().for_each(|w| w.give(Order::Halt));
+        }
+    }
+    threads
+        .into_iter()
+        .zip(watched)
+        .map(|(thread, watched)| {
+            let mut result = thread.join().map_err(|_| anyhow!("a job panicked"))?;
+            result.failure = result.failure.or(watched.failure);
+            Ok(result)
+        })
+        .collect()
+}
