@@ -87,7 +87,7 @@ if [ "$what" = idle ] || [ "$what" = all ]; then
         # Sixteen of them with a front end that is connected, has its queue running, and is then stopped itself.
         fronts=()
         for i in {1..16}; do
-            "$bin/vbench" run --socket-path "$tmp/$i.sock" --rw randread --iodepth 1 --runtime 60 --ramp-time 0 >/dev/null 2>&1 &
+            "$bin/vbench" run --socket-path "$tmp/$i.sock" --rw randread --iodepth 1 --time-based --runtime 60 >/dev/null 2>&1 &
             fronts+=($!)
         done
         sleep 2; kill -STOP "${fronts[@]}"; sleep 1

@@ -122,7 +122,9 @@ pub fn drive(
             }
         }
         if watched.iter().any(|w| w.failure.is_some() || w.control.ended() == Some(true)) {
-            watched.iter().for_each(|w| w.give(Order::Halt));
+            for job in &watched {
+                job.give(Order::Halt);
+            }
         }
     }
     threads

@@ -21,7 +21,7 @@ pub fn document(report: &Report, now: SystemTime) -> Value {
         "timestamp_ms": since.as_millis() as u64,
         "time": date(since.as_secs()),
         "global options": options(&report.global),
-        "jobs": grouped(&report.entries).iter().map(|e| job(e)).collect::<Vec<_>>(),
+        "jobs": grouped(&report.entries).iter().map(job).collect::<Vec<_>>(),
     });
     if let Some(failure) = &report.failure {
         all["partial"] = json!(true);
@@ -45,28 +45,11 @@ pub fn grouped(entries: &[Entry]) -> Vec<Entry> {
             .last_mut()
             .filter(|last| entry.spec.group_reporting && std::sync::Arc::ptr_eq(&last.spec, &entry.spec))
         {
-            Some(last) => merge(&mut last.result, &entry.result),
+            Some(last) => last.result.merge(&entry.result),
             None => out.push(copy),
         }
     }
     out
-}
-
-fn merge(sum: &mut JobResult, other: &JobResult) {
-    sum.requests += other.requests;
-    sum.seconds = sum.seconds.max(other.seconds);
-    // Same bounds, so it always fits.
-    let _ = sum.latency.add(&other.latency);
-    sum.kicks += other.kicks;
-    sum.cpu_seconds += other.cpu_seconds;
-    sum.read.merge(&other.read);
-    sum.write.merge(&other.write);
-    sum.depths.merge(&other.depths);
-    sum.sent.merge(&other.sent);
-    sum.collected.merge(&other.collected);
-    sum.cost.add(&other.cost, 1);
-    sum.jobs += other.jobs;
-    sum.failure = sum.failure.take().or_else(|| other.failure.clone());
 }
 
 fn options(given: &Given) -> Value {

@@ -128,14 +128,12 @@ impl Session {
             let config =
                 DriverRing::lay_out(&mut ram, spec.ring_size(), event_idx, indirect).context(full)?;
             let events = events()?;
-            set_up(&session.front, at, &config, &events)
-                .with_context(|| format!("{path} refused a ring of {} descriptors", config.size))?;
-            session.front.set_vring_enable(at, true).with_context(refused)?;
+            set_up(&mut session.front, at, &config, &events).with_context(|| {
+                format!("{path} refused a ring of {} descriptors; lower --iodepth", config.size)
+            })?;
             let job = Job::new(&spec, index, &mut ram, &config, (region, known), events).context(full)?;
             session.jobs.push((spec, job));
         }
-        // Answered after everything before it: what is refused without an answer shows here.
-        session.front.get_features().with_context(refused)?;
         Ok(session)
     }
 
@@ -158,16 +156,14 @@ pub fn regions(specs: &[Arc<Spec>], disk: u64) -> Result<Vec<Placed>> {
     let mut all: Vec<Placed> = Vec::new();
     for spec in specs {
         for index in 0..usize::from(spec.numjobs) {
-            let region = Region::of(spec, index as u64, disk).map_err(|e| anyhow!(e))?;
+            let region = Region::of(spec, index as u64, disk).map_err(|e| anyhow!(spec.named(&e)))?;
             let spoils = |(other, _, theirs): &Placed| {
                 let verified = (spec.verify && other.rw.writes()) || (other.verify && spec.rw.writes());
                 verified && theirs.overlaps(&region)
             };
             if all.iter().any(spoils) {
-                bail!(
-                    "{}: another job would overwrite what is verified; give size and offset_increment",
-                    spec.name
-                );
+                let what = "another job would overwrite what is verified; give --size and --offset-increment";
+                bail!(spec.named(what));
             }
             all.push((Arc::clone(spec), index, region));
         }
@@ -253,7 +249,7 @@ fn names(bits: u64) -> String {
 }
 
 fn set_up(
-    front: &Frontend,
+    front: &mut Frontend,
     index: usize,
     config: &RingConfig,
     (kick, call): &(EventFd, EventFd),
@@ -273,5 +269,8 @@ fn set_up(
         },
     )?;
     front.set_vring_call(index, call)?;
-    front.set_vring_kick(index, kick)
+    front.set_vring_kick(index, kick)?;
+    front.set_vring_enable(index, true)?;
+    // Answered after all of these: what is refused without an answer shows here.
+    front.get_features().map(|_| ())
 }

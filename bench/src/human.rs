@@ -7,6 +7,10 @@ use crate::run::{Entry, Report};
 
 /// Prints all jobs, and their sum if there are several.
 pub fn print(report: &Report) {
+    // What could not even begin has said so.
+    if report.failure.is_some() && report.entries.iter().all(|e| e.result.requests == 0) {
+        return;
+    }
     for entry in &grouped(&report.entries) {
         job(entry);
     }

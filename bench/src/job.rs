@@ -4,7 +4,6 @@ use std::mem;
 use std::sync::Arc;
 use std::time::Duration;
 
-use hdrhistogram::Histogram;
 use nix::errno::Errno;
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::unistd::Pid;
@@ -16,88 +15,15 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::control::{Control, Order};
 use crate::event::sleep;
-use crate::measure::{Batches, Cost, SAMPLE, Side, histogram};
+use crate::measure::{Cost, SAMPLE};
+pub use crate::outcome::{Failure, JobResult};
 use crate::pace::Pacer;
 use crate::requests::{Random, Region, Request, Requests};
-use crate::spec::Spec;
+use crate::spec::{Rate, Spec};
 use crate::verify::{self, Ledger, Written};
 
 /// No slot.
 const NONE: u16 = u16::MAX;
-
-/// Why a job ended before its time.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Failure {
-    /// In words.
-    pub message: String,
-    /// As a number, for JSON.
-    pub errno: i32,
-}
-
-/// What a job measured.
-#[derive(Clone, Debug)]
-pub struct JobResult {
-    /// Requests finished in the measured time.
-    pub requests: u64,
-    /// Seconds measured.
-    pub seconds: f64,
-    /// Latencies in nanoseconds.
-    pub latency: Histogram<u64>,
-    /// Kicks sent.
-    pub kicks: u64,
-    /// CPU seconds of this thread in all.
-    pub cpu_seconds: f64,
-    /// The reads.
-    pub read: Side,
-    /// The writes.
-    pub write: Side,
-    /// Requests in flight when one was sent.
-    pub depths: Batches,
-    /// Requests sent at once.
-    pub sent: Batches,
-    /// Requests collected at once.
-    pub collected: Batches,
-    /// What the measured time took of the machine.
-    pub cost: Cost,
-    /// How many jobs this is the sum of.
-    pub jobs: u64,
-    /// What went wrong.
-    pub failure: Option<Failure>,
-    /// Where it worked.
-    pub region: Region,
-    /// What it has written, if it verifies.
-    pub ledger: Option<Ledger>,
-}
-
-impl JobResult {
-    /// Of a job that has done nothing.
-    pub fn nothing(region: Region, failure: Option<Failure>) -> JobResult {
-        JobResult {
-            requests: 0,
-            seconds: 0.0,
-            latency: histogram(),
-            kicks: 0,
-            cpu_seconds: 0.0,
-            read: Side::default(),
-            write: Side::default(),
-            depths: Batches::default(),
-            sent: Batches::default(),
-            collected: Batches::default(),
-            cost: Cost::default(),
-            jobs: 1,
-            failure,
-            region,
-            ledger: None,
-        }
-    }
-
-    /// CPU time in user mode and in the kernel, as percentages of the measured time.
-    pub fn cpu_percent(&self) -> (f64, f64) {
-        let percent =
-            |seconds: f64| (seconds * 100.0 / (self.seconds.max(1e-9) * self.jobs as f64)).clamp(0.0, 100.0);
-        if self.seconds > 0.0 { (percent(self.cost.user), percent(self.cost.system)) } else { (0.0, 0.0) }
-    }
-}
 
 /// Guest-physical places of one request, and the request in it.
 #[derive(Clone, Copy, Debug)]
@@ -139,6 +65,8 @@ pub struct Job {
     pacer: Pacer,
     /// A request that has to wait for another one to the same place, and since when.
     held: Option<(Request, u64)>,
+    /// Latencies count from when requests were due, not from when they were sent.
+    open: bool,
     seeds: Random,
     scratch: Vec<u8>,
     /// Bytes and requests that are left to send; what limits the job is counted down.
@@ -202,6 +130,7 @@ impl Job {
             requests: Requests::new(spec, index as u64, region),
             pacer: Pacer::new(spec.rate(), seed),
             held: None,
+            open: matches!(spec.rate(), Rate::Open { .. }),
             seeds,
             scratch,
             bytes_left: u64::MAX,
@@ -344,7 +273,7 @@ impl Job {
     fn send_next(&mut self, now: u64) -> bool {
         let Some(&index) = self.free.last() else { return false };
         let (request, since) = match self.held.take() {
-            Some(held) => held,
+            Some((request, since)) => (request, if self.open { since } else { now }),
             None if !self.more() => return false,
             None => match &mut self.source {
                 Source::Work => {
@@ -380,7 +309,7 @@ impl Job {
         self.by_head[usize::from(head)] = index;
         let slot = &mut self.slots[usize::from(index)];
         (slot.busy, slot.request, slot.since) = (true, request, since);
-        if since != now && self.measuring.is_some() {
+        if self.open && self.measuring.is_some() {
             let side = if request.write { &mut self.result.write } else { &mut self.result.read };
             side.waits.add((now - since) as f64);
         }

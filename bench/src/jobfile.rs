@@ -98,13 +98,13 @@ fn from_toml(text: &str) -> Result<Vec<Section>, Wrong> {
         }
         Ok(given)
     };
-    let (mut global, mut jobs) = (Given::default(), Vec::new());
+    let (mut global, mut jobs) = (Given::default(), Vec::<Section>::new());
     for (key, value) in document.get_ref() {
         let number = line(key.span().start);
         match (&**key.get_ref(), value.get_ref()) {
             ("global", DeValue::Table(table)) => global = options(table, &mut None)?,
             ("job", DeValue::Array(array)) => {
-                for job in array.iter() {
+                for job in array {
                     let DeValue::Table(table) = job.get_ref() else {
                         return Err((number, "job is no table: write [[job]]".into()));
                     };
@@ -119,7 +119,9 @@ fn from_toml(text: &str) -> Result<Vec<Section>, Wrong> {
             (other, _) => return Err((number, format!("unknown key '{other}': write [global] and [[job]]"))),
         }
     }
-    jobs.iter_mut().for_each(|job: &mut Section| job.global.clone_from(&global));
+    for job in &mut jobs {
+        job.global.clone_from(&global);
+    }
     Ok(jobs)
 }
 

@@ -13,6 +13,7 @@ mod job;
 mod jobfile;
 mod measure;
 mod options;
+mod outcome;
 mod pace;
 mod report;
 mod requests;
@@ -140,8 +141,23 @@ fn seconds(s: &str) -> Result<Duration, String> {
     Duration::try_from_secs_f64(seconds).map_err(|e| e.to_string())
 }
 
+/// Help and version go out as they are; a mistake is one line, like every other error.
+fn usage(error: &clap::Error) -> ExitCode {
+    if !error.use_stderr() {
+        error.exit();
+    }
+    let text = error.render().to_string();
+    // The first paragraph says what is wrong; usage and hints follow behind an empty line.
+    let what: Vec<_> = text.lines().take_while(|line| !line.trim().is_empty()).map(str::trim).collect();
+    eprintln!("vbench: {} (see vbench --help)", what.join(" ").trim_start_matches("error: "));
+    ExitCode::from(2)
+}
+
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(e) => return usage(&e),
+    };
     let outcome = match &cli.command {
         Command::Run(run) => return run::run(run),
         Command::Ceiling(what) => ceiling::ceiling(what),

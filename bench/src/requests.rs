@@ -86,13 +86,10 @@ impl Region {
         let rest = disk.saturating_sub(start);
         let len = spec.size.map_or(rest, |size| size.of(disk));
         if len > rest {
-            return Err(format!(
-                "{}: offset {start} and size {len} reach past the disk's {disk} bytes",
-                spec.name
-            ));
+            return Err(format!("offset {start} and size {len} reach past the disk's {disk} bytes"));
         }
         if len < u64::from(spec.largest()) {
-            return Err(format!("{}: no request of {} bytes fits into {len}", spec.name, spec.largest()));
+            return Err(format!("no request of {} bytes fits into {len}", spec.largest()));
         }
         Ok(Region { start, len })
     }

@@ -155,7 +155,10 @@ fn execute(mut plan: Vec<Planned>) -> Report {
         let jobs = sections.iter().flat_map(|s| std::iter::repeat_n(s, usize::from(s.spec.numjobs)));
         for (section, result) in jobs.zip(results) {
             if let (None, Some(failure)) = (&report.failure, &result.failure) {
-                report.failure = Some(format!("{}: {}", section.spec.name, failure.message));
+                // What concerns one section has its name already.
+                let own = failure.message.starts_with(&format!("{}:", section.spec.name));
+                let message = &failure.message;
+                report.failure = Some(if own { message.clone() } else { section.spec.named(message) });
             }
             let (spec, options) = (Arc::clone(&section.spec), section.options.clone());
             report.entries.push(Entry { spec, group, options, result, elapsed });

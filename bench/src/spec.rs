@@ -166,7 +166,12 @@ impl Spec {
         } else {
             return Ok(());
         };
-        Err(format!("{}: {bad}", self.name))
+        Err(self.named(bad))
+    }
+
+    /// A message about it: with its name, if it has one.
+    pub fn named(&self, message: &str) -> String {
+        if self.name == Spec::default().name { message.into() } else { format!("{}: {message}", self.name) }
     }
 
     /// How its requests are timed.

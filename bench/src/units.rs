@@ -195,7 +195,7 @@ mod tests {
         assert_eq!(time("5"), Ok(Duration::from_secs(5)));
         assert_eq!(time("0.3"), Ok(Duration::from_millis(300)));
         assert_eq!(time("300ms"), Ok(Duration::from_millis(300)));
-        assert_eq!(time("2m"), Ok(Duration::from_mins(2)));
+        assert_eq!(time("2m"), Ok(Duration::from_secs(120)));
         assert!(time("5x").is_err() && time("").is_err() && time("-1").is_err());
     }
 
