@@ -156,7 +156,6 @@ impl Job {
         }
         ready();
         self.started = self.clock.raw();
-        self.limit();
         self.ring.set_interrupts(self.spec.interrupt);
         loop {
             let order = control.order();
@@ -244,7 +243,7 @@ impl Job {
         self.measuring = Some(now);
         self.sampled = now;
         self.result.cost = Cost::now();
-        // What the ramp did does not count.
+        // What the ramp did does not count, and it has no limit but its time.
         self.limit();
     }
 
