@@ -4,6 +4,7 @@ mod compare;
 mod floor;
 mod front_end;
 mod job;
+mod plain;
 mod report;
 
 use std::path::PathBuf;
@@ -33,6 +34,21 @@ enum Command {
         /// Socket to listen on
         #[arg(long, value_name = "PATH")]
         socket_path: PathBuf,
+        /// CPU to run on
+        #[arg(long, value_name = "CPU")]
+        cpu: Option<usize>,
+        /// Copy the data of requests from and to 1 GiB of memory, as a RAM disk does
+        #[arg(long)]
+        copy: bool,
+    },
+    /// Serve a null disk written with the vhost-user-backend and virtio-queue crates: a peer to measure beside
+    Plain {
+        /// Socket to listen on
+        #[arg(long, value_name = "PATH")]
+        socket_path: PathBuf,
+        /// Request queues to offer
+        #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
+        num_queues: u16,
         /// CPU to run on
         #[arg(long, value_name = "CPU")]
         cpu: Option<usize>,
@@ -132,7 +148,8 @@ fn main() -> ExitCode {
             front_end::run(&run.socket_path, &run.load, || {}).map(|jobs| report::print(run, &jobs))
         }
         Command::Compare(what) => compare::compare(what),
-        Command::Floor { socket_path, cpu } => floor::serve(socket_path, *cpu),
+        Command::Floor { socket_path, cpu, copy } => floor::serve(socket_path, *cpu, *copy),
+        Command::Plain { socket_path, num_queues, cpu } => plain::serve(socket_path, *num_queues, *cpu),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

@@ -174,7 +174,8 @@ impl Backend {
         host: impl Fn(u64) -> Result<u64>,
     ) -> Result<()> {
         within(&self.stream, || {
-            self.front.set_features(features & self.offered | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits())?;
+            self.front
+                .set_features(features & self.offered | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits())?;
             for &(index, setup, base) in queues {
                 self.front.set_vring_num(index, setup.size)?;
                 self.front.set_vring_base(index, base)?;
