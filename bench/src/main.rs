@@ -28,7 +28,7 @@ enum Command {
     Run(Run),
     /// Run several back ends in turn under the same load and print their ratios
     #[command(mut_arg("runtime", |a| a.default_value("2")), mut_arg("ramp_time", |a| a.default_value("0.3")))]
-    Compare(compare::Compare),
+    Compare(Box<compare::Compare>),
     /// Serve a null disk by a loop without any checks: the limit to measure back ends against
     Floor {
         /// Socket to listen on
