@@ -43,7 +43,10 @@ iodepth = [1, 16]
 static ALONE: Mutex<()> = Mutex::new(());
 
 /// A directory with a matrix, in which `vbench` also makes its temporary files.
-struct Scene(TempDir, MutexGuard<'static, ()>);
+struct Scene {
+    dir: TempDir,
+    _alone: MutexGuard<'static, ()>,
+}
 
 impl Scene {
     fn new(matrix: &str) -> Scene {
@@ -56,16 +59,16 @@ impl Scene {
         let dir = tempfile::tempdir().unwrap();
         fs::create_dir(dir.path().join("tmp")).unwrap();
         fs::write(dir.path().join("matrix.toml"), matrix).unwrap();
-        Scene(dir, ALONE.lock().unwrap_or_else(PoisonError::into_inner))
+        Scene { dir, _alone: ALONE.lock().unwrap_or_else(PoisonError::into_inner) }
     }
 
     fn path(&self, name: &str) -> PathBuf {
-        self.0.path().join(name)
+        self.dir.path().join(name)
     }
 
     fn start(&self, args: &[&str]) -> Child {
         let mut command = Command::new(VBENCH);
-        command.current_dir(self.0.path()).env("TMPDIR", self.path("tmp"));
+        command.current_dir(self.dir.path()).env("TMPDIR", self.path("tmp"));
         command.args(["compare", "matrix.toml", "--json", "out.json", "--html", "out.html"]).args(args);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
     }

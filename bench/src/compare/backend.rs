@@ -53,10 +53,8 @@ impl Places {
     pub fn find(&self, backend: &Backend) -> Result<Found> {
         let Some(command) = &backend.command else {
             let socket = backend.socket.as_deref().unwrap_or(Path::new(""));
-            return Ok(match socket.exists() {
-                true => Found::Yes,
-                false => Found::Missing(format!("nothing listens on {}", socket.display())),
-            });
+            let missing = || Found::Missing(format!("there is no socket {}", socket.display()));
+            return Ok(if socket.exists() { Found::Yes } else { missing() });
         };
         let words = self.words(command, Path::new("socket"))?;
         let program = words.first().context("an empty command")?;
@@ -215,7 +213,7 @@ mod tests {
         let stop = AtomicBool::new(false);
         let e = Started::new(&command("sh -c 'echo oh no >&2; exit 3' {socket}"), &places(), &stop);
         let e = e.unwrap_err().to_string();
-        assert!(e.contains("did not start") && e.contains("3") && e.contains("oh no"), "{e}");
+        assert!(e.contains("did not start") && e.contains('3') && e.contains("oh no"), "{e}");
         let mut started =
             Started::new(&command("sh -c 'touch $0; sleep 60' {socket}"), &places(), &stop).unwrap();
         assert_eq!(started.ended(), None);

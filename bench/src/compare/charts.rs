@@ -13,6 +13,8 @@ use super::spread::{Spread, number};
 
 /// Size of a drawing.
 const SIZE: (u32, u32) = (640, 380);
+/// Height of the one that has the finest lines.
+const TALL: u32 = 540;
 const FONT: (&str, u32) = ("sans-serif", 14);
 const GREY: RGBColor = RGBColor(128, 128, 128);
 const COLOURS: [RGBColor; 8] = [
@@ -82,14 +84,15 @@ pub fn latency(results: &Results, point: usize) -> Result<Option<String>> {
     let mut curves = Vec::new();
     for (index, backend) in results.backends.iter().enumerate() {
         let samples: Vec<&Sample> = results.of(point, &backend.name).collect();
-        let longest = samples.iter().map(|s| s.percentiles.len()).max().unwrap_or(0);
+        // Only as far as all rounds reach, or the end of the line would be of other rounds than its middle.
+        let shortest = samples.iter().map(|s| s.percentiles.len()).filter(|n| *n > 0).min().unwrap_or(0);
         let at = |i: usize| {
             let here = samples.iter().filter_map(move |s| s.percentiles.get(i));
             let x = here.clone().next().map(|[part, _]| 1.0 / (1.0 - part))?;
             // A logarithm needs more than nothing.
             Some((x, Spread::of(here.map(|[_, us]| us.max(0.001)))?))
         };
-        let curve: Vec<(f64, Spread)> = (0..longest).filter_map(at).collect();
+        let curve: Vec<(f64, Spread)> = (0..shortest).filter_map(at).collect();
         if !curve.is_empty() {
             curves.push((index, curve));
         }
@@ -100,7 +103,7 @@ pub fn latency(results: &Results, point: usize) -> Result<Option<String>> {
     let (bottom, top) = (span.min / 1.2, span.max * 1.2);
     let nines: Vec<f64> = (0..=7).map(|i| 10f64.powi(i)).filter(|x| *x <= right * 1.01).collect();
     let steps = steps_between(bottom, top);
-    draw(SIZE.1, |area| {
+    draw(TALL, |area| {
         let mut chart = ChartBuilder::on(area)
             .margin(10)
             .margin_right(24)
@@ -117,7 +120,7 @@ pub fn latency(results: &Results, point: usize) -> Result<Option<String>> {
             .axis_style(GREY)
             .label_style(FONT)
             .x_desc("percentile")
-            .y_desc("latency, us")
+            .y_desc("latency, µs")
             .x_label_formatter(&|x| percentile(*x))
             .y_label_formatter(&|y| short(*y))
             .draw()?;

@@ -115,6 +115,11 @@ impl Quiet {
         Quiet { load, others: others.map(|o| o / seconds), steal: steal / seconds, noise }
     }
 
+    /// All that was taken, as a part of one CPU.
+    pub fn taken(&self) -> f64 {
+        self.others.unwrap_or(0.0) + self.steal
+    }
+
     /// Looks for half a second, while nothing of ours runs.
     pub fn look() -> Result<Quiet> {
         let before = Cpus::now()?;
@@ -136,7 +141,7 @@ pub struct Machine {
     /// Number of CPUs this process may use.
     pub cpus: usize,
     /// Whether a hypervisor is below.
-    pub virtual_machine: bool,
+    pub hypervisor: bool,
     /// Release of the kernel.
     pub kernel: String,
     /// Load averages at the start.
@@ -159,7 +164,7 @@ impl Machine {
         Machine {
             cpu: field("model name").unwrap_or_else(|| "unknown".into()),
             cpus,
-            virtual_machine: field("flags").is_some_and(|f| f.split(' ').any(|f| f == "hypervisor")),
+            hypervisor: field("flags").is_some_and(|f| f.split(' ').any(|f| f == "hypervisor")),
             kernel: read("/proc/sys/kernel/osrelease").trim().into(),
             loadavg: read("/proc/loadavg").split_whitespace().take(3).collect::<Vec<_>>().join(" "),
             memory_mib: memory / 1024,

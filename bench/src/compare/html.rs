@@ -17,9 +17,9 @@ const STYLE: &str = "
 body { color: var(--fg); background: var(--bg); font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 84rem; padding: 0 1.5rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
 .soft { color: var(--soft); } .mark { color: var(--mark); font-weight: 600; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .82rem; font-variant-numeric: tabular-nums; }
-th, td { text-align: right; padding: .25rem .7rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
+small { color: var(--soft); } .wide { overflow-x: auto; }
+table { border-collapse: collapse; margin: .6rem 0; font-size: .82rem; font-variant-numeric: tabular-nums; }
+th, td { text-align: right; padding: .3rem .6rem; line-height: 1.3; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { color: var(--soft); font-weight: 600; } th:first-child, td:first-child { text-align: left; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(30rem, 100%), 1fr)); gap: 1.2rem; align-items: start; }
 figure { margin: 0; } figcaption { font-weight: 600; font-size: .9rem; }
@@ -29,10 +29,10 @@ svg { width: 100%; height: auto; display: block; } svg text { fill: currentColor
 ul.notes { font-size: .85rem; color: var(--soft); padding-left: 1.2rem; }
 ";
 
-/// A figure of a run, by name.
-type Figure = (&'static str, fn(&Sample) -> Option<f64>);
-const RATE: Figure = ("IOPS", |s| Some(s.iops));
-const CPU: Figure = ("CPU time of the back end, us for each request", |s| s.cpu_us);
+/// A figure of a run: its name, its unit, and itself.
+type Figure = (&'static str, &'static str, fn(&Sample) -> Option<f64>);
+const RATE: Figure = ("IOPS", "requests a second", |s| Some(s.iops));
+const CPU: Figure = ("CPU time of the back end", "µs for each request", |s| s.cpu_us);
 
 /// The whole page.
 pub fn page(results: &Results) -> Result<String> {
@@ -41,17 +41,19 @@ pub fn page(results: &Results) -> Result<String> {
     write!(out, "<title>Back ends beside each other</title>\n<style>{STYLE}</style>\n</head>\n<body>\n")?;
     head(&mut out, results)?;
     sweeps(&mut out, results)?;
-    for (point, table) in table::tables(results, true).iter().enumerate() {
+    for point in 0..results.points.len() {
+        let table = table::main(results, point);
         writeln!(out, "<section>\n<h2>{}</h2>", escape(&table.title))?;
         legend(&mut out, results)?;
         out += "<div class=\"charts\">\n";
         figure(&mut out, "Latency by percentile", charts::latency(results, point)?)?;
         out += "<div>\n";
-        for (name, of) in [RATE, CPU] {
-            figure(&mut out, &capital(name), charts::bars(results, point, name, of)?)?;
+        for (name, unit, of) in [RATE, CPU] {
+            figure(&mut out, name, charts::bars(results, point, unit, of)?)?;
         }
         out += "</div>\n</div>\n";
-        write_table(&mut out, table)?;
+        write_table(&mut out, &table)?;
+        write_table(&mut out, &table::details(results, point))?;
         out += "</section>\n";
     }
     out += "</body>\n</html>\n";
@@ -64,15 +66,20 @@ fn head(out: &mut String, results: &Results) -> Result<()> {
     if results.partial {
         out.push_str("<p class=\"mark\">Partial: runs are missing.</p>\n");
     }
+    let noisy: usize = (0..results.points.len()).map(|p| results.noisy_rounds(p).len()).sum();
+    if noisy > 0 {
+        let all = results.rounds * results.points.len();
+        writeln!(out, "<p class=\"mark\">Noisy: {noisy} of {all} rounds, as the notes say.</p>")?;
+    }
     writeln!(
         out,
-        "<p>{} rounds of {} s in turn, every back end started afresh; minimum / median / maximum, ratios to <b>{}</b> of the \
+        "<p>{} rounds of {} s in turn, every back end started afresh. In tables the median stands above minimum and maximum; ratios are to <b>{}</b> of the \
          same round. Curves and bars show the median, bands and lines across the least and the greatest.</p>",
         results.rounds,
         results.runtime,
         escape(results.reference())
     )?;
-    let kind = if machine.virtual_machine { "virtual CPUs" } else { "CPUs" };
+    let kind = if machine.hypervisor { "virtual CPUs" } else { "CPUs" };
     let list: Vec<String> = results.backend_cpus.iter().map(ToString::to_string).collect();
     let noise =
         if results.before.noise.is_empty() { "quiet".into() } else { results.before.noise.join(", ") };
@@ -127,9 +134,9 @@ fn sweeps(out: &mut String, results: &Results) -> Result<()> {
         legend(out, results)?;
         out.push_str("<div class=\"charts\">\n");
         let mut swept = |fixed: String, axis: &str, points: &[(u16, usize)]| -> Result<()> {
-            for (y, of) in [RATE, CPU] {
-                let title = format!("{} against {axis}{fixed}", capital(y));
-                figure(out, &title, charts::against(results, points, axis, y, of)?)?;
+            for (name, unit, of) in [RATE, CPU] {
+                let title = format!("{name} against {axis}{fixed}");
+                figure(out, &title, charts::against(results, points, axis, unit, of)?)?;
             }
             Ok(())
         };
@@ -176,14 +183,18 @@ fn figure(out: &mut String, title: &str, svg: Option<String>) -> Result<()> {
 fn write_table(out: &mut String, table: &Table) -> Result<()> {
     out.push_str("<div class=\"wide\"><table>\n<tr>");
     for head in &table.heads {
-        write!(out, "<th>{}</th>", escape(head))?;
+        write!(out, "<th>{}</th>", escape(&head.replace(" us", " µs")))?;
     }
     out.push_str("</tr>\n");
     for row in &table.rows {
-        let cells: String = row.iter().map(|c| format!("<td>{}</td>", escape(c))).collect();
-        writeln!(out, "<tr>{cells}</tr>")?;
+        let cells: Vec<String> = row.iter().map(|c| cell(c)).collect();
+        writeln!(out, "<tr><td>{}</td></tr>", cells.join("</td><td>"))?;
     }
-    out.push_str("</table></div>\n<ul class=\"notes\">\n");
+    out.push_str("</table></div>\n");
+    if table.notes.is_empty() {
+        return Ok(());
+    }
+    out.push_str("<ul class=\"notes\">\n");
     for note in &table.notes {
         writeln!(out, "<li>{}</li>", escape(note))?;
     }
@@ -191,9 +202,14 @@ fn write_table(out: &mut String, table: &Table) -> Result<()> {
     Ok(())
 }
 
-fn capital(text: &str) -> String {
-    let mut chars = text.chars();
-    chars.next().map_or(String::new(), |c| c.to_uppercase().chain(chars).collect())
+/// The median above what lies around it, which takes less room than all three in a row.
+fn cell(text: &str) -> String {
+    match text.split(" / ").collect::<Vec<_>>()[..] {
+        [min, median, max] => {
+            format!("<b>{}</b><br/><small>{} to {}</small>", escape(median), escape(min), escape(max))
+        }
+        _ => escape(text),
+    }
 }
 
 fn escape(text: &str) -> String {
@@ -283,7 +299,7 @@ mod tests {
         let count = |name: &str| document.descendants().filter(|n| n.tag_name().name() == name).count();
         // Two figures by depth for each number of queues and by queues for each depth, then three for each point.
         assert_eq!(count("svg"), 2 * 2 + 2 * 2 + 4 * 3);
-        assert_eq!((count("table"), count("script"), count("link"), count("img")), (4, 0, 0, 0));
+        assert_eq!((count("table"), count("script"), count("link"), count("img")), (8, 0, 0, 0));
         for node in document.descendants() {
             for attribute in node.attributes() {
                 assert!(!["src", "href"].contains(&attribute.name()), "{attribute:?}");

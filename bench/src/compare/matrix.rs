@@ -193,7 +193,7 @@ impl Matrix {
     pub fn parse(text: &str, name: &Path) -> Result<Matrix> {
         let matrix: Matrix = toml::from_str(text).map_err(|e| {
             let at = e.span().map_or(0, |s| s.start.min(text.len()));
-            let line = text.as_bytes()[..at].iter().filter(|b| **b == b'\n').count() + 1;
+            let line = text[..at].matches('\n').count() + 1;
             anyhow::anyhow!("{}, line {line}: {}", name.display(), e.message())
         })?;
         matrix.check().with_context(|| name.display().to_string())?;

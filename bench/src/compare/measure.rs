@@ -1,6 +1,5 @@
 //! The runs themselves, one after another in rounds, and all that is known of each.
 
-use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
@@ -131,18 +130,25 @@ impl Results {
         let mut noisy = Vec::new();
         for round in 0..self.rounds {
             let here = || self.samples.iter().filter(|s| s.point == point && s.round == round);
-            let mut why: BTreeSet<String> = BTreeSet::new();
-            for sample in here() {
-                why.extend(sample.quiet.noise.iter().map(|n| format!("{}: {n}", sample.backend)));
+            let mut why = Vec::new();
+            let noisy_runs = || here().filter(|s| !s.quiet.noise.is_empty());
+            if let Some(worst) = noisy_runs().max_by(|a, b| a.quiet.taken().total_cmp(&b.quiet.taken())) {
+                let said = worst.quiet.noise.join(", ");
+                why.push(format!(
+                    "{} of {} runs, at worst {said} ({})",
+                    noisy_runs().count(),
+                    here().count(),
+                    worst.backend
+                ));
             }
             let trips = here().filter_map(|s| s.round_trip_ns);
             if let Some(spread) = super::spread::Spread::of(trips)
                 && spread.max > spread.min * 1.6
             {
-                why.insert(format!("the CPUs' distance changed: {:.0} to {:.0} ns", spread.min, spread.max));
+                why.push(format!("the CPUs' distance changed: {:.0} to {:.0} ns", spread.min, spread.max));
             }
             if !why.is_empty() {
-                noisy.push((round, why.into_iter().collect::<Vec<_>>().join("; ")));
+                noisy.push((round, why.join("; ")));
             }
         }
         noisy

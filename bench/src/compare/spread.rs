@@ -60,10 +60,10 @@ mod tests {
     fn the_middle_of_an_even_number_is_between_two() {
         let of = |values: &[f64]| Spread::of(values.iter().copied());
         assert_eq!(of(&[3.0, 1.0, 2.0]), Some(Spread { min: 1.0, median: 2.0, max: 3.0 }));
-        assert_eq!(of(&[4.0, 1.0, 2.0, 3.0]).unwrap().median, 2.5);
+        assert_eq!(of(&[4.0, 1.0, 2.0, 3.0]), Some(Spread { min: 1.0, median: 2.5, max: 4.0 }));
         assert_eq!(of(&[7.0]), Some(Spread { min: 7.0, median: 7.0, max: 7.0 }));
         assert_eq!(of(&[]), None);
-        assert_eq!(of(&[f64::NAN, f64::INFINITY, 1.0]).unwrap().max, 1.0);
+        assert_eq!(of(&[f64::NAN, f64::INFINITY, 1.0]), Some(Spread { min: 1.0, median: 1.0, max: 1.0 }));
     }
 
     #[test]

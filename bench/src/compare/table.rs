@@ -22,66 +22,60 @@ struct Metric {
     head: &'static str,
     ratio: Option<&'static str>,
     digits: usize,
-    /// In a terminal too, and not only where there is more room.
-    narrow: bool,
+    /// Whether it belongs to the main table, not to the details.
+    main: bool,
     of: fn(&Sample) -> Option<f64>,
 }
 
 const METRICS: [Metric; 12] = [
-    Metric { head: "IOPS", ratio: Some("IOPS ratio"), digits: 0, narrow: true, of: |s| Some(s.iops) },
-    Metric {
-        head: "p50 us",
-        ratio: Some("p50 ratio"),
-        digits: 2,
-        narrow: true,
-        of: |s| Some(s.latency_us[0]),
-    },
-    Metric { head: "p90 us", ratio: None, digits: 2, narrow: false, of: |s| Some(s.latency_us[1]) },
-    Metric { head: "p99 us", ratio: None, digits: 2, narrow: true, of: |s| Some(s.latency_us[2]) },
-    Metric { head: "p99.9 us", ratio: None, digits: 2, narrow: false, of: |s| Some(s.latency_us[3]) },
-    Metric { head: "max us", ratio: None, digits: 0, narrow: false, of: |s| Some(s.latency_us[4]) },
-    Metric { head: "CPU us/request", ratio: Some("CPU ratio"), digits: 3, narrow: true, of: |s| s.cpu_us },
-    Metric { head: "sleeps/request", ratio: None, digits: 4, narrow: true, of: |s| s.voluntary },
-    Metric { head: "preemptions/request", ratio: None, digits: 6, narrow: false, of: |s| s.involuntary },
-    Metric {
-        head: "cycles/request",
-        ratio: None,
-        digits: 0,
-        narrow: false,
-        of: |s| s.counters.map(|c| c[0]),
-    },
+    Metric { head: "IOPS", ratio: Some("IOPS ratio"), digits: 0, main: true, of: |s| Some(s.iops) },
+    Metric { head: "p50 us", ratio: Some("p50 ratio"), digits: 2, main: true, of: |s| Some(s.latency_us[0]) },
+    Metric { head: "p90 us", ratio: None, digits: 2, main: false, of: |s| Some(s.latency_us[1]) },
+    Metric { head: "p99 us", ratio: None, digits: 2, main: true, of: |s| Some(s.latency_us[2]) },
+    Metric { head: "p99.9 us", ratio: None, digits: 2, main: false, of: |s| Some(s.latency_us[3]) },
+    Metric { head: "max us", ratio: None, digits: 0, main: false, of: |s| Some(s.latency_us[4]) },
+    Metric { head: "CPU us/request", ratio: Some("CPU ratio"), digits: 3, main: true, of: |s| s.cpu_us },
+    Metric { head: "sleeps/request", ratio: None, digits: 4, main: true, of: |s| s.voluntary },
+    Metric { head: "preemptions/request", ratio: None, digits: 6, main: false, of: |s| s.involuntary },
+    Metric { head: "cycles/request", ratio: None, digits: 0, main: false, of: |s| s.counters.map(|c| c[0]) },
     Metric {
         head: "instructions/request",
         ratio: None,
         digits: 0,
-        narrow: false,
+        main: false,
         of: |s| s.counters.map(|c| c[1]),
     },
     Metric {
         head: "cache misses/request",
         ratio: None,
         digits: 2,
-        narrow: false,
+        main: false,
         of: |s| s.counters.map(|c| c[2]),
     },
 ];
 
-/// One table for each point; `wide` for a page, not a terminal.
-pub fn tables(results: &Results, wide: bool) -> Vec<Table> {
-    (0..results.points.len()).map(|point| table(results, point, wide)).collect()
+/// The main table of a point, with ratios and notes.
+pub fn main(results: &Results, point: usize) -> Table {
+    Table { notes: notes(results, point), ..table(results, point, true) }
 }
 
-fn table(results: &Results, point: usize, wide: bool) -> Table {
+/// What does not fit into that.
+pub fn details(results: &Results, point: usize) -> Table {
+    table(results, point, false)
+}
+
+fn table(results: &Results, point: usize, main: bool) -> Table {
     let counted = results.samples.iter().any(|s| s.counters.is_some());
     let shown: Vec<&Metric> = METRICS
         .iter()
         .enumerate()
-        .filter(|(i, m)| (wide || m.narrow) && (*i < 9 || counted))
+        .filter(|(i, m)| m.main == main && (*i < 9 || counted))
         .map(|(_, m)| m)
         .collect();
     let mut heads = vec!["back end"];
     heads.extend(shown.iter().map(|m| m.head));
-    heads.extend(METRICS.iter().filter_map(|m| m.ratio));
+    let with_ratio = || METRICS.iter().filter(|m| main && m.ratio.is_some());
+    heads.extend(with_ratio().filter_map(|m| m.ratio));
     let mut rows = Vec::new();
     for backend in &results.backends {
         let own = |metric: &Metric| values(results, point, &backend.name, metric);
@@ -95,13 +89,13 @@ fn table(results: &Results, point: usize, wide: bool) -> Table {
         let mut row = vec![format!("{}{partial}", backend.name)];
         let over = |m: &Metric| Spread::of(own(m).into_iter().map(|(_, v)| v));
         row.extend(shown.iter().map(|m| cell(over(m), m.digits)));
-        for metric in METRICS.iter().filter(|m| m.ratio.is_some()) {
+        for metric in with_ratio() {
             let reference = values(results, point, results.reference(), metric);
             row.push(cell(ratios(&own(metric), &reference), 2));
         }
         rows.push(row);
     }
-    Table { title: results.points[point].title.clone(), heads, rows, notes: notes(results, point) }
+    Table { title: results.points[point].title.clone(), heads, rows, notes: Vec::new() }
 }
 
 fn values(results: &Results, point: usize, backend: &str, metric: &Metric) -> Vec<(usize, f64)> {
@@ -141,7 +135,7 @@ pub fn text(results: &Results) -> String {
         results.runtime,
         results.reference()
     );
-    for table in tables(results, false) {
+    for table in (0..results.points.len()).map(|point| main(results, point)) {
         let width = |column: usize| {
             let cells = table.rows.iter().map(|r| r[column].chars().count());
             cells.chain([table.heads[column].len()]).max().unwrap_or(0)
