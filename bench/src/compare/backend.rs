@@ -138,13 +138,14 @@ impl Started {
         Some(format!("{status}{}", self.last_words()))
     }
 
-    /// The last line it wrote to its standard error.
+    /// The line of its standard error that says most: the first that calls itself an error, or the last.
     fn last_words(&self) -> String {
         let Some(dir) = &self.dir else { return String::new() };
         let text = std::fs::read(dir.path().join("stderr")).unwrap_or_default();
         let text = String::from_utf8_lossy(&text);
-        let last = text.lines().rev().find(|l| !l.trim().is_empty());
-        last.map_or(String::new(), |l| format!(": {}", l.trim()))
+        let error = text.lines().find(|l| l.to_lowercase().contains("error"));
+        let last = || text.lines().rev().find(|l| !l.trim().is_empty());
+        error.or_else(last).map_or(String::new(), |l| format!(": {}", l.trim()))
     }
 }
 

@@ -73,11 +73,12 @@ pub fn compare(what: &Compare) -> Result<()> {
     matrix.keep(&what.only)?;
     let usable = usable_cpus()?;
     let (generator_cpu, cpus) = place(&matrix, &usable)?;
-    let image = matrix.options.image.as_ref().map(make_image).transpose()?;
+    // Before anything is made that would be left behind.
     let interrupted = Arc::new(AtomicBool::new(false));
     for signal in [SIGINT, SIGTERM, SIGHUP] {
         signal_hook::flag::register(signal, Arc::clone(&interrupted))?;
     }
+    let image = matrix.options.image.as_ref().map(|i| make_image(i, &interrupted)).transpose()?;
     let before = wait_quiet(what.wait_quiet, &interrupted)?;
     let exe = std::env::current_exe()?;
     let places = Places {
@@ -200,13 +201,14 @@ fn wait_quiet(seconds: u64, interrupted: &AtomicBool) -> Result<Quiet> {
 }
 
 /// A file of random content, all of it allocated, that goes when it is dropped.
-fn make_image(image: &Image) -> Result<TempPath> {
+fn make_image(image: &Image, interrupted: &AtomicBool) -> Result<TempPath> {
     let dir = image.dir.display();
     let file = tempfile::Builder::new().prefix("vbench-").suffix(".img").tempfile_in(&image.dir);
     let (mut file, path) = file.with_context(|| format!("cannot make an image in {dir}"))?.into_parts();
     let mut random = 0x9e37_79b9_7f4a_7c15u64;
     let mut mib = vec![0; 1 << 20];
     for _ in 0..image.mib {
+        ensure!(!interrupted.load(Ordering::Relaxed), "interrupted");
         for word in mib.chunks_exact_mut(8) {
             random ^= random << 13;
             random ^= random >> 7;
@@ -257,7 +259,7 @@ mod tests {
     #[test]
     fn an_image_is_whole_and_goes_when_it_is_dropped() {
         let dir = tempfile::tempdir().unwrap();
-        let image = make_image(&Image { dir: dir.path().into(), mib: 2 }).unwrap();
+        let image = make_image(&Image { dir: dir.path().into(), mib: 2 }, &AtomicBool::new(false)).unwrap();
         assert_eq!(std::fs::metadata(&image).unwrap().len(), 2 << 20);
         drop(image);
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
