@@ -1,5 +1,6 @@
 //! The floor of a request's cost: a null back end that trusts the guest and checks nothing, one split queue, one
-//! thread. It exists to be measured beside, in the same run and with the same driver, and for nothing else.
+//! thread. It exists to be measured beside, in the same run and with the same driver, and for nothing else. With
+//! `--copy` it also moves the data between the guest and memory of its own, as the floor of a RAM disk.
 #![allow(unsafe_code, clippy::cast_ptr_alignment)] // it trusts its driver: that is the point
 
 use std::os::fd::AsFd;
@@ -13,9 +14,9 @@ use nix::sys::eventfd::EventFd;
 use poll_engine::device::features;
 use poll_engine::engine::placement::pin_to;
 use poll_engine::memory::slice::prefetch;
-use poll_engine::memory::{MemoryMap, Region};
+use poll_engine::memory::{MemoryMap, Ram, Region};
 use poll_engine::ring::RingConfig;
-use poll_engine::ring::layout::{DESC_F_INDIRECT, DESC_F_NEXT};
+use poll_engine::ring::layout::{DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE};
 use poll_engine::session::listen::Listener;
 use poll_engine::session::socket::{Connection, Incoming};
 use poll_engine::session::state::{Action, Offer, Session};
@@ -39,7 +40,9 @@ struct Running {
 }
 
 /// Serves one front end after another for ever.
-pub fn serve(path: &Path, cpu: Option<usize>) -> Result<()> {
+pub fn serve(path: &Path, cpu: Option<usize>, copy: bool) -> Result<()> {
+    // The same kind of memory as a `ram` back end's: shared, and there from the first touch.
+    let disk = copy.then(|| Ram::new(0, SECTORS * 512, false).map(Arc::new)).transpose()?;
     let bell = EventFd::new()?;
     let mut listener = Listener::bind(path)?;
     while let Some(stream) = listener.accept(bell.as_fd(), || false)? {
@@ -71,7 +74,22 @@ pub fn serve(path: &Path, cpu: Option<usize>) -> Result<()> {
                     Action::Start(_, config) => {
                         let (map, stop) = (Arc::clone(&map), Arc::new(AtomicBool::new(false)));
                         let seen = Arc::clone(&stop);
-                        let thread = std::thread::spawn(move || run(&map, &config, cpu, &seen));
+                        let disk = disk.clone();
+                        let thread = std::thread::spawn(move || {
+                            if let Some(cpu) = cpu {
+                                // Unpinned, it measures less well; that is seen in the result.
+                                let _ = pin_to(cpu);
+                            }
+                            match disk.as_deref() {
+                                Some(disk) => {
+                                    let regions = disk.map().regions();
+                                    let data =
+                                        regions.first().map_or(std::ptr::null_mut(), |r| r.host_addr());
+                                    run::<true>(&map, &config, data, &seen)
+                                }
+                                None => run::<false>(&map, &config, std::ptr::null_mut(), &seen),
+                            }
+                        });
                         running = Some(Running { stop, thread });
                     }
                     Action::Stop(index) => session.stopped(index, halt(&mut running)),
@@ -105,11 +123,36 @@ fn guest(map: &[(u64, u64, *mut u8)], addr: u64) -> *mut u8 {
     std::ptr::null_mut()
 }
 
-fn run(map: &MemoryMap, config: &RingConfig, cpu: Option<usize>, stop: &AtomicBool) -> u16 {
-    if let Some(cpu) = cpu {
-        // Unpinned, it measures less well; that is seen in the result.
-        let _ = pin_to(cpu);
+/// Moves the data of the request whose header is at `at`; gives the descriptor after the data, which is the status.
+///
+/// # Safety
+///
+/// The chain is a good one, and its sectors are on the disk.
+#[inline]
+unsafe fn copy_data(map: &[(u64, u64, *mut u8)], table: *const Desc, at: usize, disk: *mut u8) -> usize {
+    // SAFETY: the caller's promise, and so the driver's.
+    unsafe {
+        let header = guest(map, (*table.add(at)).addr);
+        let sector = header.add(8).cast::<u64>().read_unaligned();
+        let mut disk = disk.add(sector as usize * 512);
+        let mut at = usize::from((*table.add(at)).next & 1023);
+        while (*table.add(at)).flags & DESC_F_NEXT != 0 {
+            let Desc { addr, len, flags, next } = *table.add(at);
+            let data = guest(map, addr);
+            if flags & DESC_F_WRITE == 0 {
+                disk.copy_from_nonoverlapping(data, len as usize);
+            } else {
+                data.copy_from_nonoverlapping(disk, len as usize);
+            }
+            disk = disk.add(len as usize);
+            at = usize::from(next & 1023);
+        }
+        at
     }
+}
+
+/// `COPY` is a constant so that the loop without it stays what it is.
+fn run<const COPY: bool>(map: &MemoryMap, config: &RingConfig, disk: *mut u8, stop: &AtomicBool) -> u16 {
     let by_guest: Vec<_> =
         map.regions().iter().map(|r| (r.spec().guest_addr, r.spec().size, r.host_addr())).collect();
     let by_user: Vec<_> =
@@ -145,6 +188,9 @@ fn run(map: &MemoryMap, config: &RingConfig, cpu: Option<usize>, stop: &AtomicBo
                     at = 0;
                 }
                 prefetch(guest(&by_guest, (*table.add(at)).addr));
+                if COPY {
+                    at = copy_data(&by_guest, table, at, disk);
+                }
                 while (*table.add(at)).flags & DESC_F_NEXT != 0 {
                     at = usize::from((*table.add(at)).next & 1023);
                 }

@@ -15,6 +15,7 @@ mod measure;
 mod options;
 mod outcome;
 mod pace;
+mod plain;
 mod report;
 mod requests;
 mod run;
@@ -45,12 +46,27 @@ enum Command {
     Ceiling(ceiling::Ceiling),
     /// Run several back ends in turn under the same load and print their ratios
     #[command(mut_arg("runtime", |a| a.default_value("2")), mut_arg("ramp_time", |a| a.default_value("0.3")))]
-    Compare(compare::Compare),
+    Compare(Box<compare::Compare>),
     /// Serve a null disk by a loop without any checks: the limit to measure back ends against
     Floor {
         /// Socket to listen on
         #[arg(long, value_name = "PATH")]
         socket_path: PathBuf,
+        /// CPU to run on
+        #[arg(long, value_name = "CPU")]
+        cpu: Option<usize>,
+        /// Copy the data of requests from and to 1 GiB of memory, as a RAM disk does
+        #[arg(long)]
+        copy: bool,
+    },
+    /// Serve a null disk written with the vhost-user-backend and virtio-queue crates: a peer to measure beside
+    Plain {
+        /// Socket to listen on
+        #[arg(long, value_name = "PATH")]
+        socket_path: PathBuf,
+        /// Request queues to offer
+        #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
+        num_queues: u16,
         /// CPU to run on
         #[arg(long, value_name = "CPU")]
         cpu: Option<usize>,
@@ -162,7 +178,8 @@ fn main() -> ExitCode {
         Command::Run(run) => return run::run(run),
         Command::Ceiling(what) => ceiling::ceiling(what),
         Command::Compare(what) => compare::compare(what),
-        Command::Floor { socket_path, cpu } => floor::serve(socket_path, *cpu),
+        Command::Floor { socket_path, cpu, copy } => floor::serve(socket_path, *cpu, *copy),
+        Command::Plain { socket_path, num_queues, cpu } => plain::serve(socket_path, *num_queues, *cpu),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

@@ -1,0 +1,225 @@
+//! Back ends as processes: started afresh, pinned, and gone without a trace.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, bail};
+use nix::sched::{CpuSet, sched_setaffinity};
+use nix::unistd::Pid;
+use tempfile::TempDir;
+
+use super::matrix::Backend;
+
+/// What stands for braces in commands.
+#[derive(Clone, Debug)]
+pub struct Places {
+    /// `{bin}`: where this program and its siblings are.
+    pub bin: PathBuf,
+    /// `{cpu}`: CPUs of the back end as a list, and the same to pin it to.
+    pub cpus: (String, Vec<usize>),
+    /// `{image}`.
+    pub image: Option<PathBuf>,
+}
+
+/// Whether a back end can be started.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Found {
+    /// It can.
+    Yes,
+    /// Its program is looked up in PATH and not there: a peer that is not installed.
+    NotInstalled(String),
+    /// Its program has a path and is not there: not built.
+    Missing(String),
+}
+
+impl Places {
+    fn words(&self, command: &str, socket: &Path) -> Result<Vec<String>> {
+        // Split first, so that a path with spaces stays one word.
+        let words = shlex::split(command).context("a quote that is not closed")?;
+        let image = self.image.as_deref().unwrap_or(Path::new(""));
+        let fill = |word: String| {
+            word.replace("{socket}", &socket.display().to_string())
+                .replace("{bin}", &self.bin.display().to_string())
+                .replace("{image}", &image.display().to_string())
+                .replace("{cpu}", &self.cpus.0)
+        };
+        Ok(words.into_iter().map(fill).collect())
+    }
+
+    /// Looks for a back end's program, and for the one that `taskset` or the like would start.
+    pub fn find(&self, backend: &Backend) -> Result<Found> {
+        let Some(command) = &backend.command else {
+            let socket = backend.socket.as_deref().unwrap_or(Path::new(""));
+            let missing = || Found::Missing(format!("there is no socket {}", socket.display()));
+            return Ok(if socket.exists() { Found::Yes } else { missing() });
+        };
+        let words = self.words(command, Path::new("socket"))?;
+        let program = words.first().context("an empty command")?;
+        // `taskset -c CPU PROGRAM` is found missing only when it runs, too late for a clear line.
+        let wrapped = (program == "taskset").then(|| words.get(3)).flatten();
+        for program in [Some(program), wrapped].into_iter().flatten() {
+            if program.contains('/') {
+                if !Path::new(program).exists() {
+                    return Ok(Found::Missing(format!(
+                        "{program} does not exist; if it is of this workspace: cargo build -p vbench -p vhost-blk"
+                    )));
+                }
+            } else if !in_path(program) {
+                return Ok(Found::NotInstalled(format!("{program} is not installed")));
+            }
+        }
+        Ok(Found::Yes)
+    }
+}
+
+fn in_path(program: &str) -> bool {
+    std::env::var_os("PATH")
+        .is_some_and(|path| std::env::split_paths(&path).any(|dir| dir.join(program).is_file()))
+}
+
+/// A started back end, killed when dropped, with a directory of its own.
+#[derive(Debug)]
+pub struct Started {
+    child: Option<Child>,
+    socket: PathBuf,
+    dir: Option<TempDir>,
+}
+
+impl Started {
+    /// Starts it and waits until it listens. `interrupted` gives up.
+    pub fn new(backend: &Backend, places: &Places, interrupted: &AtomicBool) -> Result<Started> {
+        let Some(command) = &backend.command else {
+            let socket = backend.socket.clone().unwrap_or_default();
+            return Ok(Started { child: None, socket, dir: None });
+        };
+        let dir = tempfile::Builder::new().prefix("vbench-").tempdir()?;
+        let socket = dir.path().join("socket");
+        let words = places.words(command, &socket)?;
+        let (program, args) = words.split_first().context("an empty command")?;
+        let mut command = Command::new(program);
+        command.args(args).envs(&backend.env).stdin(Stdio::null()).stdout(Stdio::null());
+        command.stderr(File::create(dir.path().join("stderr"))?);
+        let child = on_cpus(&places.cpus.1, move || command.spawn())??;
+        let mut started = Started { child: Some(child), socket, dir: Some(dir) };
+        let begun = Instant::now();
+        while !started.socket.exists() {
+            if let Some(how) = started.ended() {
+                bail!("did not start: {how}");
+            }
+            if begun.elapsed() > Duration::from_secs(10) {
+                bail!("does not listen on its socket after 10 s{}", started.last_words());
+            }
+            if interrupted.load(Ordering::Relaxed) {
+                bail!("interrupted");
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        // Between binding and listening.
+        std::thread::sleep(Duration::from_millis(100));
+        Ok(started)
+    }
+
+    /// Where it listens.
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// Its process, if it was started here.
+    pub fn pid(&self) -> Option<u32> {
+        self.child.as_ref().map(Child::id)
+    }
+
+    /// How it ended, if it has.
+    pub fn ended(&mut self) -> Option<String> {
+        let status = self.child.as_mut()?.try_wait().ok()??;
+        Some(format!("{status}{}", self.last_words()))
+    }
+
+    /// The line of its standard error that says most: the first that calls itself an error, or the last.
+    fn last_words(&self) -> String {
+        let Some(dir) = &self.dir else { return String::new() };
+        let text = std::fs::read(dir.path().join("stderr")).unwrap_or_default();
+        let text = String::from_utf8_lossy(&text);
+        let error = text.lines().find(|l| l.to_lowercase().contains("error"));
+        let last = || text.lines().rev().find(|l| !l.trim().is_empty());
+        error.or_else(last).map_or(String::new(), |l| format!(": {}", l.trim()))
+    }
+}
+
+impl Drop for Started {
+    fn drop(&mut self) {
+        let Some(child) = &mut self.child else { return };
+        // It may have ended by itself.
+        let _ = child.kill();
+        let _ = child.wait();
+        // The kernel lets go of an io_uring's files, and their locks, a moment later.
+        std::thread::sleep(Duration::from_millis(200));
+    }
+}
+
+/// Does something in a thread that runs on these CPUs only, as do the threads and processes it starts.
+pub fn on_cpus<T: Send + 'static>(cpus: &[usize], what: impl FnOnce() -> T + Send + 'static) -> Result<T> {
+    spawn_on(cpus, what)?.join().map_err(|_| anyhow!("a thread panicked"))?
+}
+
+/// The same without waiting for it.
+pub fn spawn_on<T: Send + 'static>(
+    cpus: &[usize],
+    what: impl FnOnce() -> T + Send + 'static,
+) -> Result<std::thread::JoinHandle<Result<T>>> {
+    let mut set = CpuSet::new();
+    for cpu in cpus {
+        set.set(*cpu)?;
+    }
+    let list = cpus.iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
+    Ok(std::thread::spawn(move || {
+        sched_setaffinity(Pid::from_raw(0), &set).with_context(|| format!("cannot run on CPU {list}"))?;
+        Ok(what())
+    }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn places() -> Places {
+        Places { bin: "/a b".into(), cpus: ("0".into(), vec![0]), image: None }
+    }
+
+    fn command(command: &str) -> Backend {
+        Backend { name: "x".into(), command: Some(command.into()), ..Backend::default() }
+    }
+
+    #[test]
+    fn words_are_those_of_a_shell_and_paths_stay_whole() {
+        let words = places().words("{bin}/x --cpus {cpu} 'one word' s={socket}", Path::new("/s t")).unwrap();
+        assert_eq!(words, ["/a b/x", "--cpus", "0", "one word", "s=/s t"]);
+    }
+
+    #[test]
+    fn not_installed_and_not_built_are_told_apart() {
+        let found = |c: &str| places().find(&command(c)).unwrap();
+        assert_eq!(found("sh {socket}"), Found::Yes);
+        assert!(matches!(found("no-such-program {socket}"), Found::NotInstalled(_)));
+        assert!(matches!(found("{bin}/vhost-blk {socket}"), Found::Missing(m) if m.contains("cargo build")));
+        let wrapped = found("taskset -c {cpu} no-such-program {socket}");
+        assert!(matches!(wrapped, Found::NotInstalled(m) if m.contains("no-such-program")));
+    }
+
+    #[test]
+    fn one_that_ends_says_its_last_words_and_leaves_nothing() {
+        let stop = AtomicBool::new(false);
+        let e = Started::new(&command("sh -c 'echo oh no >&2; exit 3' {socket}"), &places(), &stop);
+        let e = e.unwrap_err().to_string();
+        assert!(e.contains("did not start") && e.contains('3') && e.contains("oh no"), "{e}");
+        let mut started =
+            Started::new(&command("sh -c 'touch $0; sleep 60' {socket}"), &places(), &stop).unwrap();
+        assert_eq!(started.ended(), None);
+        let (dir, pid) = (started.socket().parent().unwrap().to_owned(), started.pid().unwrap());
+        drop(started);
+        assert!(!dir.exists() && !Path::new(&format!("/proc/{pid}")).exists());
+    }
+}
