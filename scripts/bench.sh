@@ -2,8 +2,9 @@
 # Rates, latencies and CPU time of the engine beside its peers, in the same run: vbench drives each back end in turn
 # through a real session, without a guest. How to read the figures: docs/performance.md.
 #
-#   scripts/bench.sh [null|ram|tmpfs|disk|pacing|idle|guest|all]   BENCH_ROUNDS (5) and BENCH_SECONDS (2) for each run
+#   scripts/bench.sh [null|ram|tmpfs|disk|pacing|idle|guest|ring|all]   BENCH_ROUNDS (5) and BENCH_SECONDS (2) for each run
 #   What is compared with what is in bench/matrices. BENCH_PAGES: directory for a page and JSON of each comparison
+#   ring: nanoseconds of the steps of a request on the ring, on one CPU; not in "all" (ring FILTER: those so named)
 #   guest: with and without a virtual machine, BENCH_ROUNDS (11) of 200,000 requests; needs /dev/kvm
 #   BENCH_DISK: where the image for "disk" is made (default: /var/tmp), BENCH_FLOOR: another floor to run beside ours
 set -euo pipefail
@@ -12,6 +13,9 @@ what=${1:-all}
 rounds=${BENCH_ROUNDS:-5}
 seconds=${BENCH_SECONDS:-2}
 
+if [ "$what" = ring ]; then
+    exec cargo bench -p poll-engine --bench ring -- "${@:2}"
+fi
 cargo build --release -p vhost-blk -p vbench -p kickless-guest -p kickless-tests --bins
 bin=${CARGO_TARGET_DIR:-target}/release
 tmp=$(mktemp -d)

@@ -181,7 +181,7 @@ impl Queue {
 
     /// Ends a round: shows completed chains to the driver.
     #[inline]
-    pub(super) fn publish(&mut self) {
+    pub fn publish(&mut self) {
         if !self.ring.publish() {
             return;
         }
@@ -197,13 +197,13 @@ impl Queue {
     /// Whether to see now if the driver wants an interrupt. Looking costs a memory barrier that waits for all our
     /// writes: while there is more to take, the rounds share one.
     #[inline]
-    pub(super) fn is_signal_due(&self, idle: bool) -> bool {
+    pub fn is_signal_due(&self, idle: bool) -> bool {
         self.unsignalled > 0 && (idle || self.unsignalled >= MAX_UNSIGNALLED)
     }
 
     /// Signals the driver if it wants that.
     #[inline]
-    pub(super) fn signal(&mut self, io: &mut Io<'_>) {
+    pub fn signal(&mut self, io: &mut Io<'_>) {
         self.unsignalled = 0;
         let Some(wants_interrupt) = self.ring.wants_interrupt() else { return };
         match &self.notifier.call {
@@ -221,7 +221,7 @@ impl Queue {
 
     /// To be called now and then while awake, too: the ring keeps its event index from going stale.
     #[inline]
-    pub(super) fn disable_notification(&mut self) {
+    pub fn disable_notification(&mut self) {
         if !self.broken {
             self.ring.disable_notification();
         }

@@ -86,7 +86,12 @@ pub struct Io<'a> {
     id: TaskId,
 }
 
-impl Io<'_> {
+impl<'a> Io<'a> {
+    /// Without a reactor, for driving a handler by hand where it is measured: completions go nowhere.
+    pub fn alone(uring: &'a mut Uring) -> Io<'a> {
+        Io { uring, id: TaskId { slot: 0, generation: 0 } }
+    }
+
     /// The reactor's io_uring, for registering files and finding registered memory.
     #[inline]
     pub fn uring(&mut self) -> &mut Uring {

@@ -59,7 +59,7 @@ impl Chain {
     /// # Safety
     /// `map` must be the map that the chain's slices were translated by.
     #[inline]
-    pub(crate) unsafe fn view<'a>(&'a self, map: &'a MemoryMap) -> ChainView<'a> {
+    pub unsafe fn view<'a>(&'a self, map: &'a MemoryMap) -> ChainView<'a> {
         ChainView { map, chain: self }
     }
 }
