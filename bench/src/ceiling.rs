@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
+use poll_engine::engine::placement::{pin_to, usable_cpus};
 use poll_engine::memory::{MemoryMap, Ram};
 use poll_engine::ring::RingConfig;
 use poll_engine::ring::driver::DriverRing;
@@ -46,7 +47,13 @@ pub fn ceiling(what: &Ceiling) -> Result<()> {
             bail!("{}", failure.message);
         }
         let (requests, seconds) = (result.requests.max(1) as f64, result.seconds.max(1e-9));
-        println!("{name}: {:.1} ns per request, {:.0} IOPS", seconds * 1e9 / requests, requests / seconds);
+        // Of CPU time, because others may have had the CPU meanwhile.
+        let cpu = (result.cost.user + result.cost.system) * 1e9 / requests;
+        println!(
+            "{name}: {:.1} ns per request ({cpu:.1} ns of the job's CPU time), {:.0} IOPS",
+            seconds * 1e9 / requests,
+            requests / seconds
+        );
     }
     Ok(())
 }
@@ -65,6 +72,12 @@ fn measure(spec: &Arc<Spec>, runtime: Duration, own: bool) -> Result<JobResult> 
             scope.spawn(move || job.run(control, || {}, || peer.serve()))
         } else {
             scope.spawn(move || {
+                // Two that spin on one CPU would wait for each other's time slices.
+                let other = |own| usable_cpus().ok()?.into_iter().find(|&cpu| cpu != own);
+                if let Some(cpu) = spec.cpu.and_then(other) {
+                    // Unpinned, it measures less well; that is seen in the result.
+                    let _ = pin_to(cpu);
+                }
                 while !over.load(Ordering::Relaxed) {
                     peer.serve();
                     std::hint::spin_loop();

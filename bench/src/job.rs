@@ -22,6 +22,8 @@ use crate::requests::{Random, Region, Request, Requests};
 use crate::spec::{Rate, Spec};
 use crate::verify::{self, Ledger, Written};
 
+/// Finished requests looked at at once.
+const BATCH: usize = 32;
 /// No slot.
 const NONE: u16 = u16::MAX;
 
@@ -98,7 +100,7 @@ impl Job {
         for _ in 0..spec.iodepth {
             let slot = Slot {
                 header: ram.alloc(16, 64)?,
-                status: ram.alloc(1, 64)?,
+                status: ram.alloc(16, 64)?,
                 table: ram.alloc(48, 64)?,
                 data: ram.alloc(u64::from(largest), 4096)?,
                 busy: false,
@@ -267,27 +269,39 @@ impl Job {
             }
     }
 
+    /// The next request, and when its latency begins, if one is due.
+    #[inline]
+    fn next(&mut self, now: u64) -> Option<(Request, u64)> {
+        if !matches!(self.source, Source::Work) || self.held.is_some() {
+            return self.next_to_verify(now);
+        }
+        if self.bytes_left == 0 || self.ios_left == 0 {
+            return None;
+        }
+        let since = self.pacer.take(now)?;
+        let request = self.requests.next();
+        self.bytes_left = self.bytes_left.saturating_sub(u64::from(request.len));
+        self.ios_left -= 1;
+        Some((request, since))
+    }
+
+    /// What only a job that verifies has: requests that were held back, and reading back.
+    #[cold]
+    fn next_to_verify(&mut self, now: u64) -> Option<(Request, u64)> {
+        if let Some((request, since)) = self.held.take() {
+            return Some((request, if self.open { since } else { now }));
+        }
+        match &mut self.source {
+            Source::ReadBack(rest) => Some((rest.next()?, now)),
+            Source::Work => None,
+        }
+    }
+
     /// Adds the next request to the ring, if it is due and there is room.
     #[inline]
     fn send_next(&mut self, now: u64) -> bool {
         let Some(&index) = self.free.last() else { return false };
-        let (request, since) = match self.held.take() {
-            Some((request, since)) => (request, if self.open { since } else { now }),
-            None if !self.more() => return false,
-            None => match &mut self.source {
-                Source::Work => {
-                    let Some(since) = self.pacer.take(now) else { return false };
-                    let request = self.requests.next();
-                    self.bytes_left = self.bytes_left.saturating_sub(u64::from(request.len));
-                    self.ios_left -= 1;
-                    (request, since)
-                }
-                Source::ReadBack(rest) => match rest.next() {
-                    Some(request) => (request, now),
-                    None => return false,
-                },
-            },
-        };
+        let Some((request, since)) = self.next(now) else { return false };
         if let Some(ledger) = &mut self.result.ledger {
             let conflicts =
                 |s: &Slot| s.busy && (s.request.write || request.write) && s.request.overlaps(&request);
@@ -318,11 +332,12 @@ impl Job {
     #[inline]
     fn add(&mut self, index: u16, request: &Request) -> Option<u16> {
         let slot = &mut self.slots[usize::from(index)];
-        let mut header = [0; 16];
-        header[0] = u8::from(request.write);
-        header[8..].copy_from_slice(&(request.offset / 512).to_le_bytes());
-        self.map.slice(slot.header, 16)?.write(&header);
-        self.map.slice(slot.status, 1)?.write(&[0xff]);
+        // In halves, each stored whole before it is copied: a load of what lies in several stores waits for all of
+        // them, and before them for every line that the back end's CPU has.
+        let header = self.map.slice(slot.header, 16)?;
+        header.part(0, 8).write(&u64::from(request.write).to_le_bytes());
+        header.part(8, 8).write(&(request.offset / 512).to_le_bytes());
+        self.map.slice(slot.status, 1)?.write_byte(0xff);
         if request.write && self.result.ledger.is_some() {
             let block = &mut self.scratch[..request.len as usize];
             slot.written = verify::fill(block, request.offset, self.seeds.next());
@@ -344,28 +359,23 @@ impl Job {
     #[inline]
     fn collect(&mut self, finished: usize) -> bool {
         let now = self.now();
-        for _ in 0..finished {
-            let Some((head, _)) = self.ring.collect() else { break };
-            let index = self.by_head.get_mut(usize::from(head)).map_or(NONE, |slot| mem::replace(slot, NONE));
-            let Some(slot) = self.slots.get_mut(usize::from(index)) else { return false };
-            slot.busy = false;
-            let slot = *slot;
-            self.free.push(index);
-            self.finished += 1;
-            let mut status = [0xff];
-            if let Some(at) = self.map.slice(slot.status, 1) {
-                at.read(&mut status);
+        let mut left = finished;
+        while left > 0 {
+            let mut batch = [NONE; BATCH];
+            let batch = &mut batch[..left.min(BATCH)];
+            left -= batch.len();
+            for index in batch.iter_mut() {
+                let Some((head, _)) = self.ring.collect() else { return false };
+                *index =
+                    self.by_head.get_mut(usize::from(head)).map_or(NONE, |slot| mem::replace(slot, NONE));
+                let Some(slot) = self.slots.get(usize::from(*index)) else { return false };
+                // The back end's CPU has these lines: their misses overlap.
+                if let Some(status) = self.map.slice(slot.status, 1) {
+                    status.prefetch();
+                }
             }
-            if status[0] != 0 {
-                self.refused(&slot.request, status[0]);
-                continue;
-            }
-            if self.measuring.is_some() {
-                let side = if slot.request.write { &mut self.result.write } else { &mut self.result.read };
-                side.count(slot.request.len, now.saturating_sub(slot.since));
-            }
-            if self.result.ledger.is_some() {
-                self.verify(&slot);
+            for &index in &*batch {
+                self.answered(index, now);
             }
         }
         if self.measuring.is_some() {
@@ -378,6 +388,30 @@ impl Job {
             }
         }
         true
+    }
+
+    /// The request in a slot is finished.
+    #[inline]
+    fn answered(&mut self, index: u16, now: u64) {
+        let slot = &mut self.slots[usize::from(index)];
+        slot.busy = false;
+        let (request, since) = (slot.request, slot.since);
+        // The memory around it is our own: read at once, not byte by byte.
+        let around = self.map.slice(slot.status, 16).and_then(|at| at.read_pair_once());
+        let status = around.map_or(0xff, |[low, _]| low as u8);
+        self.free.push(index);
+        self.finished += 1;
+        if status != 0 {
+            self.refused(&request, status);
+            return;
+        }
+        if self.measuring.is_some() {
+            let side = if request.write { &mut self.result.write } else { &mut self.result.read };
+            side.count(request.len, now.saturating_sub(since));
+        }
+        if self.result.ledger.is_some() {
+            self.verify(index);
+        }
     }
 
     fn refused(&mut self, request: &Request, status: u8) {
@@ -395,7 +429,8 @@ impl Job {
         self.fail(Errno::EIO, message);
     }
 
-    fn verify(&mut self, slot: &Slot) {
+    fn verify(&mut self, index: u16) {
+        let slot = &self.slots[usize::from(index)];
         let Some(ledger) = &mut self.result.ledger else { return };
         if slot.request.write {
             ledger.record(slot.request.offset, slot.written);

@@ -75,8 +75,9 @@ fn what_cannot_be_served_in_time_waits_and_the_wait_counts() {
     let args = ["--rw=randread", "--arrival-rate=100m", "--time-based", "--runtime=500ms", "--json"];
     let json = run(&daemon.socket, &args).good().json();
     let clat = &json["jobs"][0]["read"]["clat_ns"];
-    // After half a second without keeping up, requests are nearly as late.
-    assert!(number(&clat["max"]) > 300e6 && number(&clat["percentile"]["50.000000"]) > 50e6, "{clat}");
+    // After half a second without keeping up, the last requests are nearly as late, and almost all of it is waiting.
+    let slat = &json["jobs"][0]["read"]["slat_ns"];
+    assert!(number(&clat["max"]) > 300e6 && number(&slat["max"]) > 250e6, "{clat} {slat}");
 }
 
 #[test]
@@ -302,7 +303,7 @@ fn json_has_every_key_that_fios_has() {
 #[test]
 fn the_generator_measures_itself() {
     let outcome = vbench(&["ceiling", "--rw=randrw", "--iodepth=8", "--runtime=200ms"]).good();
-    assert_eq!(outcome.out.matches(" ns per request, ").count(), 2, "{}", outcome.out);
+    assert_eq!(outcome.out.matches(" ns per request ").count(), 2, "{}", outcome.out);
     vbench(&["ceiling", "--verify=crc32c"]).bad(1, "ceiling");
 }
 
