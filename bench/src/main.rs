@@ -16,6 +16,7 @@ mod options;
 mod outcome;
 mod pace;
 mod plain;
+mod probe;
 mod report;
 mod requests;
 mod run;
@@ -71,6 +72,9 @@ enum Command {
         #[arg(long, value_name = "CPU")]
         cpu: Option<usize>,
     },
+    /// Measure what a request is made of on this machine: a cache line to another CPU and back, a copy, entries into
+    /// the kernel
+    Probe(probe::Probe),
 }
 
 /// What to drive a back end with; names and meanings are fio's.
@@ -180,6 +184,7 @@ fn main() -> ExitCode {
         Command::Compare(what) => compare::compare(what),
         Command::Floor { socket_path, cpu, copy } => floor::serve(socket_path, *cpu, *copy),
         Command::Plain { socket_path, num_queues, cpu } => plain::serve(socket_path, *num_queues, *cpu),
+        Command::Probe(what) => probe::probe(what),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
