@@ -40,13 +40,18 @@ pub struct Cli {
     #[arg(long, value_name = "KIND:SIZE")]
     pub backend: Option<Synthetic>,
 
-    /// Serve a further disk; repeat for more. Keys: socket-path, blk-file, backend, serial, read-only
+    /// Serve a further disk; repeat for more. Keys: socket-path, blk-file, backend, serial, read-only,
+    /// record
     #[arg(long, value_name = "KEY=VALUE,...")]
     pub disk: Vec<ExtraDisk>,
 
     /// Refuse writes, and open the image for reading only
     #[arg(long)]
     pub read_only: bool,
+
+    /// Record every request with its time to a new file (see vbench replay, vbench trace)
+    #[arg(long, value_name = "FILE")]
+    pub record: Option<PathBuf>,
 
     /// Request queues to offer (1 to 256)
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=i64::from(MAX_QUEUES)))]
@@ -154,6 +159,8 @@ pub struct ExtraDisk {
     pub serial: String,
     /// Refuse writes.
     pub read_only: bool,
+    /// Record requests here.
+    pub record: Option<PathBuf>,
 }
 
 impl FromStr for ExtraDisk {
@@ -167,6 +174,7 @@ impl FromStr for ExtraDisk {
                 "socket-path" => disk.socket_path = value.into(),
                 "blk-file" => disk.blk_file = Some(value.into()),
                 "backend" => disk.backend = Some(value.parse()?),
+                "record" => disk.record = Some(value.into()),
                 "serial" => disk.serial = serial(value)?,
                 "read-only" => {
                     disk.read_only = match value {
@@ -177,7 +185,7 @@ impl FromStr for ExtraDisk {
                 }
                 other => {
                     return Err(format!(
-                        "unknown key '{other}' (socket-path, blk-file, backend, serial, read-only)"
+                        "unknown key '{other}' (socket-path, blk-file, backend, serial, read-only, record)"
                     ));
                 }
             }
@@ -255,8 +263,11 @@ mod tests {
 
     #[test]
     fn further_disks_are_key_value_lists() {
-        let disk: ExtraDisk = "socket-path=/s,blk-file=/f,read-only".parse().unwrap();
-        assert_eq!((disk.read_only, disk.blk_file), (true, Some("/f".into())));
+        let disk: ExtraDisk = "socket-path=/s,blk-file=/f,read-only,record=/r".parse().unwrap();
+        assert_eq!(
+            (disk.read_only, disk.blk_file, disk.record),
+            (true, Some("/f".into()), Some("/r".into()))
+        );
         for bad in ["", "socket-path=/s", "blk-file=/f", "socket-path=/s,blk-file=/f,backend=null:1G", "x=y"]
         {
             assert!(bad.parse::<ExtraDisk>().is_err(), "{bad}");

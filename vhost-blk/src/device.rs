@@ -11,6 +11,7 @@ use crate::backend::sync::SyncBackend;
 use crate::backend::uring::UringBackend;
 use crate::disk::{Disk, Storage};
 use crate::queue::BlkQueue;
+use crate::record::Recorder;
 
 const F_SIZE_MAX: u64 = 1 << 1;
 const F_SEG_MAX: u64 = 1 << 2;
@@ -34,12 +35,18 @@ pub struct BlkDevice {
     disk: Arc<Disk>,
     num_queues: u16,
     ring_size: u16,
+    recorder: Option<Arc<Recorder>>,
 }
 
 impl BlkDevice {
-    /// `disk` with this many queues of at most this size.
-    pub fn new(disk: Arc<Disk>, num_queues: u16, ring_size: u16) -> BlkDevice {
-        BlkDevice { disk, num_queues, ring_size }
+    /// `disk` with this many queues of at most this size, its requests captured by `recorder`.
+    pub fn new(
+        disk: Arc<Disk>,
+        num_queues: u16,
+        ring_size: u16,
+        recorder: Option<Arc<Recorder>>,
+    ) -> BlkDevice {
+        BlkDevice { disk, num_queues, ring_size, recorder }
     }
 
     fn config(&self) -> [u8; CONFIG_LEN] {
@@ -98,7 +105,7 @@ impl Device for BlkDevice {
         }
     }
 
-    fn start_queue(&self, _index: u16, features: u64, ring_size: u16) -> io::Result<Box<dyn QueueHandler>> {
+    fn start_queue(&self, index: u16, features: u64, ring_size: u16) -> io::Result<Box<dyn QueueHandler>> {
         let disk = Arc::clone(&self.disk);
         // 5.2.5.2: the mode is the guest's to set with CONFIG_WCE; without it a driver that knows FLUSH expects a
         // cache, and one that does not would never flush it.
@@ -107,20 +114,21 @@ impl Device for BlkDevice {
             (false, true) => Cache::Fixed(disk.default_writeback()),
             (false, false) => Cache::Fixed(false),
         };
+        let tap = self.recorder.as_ref().and_then(|r| r.tap(index));
         Ok(match disk.storage() {
-            Storage::Null => Box::new(BlkQueue::new(disk, Null)),
+            Storage::Null => Box::new(BlkQueue::new(disk, Null, tap)),
             Storage::Ram(ram) => {
                 let backend = RamBackend::new(Arc::clone(ram), Arc::clone(&disk));
-                Box::new(BlkQueue::new(disk, backend))
+                Box::new(BlkQueue::new(disk, backend, tap))
             }
             Storage::File(file, traits) if traits.in_memory => {
                 let backend = SyncBackend::new(file.try_clone()?, Arc::clone(&disk));
-                Box::new(BlkQueue::new(disk, backend))
+                Box::new(BlkQueue::new(disk, backend, tap))
             }
             Storage::File(file, traits) => {
                 let backend =
                     UringBackend::new(file.try_clone()?, *traits, Arc::clone(&disk), cache, ring_size);
-                Box::new(BlkQueue::new(disk, backend))
+                Box::new(BlkQueue::new(disk, backend, tap))
             }
         })
     }

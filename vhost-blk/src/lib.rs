@@ -5,7 +5,7 @@
 //! ```
 //!
 //! [`disk`] is what all queues of a device share, [`device`] is its face to the engine, [`open`] finds out what a file
-//! can do before anything starts, [`lock`] keeps other writers away.
+//! can do before anything starts, [`lock`] keeps other writers away, [`record`] writes down what was asked for.
 
 pub mod backend;
 pub mod cli;
@@ -14,5 +14,6 @@ pub mod disk;
 pub mod lock;
 pub mod open;
 pub mod queue;
+pub mod record;
 pub mod report;
 pub mod request;

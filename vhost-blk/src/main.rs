@@ -24,6 +24,7 @@ use vhost_blk::cli::{CacheMode, Cli, Fixed, Switch, Synthetic};
 use vhost_blk::device::BlkDevice;
 use vhost_blk::disk::{Disk, DiskConfig, Storage};
 use vhost_blk::open::open;
+use vhost_blk::record::Recorder;
 use vhost_blk::report::report;
 
 fn main() -> ExitCode {
@@ -67,6 +68,7 @@ struct Wanted {
     synthetic: Option<Synthetic>,
     serial: String,
     read_only: bool,
+    record: Option<PathBuf>,
 }
 
 /// A disk being served.
@@ -75,6 +77,8 @@ struct Served {
     disk: Arc<Disk>,
     stats: Vec<Arc<QueueStats>>,
     server: Server,
+    /// After the server: with it gone, nothing is noted any more.
+    recorder: Option<Arc<Recorder>>,
 }
 
 fn run(cli: &Cli) -> Result<()> {
@@ -94,6 +98,8 @@ fn run(cli: &Cli) -> Result<()> {
 
     // Everything that can be wrong is found out before anybody can connect.
     let disks = wanted.iter().map(|w| open_disk(w, cli)).collect::<Result<Vec<_>>>()?;
+    let mut recorders =
+        wanted.iter().zip(&disks).map(|(w, d)| record(w, d, cli)).collect::<Result<Vec<_>>>()?;
     let engine = Arc::new(Engine::start(&EngineConfig {
         cpus: cli.cpus.clone().unwrap_or_default(),
         pacing: cli.poll,
@@ -107,10 +113,13 @@ fn run(cli: &Cli) -> Result<()> {
     let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP, SIGUSR1]).context("cannot handle signals")?;
     let listeners = wanted.iter().map(|w| Ok(listen(&w.place)?)).collect::<Result<Vec<_>>>()?;
     let left = Arc::new(AtomicUsize::new(wanted.len()));
+    recorders.iter_mut().flatten().for_each(Recorder::keep);
 
     let mut served = Vec::new();
-    for ((wanted, disk), listener) in wanted.into_iter().zip(disks).zip(listeners) {
-        let device = BlkDevice::new(Arc::clone(&disk), cli.num_queues, cli.queue_size);
+    for (((wanted, disk), recorder), listener) in wanted.into_iter().zip(disks).zip(recorders).zip(listeners)
+    {
+        let recorder = recorder.map(Arc::new);
+        let device = BlkDevice::new(Arc::clone(&disk), cli.num_queues, cli.queue_size, recorder.clone());
         let stats: Vec<_> = std::iter::repeat_with(Arc::default).take(cli.num_queues.into()).collect();
         let (name, engine) = (wanted.name.clone(), Arc::clone(&engine));
         let export = Export { name, device: Arc::new(device), stats: stats.clone(), engine };
@@ -123,7 +132,7 @@ fn run(cli: &Cli) -> Result<()> {
         };
         let server = Server::start(export, listener, ended).context("cannot start a control thread")?;
         info!("serving {}, {} bytes", wanted.name, disk.capacity());
-        served.push(Served { name: wanted.name, disk, stats, server });
+        served.push(Served { name: wanted.name, disk, stats, server, recorder });
     }
     // Nobody to notify is the usual case.
     let _ = sd_notify::notify(&[NotifyState::Ready]);
@@ -161,9 +170,15 @@ fn wanted(cli: &Cli) -> Result<Vec<Wanted>> {
             synthetic: cli.backend,
             serial: cli.serial.clone(),
             read_only: cli.read_only,
+            record: cli.record.clone(),
         }),
         (Some(_), false) => bail!("nothing to serve; name an image with --blk-file, or a --backend"),
         (None, true) => bail!("nowhere to serve it; name a socket with --socket-path, or pass one with --fd"),
+        (None, false) if cli.record.is_some() => {
+            bail!(
+                "--record goes with --blk-file or --backend; write --disk ...,record=FILE for further disks"
+            )
+        }
         (None, false) => {}
     }
     all.extend(cli.disk.iter().map(|d| Wanted {
@@ -173,6 +188,7 @@ fn wanted(cli: &Cli) -> Result<Vec<Wanted>> {
         synthetic: d.backend,
         serial: d.serial.clone(),
         read_only: d.read_only || cli.read_only,
+        record: d.record.clone(),
     }));
     if all.is_empty() {
         bail!("nothing to serve; give --socket-path and --blk-file (see --help)");
@@ -219,6 +235,13 @@ fn open_disk(wanted: &Wanted, cli: &Cli) -> Result<Arc<Disk>> {
     )))
 }
 
+fn record(wanted: &Wanted, disk: &Disk, cli: &Cli) -> Result<Option<Recorder>> {
+    let Some(path) = &wanted.record else { return Ok(None) };
+    let recorder = Recorder::create(path, cli.num_queues, disk.capacity(), disk.block_size())?;
+    info!("recording the requests to {} in {}", wanted.name, path.display());
+    Ok(Some(recorder))
+}
+
 fn listen(place: &Place) -> Result<Listener, poll_engine::session::listen::ListenError> {
     match place {
         Place::Path(path) => Listener::bind(path),
@@ -240,7 +263,11 @@ fn grow(served: &[Served]) {
 }
 
 fn print_statistics(served: &[Served]) {
-    let text: String = served.iter().map(|s| report(&s.name, s.disk.capacity(), &s.stats)).collect();
+    let of = |s: &Served| {
+        let record = s.recorder.as_ref().map(|r| r.line() + "\n").unwrap_or_default();
+        report(&s.name, s.disk.capacity(), &s.stats) + &record
+    };
+    let text: String = served.iter().map(of).collect();
     // Whoever asked may have closed the pipe.
     let mut out = std::io::stdout().lock();
     let _ = writeln!(out, "{text}").and_then(|()| out.flush());

@@ -10,31 +10,47 @@ use poll_engine::stats::ErrorKind;
 
 use crate::backend::{Backend, Begun, Failure, Outcome};
 use crate::disk::Disk;
-use crate::request::{ID_LEN, Operation, STATUS_IOERR, STATUS_OK, parse};
+use crate::record::tap::Tap;
+use crate::request::{ID_LEN, Operation, STATUS_OK, parse};
 
 /// The handler of one queue over one kind of back end.
 #[derive(Debug)]
 pub struct BlkQueue<B> {
     disk: Arc<Disk>,
     backend: B,
+    /// Where requests are noted, when they are.
+    tap: Option<Tap>,
 }
 
 impl<B: Backend> BlkQueue<B> {
-    /// A queue of `disk`.
-    pub fn new(disk: Arc<Disk>, backend: B) -> BlkQueue<B> {
-        BlkQueue { disk, backend }
+    /// A queue of `disk`, recorded by `tap`.
+    pub fn new(disk: Arc<Disk>, backend: B, tap: Option<Tap>) -> BlkQueue<B> {
+        BlkQueue { disk, backend, tap }
     }
 
     #[inline]
     fn one(&mut self, request: Request, queue: &mut Queue, io: &mut Io<'_>) {
         let (request, written) = match parse(&queue.chain(), &self.disk) {
-            Ok(Operation::GetId { len }) => (request, self.get_id(&queue.chain(), len)),
+            Ok(operation @ Operation::GetId { len }) => {
+                if let Some(tap) = &mut self.tap {
+                    tap.note(&self.disk, &queue.chain(), request.since(), operation, STATUS_OK);
+                }
+                (request, self.get_id(&queue.chain(), len))
+            }
             Ok(operation) => match self.backend.begin(request, operation, queue, io) {
                 Begun::Pending => return,
-                Begun::Over(request, outcome) => (request, finish(queue, &queue.chain(), operation, outcome)),
+                Begun::Over(request, outcome) => {
+                    if let Some(tap) = &mut self.tap {
+                        tap.note(&self.disk, &queue.chain(), request.since(), operation, status_of(&outcome));
+                    }
+                    (request, finish(queue, &queue.chain(), operation, outcome))
+                }
             },
             Err(e) => {
                 queue.count_error(e.kind(), &e);
+                if let Some(tap) = &mut self.tap {
+                    tap.note_refused(&queue.chain(), request.since(), e.status());
+                }
                 (request, set_status(&queue.chain(), e.status(), 0))
             }
         };
@@ -64,11 +80,18 @@ impl<B: Backend> QueueHandler for BlkQueue<B> {
             let Some(request) = queue.take() else { break };
             self.one(request, queue, io);
         }
+        if let Some(tap) = &mut self.tap {
+            tap.pass_on_now();
+        }
         usize::from(ready)
     }
 
     fn complete(&mut self, queue: &mut Queue, io: &mut Io<'_>, tag: u32, result: i32) {
         self.backend.complete(io, tag, result, &mut |request, operation, outcome, chain| {
+            if let Some(tap) = &mut self.tap {
+                tap.note(&self.disk, &chain, request.since(), operation, status_of(&outcome));
+                tap.pass_on(queue.reaped());
+            }
             let written = finish(queue, &chain, operation, outcome);
             queue.complete(request, written);
         });
@@ -98,13 +121,23 @@ fn finish(queue: &Queue, chain: &ChainView<'_>, operation: Operation, outcome: O
         }
         (Outcome::Done, _) => set_status(chain, STATUS_OK, 0),
         (Outcome::Failed(failure), _) => {
-            let (kind, status) = match &failure {
-                Failure::Invalid(e) => (e.kind(), e.status()),
-                Failure::Io { .. } => (ErrorKind::Io, STATUS_IOERR),
+            let status = failure.status();
+            let kind = match &failure {
+                Failure::Invalid(e) => e.kind(),
+                Failure::Io { .. } => ErrorKind::Io,
             };
             queue.count_error(kind, &failure);
             set_status(chain, status, 0)
         }
+    }
+}
+
+/// The status byte for an outcome.
+#[inline]
+fn status_of(outcome: &Outcome) -> u8 {
+    match outcome {
+        Outcome::Done => STATUS_OK,
+        Outcome::Failed(failure) => failure.status(),
     }
 }
 

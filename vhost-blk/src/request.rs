@@ -19,7 +19,7 @@ pub const HEADER: u32 = 16;
 /// Bytes of an id.
 pub const ID_LEN: usize = 20;
 /// Bytes of one discard or write-zeroes segment.
-const SEGMENT: u32 = 16;
+pub const SEGMENT: u32 = 16;
 
 /// `VIRTIO_BLK_S_OK`.
 pub const STATUS_OK: u8 = 0;
@@ -28,15 +28,21 @@ pub const STATUS_IOERR: u8 = 1;
 /// `VIRTIO_BLK_S_UNSUPP`.
 pub const STATUS_UNSUPP: u8 = 2;
 
-const T_IN: u32 = 0;
-const T_OUT: u32 = 1;
-const T_FLUSH: u32 = 4;
-const T_GET_ID: u32 = 8;
-const T_DISCARD: u32 = 11;
-const T_WRITE_ZEROES: u32 = 13;
+/// `VIRTIO_BLK_T_IN`.
+pub const T_IN: u32 = 0;
+/// `VIRTIO_BLK_T_OUT`.
+pub const T_OUT: u32 = 1;
+/// `VIRTIO_BLK_T_FLUSH`.
+pub const T_FLUSH: u32 = 4;
+/// `VIRTIO_BLK_T_GET_ID`.
+pub const T_GET_ID: u32 = 8;
+/// `VIRTIO_BLK_T_DISCARD`.
+pub const T_DISCARD: u32 = 11;
+/// `VIRTIO_BLK_T_WRITE_ZEROES`.
+pub const T_WRITE_ZEROES: u32 = 13;
 
 /// `VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP`.
-const FLAG_UNMAP: u32 = 1;
+pub const FLAG_UNMAP: u32 = 1;
 
 /// What a request asks for. Offsets and lengths are in bytes and inside the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -137,6 +143,11 @@ fn header(chain: &ChainView<'_>) -> Option<[u64; 2]> {
     let mut bytes = [0; HEADER as usize];
     let half = |bytes: &[u8], at: usize| u64::from_le_bytes(std::array::from_fn(|i| bytes[at + i]));
     (chain.readable(0, HEADER).read(&mut bytes) == bytes.len()).then(|| [half(&bytes, 0), half(&bytes, 8)])
+}
+
+/// The type and sector of a request that may be invalid otherwise; `None` without a whole header.
+pub fn kind_and_sector(chain: &ChainView<'_>) -> Option<(u32, u64)> {
+    header(chain).map(|[kind, sector]| (kind as u32, sector))
 }
 
 /// Parses the chain as a request to `disk`.

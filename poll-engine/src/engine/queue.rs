@@ -29,6 +29,14 @@ pub struct Request {
     since: u64,
 }
 
+impl Request {
+    /// When it was taken, as a raw reading of the clock.
+    #[inline]
+    pub fn since(&self) -> u64 {
+        self.since
+    }
+}
+
 /// The event descriptors of a queue.
 #[derive(Debug, Default)]
 pub struct Notifier {
@@ -171,6 +179,12 @@ impl Queue {
             self.stats.requests.add(1);
         }
         self.ring.complete(request.token, written);
+    }
+
+    /// When the completions at hand were reaped, as a raw reading of the clock: what they end is over since then.
+    #[inline]
+    pub fn reaped(&self) -> u64 {
+        self.reaped
     }
 
     /// Completions have been reaped: their requests are timed up to now.

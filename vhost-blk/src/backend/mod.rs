@@ -10,7 +10,7 @@ use std::io;
 use poll_engine::engine::queue::{Queue, Request};
 use poll_engine::engine::reactor::Io;
 
-use crate::request::Operation;
+use crate::request::{Operation, STATUS_IOERR};
 
 /// What became of a request.
 #[derive(Debug)]
@@ -35,6 +35,16 @@ pub enum Failure {
         /// What the system said.
         error: io::Error,
     },
+}
+
+impl Failure {
+    /// The status byte for it.
+    pub fn status(&self) -> u8 {
+        match self {
+            Failure::Invalid(e) => e.status(),
+            Failure::Io { .. } => STATUS_IOERR,
+        }
+    }
 }
 
 /// How a request was begun.
