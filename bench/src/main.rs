@@ -17,6 +17,7 @@ mod outcome;
 mod pace;
 mod plain;
 mod probe;
+mod replay;
 mod report;
 mod requests;
 mod run;
@@ -48,6 +49,10 @@ enum Command {
     /// Run several back ends in turn under the same load and print their ratios
     #[command(mut_arg("runtime", |a| a.default_value("2")), mut_arg("ramp_time", |a| a.default_value("0.3")))]
     Compare(Box<compare::Compare>),
+    /// Play a trace on a vhost-user-blk socket: a capture of vhost-blk --record, or an fio iolog
+    Replay(replay::Replay),
+    /// Print what is in a trace, or write it as an fio iolog
+    Trace(replay::Look),
     /// Serve a null disk by a loop without any checks: the limit to measure back ends against
     Floor {
         /// Socket to listen on
@@ -185,6 +190,8 @@ fn main() -> ExitCode {
         Command::Floor { socket_path, cpu, copy } => floor::serve(socket_path, *cpu, *copy),
         Command::Plain { socket_path, num_queues, cpu } => plain::serve(socket_path, *num_queues, *cpu),
         Command::Probe(what) => probe::probe(what),
+        Command::Replay(what) => replay::replay(what),
+        Command::Trace(what) => replay::look(what),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
