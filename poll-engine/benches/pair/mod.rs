@@ -268,7 +268,7 @@ impl Device {
         let (driver, config) = Driver::new(format, shape);
         let hold = MapHold::new(Arc::clone(&driver.map), WaitGroup::new());
         let queue = Queue::new("q".into(), &config, hold, Notifier::default(), Arc::default()).unwrap();
-        let handler = Box::new(BlkQueue::new(Arc::new(disk()), Null));
+        let handler = Box::new(BlkQueue::new(Arc::new(disk()), Null, None));
         Device { driver, queue, handler, uring: Uring::new(8).unwrap() }
     }
 
