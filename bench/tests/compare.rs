@@ -144,8 +144,8 @@ fn a_matrix_gives_tables_json_and_a_page() {
     }
     for sample in good {
         assert!(sample["iops"].as_f64().unwrap() > 0.0, "{sample}");
-        // Both poll: a request costs CPU time, and is finished after some time.
-        assert!(sample["cpu_us"].as_f64().unwrap() > 0.0, "{sample}");
+        // What the scheduler has counted may be nothing yet for a back end that had next to no time.
+        assert!(sample["cpu_us"].as_f64().unwrap() >= 0.0, "{sample}");
         assert!(sample["voluntary"].is_f64() && sample["involuntary"].is_f64(), "{sample}");
         let latency: Vec<f64> =
             sample["latency_us"].as_array().unwrap().iter().map(|v| v.as_f64().unwrap()).collect();
