@@ -20,6 +20,7 @@ use poll_engine::ring::driver::DriverRing;
 use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
+use vhost_blk::device::F_RO;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::Load;
@@ -31,8 +32,6 @@ use crate::verify::Ledger;
 
 /// How long a back end may take for the start of a session.
 const PATIENCE: Duration = Duration::from_secs(5);
-/// `VIRTIO_BLK_F_RO`.
-const READ_ONLY: u64 = 1 << 5;
 /// `VIRTIO_F_RING_PACKED`.
 const RING_PACKED: u64 = 1 << 34;
 const HUGE_PAGE: u64 = 2 << 20;
@@ -82,7 +81,7 @@ impl Session {
                 ),
             }
         }
-        if offered & READ_ONLY != 0 && any(|s| s.rw.writes()) {
+        if offered & F_RO != 0 && any(|s| s.rw.writes()) {
             bail!("{path} is a read-only disk");
         }
         let indirect = any(|s| s.indirect);
@@ -111,16 +110,7 @@ impl Session {
         let regions = regions(specs, sectors.saturating_mul(512))?;
 
         let mut ram = memory(specs.iter().map(|s| s.memory()).sum(), any(|s| s.hugepages))?;
-        let spec = ram.spec();
-        front
-            .set_mem_table(&[VhostUserMemoryRegionInfo {
-                guest_phys_addr: spec.guest_addr,
-                memory_size: spec.size,
-                userspace_addr: spec.user_addr,
-                mmap_offset: 0,
-                mmap_handle: ram.fd().as_raw_fd(),
-            }])
-            .with_context(refused)?;
+        share(&front, &ram).with_context(refused)?;
         let mut session = Session { front, jobs: Vec::new() };
         for (at, (spec, index, region)) in regions.into_iter().enumerate() {
             let full = "guest memory is used up; lower iodepth, bs or numjobs";
@@ -193,6 +183,19 @@ pub fn memory(size: u64, huge: bool) -> Result<Ram> {
     Ok(Ram::new(0, size, huge)?)
 }
 
+/// Shares guest memory with the back end.
+pub fn share(front: &Frontend, ram: &Ram) -> vhost::Result<()> {
+    let spec = ram.spec();
+    front.set_mem_table(&[VhostUserMemoryRegionInfo {
+        guest_phys_addr: spec.guest_addr,
+        memory_size: spec.size,
+        userspace_addr: spec.user_addr,
+        mmap_offset: 0,
+        mmap_handle: ram.fd().as_raw_fd(),
+    }])?;
+    Ok(())
+}
+
 /// Connects, but does not wait for ever for a listener that does not accept.
 fn reach(path: &Path) -> Result<UnixStream> {
     let connected = || -> nix::Result<UnixStream> {
@@ -248,7 +251,8 @@ fn names(bits: u64) -> String {
     names.join(" and ")
 }
 
-fn set_up(
+/// Sets a queue up with its kick and call, and starts it.
+pub fn set_up(
     front: &mut Frontend,
     index: usize,
     config: &RingConfig,

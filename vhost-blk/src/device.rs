@@ -13,19 +13,25 @@ use crate::disk::{Disk, Storage};
 use crate::queue::BlkQueue;
 use crate::record::Recorder;
 
-const F_SIZE_MAX: u64 = 1 << 1;
-const F_SEG_MAX: u64 = 1 << 2;
-const F_RO: u64 = 1 << 5;
+/// `VIRTIO_BLK_F_SIZE_MAX`: segments have a largest size.
+pub const F_SIZE_MAX: u64 = 1 << 1;
+/// `VIRTIO_BLK_F_SEG_MAX`: requests have a largest number of segments.
+pub const F_SEG_MAX: u64 = 1 << 2;
+/// `VIRTIO_BLK_F_RO`: the disk is read-only.
+pub const F_RO: u64 = 1 << 5;
 const F_BLK_SIZE: u64 = 1 << 6;
-const F_FLUSH: u64 = 1 << 9;
+/// `VIRTIO_BLK_F_FLUSH`: there is a cache that can be flushed.
+pub const F_FLUSH: u64 = 1 << 9;
 const F_TOPOLOGY: u64 = 1 << 10;
 const F_CONFIG_WCE: u64 = 1 << 11;
 const F_MQ: u64 = 1 << 12;
-const F_DISCARD: u64 = 1 << 13;
-const F_WRITE_ZEROES: u64 = 1 << 14;
+/// `VIRTIO_BLK_F_DISCARD`: ranges can be discarded.
+pub const F_DISCARD: u64 = 1 << 13;
+/// `VIRTIO_BLK_F_WRITE_ZEROES`: ranges can be zeroed.
+pub const F_WRITE_ZEROES: u64 = 1 << 14;
 
 /// Bytes of `struct virtio_blk_config` up to and with the write-zeroes fields.
-const CONFIG_LEN: usize = 60;
+pub const CONFIG_LEN: usize = 60;
 /// Offset of the `writeback` byte, the only writable one.
 const CONFIG_WRITEBACK: u32 = 32;
 

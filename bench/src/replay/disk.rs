@@ -1,29 +1,20 @@
 //! The disk to replay on: connects, and learns from configuration space what it takes.
 
-use std::os::fd::AsRawFd;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use poll_engine::device::features;
 use poll_engine::memory::Ram;
-use poll_engine::ring::RingConfig;
 use poll_engine::ring::driver::DriverRing;
+use vhost::VhostBackend;
 use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
-use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vhost_blk::device::{CONFIG_LEN, F_DISCARD, F_FLUSH, F_RO, F_SEG_MAX, F_SIZE_MAX, F_WRITE_ZEROES};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::plan::Limits;
+use crate::front_end;
 
-const F_SIZE_MAX: u64 = 1 << 1;
-const F_SEG_MAX: u64 = 1 << 2;
-const F_RO: u64 = 1 << 5;
-const F_FLUSH: u64 = 1 << 9;
-const F_DISCARD: u64 = 1 << 13;
-const F_WRITE_ZEROES: u64 = 1 << 14;
-
-/// Bytes of configuration space up to and with the write-zeroes fields (virtio 1.3, 5.2.4).
-const CONFIG: usize = 60;
 /// Without limits of the device's, requests are cut into segments of this.
 const SEGMENT: u32 = 1 << 20;
 const SEGMENTS: u32 = 126;
@@ -75,22 +66,13 @@ impl Disk {
         let queues =
             if protocol.contains(VhostUserProtocolFeatures::MQ) { front.get_queue_num()? } else { 1 };
         let (_, config) = front
-            .get_config(0, CONFIG as u32, VhostUserConfigFlags::empty(), &[0; CONFIG])
+            .get_config(0, CONFIG_LEN as u32, VhostUserConfigFlags::empty(), &[0; CONFIG_LEN])
             .with_context(refused)?;
-        if config.len() < CONFIG {
+        if config.len() < CONFIG_LEN {
             bail!("{path} has a configuration space of {} bytes, not of a block device", config.len());
         }
         let ram = Ram::new(0, RAM, false)?;
-        let spec = ram.spec();
-        front
-            .set_mem_table(&[VhostUserMemoryRegionInfo {
-                guest_phys_addr: spec.guest_addr,
-                memory_size: spec.size,
-                userspace_addr: spec.user_addr,
-                mmap_offset: 0,
-                mmap_handle: ram.fd().as_raw_fd(),
-            }])
-            .with_context(refused)?;
+        front_end::share(&front, &ram).with_context(refused)?;
         Ok(Disk {
             front,
             ram,
@@ -105,38 +87,12 @@ impl Disk {
     pub fn start_queue(&mut self, index: usize, size: u16) -> Result<Queue> {
         let config = DriverRing::lay_out(&mut self.ram, size, self.event_idx, self.indirect)
             .context("guest memory is used up; lower --iodepth or --queues")?;
-        let kick = EventFd::new(EFD_NONBLOCK)?;
-        let call = EventFd::new(EFD_NONBLOCK)?;
-        self.set_up(index, &config, &kick, &call)
+        let events = front_end::events()?;
+        front_end::set_up(&mut self.front, index, &config, &events)
             .with_context(|| format!("the disk refused queue {index} with {size} descriptors"))?;
         let ring = DriverRing::new(&config, self.ram.map())?;
+        let (kick, call) = events;
         Ok(Queue { ring, kick, _call: call })
-    }
-
-    fn set_up(
-        &mut self,
-        index: usize,
-        config: &RingConfig,
-        kick: &EventFd,
-        call: &EventFd,
-    ) -> vhost::Result<()> {
-        let front = &mut self.front;
-        let size = config.size as u16;
-        front.set_vring_num(index, size)?;
-        front.set_vring_base(index, config.base)?;
-        let data = VringConfigData {
-            queue_max_size: size,
-            queue_size: size,
-            flags: 0,
-            desc_table_addr: config.desc_addr,
-            used_ring_addr: config.used_addr,
-            avail_ring_addr: config.avail_addr,
-            log_addr: None,
-        };
-        front.set_vring_addr(index, &data)?;
-        front.set_vring_call(index, call)?;
-        front.set_vring_kick(index, kick)?;
-        front.set_vring_enable(index, true)
     }
 }
 

@@ -29,9 +29,6 @@ const CONNECT_LIMIT: Duration = Duration::from_secs(15);
 /// How long it may take to answer what belongs together.
 const ANSWER_LIMIT: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 15 });
 
-/// Dirty-page logging is the front end's business (vhost-user: `VHOST_F_LOG_ALL`).
-const F_LOG_ALL: u64 = 1 << 26;
-
 /// Virtio device types.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
@@ -293,9 +290,9 @@ fn negotiate(
     } else {
         front.set_mem_table(memory)?;
     }
+    // What is between the two of us, and not for the driver.
     let mut features = offered
         & !(VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() | VhostUserVirtioFeatures::LOG_ALL.bits());
-    features &= !F_LOG_ALL;
     let config = match kind {
         Kind::Block => read_config(&mut front)?,
         Kind::Net => {

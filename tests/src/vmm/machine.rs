@@ -172,12 +172,7 @@ impl Machine {
         self.board.ring.notify_all();
     }
 
-    /// When the machine was begun to be put together.
-    pub fn started(&self) -> Instant {
-        self.started
-    }
-
-    /// From then to the first request that the guest has seen complete.
+    /// From the beginning of its being put together to the first request that the guest has seen complete.
     pub fn first_request(&self) -> Option<Duration> {
         Some(self.board.first_request.get()?.duration_since(self.started))
     }
@@ -250,11 +245,6 @@ impl Machine {
             }
         }
         self.board.devices.iter().find_map(|device| device.failure())
-    }
-
-    /// Whether all CPUs have ended.
-    pub fn has_ended(&mut self) -> bool {
-        self.cpus.iter_mut().all(|cpu| cpu.ended().is_some())
     }
 
     /// Whether the guest has powered off: one CPU does so for all.
