@@ -142,6 +142,8 @@ fn a_matrix_gives_tables_json_and_a_page() {
     for sample in empty {
         assert!(sample["quiet"]["noise"].to_string().contains("no request"), "{sample}");
     }
+    // Both poll: requests cost CPU time.
+    assert!(good.iter().any(|s| s["cpu_us"].as_f64().unwrap() > 0.0), "{good:?}");
     for sample in good {
         assert!(sample["iops"].as_f64().unwrap() > 0.0, "{sample}");
         // What the scheduler has counted may be nothing yet for a back end that had next to no time.
