@@ -92,7 +92,7 @@ pub fn serve(path: &Path, cpu: Option<usize>, copy: bool) -> Result<()> {
                         });
                         running = Some(Running { stop, thread });
                     }
-                    Action::Stop(index) => session.stopped(index, halt(&mut running)),
+                    Action::Stop(index) => session.stopped(index, halt(&mut running).into()),
                     _ => {}
                 }
             }
@@ -161,7 +161,7 @@ fn run<const COPY: bool>(map: &MemoryMap, config: &RingConfig, disk: *mut u8, st
     let desc = guest(&by_user, config.desc_addr).cast::<Desc>();
     let avail = guest(&by_user, config.avail_addr).cast::<u16>();
     let used = guest(&by_user, config.used_addr);
-    let mut last = config.base;
+    let mut last = config.base as u16;
     // SAFETY: none to speak of. The driver is ours, its addresses are good, and a bad one ends this process only.
     unsafe {
         let avail_idx = &*avail.add(1).cast::<AtomicU16>();

@@ -259,7 +259,7 @@ pub fn set_up(
     (kick, call): &(EventFd, EventFd),
 ) -> vhost::Result<()> {
     front.set_vring_num(index, config.size as u16)?;
-    front.set_vring_base(index, config.base)?;
+    front.set_vring_base(index, config.base as u16)?;
     front.set_vring_addr(
         index,
         &VringConfigData {

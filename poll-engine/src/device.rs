@@ -17,7 +17,11 @@ pub mod features {
     pub const VERSION_1: u64 = 1 << 32;
     /// `VIRTIO_F_ACCESS_PLATFORM`.
     pub const ACCESS_PLATFORM: u64 = 1 << 33;
-    /// All that the engine implements.
+    /// `VIRTIO_F_RING_PACKED`.
+    pub const RING_PACKED: u64 = 1 << 34;
+    /// `VIRTIO_F_IN_ORDER`: buffers are used in the order in which they were made available.
+    pub const IN_ORDER: u64 = 1 << 35;
+    /// All that the engine implements for every device.
     pub const ENGINE: u64 = INDIRECT_DESC | EVENT_IDX | VERSION_1 | ACCESS_PLATFORM;
 }
 
@@ -35,6 +39,12 @@ pub struct ConfigRefused {
 pub trait Device: Send + Sync {
     /// The device's own feature bits; the transport adds those of the rings.
     fn features(&self) -> u64;
+
+    /// Whether its handlers complete requests in the order in which they take them, whatever happens: what
+    /// [`features::IN_ORDER`] promises to the driver.
+    fn completes_in_order(&self) -> bool {
+        false
+    }
 
     /// How many queues it has at most.
     fn num_queues(&self) -> u16;

@@ -56,7 +56,7 @@ impl Both {
     /// Our reading of the chain at number `base` of the available ring.
     fn ours(&self, base: u16) -> Option<(u16, Vec<Part>)> {
         let hold = MapHold::new(Arc::clone(self.ram.map()), WaitGroup::new());
-        let config = RingConfig { base, ..self.config };
+        let config = RingConfig { base: base.into(), ..self.config };
         let stats = Arc::new(QueueStats::default());
         let mut queue =
             Queue::new("q".into(), &config, hold, Notifier::default(), Arc::clone(&stats)).unwrap();

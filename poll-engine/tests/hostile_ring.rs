@@ -307,7 +307,7 @@ fn one_head_again_and_again() {
     guest.show(0);
     assert_eq!(guest.ring.available().unwrap(), 1);
     refused!(guest.ring.take(&guest.map, &mut Chain::default()), RingError::TooManyInFlight);
-    assert_eq!((guest.ring.in_flight(), guest.ring.base()), (SIZE, SIZE));
+    assert_eq!((guest.ring.in_flight(), guest.ring.base()), (SIZE, u32::from(SIZE)));
     for token in tokens {
         guest.ring.complete(token, 0);
     }

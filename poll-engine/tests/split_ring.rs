@@ -48,7 +48,7 @@ struct Pair {
 fn lay_out(size: u16, event_idx: bool, base: u16, used: u16) -> (Ram, RingConfig) {
     let mut ram = Ram::new(0x10_0000, 8 << 20, false).unwrap();
     let config = DriverRing::lay_out(&mut ram, size, event_idx, true).unwrap();
-    let config = RingConfig { base, ..config };
+    let config = RingConfig { base: base.into(), ..config };
     // A ring that has run before: both sides go on from what is in memory.
     let layout = SplitLayout::new(&config, ram.map()).unwrap();
     layout.set_avail_idx(base);

@@ -141,11 +141,11 @@ pub struct RunningQueue {
 
 impl RunningQueue {
     /// Stops the queue: no more chains are taken, those in flight are finished. Returns where to go on.
-    pub fn stop(mut self) -> io::Result<u16> {
+    pub fn stop(mut self) -> io::Result<u32> {
         self.halt()
     }
 
-    fn halt(&mut self) -> io::Result<u16> {
+    fn halt(&mut self) -> io::Result<u32> {
         self.stopped = true;
         let (tx, rx) = bounded(1);
         self.reactor.postbox.post(Message::Stop { id: self.id, base: tx });

@@ -108,7 +108,7 @@ impl Queue {
     }
 
     /// Where the next start of this queue begins.
-    pub fn base(&self) -> u16 {
+    pub fn base(&self) -> u32 {
         self.ring.base()
     }
 

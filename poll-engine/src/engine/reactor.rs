@@ -39,7 +39,7 @@ pub(super) enum Message {
     /// Run this queue from now on.
     Start { queue: Box<Queue>, handler: Box<dyn QueueHandler>, id: Sender<TaskId> },
     /// Take no more chains, finish what is in flight, answer with the base and let the queue go.
-    Stop { id: TaskId, base: Sender<u16> },
+    Stop { id: TaskId, base: Sender<u32> },
     /// Go over to a new memory map, and let `adopted` go once that is done.
     SetMap { id: TaskId, config: RingConfig, hold: MapHold, adopted: WaitGroup },
     /// Replace one of the event descriptors.
@@ -115,7 +115,7 @@ struct Task {
     queue: Box<Queue>,
     handler: Box<dyn QueueHandler>,
     /// Set when asked to stop: who waits for the base.
-    stopping: Option<Sender<u16>>,
+    stopping: Option<Sender<u32>>,
     watching_kick: bool,
     reported: bool,
     /// Has completed chains to publish after reaping.
@@ -436,7 +436,7 @@ impl Reactor {
             self.stopping -= 1;
             let base = task.queue.base();
             let reply = task.stopping.take();
-            debug!("{}: a queue has left at {base}", self.name);
+            debug!("{}: a queue has left at {base:#x}", self.name);
             drop(task);
             self.sync_buffers();
             if let Some(reply) = reply {

@@ -7,7 +7,7 @@ use std::ops::Deref;
 pub use vring::driver::Buffer;
 
 use super::layout::{DESC_SIZE, SplitLayout, split_bytes};
-use super::{RingConfig, RingError};
+use super::{RingConfig, RingError, RingFormat};
 use crate::memory::map::{MemoryMap, RingAddress};
 use crate::memory::ram::Ram;
 
@@ -35,9 +35,11 @@ impl DriverRing {
             desc_addr: ram.user_addr(desc_addr),
             avail_addr: ram.user_addr(avail_addr),
             used_addr: ram.user_addr(used_addr),
-            base: 0,
+            format: RingFormat::Split,
+            base: RingFormat::Split.initial_base(),
             event_idx,
             indirect,
+            in_order: false,
             access_platform: false,
         })
     }
@@ -48,7 +50,7 @@ impl DriverRing {
         // SAFETY: the addresses are kept beside the ring that the layout goes into, which never leaves this struct
         // and is dropped before them.
         let (layout, parts) = unsafe { layout.into_parts() };
-        let ring = vring::driver::DriverRing::new(layout, config.base, config.event_idx);
+        let ring = vring::driver::DriverRing::new(layout, config.base as u16, config.event_idx);
         Ok(DriverRing { ring, _parts: parts })
     }
 

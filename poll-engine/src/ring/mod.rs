@@ -14,8 +14,36 @@ use split::SplitRing;
 /// Largest ring (virtio 1.3, 2.7: "The maximum Queue Size value is 32768").
 pub const MAX_RING_SIZE: u16 = 32768;
 
+/// How a virtqueue lies in memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum RingFormat {
+    /// Virtio 1.3, 2.7.
+    #[default]
+    Split,
+    /// Virtio 1.3, 2.8: `VIRTIO_F_RING_PACKED` is negotiated.
+    Packed,
+}
+
+impl RingFormat {
+    /// Where a ring begins that nobody has used.
+    pub fn initial_base(self) -> u32 {
+        match self {
+            RingFormat::Split => 0,
+            // 2.8.1: both wrap counters start at 1.
+            RingFormat::Packed => 0x8000_8000,
+        }
+    }
+
+    /// Whether a ring may have `size` descriptors: a power of two (2.7), or any number (2.8), up to [`MAX_RING_SIZE`].
+    pub fn allows_size(self, size: u32) -> bool {
+        (1..=u32::from(MAX_RING_SIZE)).contains(&size)
+            && (self == RingFormat::Packed || size.is_power_of_two())
+    }
+}
+
 /// A virtqueue as the transport describes it, nothing checked yet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(clippy::struct_excessive_bools)] // feature bits, each of its own meaning
 pub struct RingConfig {
     /// Number of descriptors.
     pub size: u32,
@@ -25,22 +53,28 @@ pub struct RingConfig {
     pub avail_addr: u64,
     /// Address of the used ring (device area).
     pub used_addr: u64,
-    /// Where to begin in the available ring.
-    pub base: u16,
+    /// How it lies in memory.
+    pub format: RingFormat,
+    /// Where to begin, as vhost-user counts. Split: the available index. Packed: bits 0 to 14 are the next available
+    /// descriptor, bit 15 its wrap counter, bits 16 to 31 the same for used descriptors.
+    pub base: u32,
     /// `VIRTIO_F_EVENT_IDX` is negotiated.
     pub event_idx: bool,
     /// `VIRTIO_F_INDIRECT_DESC` is negotiated.
     pub indirect: bool,
+    /// `VIRTIO_F_IN_ORDER` is negotiated: the device uses chains in the order in which they were made available.
+    pub in_order: bool,
     /// `VIRTIO_F_ACCESS_PLATFORM` is negotiated: ring addresses may be I/O virtual ones.
     pub access_platform: bool,
 }
 
 impl RingConfig {
-    /// The ring size, if the spec allows it: a power of two up to [`MAX_RING_SIZE`].
+    /// The ring size, if the format allows it.
     pub fn checked_size(&self) -> Result<u16, RingError> {
-        match u16::try_from(self.size) {
-            Ok(n) if n.is_power_of_two() && n <= MAX_RING_SIZE => Ok(n),
-            _ => Err(RingError::BadSize(self.size)),
+        if self.format.allows_size(self.size) {
+            Ok(self.size as u16)
+        } else {
+            Err(RingError::BadSize(self.size))
         }
     }
 }
@@ -48,9 +82,15 @@ impl RingConfig {
 /// What is wrong with a ring or a chain: the guest's fault (or the front end's), never ours. It stops the queue.
 #[derive(Debug, thiserror::Error)]
 pub enum RingError {
-    /// The size is no power of two, or too large.
-    #[error("ring size {0} is not a power of two up to {MAX_RING_SIZE}")]
+    /// The size is none that the format allows.
+    #[error("ring size {0} is none up to {MAX_RING_SIZE} that the ring format allows")]
     BadSize(u32),
+    /// A base that no ring of this format and size has.
+    #[error("ring base {0:#x} is none of a ring of this format and size")]
+    BadBase(u32),
+    /// A format that was not offered.
+    #[error("packed rings are not offered")]
+    NotOffered,
     /// A ring part is not aligned as virtio 1.3, 2.7 demands.
     #[error("ring address {0:#x} is misaligned")]
     Misaligned(u64),
@@ -142,7 +182,10 @@ macro_rules! each_format {
 impl Ring {
     /// Turns a configuration into a running ring, checking all of it.
     pub fn activate(config: &RingConfig, map: &MemoryMap) -> Result<Ring, RingError> {
-        Ok(Ring::Split(SplitRing::new(SplitLayout::new(config, map)?, config)))
+        if config.format == RingFormat::Packed {
+            return Err(RingError::NotOffered);
+        }
+        Ok(Ring::Split(SplitRing::new(SplitLayout::new(config, map)?, config)?))
     }
 
     /// Number of descriptors.
@@ -150,8 +193,8 @@ impl Ring {
         each_format!(self, r => r.size())
     }
 
-    /// Where the device would take the next chain: what `GET_VRING_BASE` answers once nothing is in flight.
-    pub fn base(&self) -> u16 {
+    /// Where the device would go on: what `GET_VRING_BASE` answers once nothing is in flight ([`RingConfig::base`]).
+    pub fn base(&self) -> u32 {
         each_format!(self, r => r.base())
     }
 

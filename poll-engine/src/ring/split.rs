@@ -51,15 +51,16 @@ pub struct SplitRing {
 }
 
 impl SplitRing {
-    pub(super) fn new(layout: SplitLayout, config: &RingConfig) -> SplitRing {
+    pub(super) fn new(layout: SplitLayout, config: &RingConfig) -> Result<SplitRing, RingError> {
+        let base = u16::try_from(config.base).map_err(|_| RingError::BadBase(config.base))?;
         // The used index is the guest's to keep across a stop and start: whatever it is, we go on from there.
         let used = layout.used_idx();
         let mut ring = SplitRing {
             layout,
             event_idx: config.event_idx,
             indirect: config.indirect,
-            next_avail: config.base,
-            seen_avail: config.base,
+            next_avail: base,
+            seen_avail: base,
             next_used: used,
             published: used,
             signalled: used,
@@ -68,15 +69,15 @@ impl SplitRing {
             notify: true,
         };
         ring.disable_notification();
-        ring
+        Ok(ring)
     }
 
     pub(super) fn size(&self) -> u16 {
         self.layout.size()
     }
 
-    pub(super) fn base(&self) -> u16 {
-        self.next_avail
+    pub(super) fn base(&self) -> u32 {
+        u32::from(self.next_avail)
     }
 
     #[inline]

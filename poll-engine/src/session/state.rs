@@ -7,7 +7,7 @@ use super::wire::{F_PROTOCOL_FEATURES, Reply, Request, VringAddr, protocol};
 use crate::device::features;
 use crate::memory::RegionSpec;
 use crate::memory::map::MAX_REGIONS;
-use crate::ring::RingConfig;
+use crate::ring::{RingConfig, RingFormat};
 
 /// Protocol features of every session.
 pub const PROTOCOL_FEATURES: u64 = protocol::MQ
@@ -42,7 +42,7 @@ pub enum Refusal {
         queues: u16,
     },
     /// A ring size that the device does not take.
-    #[error("ring size {num} is not a power of two up to {max}")]
+    #[error("ring size {num} is none up to {max} that the ring format allows")]
     RingSize {
         /// As asked.
         num: u32,
@@ -137,7 +137,8 @@ pub enum Refused {
 struct QueueState {
     num: u32,
     addr: Option<VringAddr>,
-    base: u16,
+    /// [`RingConfig::base`], once it was set or the queue has run.
+    base: Option<u32>,
     /// Started by a kick descriptor (or a promise to poll), stopped by `GET_VRING_BASE`. We poll, so the first kick
     /// need not be waited for, and one that came early cannot be lost.
     started: bool,
@@ -220,20 +221,23 @@ impl Session {
             Request::RemMemReg(region) => actions.push(Action::RemoveMemory(region)),
             Request::SetVringNum { index, num } => {
                 let max = self.offer.max_ring_size;
+                let format = self.format();
                 let queue = self.queue(index)?;
-                if !num.is_power_of_two() || num > u32::from(max) {
+                if !format.allows_size(num) || num > u32::from(max) {
                     return Err(Refusal::RingSize { num, max });
                 }
                 queue.num = num;
             }
             Request::SetVringAddr { index, addr } => self.queue(index)?.addr = Some(addr),
             Request::SetVringBase { index, base } => {
-                let base = u16::try_from(base).map_err(|_| Refusal::OutOfRange("the ring's base"))?;
+                if self.format() == RingFormat::Split && base > u32::from(u16::MAX) {
+                    return Err(Refusal::OutOfRange("the ring's base"));
+                }
                 let queue = self.queue(index)?;
                 if queue.running.is_some() {
                     return Err(Refusal::OutOfRange("a base for a running ring"));
                 }
-                queue.base = base;
+                queue.base = Some(base);
             }
             Request::GetVringBase { index } => {
                 self.queue(index)?.started = false;
@@ -287,6 +291,10 @@ impl Session {
         self.queues.get_mut(index as usize).ok_or(Refusal::Queue { index, queues })
     }
 
+    fn format(&self) -> RingFormat {
+        if self.features() & features::RING_PACKED == 0 { RingFormat::Split } else { RingFormat::Packed }
+    }
+
     /// The memory table stays: it is the front end's to change.
     fn reset(&mut self, actions: &mut Vec<Action>) {
         for (index, queue) in (0u16..).zip(&mut self.queues) {
@@ -330,26 +338,29 @@ impl Session {
             desc_addr: addr.desc,
             avail_addr: addr.avail,
             used_addr: addr.used,
-            base: queue.base,
+            format: self.format(),
+            base: self.base(index),
             event_idx: bits & features::EVENT_IDX != 0,
             indirect: bits & features::INDIRECT_DESC != 0,
+            in_order: bits & features::IN_ORDER != 0,
             access_platform: bits & features::ACCESS_PLATFORM != 0,
         })
     }
 
     /// A queue has stopped at `base`. Returns where a [`Action::Start`] of the same request goes on.
-    pub fn stopped(&mut self, index: u16, base: u16) {
+    pub fn stopped(&mut self, index: u16, base: u32) {
         if let Some(queue) = self.queues.get_mut(usize::from(index)) {
-            queue.base = base;
+            queue.base = Some(base);
             if let Some(running) = &mut queue.running {
                 running.base = base;
             }
         }
     }
 
-    /// Where queue `index` goes on.
-    pub fn base(&self, index: u16) -> u16 {
-        self.queues.get(usize::from(index)).map_or(0, |q| q.base)
+    /// Where queue `index` goes on ([`RingConfig::base`]).
+    pub fn base(&self, index: u16) -> u32 {
+        let told = self.queues.get(usize::from(index)).and_then(|q| q.base);
+        told.unwrap_or_else(|| self.format().initial_base())
     }
 
     /// A queue could not be started; it waits for its next kick descriptor.
@@ -370,7 +381,7 @@ impl Session {
     ) -> Option<Reply> {
         match answer {
             Answer::Number(n) => Some(Reply::Number(n)),
-            Answer::Base(index) => Some(Reply::VringState(index.into(), self.base(index).into())),
+            Answer::Base(index) => Some(Reply::VringState(index.into(), self.base(index))),
             Answer::Config { start, size, offset, flags } => {
                 let mut bytes = vec![0; if size <= CONFIG_SPACE { size as usize } else { 0 }];
                 config(start, &mut bytes);
