@@ -93,7 +93,7 @@ impl<B: Backend> QueueHandler for BlkQueue<B> {
                 tap.pass_on(queue.reaped());
             }
             let written = finish(queue, &chain, operation, outcome);
-            queue.complete(request, written);
+            queue.complete_held(request, written, &chain);
         });
     }
 

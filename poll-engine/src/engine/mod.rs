@@ -16,6 +16,7 @@ use crossbeam::sync::WaitGroup;
 use tracing::info;
 
 use crate::device::QueueHandler;
+use crate::memory::log::QueueLog;
 use crate::memory::map::MapHold;
 use crate::ring::RingConfig;
 use crate::uring::FixedBuffers;
@@ -158,6 +159,11 @@ impl RunningQueue {
     /// takes requests by that map.
     pub fn set_map(&self, config: RingConfig, hold: MapHold, adopted: WaitGroup) {
         self.reactor.postbox.post(Message::SetMap { id: self.id, config, hold, adopted });
+    }
+
+    /// Tells a dirty log what the queue writes from now on, or nobody. `adopted` is dropped once that is so.
+    pub fn set_log(&self, log: Option<QueueLog>, adopted: WaitGroup) {
+        self.reactor.postbox.post(Message::SetLog { id: self.id, log, adopted });
     }
 
     /// Replaces an event descriptor.

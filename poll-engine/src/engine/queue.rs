@@ -8,6 +8,7 @@ use quanta::Clock;
 use tracing::warn;
 
 use super::reactor::Io;
+use crate::memory::log::QueueLog;
 use crate::memory::map::{MapHold, MemoryError, MemoryMap};
 use crate::ring::chain::{Chain, ChainView, HeldChain};
 use crate::ring::{Ring, RingConfig, RingError, Token};
@@ -59,6 +60,8 @@ pub struct Queue {
     pub(super) notifier: Notifier,
     stats: Arc<QueueStats>,
     broken: bool,
+    /// While the front end wants to know what is written.
+    log: Option<QueueLog>,
     /// Publishes since the driver was last signalled or found not to want it.
     unsignalled: u32,
     clock: Clock,
@@ -87,6 +90,7 @@ impl Queue {
             notifier,
             stats,
             broken: false,
+            log: None,
             unsignalled: 0,
             clock: Clock::new(),
             round: 0,
@@ -168,9 +172,27 @@ impl Queue {
         unsafe { held.take(&mut self.chain, &self.hold) };
     }
 
-    /// Gives a request back with the number of bytes written to it. The driver sees it when the round ends.
+    /// Gives the request of the chain taken last back with the number of bytes written to it. The driver sees it when
+    /// the round ends.
     #[inline(always)] // the end of every request
     pub fn complete(&mut self, request: Request, written: u32) {
+        if let Some(log) = &self.log {
+            log_written(log, &self.chain());
+        }
+        self.give_back(request, written);
+    }
+
+    /// As [`complete`](Self::complete), for a request whose chain was held.
+    #[inline]
+    pub fn complete_held(&mut self, request: Request, written: u32, chain: &ChainView<'_>) {
+        if let Some(log) = &self.log {
+            log_written(log, chain);
+        }
+        self.give_back(request, written);
+    }
+
+    #[inline(always)]
+    fn give_back(&mut self, request: Request, written: u32) {
         if request.since == self.round {
             self.round_completed += 1;
         } else {
@@ -241,6 +263,12 @@ impl Queue {
         }
     }
 
+    /// Tells a log what is written from now on, requests in flight included.
+    pub fn set_log(&mut self, log: Option<QueueLog>) {
+        self.ring.set_log(log.as_ref());
+        self.log = log;
+    }
+
     /// Goes over to a new memory map and returns the hold on the old one, which lives on in the requests that point
     /// into it.
     pub(super) fn set_map(&mut self, config: &RingConfig, hold: MapHold) -> MapHold {
@@ -262,7 +290,8 @@ impl Queue {
 
     /// Stops the queue if memory that it uses has been taken away.
     pub(super) fn check_memory(&mut self) {
-        if !self.broken && self.hold.map().has_faulted() {
+        let log_faulted = self.log.as_ref().is_some_and(|l| l.log.has_faulted());
+        if !self.broken && (log_faulted || self.hold.map().has_faulted()) {
             self.fail(&RingError::Memory(MemoryError::TakenAway));
         }
     }
@@ -281,5 +310,14 @@ impl Queue {
         if let Some(err) = self.notifier.err.as_ref() {
             io.signal(err.as_fd());
         }
+    }
+}
+
+/// Marks what a device may have written. More than it says it has: the length given back counts only an unbroken run
+/// from the start (virtio 1.3, 2.7.8.2).
+#[cold]
+fn log_written(log: &QueueLog, chain: &ChainView<'_>) {
+    if log.data {
+        chain.log_writable(&log.log);
     }
 }

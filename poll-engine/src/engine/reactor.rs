@@ -13,6 +13,7 @@ use super::pacing::{Pacer, Pacing};
 use super::queue::Queue;
 use crate::device::QueueHandler;
 use crate::memory::fault::faults;
+use crate::memory::log::QueueLog;
 use crate::memory::map::MapHold;
 use crate::ring::RingConfig;
 use crate::stats::ErrorKind;
@@ -42,6 +43,8 @@ pub(super) enum Message {
     Stop { id: TaskId, base: Sender<u32> },
     /// Go over to a new memory map, and let `adopted` go once that is done.
     SetMap { id: TaskId, config: RingConfig, hold: MapHold, adopted: WaitGroup },
+    /// Tell a dirty log what is written from now on, or nobody, and let `adopted` go.
+    SetLog { id: TaskId, log: Option<QueueLog>, adopted: WaitGroup },
     /// Replace one of the event descriptors.
     SetNotifier { id: TaskId, change: NotifierChange },
     /// Leave, once no queue is left.
@@ -373,6 +376,12 @@ impl Reactor {
                     self.sync_buffers();
                     // Last: whoever waits for the old map takes its memory away.
                     drop(old);
+                    drop(adopted);
+                }
+                Message::SetLog { id, log, adopted } => {
+                    if let Some(task) = self.find(id) {
+                        task.queue.set_log(log);
+                    }
                     drop(adopted);
                 }
                 Message::SetNotifier { id, change } => {

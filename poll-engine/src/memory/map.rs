@@ -149,6 +149,11 @@ impl Region {
         &self.spec
     }
 
+    /// Whether the front end has taken some of this memory away.
+    pub fn has_faulted(&self) -> bool {
+        self.guard.has_faulted()
+    }
+
     /// Whether the memory is in huge pages (hugetlbfs), which are never swapped or moved.
     pub fn is_huge(&self) -> bool {
         self.huge
@@ -164,7 +169,15 @@ impl Region {
 #[derive(Clone, Debug)]
 pub struct RingAddress {
     pub(crate) host: NonNull<u8>,
-    pub(crate) _keep: Arc<Region>,
+    pub(crate) region: Arc<Region>,
+}
+
+impl RingAddress {
+    /// Its guest-physical address, whichever way it was given.
+    pub fn guest_addr(&self) -> u64 {
+        let spec = self.region.spec();
+        spec.guest_addr + (self.host.addr().get() - self.region.host_addr().addr()) as u64
+    }
 }
 
 // SAFETY: an address whose mapping is kept by the Arc; vring::layout says how it is accessed.
@@ -211,7 +224,7 @@ impl MemoryMap {
 
     /// Whether the front end has taken some of this memory away.
     pub fn has_faulted(&self) -> bool {
-        self.regions.iter().any(|r| r.guard.has_faulted())
+        self.regions.iter().any(|r| r.has_faulted())
     }
 
     /// The regions, in guest-physical order.
@@ -288,6 +301,14 @@ impl MemoryMap {
         Some(unsafe { RawSlice { host: span.host.add(offset as usize), len }.in_map(self) })
     }
 
+    /// The guest-physical address of a host address inside one of the regions, however it was found: the way back for
+    /// the dirty log, which knows no other addresses.
+    pub fn guest_addr(&self, host: *const u8) -> Option<u64> {
+        let at = host.addr() as u64;
+        let offset = |s: &Span| at.wrapping_sub(s.host.addr() as u64);
+        self.spans.iter().find(|s| offset(s) < s.size).map(|s| s.guest_addr + offset(s))
+    }
+
     /// Where a ring part of `len` bytes lies, given as vhost-user gives it: a front-end address, or an I/O virtual one
     /// when `VIRTIO_F_ACCESS_PLATFORM` is negotiated, which without a vIOMMU is the guest-physical address (QEMU
     /// keeps sending front-end addresses then). It must lie within one region.
@@ -312,7 +333,7 @@ impl MemoryMap {
         };
         // SAFETY: offset + len <= region size, inside the mapping that the Arc keeps.
         let host = unsafe { region.host.add(offset as usize) };
-        Ok(RingAddress { host, _keep: Arc::clone(region) })
+        Ok(RingAddress { host, region: Arc::clone(region) })
     }
 }
 

@@ -4,6 +4,7 @@
 #![allow(unsafe_code)] // ties translated addresses back to their map
 
 use super::RingError;
+use crate::memory::log::DirtyLog;
 use crate::memory::map::{MapHold, MemoryMap};
 use crate::memory::slice::{GuestSlice, RawSlice};
 
@@ -124,6 +125,12 @@ impl<'a> ChainView<'a> {
         // SAFETY: a ChainView holds slices and the map that made them.
         let slice = unsafe { raw.in_map(self.map) };
         Some(slice.part(slice.len() - 1, 1))
+    }
+
+    /// Marks everything the device may have written as dirty.
+    #[cold]
+    pub(crate) fn log_writable(&self, log: &DirtyLog) {
+        self.writable(0, u32::MAX).for_each(|slice| log.mark_slice(self.map, &slice));
     }
 
     /// The device-readable bytes from `offset`, at most `len` of them, as slices in order.

@@ -6,6 +6,7 @@ pub mod driver;
 pub mod layout;
 pub mod split;
 
+use crate::memory::log::QueueLog;
 use crate::memory::map::{MemoryError, MemoryMap};
 use chain::Chain;
 use layout::SplitLayout;
@@ -250,6 +251,11 @@ impl Ring {
     /// Tells the driver that no notification is needed.
     pub fn disable_notification(&mut self) {
         each_format!(self, r => r.disable_notification());
+    }
+
+    /// Tells a log what is written to the ring from now on; what had been written outside of entries is marked at once.
+    pub fn set_log(&mut self, log: Option<&QueueLog>) {
+        each_format!(self, r => r.set_log(log.and_then(QueueLog::used_part)));
     }
 
     /// Moves the ring to where `config` lies in a new memory map, keeping all indices.

@@ -18,6 +18,7 @@ use super::layout::{
     USED_F_NO_NOTIFY, indirect_desc,
 };
 use super::{RingConfig, RingError, Token};
+use crate::memory::log::LoggedPart;
 use crate::memory::map::MemoryMap;
 
 /// With the event index, `avail_event` is moved on when the driver has come this far past it, so that the driver's
@@ -27,6 +28,11 @@ const STALE_EVENT: u16 = 1 << 14;
 /// Indirect tables may be at least this long however small the ring is: QEMU takes 1024 (`VIRTQUEUE_MAX_SIZE`) from
 /// anyone, so there are drivers that rely on it.
 const MIN_CHAIN_LIMIT: u32 = 1024;
+
+/// The used ring (virtio 1.3, 2.7.8): where its index and its entries are, and how long one is.
+const USED_IDX: u64 = 2;
+const USED_RING: u64 = 4;
+const USED_ENTRY: u64 = 8;
 
 /// The running device side of a split ring.
 #[derive(Debug)]
@@ -48,6 +54,8 @@ pub struct SplitRing {
     /// `avail_event` as last written.
     avail_event: u16,
     notify: bool,
+    /// While the front end wants to know of writes to the used ring.
+    log: Option<LoggedPart>,
 }
 
 impl SplitRing {
@@ -67,6 +75,7 @@ impl SplitRing {
             in_flight: 0,
             avail_event: 0,
             notify: true,
+            log: None,
         };
         ring.disable_notification();
         Ok(ring)
@@ -238,9 +247,50 @@ impl SplitRing {
         if self.published == self.next_used {
             return false;
         }
+        if let Some(log) = &self.log {
+            self.log_entries(log);
+        }
         self.layout.set_used_idx(self.next_used);
         self.published = self.next_used;
+        if let Some(log) = &self.log {
+            log.wrote(USED_IDX, 2);
+        }
         true
+    }
+
+    /// Logs the used-ring entries that are about to be published.
+    #[cold]
+    fn log_entries(&self, log: &LoggedPart) {
+        let size = u64::from(self.size());
+        let first = u64::from(self.published) & (size - 1);
+        let count = u64::from(self.next_used.wrapping_sub(self.published));
+        let before_wrap = count.min(size - first);
+        log.wrote(USED_RING + USED_ENTRY * first, USED_ENTRY * before_wrap);
+        log.wrote(USED_RING, USED_ENTRY * (count - before_wrap));
+    }
+
+    fn set_avail_event(&mut self, event: u16) {
+        self.avail_event = event;
+        self.layout.set_avail_event(event);
+        if let Some(log) = &self.log {
+            log.wrote(USED_RING + USED_ENTRY * u64::from(self.size()), 2);
+        }
+    }
+
+    fn set_used_flags(&self, flags: u16) {
+        self.layout.set_used_flags(flags);
+        if let Some(log) = &self.log {
+            log.wrote(0, 2);
+        }
+    }
+
+    pub(super) fn set_log(&mut self, log: Option<LoggedPart>) {
+        self.log = log;
+        if let Some(log) = &self.log {
+            // What was written before anybody listened: when the ring was started.
+            log.wrote(0, USED_RING);
+            log.wrote(USED_RING + USED_ENTRY * u64::from(self.size()), 2);
+        }
     }
 
     #[inline]
@@ -260,10 +310,9 @@ impl SplitRing {
 
     pub(super) fn enable_notification(&mut self) -> bool {
         if self.event_idx {
-            self.avail_event = self.next_avail;
-            self.layout.set_avail_event(self.avail_event);
+            self.set_avail_event(self.next_avail);
         } else {
-            self.layout.set_used_flags(0);
+            self.set_used_flags(0);
         }
         self.notify = true;
         // 2.7.10.1: look again after asking, or a chain made available in between is never heard of.
@@ -275,11 +324,10 @@ impl SplitRing {
         if self.event_idx {
             // The driver notifies when it passes avail_event; one that lies behind it is never passed.
             if self.notify || self.next_avail.wrapping_sub(self.avail_event) > STALE_EVENT {
-                self.avail_event = self.next_avail.wrapping_sub(1);
-                self.layout.set_avail_event(self.avail_event);
+                self.set_avail_event(self.next_avail.wrapping_sub(1));
             }
         } else if self.notify {
-            self.layout.set_used_flags(USED_F_NO_NOTIFY);
+            self.set_used_flags(USED_F_NO_NOTIFY);
         }
         self.notify = false;
     }

@@ -133,9 +133,10 @@ impl QueueHandler for Handler {
     }
     fn complete(&mut self, queue: &mut Queue, _: &mut Io<'_>, _: u32, _: i32) {
         for (request, chain) in self.held.drain(..) {
-            let written = echo(&chain.view().unwrap());
+            let chain = chain.view().unwrap();
+            let written = echo(&chain);
             self.echo.held.fetch_sub(1, Ordering::AcqRel);
-            queue.complete(request, written);
+            queue.complete_held(request, written, &chain);
         }
     }
     fn detach(&mut self, io: &mut Io<'_>) {
