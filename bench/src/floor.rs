@@ -17,7 +17,7 @@ use poll_engine::memory::slice::prefetch;
 use poll_engine::memory::{MemoryMap, Ram, Region};
 use poll_engine::ring::RingConfig;
 use poll_engine::ring::layout::{DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE};
-use poll_engine::session::listen::Listener;
+use poll_engine::session::listen::{Accepted, Listener};
 use poll_engine::session::socket::{Connection, Incoming};
 use poll_engine::session::state::{Action, Offer, Session};
 
@@ -45,8 +45,8 @@ pub fn serve(path: &Path, cpu: Option<usize>, copy: bool) -> Result<()> {
     let disk = copy.then(|| Ram::new(0, SECTORS * 512, false).map(Arc::new)).transpose()?;
     let bell = EventFd::new()?;
     let mut listener = Listener::bind(path)?;
-    while let Some(stream) = listener.accept(bell.as_fd(), || false)? {
-        let connection = Connection::new(stream)?;
+    while let Accepted::FrontEnd(stream) = listener.accept(bell.as_fd())? {
+        let mut connection = Connection::new(stream)?;
         let offer = Offer {
             features: features::VERSION_1 | features::INDIRECT_DESC,
             num_queues: 1,
@@ -61,8 +61,7 @@ pub fn serve(path: &Path, cpu: Option<usize>, copy: bool) -> Result<()> {
                 r.thread.join().unwrap_or(0)
             })
         };
-        while let Ok(Incoming::Message(header, Ok(request), fds)) = connection.receive(bell.as_fd(), || false)
-        {
+        while let Ok(Incoming::Message(header, Ok(request), fds)) = connection.receive(bell.as_fd()) {
             let (actions, answer) = session.handle(request, fds).context("an unusual front end")?;
             for action in actions {
                 match action {

@@ -39,6 +39,17 @@ pub enum ListenError {
     },
 }
 
+/// What waiting for a front end brought.
+#[derive(Debug)]
+pub enum Accepted {
+    /// A front end.
+    FrontEnd(UnixStream),
+    /// Somebody in this process rang.
+    Rung,
+    /// There will be none any more.
+    Never,
+}
+
 /// A source of connections.
 #[derive(Debug)]
 pub struct Listener {
@@ -91,27 +102,15 @@ impl Listener {
         Ok(Listener { source: Source::Listening(listener), made })
     }
 
-    /// Waits for the next front end; `None` when there will be none, or when `stopping` is true once `bell` has rung.
-    pub fn accept(
-        &mut self,
-        bell: BorrowedFd<'_>,
-        stopping: impl Fn() -> bool,
-    ) -> io::Result<Option<UnixStream>> {
+    /// Waits for the next front end, or for `bell` (an eventfd) to ring.
+    pub fn accept(&mut self, bell: BorrowedFd<'_>) -> io::Result<Accepted> {
         let listener = match &mut self.source {
-            Source::Connected(stream) => return Ok(stream.take()),
+            Source::Connected(stream) => {
+                return Ok(stream.take().map_or(Accepted::Never, Accepted::FrontEnd));
+            }
             Source::Listening(listener) => listener,
         };
         loop {
-            if stopping() {
-                return Ok(None);
-            }
-            match listener.accept() {
-                Ok((stream, _)) => return Ok(Some(stream)),
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
-                // The peer left between connecting and being accepted.
-                Err(e) if matches!(e.raw_os_error(), Some(libc::ECONNABORTED | libc::EINTR)) => continue,
-                Err(e) => return Err(e),
-            }
             let mut waits =
                 [PollFd::new(listener.as_fd(), PollFlags::POLLIN), PollFd::new(bell, PollFlags::POLLIN)];
             match poll(&mut waits, PollTimeout::NONE) {
@@ -119,8 +118,14 @@ impl Listener {
                 Err(e) => return Err(e.into()),
             }
             if waits[1].any().unwrap_or(false) {
-                // Without a front end there is nobody to tell anything: only stopping matters.
-                let _ = nix::unistd::read(bell, &mut [0; 8]);
+                return Ok(Accepted::Rung);
+            }
+            match listener.accept() {
+                Ok((stream, _)) => return Ok(Accepted::FrontEnd(stream)),
+                // Nobody, or a peer that left between connecting and being accepted.
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+                Err(e) if matches!(e.raw_os_error(), Some(libc::ECONNABORTED | libc::EINTR)) => {}
+                Err(e) => return Err(e),
             }
         }
     }

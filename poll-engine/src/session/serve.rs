@@ -12,7 +12,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::socket::{MsgFlags, send};
 use tracing::{debug, info, warn};
 
-use super::listen::Listener;
+use super::listen::{Accepted, Listener};
 use super::socket::{Connection, Incoming, SocketError};
 use super::state::{Action, Offer, Refused, Session};
 use super::wire::config_change;
@@ -92,21 +92,24 @@ impl Server {
         let shared = Arc::clone(&control);
         let builder = std::thread::Builder::new().name("session".into()).stack_size(STACK);
         let thread = builder.spawn(move || {
-            let stopping = || shared.stop.load(Ordering::Acquire);
-            loop {
-                match listener.accept(shared.bell.as_fd(), stopping) {
-                    Ok(Some(stream)) => {
+            while !shared.stop.load(Ordering::Acquire) {
+                match listener.accept(shared.bell.as_fd()) {
+                    Ok(Accepted::FrontEnd(stream)) => {
                         info!("{}: front end connected", export.name);
                         let outcome = Connection::new(stream)
                             .map_err(SocketError::from)
-                            .and_then(|connection| Served::new(&export, &connection).run(&shared));
+                            .and_then(|connection| Served::new(&export, connection).run(&shared));
                         match outcome {
                             Ok(()) => info!("{}: front end gone", export.name),
                             Err(e) => warn!("{}: session ended: {e}", export.name),
                         }
                         export.device.reset();
                     }
-                    Ok(None) => break,
+                    Ok(Accepted::Rung) => {
+                        // Without a front end there is nobody to tell anything: only stopping matters.
+                        let _ = shared.bell.read();
+                    }
+                    Ok(Accepted::Never) => break,
                     Err(e) => {
                         // Out of descriptors, most likely: others may give some back.
                         warn!("{}: cannot accept a front end: {e}", export.name);
@@ -160,7 +163,7 @@ struct Slot {
 /// One session being served.
 struct Served<'a> {
     export: &'a Export,
-    connection: &'a Connection,
+    connection: Connection,
     session: Session,
     map: Arc<MemoryMap>,
     /// Cloned into every hold on `map`, and on those it grew from: waiting for it is waiting for the last request that
@@ -172,7 +175,7 @@ struct Served<'a> {
 }
 
 impl<'a> Served<'a> {
-    fn new(export: &'a Export, connection: &'a Connection) -> Served<'a> {
+    fn new(export: &'a Export, connection: Connection) -> Served<'a> {
         let device = &export.device;
         let offer = Offer {
             features: device.features() | features::ENGINE,
@@ -212,15 +215,12 @@ impl<'a> Served<'a> {
     }
 
     fn converse(&mut self, control: &Control) -> Result<(), SocketError> {
-        let stopping = || control.stop.load(Ordering::Acquire);
-        loop {
-            match self.connection.receive(control.bell.as_fd(), stopping)? {
+        // Looked at each time: a front end that sends without end is to be stopped as well.
+        while !control.stop.load(Ordering::Acquire) {
+            match self.connection.receive(control.bell.as_fd())? {
                 Incoming::Closed => return Ok(()),
                 Incoming::Rung => {
                     let _ = control.bell.read();
-                    if stopping() {
-                        return Ok(());
-                    }
                     if control.config_changed.swap(false, Ordering::AcqRel) {
                         self.tell_config_changed();
                     }
@@ -256,6 +256,7 @@ impl<'a> Served<'a> {
                 }
             }
         }
+        Ok(())
     }
 
     fn tell_config_changed(&self) {

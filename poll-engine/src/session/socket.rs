@@ -1,5 +1,5 @@
-//! A connected vhost-user socket: whole messages with their descriptors in, replies out. Waiting is interruptible, so
-//! that half a message, or a peer that does not read, holds up nobody but its own session, and not its end.
+//! A connected vhost-user socket: whole messages with their descriptors in, replies out. Waiting is interruptible and
+//! goes on where it was, so that half a message holds up nobody.
 #![allow(unsafe_code)] // descriptors arrive as numbers
 
 use std::io::{self, IoSliceMut, Write};
@@ -12,6 +12,9 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 
 use super::wire::{HEADER_LEN, Header, MAX_FDS, Request, WireError};
+
+/// Most descriptors the kernel takes with one message.
+pub const SCM_MAX_FD: usize = 253;
 
 /// How long a peer may leave a reply unread.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -47,39 +50,75 @@ pub enum Incoming {
     Rung,
 }
 
+/// What has come of a message that is not whole yet.
+#[derive(Debug, Default)]
+pub struct Partial {
+    /// Header and payload, as far as they have come.
+    pub bytes: Vec<u8>,
+    /// Descriptors that came with them.
+    pub fds: Vec<OwnedFd>,
+}
+
 /// One connection.
 #[derive(Debug)]
 pub struct Connection {
     stream: UnixStream,
+    partial: Partial,
 }
 
 impl Connection {
     /// Wraps a connected stream.
     pub fn new(stream: UnixStream) -> io::Result<Connection> {
-        stream.set_nonblocking(false)?;
-        stream.set_write_timeout(Some(WRITE_TIMEOUT))?;
-        Ok(Connection { stream })
+        Self::resume(stream, Partial::default())
     }
 
-    /// Waits for a message, or for `bell` (an eventfd) to ring before one has begun.
-    pub fn receive(
-        &self,
-        bell: BorrowedFd<'_>,
-        stopping: impl Fn() -> bool,
-    ) -> Result<Incoming, SocketError> {
-        let mut fds = Vec::new();
-        let mut header = [0; HEADER_LEN];
-        match self.fill(&mut header, &mut fds, bell, true, &stopping)? {
-            Filled::All => {}
-            Filled::None => return Ok(Incoming::Closed),
-            Filled::Rung => return Ok(Incoming::Rung),
+    /// Wraps a connected stream of whose next message `partial` has been read.
+    pub fn resume(stream: UnixStream, partial: Partial) -> io::Result<Connection> {
+        stream.set_nonblocking(false)?;
+        stream.set_write_timeout(Some(WRITE_TIMEOUT))?;
+        Ok(Connection { stream, partial })
+    }
+
+    /// The stream, and what has been read of its next message.
+    pub fn parts(&self) -> (&UnixStream, &Partial) {
+        (&self.stream, &self.partial)
+    }
+
+    /// Waits for a message, or for `bell` (an eventfd) to ring. What has come of a message by then is kept for the next
+    /// call.
+    pub fn receive(&mut self, bell: BorrowedFd<'_>) -> Result<Incoming, SocketError> {
+        loop {
+            let missing = match self.partial.bytes.first_chunk() {
+                None => HEADER_LEN - self.partial.bytes.len(),
+                Some(&header) => {
+                    let header = Header::decode(header)?;
+                    match HEADER_LEN + header.size - self.partial.bytes.len() {
+                        0 => {
+                            let Partial { bytes, fds } = std::mem::take(&mut self.partial);
+                            let request = Request::decode(header.request, &bytes[HEADER_LEN..]);
+                            return Ok(Incoming::Message(header, request, fds));
+                        }
+                        missing => missing,
+                    }
+                }
+            };
+            let mut waits =
+                [PollFd::new(self.stream.as_fd(), PollFlags::POLLIN), PollFd::new(bell, PollFlags::POLLIN)];
+            match poll(&mut waits, PollTimeout::NONE) {
+                Ok(_) => {}
+                Err(nix::Error::EINTR) => continue,
+                Err(e) => return Err(io::Error::from(e).into()),
+            }
+            let [readable, rung] = waits.map(|w| w.any().unwrap_or(false));
+            if rung {
+                return Ok(Incoming::Rung);
+            }
+            if readable && self.receive_some(missing)? == 0 {
+                let partial = &self.partial;
+                let between = partial.bytes.is_empty() && partial.fds.is_empty();
+                return if between { Ok(Incoming::Closed) } else { Err(SocketError::Truncated) };
+            }
         }
-        let header = Header::decode(header)?;
-        let mut payload = vec![0; header.size];
-        if let Filled::None | Filled::Rung = self.fill(&mut payload, &mut fds, bell, false, &stopping)? {
-            return Err(SocketError::Truncated);
-        }
-        Ok(Incoming::Message(header, Request::decode(header.request, &payload), fds))
     }
 
     /// Sends a whole reply.
@@ -87,71 +126,43 @@ impl Connection {
         (&self.stream).write_all(bytes)
     }
 
-    fn fill(
-        &self,
-        mut into: &mut [u8],
-        fds: &mut Vec<OwnedFd>,
-        bell: BorrowedFd<'_>,
-        mut at_start: bool,
-        stopping: &impl Fn() -> bool,
-    ) -> Result<Filled, SocketError> {
-        while !into.is_empty() {
-            if stopping() {
-                return Ok(Filled::Rung);
-            }
-            let mut waits =
-                [PollFd::new(self.stream.as_fd(), PollFlags::POLLIN), PollFd::new(bell, PollFlags::POLLIN)];
-            // Once a message has begun the bell is kept for after it: only a request to stop cuts it short, for which
-            // the wait ends now and then.
-            let (of, timeout) = if at_start { (2, PollTimeout::NONE) } else { (1, PollTimeout::from(100u8)) };
-            match poll(&mut waits[..of], timeout) {
-                Ok(_) => {}
-                Err(nix::Error::EINTR) => continue,
-                Err(e) => return Err(io::Error::from(e).into()),
-            }
-            let [readable, rung] = waits.map(|w| w.any().unwrap_or(false));
-            if rung {
-                return Ok(Filled::Rung);
-            }
-            if !readable {
-                continue;
-            }
-            let n = self.receive_some(into, fds)?;
-            if n == 0 {
-                return if at_start { Ok(Filled::None) } else { Err(SocketError::Truncated) };
-            }
-            into = &mut into[n..];
-            at_start = false;
+    fn receive_some(&mut self, most: usize) -> Result<usize, SocketError> {
+        let Partial { bytes, fds } = &mut self.partial;
+        let have = bytes.len();
+        bytes.resize(have + most, 0);
+        let received = receive_with_fds(self.stream.as_fd(), &mut bytes[have..], fds, MAX_FDS);
+        bytes.truncate(have + *received.as_ref().unwrap_or(&0));
+        match received {
+            Ok(n) => Ok(n),
+            Err(e) if e.raw_os_error() == Some(libc::ECONNRESET) => Ok(0),
+            Err(e) if e.raw_os_error() == Some(libc::EMSGSIZE) => Err(SocketError::TooManyFds),
+            Err(e) => Err(e.into()),
         }
-        Ok(Filled::All)
-    }
-
-    fn receive_some(&self, into: &mut [u8], fds: &mut Vec<OwnedFd>) -> Result<usize, SocketError> {
-        let mut space = cmsg_space!([RawFd; MAX_FDS]);
-        let mut parts = [IoSliceMut::new(into)];
-        let flags = MsgFlags::MSG_CMSG_CLOEXEC;
-        let message = match recvmsg::<()>(self.stream.as_raw_fd(), &mut parts, Some(&mut space), flags) {
-            Ok(message) => message,
-            Err(nix::Error::ECONNRESET) => return Ok(0),
-            Err(e) => return Err(io::Error::from(e).into()),
-        };
-        for control in message.cmsgs().map_err(io::Error::from)? {
-            if let ControlMessageOwned::ScmRights(raw) = control {
-                // SAFETY: the kernel has just made these descriptors for us; nobody else knows them.
-                fds.extend(raw.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
-            }
-        }
-        if fds.len() > MAX_FDS || message.flags.contains(MsgFlags::MSG_CTRUNC) {
-            return Err(SocketError::TooManyFds);
-        }
-        Ok(message.bytes)
     }
 }
 
-enum Filled {
-    All,
-    None,
-    Rung,
+/// Receives some bytes, and appends the descriptors that come with them to `fds`; `EMSGSIZE` when those are more than
+/// `most_fds` in all, at most 253 of one message.
+pub fn receive_with_fds(
+    socket: BorrowedFd<'_>,
+    into: &mut [u8],
+    fds: &mut Vec<OwnedFd>,
+    most_fds: usize,
+) -> io::Result<usize> {
+    let mut space = cmsg_space!([RawFd; SCM_MAX_FD]);
+    let mut parts = [IoSliceMut::new(into)];
+    let flags = MsgFlags::MSG_CMSG_CLOEXEC;
+    let message = recvmsg::<()>(socket.as_raw_fd(), &mut parts, Some(&mut space), flags)?;
+    for control in message.cmsgs()? {
+        if let ControlMessageOwned::ScmRights(raw) = control {
+            // SAFETY: the kernel has just made these descriptors for us; nobody else knows them.
+            fds.extend(raw.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
+        }
+    }
+    if fds.len() > most_fds || message.flags.contains(MsgFlags::MSG_CTRUNC) {
+        return Err(io::Error::from_raw_os_error(libc::EMSGSIZE));
+    }
+    Ok(message.bytes)
 }
 
 /// Takes over a descriptor this process inherited, by its number.
@@ -165,4 +176,46 @@ pub fn inherit(fd: RawFd) -> io::Result<OwnedFd> {
     }
     // SAFETY: it is open, and the command line has given it to us: nothing else in this process uses it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nix::sys::eventfd::{EfdFlags, EventFd};
+    use nix::sys::socket::{ControlMessage, sendmsg};
+    use std::io::IoSlice;
+
+    #[test]
+    fn half_a_message_is_kept_and_can_be_gone_on_with_by_another_connection() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let bell = EventFd::from_flags(EfdFlags::EFD_NONBLOCK).unwrap();
+        // SET_VRING_KICK of queue 1, with its descriptor, cut in the payload.
+        let message = [[12u32, 1, 8].map(u32::to_ne_bytes).concat(), 1u64.to_ne_bytes().to_vec()].concat();
+        let rights = [ControlMessage::ScmRights(&[bell.as_fd().as_raw_fd()])];
+        let first = [IoSlice::new(&message[..15])];
+        sendmsg::<()>(theirs.as_raw_fd(), &first, &rights, MsgFlags::empty(), None).unwrap();
+        let mut connection = Connection::new(ours.try_clone().unwrap()).unwrap();
+        // The bell comes first when both are there.
+        for have in [0, 15] {
+            bell.write(1).unwrap();
+            if have > 0 {
+                let mut waits = [PollFd::new(ours.as_fd(), PollFlags::POLLIN)];
+                assert_eq!(poll(&mut waits, 5000u16).unwrap(), 1);
+                assert_eq!(connection.receive_some(HEADER_LEN).unwrap(), HEADER_LEN);
+                assert_eq!(connection.receive_some(8).unwrap(), 3);
+            }
+            assert!(matches!(connection.receive(bell.as_fd()).unwrap(), Incoming::Rung));
+            bell.read().unwrap();
+            assert_eq!((connection.partial.bytes.len(), connection.partial.fds.len()), (have, have / 15));
+        }
+        let Connection { stream, partial } = connection;
+        let mut connection = Connection::resume(stream, partial).unwrap();
+        theirs.write_all(&message[15..]).unwrap();
+        match connection.receive(bell.as_fd()).unwrap() {
+            Incoming::Message(header, Ok(Request::SetVringKick { index: 1, has_fd: true }), fds) => {
+                assert_eq!((header.request, fds.len()), (12, 1));
+            }
+            other => panic!("{other:?}"),
+        }
+    }
 }
