@@ -69,7 +69,7 @@ fn measure(spec: &Arc<Spec>, runtime: Duration, own: bool) -> Result<JobResult> 
     std::thread::scope(|scope| {
         let (control, over) = (&control, &over);
         let thread = if own {
-            scope.spawn(move || job.run(control, || {}, || peer.serve()))
+            scope.spawn(move || job.run_beside(control, || {}, || peer.serve()))
         } else {
             scope.spawn(move || {
                 // Two that spin on one CPU would wait for each other's time slices.
@@ -83,7 +83,7 @@ fn measure(spec: &Arc<Spec>, runtime: Duration, own: bool) -> Result<JobResult> 
                     std::hint::spin_loop();
                 }
             });
-            scope.spawn(move || job.run(control, || {}, || {}))
+            scope.spawn(move || job.run_beside(control, || {}, || {}))
         };
         // Until caches and clocks are warm.
         std::thread::sleep(spec.ramp_time.max(Duration::from_millis(50)));

@@ -7,10 +7,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow};
 use nix::errno::Errno;
+use vmm_sys_util::eventfd::EventFd;
 
 use crate::control::{Control, Order};
 use crate::event::{Done, hung_up};
-use crate::job::{Failure, Job, JobResult};
+use crate::outcome::Failure;
 use crate::spec::Spec;
 
 /// How long requests may be in flight without any of the queue's being finished.
@@ -18,11 +19,25 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// How often that is looked at.
 const LOOK: Duration = Duration::from_millis(100);
 
+/// What a thread of a run does.
+pub trait Work: Send + 'static {
+    /// What becomes of it.
+    type Outcome: Send + 'static;
+    /// What it has in flight, in words.
+    const UNITS: &'static str;
+    /// Wakes it when it sleeps until an interrupt.
+    fn waker(&self) -> std::io::Result<EventFd>;
+    /// Runs until its work is done or it is told to end; `ready` is called before it begins.
+    fn run(self, control: &Control, ready: impl FnOnce()) -> Self::Outcome;
+    /// Where an outcome says what went wrong.
+    fn failure(outcome: &mut Self::Outcome) -> &mut Option<Failure>;
+}
+
 /// A running job as the main thread sees it.
 struct Watched {
     spec: Arc<Spec>,
     control: Arc<Control>,
-    waker: vmm_sys_util::eventfd::EventFd,
+    waker: EventFd,
     /// How far it was when that last changed.
     seen: (u64, Instant),
     failure: Option<Failure>,
@@ -64,11 +79,11 @@ impl Watched {
 
 /// Runs all jobs to their end; `sockets` says which of them are whose. `mark` is called when the first of them begins
 /// to measure and when the first has reached its runtime.
-pub fn drive(
-    jobs: Vec<(Arc<Spec>, Job)>,
+pub fn drive<W: Work>(
+    jobs: Vec<(Arc<Spec>, W)>,
     sockets: &[(RawFd, Range<usize>)],
     mut mark: impl FnMut(),
-) -> Result<Vec<JobResult>> {
+) -> Result<Vec<W::Outcome>> {
     let start = Arc::new(Barrier::new(jobs.len() + 1));
     let done = Arc::new(Done::new()?);
     let mut watched = Vec::new();
@@ -82,7 +97,7 @@ pub fn drive(
             start.wait();
         };
         threads.push(std::thread::spawn(move || {
-            let result = job.run(&theirs, ready, || {});
+            let result = job.run(&theirs, ready);
             done.tell();
             result
         }));
@@ -117,7 +132,8 @@ pub fn drive(
         }
         for job in &mut watched {
             if let Some(n) = job.stuck() {
-                let message = format!("the back end does not go on: {n} requests without an answer for 5 s");
+                let message =
+                    format!("the back end does not go on: {n} {} without an answer for 5 s", W::UNITS);
                 job.abort(Errno::ETIMEDOUT, message);
             }
         }
@@ -132,7 +148,8 @@ pub fn drive(
         .zip(watched)
         .map(|(thread, watched)| {
             let mut result = thread.join().map_err(|_| anyhow!("a job panicked"))?;
-            result.failure = result.failure.or(watched.failure);
+            let failure = W::failure(&mut result);
+            *failure = failure.take().or(watched.failure);
             Ok(result)
         })
         .collect()

@@ -31,7 +31,7 @@ use crate::spec::Spec;
 use crate::verify::Ledger;
 
 /// How long a back end may take for the start of a session.
-const PATIENCE: Duration = Duration::from_secs(5);
+pub const PATIENCE: Duration = Duration::from_secs(5);
 /// `VIRTIO_F_RING_PACKED`.
 const RING_PACKED: u64 = 1 << 34;
 const HUGE_PAGE: u64 = 2 << 20;
@@ -197,7 +197,7 @@ pub fn share(front: &Frontend, ram: &Ram) -> vhost::Result<()> {
 }
 
 /// Connects, but does not wait for ever for a listener that does not accept.
-fn reach(path: &Path) -> Result<UnixStream> {
+pub fn reach(path: &Path) -> Result<UnixStream> {
     let connected = || -> nix::Result<UnixStream> {
         let fd = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
         setsockopt(&fd, SendTimeout, &TimeVal::seconds(PATIENCE.as_secs() as i64))?;
@@ -216,14 +216,15 @@ fn reach(path: &Path) -> Result<UnixStream> {
 }
 
 /// Closes the connection when a session takes too long to start: the `vhost` crate waits without a limit.
-struct Deadline {
+pub struct Deadline {
     stream: UnixStream,
     thread: Option<std::thread::JoinHandle<bool>>,
     met: Option<Sender<()>>,
 }
 
 impl Deadline {
-    fn new(stream: UnixStream) -> Result<Deadline> {
+    /// For a session over `stream`, from now on.
+    pub fn new(stream: UnixStream) -> Result<Deadline> {
         let (met, over) = channel();
         let theirs = stream.try_clone()?;
         let thread = std::thread::spawn(move || {
@@ -234,7 +235,7 @@ impl Deadline {
     }
 
     /// Ends it, and says whether it had passed.
-    fn passed(mut self) -> bool {
+    pub fn passed(mut self) -> bool {
         self.met = None;
         self.thread.take().is_some_and(|t| t.join().unwrap_or(false))
     }

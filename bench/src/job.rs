@@ -14,6 +14,7 @@ use quanta::Clock;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::control::{Control, Order};
+use crate::drive::Work;
 use crate::event::sleep;
 use crate::measure::{Cost, SAMPLE};
 pub use crate::outcome::{Failure, JobResult};
@@ -48,6 +49,17 @@ enum Source {
     ReadBack(std::vec::IntoIter<Request>),
 }
 
+/// Puts the calling thread where the job `index` of a section belongs.
+pub fn pin(spec: &Spec, index: usize) -> nix::Result<()> {
+    let mut set = CpuSet::new();
+    match (spec.cpu, &spec.cpus_allowed) {
+        (Some(first), _) => set.set(first + index)?,
+        (None, Some(list)) => list.0.iter().try_for_each(|&cpu| set.set(cpu))?,
+        (None, None) => return Ok(()),
+    }
+    sched_setaffinity(Pid::from_raw(0), &set)
+}
+
 /// A job that is ready to run.
 #[derive(Debug)]
 pub struct Job {
@@ -79,6 +91,23 @@ pub struct Job {
     sampled: u64,
     finished: u64,
     result: JobResult,
+}
+
+impl Work for Job {
+    type Outcome = JobResult;
+    const UNITS: &'static str = "requests";
+
+    fn waker(&self) -> std::io::Result<EventFd> {
+        self.call.try_clone()
+    }
+
+    fn run(self, control: &Control, ready: impl FnOnce()) -> JobResult {
+        self.run_beside(control, ready, || {})
+    }
+
+    fn failure(outcome: &mut JobResult) -> &mut Option<Failure> {
+        &mut outcome.failure
+    }
 }
 
 impl Job {
@@ -145,15 +174,15 @@ impl Job {
         })
     }
 
-    /// Wakes the job when it sleeps until an interrupt.
-    pub fn waker(&self) -> std::io::Result<EventFd> {
-        self.call.try_clone()
-    }
-
     /// Runs until its work is done or it is told to end. `ready` is called before the first request, `peer` after
     /// requests were published.
-    pub fn run(mut self, control: &Control, ready: impl FnOnce(), mut peer: impl FnMut()) -> JobResult {
-        if let Err(e) = self.pin() {
+    pub fn run_beside(
+        mut self,
+        control: &Control,
+        ready: impl FnOnce(),
+        mut peer: impl FnMut(),
+    ) -> JobResult {
+        if let Err(e) = pin(&self.spec, self.index) {
             self.fail(Errno::EINVAL, format!("cannot run on the CPU that was asked for: {e}"));
         }
         ready();
@@ -218,16 +247,6 @@ impl Job {
         let _ = (latency.add(&read.latency), latency.add(&write.latency));
         control.end(self.result.failure.is_some());
         self.result
-    }
-
-    fn pin(&self) -> nix::Result<()> {
-        let mut set = CpuSet::new();
-        match (self.spec.cpu, &self.spec.cpus_allowed) {
-            (Some(first), _) => set.set(first + self.index)?,
-            (None, Some(list)) => list.0.iter().try_for_each(|&cpu| set.set(cpu))?,
-            (None, None) => return Ok(()),
-        }
-        sched_setaffinity(Pid::from_raw(0), &set)
     }
 
     /// What there is to do in all.

@@ -296,28 +296,33 @@ fn checked(opt: &'static Opt) -> ValueParser {
     ValueParser::new(move |s: &str| opt.apply(&mut Spec::default(), s).map(|()| s.to_owned()))
 }
 
-impl clap::Args for Given {
-    fn augment_args(mut command: Command) -> Command {
-        for opt in OPTIONS {
-            let mut arg = Arg::new(opt.name).long(opt.name.replace('_', "-")).help(opt.help);
-            if opt.name.contains('_') {
-                // As fio writes it.
-                arg = arg.alias(opt.name);
-            }
-            arg = arg.aliases(opt.also);
-            arg = match opt.value {
-                "" => arg
-                    .value_parser(["0", "1"])
-                    .num_args(0..=1)
-                    .require_equals(true)
-                    .default_missing_value("1")
-                    .hide_possible_values(true)
-                    .value_name("0|1"),
-                value => arg.value_name(value).value_parser(checked(opt)),
-            };
-            command = command.arg(arg.action(ArgAction::Set));
+/// Adds options to a command.
+pub fn augment(mut command: Command, options: impl Iterator<Item = &'static Opt>) -> Command {
+    for opt in options {
+        let mut arg = Arg::new(opt.name).long(opt.name.replace('_', "-")).help(opt.help);
+        if opt.name.contains('_') {
+            // As fio writes it.
+            arg = arg.alias(opt.name);
         }
-        command
+        arg = arg.aliases(opt.also);
+        arg = match opt.value {
+            "" => arg
+                .value_parser(["0", "1"])
+                .num_args(0..=1)
+                .require_equals(true)
+                .default_missing_value("1")
+                .hide_possible_values(true)
+                .value_name("0|1"),
+            value => arg.value_name(value).value_parser(checked(opt)),
+        };
+        command = command.arg(arg.action(ArgAction::Set));
+    }
+    command
+}
+
+impl clap::Args for Given {
+    fn augment_args(command: Command) -> Command {
+        augment(command, OPTIONS.iter())
     }
 
     fn augment_args_for_update(command: Command) -> Command {
@@ -330,7 +335,8 @@ impl FromArgMatches for Given {
         let mut given: Vec<_> = OPTIONS
             .iter()
             .filter_map(|o| {
-                let value: &String = matches.get_one(o.name)?;
+                // A command may have some of the options only.
+                let value: &String = matches.try_get_one(o.name).ok()??;
                 Some((matches.index_of(o.name), (o.name, value.clone())))
             })
             .collect();
