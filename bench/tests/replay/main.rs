@@ -2,199 +2,19 @@
 //! asked for again.
 #![allow(clippy::unwrap_used)]
 
-use std::collections::BTreeMap;
 use std::fs;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
-use std::time::{Duration, Instant};
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
 
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
-use tempfile::TempDir;
-use vhost_blk::record::format::{HEADER_LEN, Header, Kind, RECORD_LEN, Record};
+use nix::sys::signal::Signal;
+use vhost_blk::record::format::{HEADER_LEN, Kind, RECORD_LEN, Record};
 
-const LIMIT: Duration = Duration::from_secs(30);
-const VBENCH: &str = env!("CARGO_BIN_EXE_vbench");
-
-fn until(what: &str, mut done: impl FnMut() -> bool) {
-    let begun = Instant::now();
-    while !done() {
-        assert!(begun.elapsed() < LIMIT, "{what} did not happen in {LIMIT:?}");
-        std::thread::sleep(Duration::from_millis(10));
-    }
-}
-
-/// Runs a program to its end, which must come.
-fn run(command: &mut Command) -> Output {
-    let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-    let pid = Pid::from_raw(child.id() as i32);
-    let (tell, hear) = std::sync::mpsc::channel::<()>();
-    let waiter = std::thread::spawn(move || {
-        // Whoever waits has an end, too.
-        if hear.recv_timeout(LIMIT * 2) == Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
-            let _ = kill(pid, Signal::SIGKILL);
-        }
-    });
-    let output = child.wait_with_output().unwrap();
-    drop(tell);
-    waiter.join().unwrap();
-    output
-}
-
-fn vbench(args: &[&str]) -> Output {
-    run(Command::new(VBENCH).args(args))
-}
-
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(bytes).into_owned()
-}
-
-fn succeed(output: &Output) -> String {
-    assert!(output.status.success(), "{}{}", text(&output.stdout), text(&output.stderr));
-    text(&output.stdout)
-}
-
-/// The daemon of the same build, killed when the test is over.
-struct Daemon {
-    child: Child,
-    socket: PathBuf,
-    out: PathBuf,
-    log: PathBuf,
-}
-
-impl Daemon {
-    fn start(dir: &Path, name: &str, args: &[&str]) -> Daemon {
-        let program = Path::new(VBENCH).with_file_name("vhost-blk");
-        assert!(program.exists(), "{} is not built; run cargo build first", program.display());
-        let [socket, out, log] = ["socket", "out", "log"].map(|end| dir.join(format!("{name}.{end}")));
-        let child = Command::new(program)
-            .arg("--socket-path")
-            .arg(&socket)
-            .args(args)
-            .stdout(fs::File::create(&out).unwrap())
-            .stderr(fs::File::create(&log).unwrap())
-            .spawn()
-            .unwrap();
-        let mut daemon = Daemon { child, socket, out, log };
-        until("serving", || {
-            assert!(
-                daemon.child.try_wait().unwrap().is_none(),
-                "{}",
-                fs::read_to_string(&daemon.log).unwrap()
-            );
-            // Said when it listens.
-            fs::read_to_string(&daemon.log).unwrap().contains("serving ")
-        });
-        daemon
-    }
-
-    fn socket(&self) -> &str {
-        self.socket.to_str().unwrap()
-    }
-
-    fn signal(&self, signal: Signal) {
-        kill(Pid::from_raw(self.child.id() as i32), signal).unwrap();
-    }
-
-    /// The report of SIGUSR1.
-    fn report(&self) -> String {
-        let before = fs::read_to_string(&self.out).unwrap().len();
-        self.signal(Signal::SIGUSR1);
-        let mut said = String::new();
-        until("a report", || {
-            said = fs::read_to_string(&self.out).unwrap().split_off(before);
-            said.ends_with("\n\n")
-        });
-        said
-    }
-
-    fn end(mut self, signal: Signal) {
-        self.signal(signal);
-        until("the end", || self.child.try_wait().unwrap().is_some());
-    }
-}
-
-impl Drop for Daemon {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-fn capture(path: &Path) -> (Header, Vec<Record>) {
-    let bytes = fs::read(path).unwrap();
-    let (whole, rest) = bytes[HEADER_LEN..].as_chunks::<RECORD_LEN>();
-    assert!(rest.is_empty(), "{} bytes behind the last record", rest.len());
-    let records = whole.iter().map(|r| Record::from_bytes(r).unwrap()).collect();
-    (Header::from_bytes(&bytes).unwrap(), records)
-}
-
-/// The requests of each queue, in the order of their times, and that nothing else is in the capture but its end.
-type Requests = BTreeMap<u8, Vec<(Kind, u64, u32, u8)>>;
-
-fn requests(path: &Path) -> Requests {
-    let (_, mut records) = capture(path);
-    let end = records.pop().unwrap();
-    assert_eq!(end.kind, Kind::End);
-    records.sort_by_key(|r| r.time);
-    let mut all = Requests::new();
-    for r in records {
-        assert!(!matches!(r.kind, Kind::Lost | Kind::End), "{r:?}");
-        all.entry(r.queue).or_default().push((r.kind, r.sector, r.len, r.status));
-    }
-    all
-}
-
-/// A number behind a word of the report's line `record`, or of the table's line `all`.
-fn recorded(report: &str) -> u64 {
-    let line = report.lines().find(|l| l.starts_with("record ")).unwrap();
-    assert!(line.ends_with(" written, 0 lost"), "{line}");
-    line.split_whitespace().rev().nth(3).unwrap().parse().unwrap()
-}
-
-fn completed(report: &str) -> u64 {
-    let line = report.lines().find(|l| l.starts_with("all ")).unwrap();
-    line.split_whitespace().nth(1).unwrap().parse().unwrap()
-}
-
-struct Scene {
-    dir: TempDir,
-}
-
-impl Scene {
-    fn new() -> Scene {
-        Scene { dir: tempfile::tempdir().unwrap() }
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.dir.path().join(name)
-    }
-
-    fn name(&self, name: &str) -> String {
-        self.path(name).to_str().unwrap().to_owned()
-    }
-
-    /// A daemon that records to a file of its own name.
-    fn recording(&self, name: &str, args: &[&str]) -> Daemon {
-        let record = self.name(&format!("{name}.capture"));
-        Daemon::start(self.dir.path(), name, &[&["--record", &record], args].concat())
-    }
-
-    /// Plays an iolog at full speed, one request at a time, on a recorded disk.
-    fn played(&self, name: &str, iolog: &str, args: &[&str]) -> (Output, Requests) {
-        let trace = self.path(&format!("{name}.iolog"));
-        fs::write(&trace, iolog).unwrap();
-        let daemon = self.recording(name, args);
-        let trace = trace.to_str().unwrap();
-        let output =
-            vbench(&["replay", "--socket-path", daemon.socket(), "--speed", "max", "--iodepth", "1", trace]);
-        daemon.end(Signal::SIGTERM);
-        (output, requests(&self.path(&format!("{name}.capture"))))
-    }
-}
-
-const IOLOG: &str = "fio version 2 iolog\nd add\nd open\nd read 0 4096\nd write 8192 512\nd sync 0 0\nd read 512 1536\n\
-                     d write 65536 2097152\nd trim 4096 4096\nd datasync 0 0\nd trim 0 16777216\nd close\n";
+mod scene;
+use scene::{
+    IOLOG, LIMIT, Requests, Scene, VBENCH, capture, completed, recorded, requests, run, succeed, text, until,
+    vbench,
+};
 
 fn as_in_iolog() -> Vec<(Kind, u64, u32, u8)> {
     let mut all = vec![
@@ -409,35 +229,4 @@ fn bad_traces_are_refused_with_the_place() {
         let said = text(&output.stderr);
         assert!(said.lines().count() == 1 && said.contains(what), "{said}");
     }
-}
-
-/// fio replays what we write; where it is installed.
-#[test]
-fn fio_reads_the_iolog_that_is_written() {
-    if Command::new("fio").arg("--version").stdout(Stdio::null()).status().is_err() {
-        eprintln!("skipped: fio is not installed");
-        return;
-    }
-    let scene = Scene::new();
-    let (output, _) = scene.played("fio", IOLOG, &["--backend=ram:64M"]);
-    succeed(&output);
-    let (from, to) = (scene.name("fio.capture"), scene.name("to.iolog"));
-    succeed(&vbench(&["trace", "--to-iolog", &to, &from]));
-    let mut fio = Command::new("fio");
-    fio.args(["--name=replay", "--ioengine=null", "--filename=kickless", "--output-format=json"]);
-    let said = succeed(&run(fio.current_dir(scene.dir.path()).arg(format!("--read_iolog={to}"))));
-    let said: serde_json::Value = serde_json::from_str(&said[said.find('{').unwrap()..]).unwrap();
-    let job = &said["jobs"][0];
-    let count = |kind: &str| job[kind]["total_ios"].as_u64().unwrap();
-    assert_eq!(job["error"], 0);
-    assert_eq!((count("read"), count("write")), (2, 2), "{job}");
-    assert_eq!(job["write"]["io_bytes"].as_u64(), Some(512 + (2 << 20)));
-
-    // And what fio writes, we read.
-    let mut fio = Command::new("fio");
-    fio.args(["--name=w", "--ioengine=null", "--filename=d", "--size=1m", "--bs=4k", "--rw=randrw"]);
-    let theirs = scene.name("theirs");
-    succeed(&run(fio.current_dir(scene.dir.path()).arg(format!("--write_iolog={theirs}"))));
-    let summary = succeed(&vbench(&["trace", &theirs]));
-    assert!(summary.contains("\n256 requests in "), "{summary}");
 }
