@@ -1,6 +1,8 @@
 //! One job: a thread that keeps one queue filled, and polls for what is finished or sleeps until interrupted.
 
-use std::mem;
+mod answers;
+mod send;
+
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,22 +11,20 @@ use nix::sched::{CpuSet, sched_setaffinity};
 use nix::unistd::Pid;
 use poll_engine::memory::{MemoryMap, Ram};
 use poll_engine::ring::RingConfig;
-use poll_engine::ring::driver::{Buffer, DriverRing};
+use poll_engine::ring::driver::DriverRing;
 use quanta::Clock;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::control::{Control, Order};
 use crate::drive::Work;
 use crate::event::sleep;
-use crate::measure::{Cost, SAMPLE};
+use crate::measure::Cost;
 pub use crate::outcome::{Failure, JobResult};
 use crate::pace::Pacer;
 use crate::requests::{Random, Region, Request, Requests};
 use crate::spec::{Rate, Spec};
 use crate::verify::{self, Ledger, Written};
 
-/// Finished requests looked at at once.
-const BATCH: usize = 32;
 /// No slot.
 const NONE: u16 = u16::MAX;
 
@@ -286,182 +286,6 @@ impl Job {
                 Source::Work => self.bytes_left > 0 && self.ios_left > 0,
                 Source::ReadBack(rest) => !rest.as_slice().is_empty(),
             }
-    }
-
-    /// The next request, and when its latency begins, if one is due.
-    #[inline]
-    fn next(&mut self, now: u64) -> Option<(Request, u64)> {
-        if !matches!(self.source, Source::Work) || self.held.is_some() {
-            return self.next_to_verify(now);
-        }
-        if self.bytes_left == 0 || self.ios_left == 0 {
-            return None;
-        }
-        let since = self.pacer.take(now)?;
-        let request = self.requests.next();
-        self.bytes_left = self.bytes_left.saturating_sub(u64::from(request.len));
-        self.ios_left -= 1;
-        Some((request, since))
-    }
-
-    /// What only a job that verifies has: requests that were held back, and reading back.
-    #[cold]
-    fn next_to_verify(&mut self, now: u64) -> Option<(Request, u64)> {
-        if let Some((request, since)) = self.held.take() {
-            return Some((request, if self.open { since } else { now }));
-        }
-        match &mut self.source {
-            Source::ReadBack(rest) => Some((rest.next()?, now)),
-            Source::Work => None,
-        }
-    }
-
-    /// Adds the next request to the ring, if it is due and there is room.
-    #[inline]
-    fn send_next(&mut self, now: u64) -> bool {
-        let Some(&index) = self.free.last() else { return false };
-        let Some((request, since)) = self.next(now) else { return false };
-        if let Some(ledger) = &mut self.result.ledger {
-            let conflicts =
-                |s: &Slot| s.busy && (s.request.write || request.write) && s.request.overlaps(&request);
-            if self.slots.iter().any(conflicts) {
-                // Which of them comes first would be the back end's choice.
-                self.held = Some((request, since));
-                return false;
-            }
-            if request.write {
-                ledger.forget(&request);
-            }
-        }
-        let Some(head) = self.add(index, &request) else {
-            self.fail(Errno::ENOSPC, "the ring is full".into());
-            return false;
-        };
-        self.free.pop();
-        self.by_head[usize::from(head)] = index;
-        let slot = &mut self.slots[usize::from(index)];
-        (slot.busy, slot.request, slot.since) = (true, request, since);
-        if self.open && self.measuring.is_some() {
-            let side = if request.write { &mut self.result.write } else { &mut self.result.read };
-            side.waits.add((now - since) as f64);
-        }
-        true
-    }
-
-    #[inline]
-    fn add(&mut self, index: u16, request: &Request) -> Option<u16> {
-        let slot = &mut self.slots[usize::from(index)];
-        // In halves, each stored whole before it is copied: a load of what lies in several stores waits for all of
-        // them, and before them for every line that the back end's CPU has.
-        let header = self.map.slice(slot.header, 16)?;
-        header.part(0, 8).write(&u64::from(request.write).to_le_bytes());
-        header.part(8, 8).write(&(request.offset / 512).to_le_bytes());
-        self.map.slice(slot.status, 1)?.write_byte(0xff);
-        if request.write && self.result.ledger.is_some() {
-            let block = &mut self.scratch[..request.len as usize];
-            slot.written = verify::fill(block, request.offset, self.seeds.next());
-            self.map.slice(slot.data, request.len)?.write(block);
-        }
-        let buffers = [
-            Buffer { addr: slot.header, len: 16, writable: false },
-            Buffer { addr: slot.data, len: request.len, writable: !request.write },
-            Buffer { addr: slot.status, len: 1, writable: true },
-        ];
-        if self.spec.indirect {
-            self.ring.add_indirect(&self.map, slot.table, &buffers)
-        } else {
-            self.ring.add(&buffers)
-        }
-    }
-
-    /// Collects finished requests; false if one of them was not in flight.
-    #[inline]
-    fn collect(&mut self, finished: usize) -> bool {
-        let now = self.now();
-        let mut left = finished;
-        while left > 0 {
-            let mut batch = [NONE; BATCH];
-            let batch = &mut batch[..left.min(BATCH)];
-            left -= batch.len();
-            for index in batch.iter_mut() {
-                let Some((head, _)) = self.ring.collect() else { return false };
-                *index =
-                    self.by_head.get_mut(usize::from(head)).map_or(NONE, |slot| mem::replace(slot, NONE));
-                let Some(slot) = self.slots.get(usize::from(*index)) else { return false };
-                // The back end's CPU has these lines: their misses overlap.
-                if let Some(status) = self.map.slice(slot.status, 1) {
-                    status.prefetch();
-                }
-            }
-            for &index in &*batch {
-                self.answered(index, now);
-            }
-        }
-        if self.measuring.is_some() {
-            self.result.collected.add(finished, 1);
-            if now - self.sampled >= SAMPLE.as_nanos() as u64 {
-                let seconds = (now - self.sampled) as f64 / 1e9;
-                self.result.read.sample(seconds);
-                self.result.write.sample(seconds);
-                self.sampled = now;
-            }
-        }
-        true
-    }
-
-    /// The request in a slot is finished.
-    #[inline]
-    fn answered(&mut self, index: u16, now: u64) {
-        let slot = &mut self.slots[usize::from(index)];
-        slot.busy = false;
-        let (request, since) = (slot.request, slot.since);
-        // The memory around it is our own: read at once, not byte by byte.
-        let around = self.map.slice(slot.status, 16).and_then(|at| at.read_pair_once());
-        let status = around.map_or(0xff, |[low, _]| low as u8);
-        self.free.push(index);
-        self.finished += 1;
-        if status != 0 {
-            self.refused(&request, status);
-            return;
-        }
-        if self.measuring.is_some() {
-            let side = if request.write { &mut self.result.write } else { &mut self.result.read };
-            side.count(request.len, now.saturating_sub(since));
-        }
-        if self.result.ledger.is_some() {
-            self.verify(index);
-        }
-    }
-
-    fn refused(&mut self, request: &Request, status: u8) {
-        let kind = if request.write { "write" } else { "read" };
-        let meaning = match status {
-            1 => "VIRTIO_BLK_S_IOERR",
-            2 => "VIRTIO_BLK_S_UNSUPP",
-            0xff => "none was written",
-            _ => "unknown",
-        };
-        let message = format!(
-            "a {kind} of {} bytes at offset {} failed with status {status} ({meaning})",
-            request.len, request.offset
-        );
-        self.fail(Errno::EIO, message);
-    }
-
-    fn verify(&mut self, index: u16) {
-        let slot = &self.slots[usize::from(index)];
-        let Some(ledger) = &mut self.result.ledger else { return };
-        if slot.request.write {
-            ledger.record(slot.request.offset, slot.written);
-            return;
-        }
-        let block = &mut self.scratch[..slot.request.len as usize];
-        if let Some(at) = self.map.slice(slot.data, slot.request.len) {
-            at.read(block);
-        }
-        if let Err(wrong) = ledger.check(slot.request.offset, block) {
-            self.fail(Errno::EILSEQ, wrong.to_string());
-        }
     }
 
     /// Nothing is finished: sleeps until something may be, or spins.
