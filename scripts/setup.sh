@@ -15,7 +15,8 @@ binutils prepares kernel modules and programs for the guest
 xz-utils unpacks kernel modules where they come compressed
 gcc links Rust programs
 libc6-dev links Rust programs
-make runs the Makefile'
+make runs the Makefile
+valgrind counts the instructions of a request'
 
 say() { echo "setup: $*"; }
 

@@ -144,6 +144,14 @@ if command -v apt-get >/dev/null; then
 else
     note "skipped guest image: made of Debian packages, and there is no apt-get here"
 fi
+# Counts of one compiler repeat exactly; with another one, or without valgrind, there is nothing to compare.
+if ! command -v valgrind >/dev/null; then
+    note "skipped instructions of a request: valgrind is not installed (scripts/setup.sh)"
+elif reason=$(scripts/instructions.sh --skipped); then
+    note "skipped instructions of a request: $reason"
+else
+    step "instructions of a request" scripts/instructions.sh --check
+fi
 echo "== tests"
 cargo test --workspace --no-fail-fast 2>&1 | tee "$tmp/log"
 code=${PIPESTATUS[0]}
