@@ -95,7 +95,7 @@ pub fn probe(what: &Probe) -> Result<()> {
         each(what, CALLS, |_| {
             uring.signal(event.as_fd(), 0);
             uring.submit();
-            uring.wait();
+            uring.wait(None);
             uring.reap(&mut completions);
             done += completions.len() as u64;
             completions.clear();

@@ -21,8 +21,11 @@ pub mod features {
     pub const RING_PACKED: u64 = 1 << 34;
     /// `VIRTIO_F_IN_ORDER`: buffers are used in the order in which they were made available.
     pub const IN_ORDER: u64 = 1 << 35;
+    /// `VIRTIO_F_RING_RESET`: a queue can be reset alone (2.6.1). Over vhost-user that is stopping it, by `GET_VRING_BASE`
+    /// or by disabling it, and setting it up anew.
+    pub const RING_RESET: u64 = 1 << 40;
     /// All that the engine implements for every device.
-    pub const ENGINE: u64 = INDIRECT_DESC | EVENT_IDX | VERSION_1 | ACCESS_PLATFORM;
+    pub const ENGINE: u64 = INDIRECT_DESC | EVENT_IDX | VERSION_1 | ACCESS_PLATFORM | RING_RESET;
 }
 
 /// Why a write to configuration space is refused.

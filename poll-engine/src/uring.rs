@@ -4,6 +4,7 @@
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::sync::Arc;
+use std::time::Duration;
 
 use io_uring::{EnterFlags, IoUring, opcode, squeue, types};
 use tracing::{debug, info, warn};
@@ -164,11 +165,16 @@ impl Uring {
         self.queued
     }
 
-    /// Submits, and sleeps until there is at least one completion (or a signal).
-    pub fn wait(&mut self) {
-        if self.ring.completion().is_empty() {
-            self.enter(1);
+    /// Submits, and sleeps until there is at least one completion (or a signal), at most for `limit` if there is one.
+    pub fn wait(&mut self, limit: Option<Duration>) {
+        if !self.ring.completion().is_empty() {
+            return;
         }
+        let Some(limit) = limit else { return self.enter(1) };
+        let time = types::Timespec::from(limit);
+        let args = types::SubmitArgs::new().timespec(&time);
+        let entered = self.ring.submitter().submit_with_args(1, &args);
+        self.entered(entered);
     }
 
     fn enter(&mut self, want: u32) {
@@ -177,11 +183,20 @@ impl Uring {
         let flags = EnterFlags::GETEVENTS.bits();
         // SAFETY: no argument is passed; the entries were vouched for when pushed.
         let entered = unsafe { self.ring.submitter().enter::<libc::sigset_t>(queued, want, flags, None) };
+        self.entered(entered);
+    }
+
+    #[inline]
+    fn entered(&mut self, entered: io::Result<usize>) {
         match entered {
             Ok(_) => {}
-            // EINTR: a signal. EAGAIN, EBUSY: out of memory, or completions must be reaped first; both come right by
+            // ETIME: the limit of a wait. EINTR: a signal. EAGAIN, EBUSY: out of memory, or completions must be reaped first; both come right by
             // reaping and trying again, which the reactor's next round does.
-            Err(e) if matches!(e.raw_os_error(), Some(libc::EINTR | libc::EAGAIN | libc::EBUSY)) => {}
+            Err(e)
+                if matches!(
+                    e.raw_os_error(),
+                    Some(libc::ETIME | libc::EINTR | libc::EAGAIN | libc::EBUSY)
+                ) => {}
             // Anything else is a mistake of ours in the arguments.
             Err(e) => panic!("io_uring_enter: {e}"),
         }
@@ -309,6 +324,13 @@ impl Uring {
         // SAFETY: the entry points to nothing.
         unsafe { self.push(&cancel) };
         self.enter(0);
+    }
+
+    /// Cancels an operation with this label that has not been completed, with the next submit.
+    pub fn cancel(&mut self, user_data: u64, own_user_data: u64) {
+        let cancel = opcode::AsyncCancel::new(user_data).build().user_data(own_user_data);
+        // SAFETY: the entry points to nothing.
+        unsafe { self.push(&cancel) };
     }
 
     /// Signals an eventfd with the next submit. Going through the ring, a descriptor that its peer has filled or made

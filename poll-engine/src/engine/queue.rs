@@ -3,7 +3,9 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
+use nix::sys::eventfd::EventFd;
 use quanta::Clock;
 use tracing::warn;
 
@@ -38,6 +40,32 @@ impl Request {
     }
 }
 
+/// Says that a queue broke, to the control thread that has to know: a flag, and the eventfd that it waits on.
+#[derive(Debug)]
+pub struct Alarm {
+    raised: AtomicBool,
+    bell: Arc<EventFd>,
+}
+
+impl Alarm {
+    /// An alarm that rings `bell`, which must be non-blocking.
+    pub fn new(bell: Arc<EventFd>) -> Alarm {
+        Alarm { raised: AtomicBool::new(false), bell }
+    }
+
+    /// Raises it.
+    pub fn raise(&self) {
+        self.raised.store(true, Ordering::Release);
+        // A full counter has rung.
+        let _ = self.bell.write(1);
+    }
+
+    /// Whether it was raised since this was last asked.
+    pub fn take(&self) -> bool {
+        self.raised.swap(false, Ordering::Acquire)
+    }
+}
+
 /// The event descriptors of a queue.
 #[derive(Debug, Default)]
 pub struct Notifier {
@@ -47,6 +75,43 @@ pub struct Notifier {
     pub call: Option<OwnedFd>,
     /// To be signalled when the queue breaks.
     pub err: Option<OwnedFd>,
+    /// Raised when the queue breaks, before `err` is signalled.
+    pub alarm: Option<Arc<Alarm>>,
+}
+
+/// Writes to a queue's descriptors that are under way: at most eight, which is how many rounds can pass before they are
+/// submitted. Beyond that, the front end has filled its counter and made it blocking, and each write waits in the
+/// kernel, at our cost.
+#[derive(Debug, Default)]
+struct Signals {
+    /// A bit for each number that is in use.
+    under_way: u8,
+    /// One more is due when the next is complete.
+    owed: bool,
+}
+
+impl Signals {
+    /// Signals `fd` if another write may be under way; otherwise that is owed.
+    fn send(&mut self, fd: &OwnedFd, io: &mut Io<'_>) -> bool {
+        let tag = self.under_way.trailing_ones();
+        self.owed = tag == u8::BITS;
+        if !self.owed {
+            self.under_way |= 1 << tag;
+            io.signal(fd.as_fd(), tag);
+        }
+        !self.owed
+    }
+
+    /// A write is complete; true when one is owed.
+    fn complete(&mut self, tag: u32) -> bool {
+        self.under_way &= !1u8.checked_shl(tag).unwrap_or(0);
+        std::mem::take(&mut self.owed)
+    }
+
+    fn under_way(&self) -> impl Iterator<Item = u32> + use<> {
+        let bits = self.under_way;
+        (0..u8::BITS).filter(move |tag| bits & 1 << tag != 0)
+    }
 }
 
 /// A running queue.
@@ -62,6 +127,7 @@ pub struct Queue {
     broken: bool,
     /// While the front end wants to know what is written.
     log: Option<QueueLog>,
+    signals: Signals,
     /// Publishes since the driver was last signalled or found not to want it.
     unsignalled: u32,
     clock: Clock,
@@ -91,6 +157,7 @@ impl Queue {
             stats,
             broken: false,
             log: None,
+            signals: Signals::default(),
             unsignalled: 0,
             clock: Clock::new(),
             round: 0,
@@ -244,11 +311,27 @@ impl Queue {
         let Some(wants_interrupt) = self.ring.wants_interrupt() else { return };
         match &self.notifier.call {
             Some(call) if wants_interrupt => {
-                self.stats.signals.add(1);
-                io.signal(call.as_fd());
+                if self.signals.send(call, io) {
+                    self.stats.signals.add(1);
+                }
             }
             _ => self.stats.signals_suppressed.add(1),
         }
+    }
+
+    /// Write number `tag` to one of the descriptors is complete, or has failed.
+    pub(super) fn signalled(&mut self, io: &mut Io<'_>, tag: u32) {
+        if self.signals.complete(tag)
+            && let Some(call) = &self.notifier.call
+            && self.signals.send(call, io)
+        {
+            self.stats.signals.add(1);
+        }
+    }
+
+    /// Ends the writes that still wait, for a front end that does not read its counter.
+    pub(super) fn cancel_signals(&mut self, io: &mut Io<'_>) {
+        self.signals.under_way().for_each(|tag| io.cancel_signal(tag));
     }
 
     pub(super) fn enable_notification(&mut self) -> bool {
@@ -288,7 +371,7 @@ impl Queue {
         }
     }
 
-    /// Stops the queue if memory that it uses has been taken away.
+    /// Breaks the queue if memory that it uses has been taken away.
     pub(super) fn check_memory(&mut self) {
         let log_faulted = self.log.as_ref().is_some_and(|l| l.log.has_faulted());
         if !self.broken && (log_faulted || self.hold.map().has_faulted()) {
@@ -305,10 +388,13 @@ impl Queue {
         self.broken = true;
     }
 
-    /// Signals the error descriptor of a queue that has just broken.
+    /// Says that the queue is broken, to the control thread and then to the front end.
     pub(super) fn report_broken(&mut self, io: &mut Io<'_>) {
-        if let Some(err) = self.notifier.err.as_ref() {
-            io.signal(err.as_fd());
+        if let Some(alarm) = &self.notifier.alarm {
+            alarm.raise();
+        }
+        if let Some(err) = &self.notifier.err {
+            self.signals.send(err, io);
         }
     }
 }

@@ -3,6 +3,7 @@
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
+use std::time::Duration;
 
 use crossbeam::channel::Sender;
 use crossbeam::sync::WaitGroup;
@@ -27,6 +28,10 @@ const MAX_LOOKS: u32 = 8;
 /// Most rounds, and most submissions, that may wait for more where CPU time is to be saved.
 const MAX_HELD_ROUNDS: u32 = 8;
 const MAX_HELD: u32 = 32;
+
+/// How long a reactor may sleep while it has a queue that no kick descriptor can wake it for: a few interrupts' time,
+/// and long against the microseconds that a look at the rings takes.
+const NAP: Duration = Duration::from_micros(100);
 
 /// A queue's place on its reactor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -108,8 +113,13 @@ impl<'a> Io<'a> {
         label(Purpose::Handler, self.id, tag)
     }
 
-    pub(super) fn signal(&mut self, fd: BorrowedFd<'_>) {
-        self.uring.signal(fd, label(Purpose::Signal, self.id, 0));
+    pub(super) fn signal(&mut self, fd: BorrowedFd<'_>, tag: u32) {
+        self.uring.signal(fd, label(Purpose::Signal, self.id, tag));
+    }
+
+    /// Ends a signal that is under way.
+    pub(super) fn cancel_signal(&mut self, tag: u32) {
+        self.uring.cancel(label(Purpose::Signal, self.id, tag), label(Purpose::Cancel, self.id, tag));
     }
 }
 
@@ -194,7 +204,7 @@ impl Reactor {
             let worked = self.round();
             if worked > 0 {
                 self.pacer.worked();
-            } else if self.tasks.is_empty() || (self.pacer.idle() && self.may_sleep()) {
+            } else if self.tasks.is_empty() || self.pacer.idle() {
                 self.sleep();
             } else {
                 std::hint::spin_loop();
@@ -229,6 +239,8 @@ impl Reactor {
         }
         if self.seen_faults != faults() {
             self.seen_faults = faults();
+            // What breaks by this is reported in the next round, before any sleep.
+            worked += 1;
             for task in &mut self.tasks {
                 task.queue.check_memory();
             }
@@ -308,18 +320,21 @@ impl Reactor {
                 let error = std::io::Error::from_raw_os_error(-c.result);
                 task.queue.count_error(ErrorKind::Notify, &format_args!("kick descriptor: {error}"));
             }
-        } else if purpose == Purpose::Signal as u8 && c.result < 0 {
-            let error = std::io::Error::from_raw_os_error(-c.result);
-            task.queue.count_error(ErrorKind::Notify, &format_args!("call descriptor: {error}"));
+        } else if purpose == Purpose::Signal as u8 {
+            task.queue.signalled(&mut Io { uring: &mut self.uring, id }, tag);
+            if c.result < 0 {
+                let error = std::io::Error::from_raw_os_error(-c.result);
+                task.queue.count_error(ErrorKind::Notify, &format_args!("call descriptor: {error}"));
+            }
         }
     }
 
     /// A queue without a kick descriptor can wake nobody, so somebody has to look.
-    fn may_sleep(&self) -> bool {
-        !self.tasks.iter().any(|t| t.polls() && t.queue.notifier.kick.is_none())
+    fn is_polled(&self) -> bool {
+        self.tasks.iter().any(|t| t.polls() && t.queue.notifier.kick.is_none())
     }
 
-    /// Sleeps until there is a completion: a kick, the bell, or I/O. Never with work at hand: each ring is looked at
+    /// Sleeps until there is a completion: a kick, the bell, or I/O; or for a nap. Never with work at hand: each ring is looked at
     /// again after its driver was asked to notify (virtio 1.3, 2.7.10.1).
     fn sleep(&mut self) {
         self.watch();
@@ -329,13 +344,17 @@ impl Reactor {
         }
         if !work && !self.mailbox.has_mail() {
             self.held_back = 0;
-            self.uring.wait();
-            self.reap();
+            let limit = self.is_polled().then_some(NAP);
+            self.uring.wait(limit);
+            // A nap that brought nothing is followed by the next one after a look at the rings.
+            work = self.reap() > 0 || limit.is_none();
         }
         for task in &mut self.tasks {
             task.queue.disable_notification();
         }
-        self.pacer.worked();
+        if work {
+            self.pacer.worked();
+        }
     }
 
     fn watch(&mut self) {
@@ -388,7 +407,11 @@ impl Reactor {
                     if let Some(task) = self.find(id) {
                         match change {
                             NotifierChange::Call(fd) => task.queue.notifier.call = fd,
-                            NotifierChange::Err(fd) => task.queue.notifier.err = fd,
+                            NotifierChange::Err(fd) => {
+                                task.queue.notifier.err = fd;
+                                // One that comes too late to hear of it is told now.
+                                task.reported = false;
+                            }
                         }
                     }
                 }
@@ -439,8 +462,11 @@ impl Reactor {
             task.queue.enable_notification();
             task.handler.detach(io);
             if task.watching_kick {
-                self.uring.unwatch(label(Purpose::Kick, task.id, 0), label(Purpose::Cancel, task.id, 0));
+                io.uring.unwatch(label(Purpose::Kick, task.id, 0), label(Purpose::Cancel, task.id, 0));
             }
+            io.uring.submit();
+            // What has not been taken by now waits for a front end that does not read.
+            task.queue.cancel_signals(io);
             self.uring.submit();
             self.stopping -= 1;
             let base = task.queue.base();

@@ -1,8 +1,10 @@
-//! The vhost-user session: a codec ([`wire`]), a state machine without I/O ([`state`]), a socket ([`socket`]), the
+//! The vhost-user session: a codec ([`wire`]), a state machine without I/O ([`state`], with the device's
+//! [`status`]), a socket ([`socket`]), the
 //! place where front ends connect ([`listen`]), and the control thread that joins them to a device ([`serve`]).
 
 pub mod listen;
 pub mod serve;
 pub mod socket;
 pub mod state;
+pub mod status;
 pub mod wire;

@@ -17,7 +17,7 @@ use super::socket::{Connection, Incoming, SocketError};
 use super::state::{Action, Offer, Refused, Session};
 use super::wire::config_change;
 use crate::device::{Device, features};
-use crate::engine::queue::{Notifier, Queue};
+use crate::engine::queue::{Alarm, Notifier, Queue};
 use crate::engine::reactor::NotifierChange;
 use crate::engine::{Engine, RunningQueue};
 use crate::memory::map::{MapHold, MemoryError, MemoryMap, Region};
@@ -67,7 +67,7 @@ pub struct Export {
 
 #[derive(Debug)]
 struct Control {
-    bell: EventFd,
+    bell: Arc<EventFd>,
     stop: AtomicBool,
     config_changed: AtomicBool,
 }
@@ -86,7 +86,7 @@ impl Server {
         mut listener: Listener,
         ended: impl FnOnce() + Send + 'static,
     ) -> io::Result<Server> {
-        let bell = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
+        let bell = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?);
         let control =
             Arc::new(Control { bell, stop: AtomicBool::new(false), config_changed: AtomicBool::new(false) });
         let shared = Arc::clone(&control);
@@ -98,7 +98,7 @@ impl Server {
                         info!("{}: front end connected", export.name);
                         let outcome = Connection::new(stream)
                             .map_err(SocketError::from)
-                            .and_then(|connection| Served::new(&export, connection).run(&shared));
+                            .and_then(|connection| Served::new(&export, connection, &shared).run(&shared));
                         match outcome {
                             Ok(()) => info!("{}: front end gone", export.name),
                             Err(e) => warn!("{}: session ended: {e}", export.name),
@@ -170,12 +170,14 @@ struct Served<'a> {
     /// points into any of them.
     released: WaitGroup,
     slots: Vec<Slot>,
+    /// Raised by any of this session's queues when it breaks.
+    alarm: Arc<Alarm>,
     backend_channel: Option<OwnedFd>,
     complaints: u32,
 }
 
 impl<'a> Served<'a> {
-    fn new(export: &'a Export, connection: Connection) -> Served<'a> {
+    fn new(export: &'a Export, connection: Connection, control: &Control) -> Served<'a> {
         let device = &export.device;
         let offer = Offer {
             features: device.features() | features::ENGINE,
@@ -189,6 +191,7 @@ impl<'a> Served<'a> {
             map: Arc::default(),
             released: WaitGroup::new(),
             slots: std::iter::repeat_with(Slot::default).take(device.num_queues().into()).collect(),
+            alarm: Arc::new(Alarm::new(Arc::clone(&control.bell))),
             backend_channel: None,
             complaints: 0,
         }
@@ -217,7 +220,11 @@ impl<'a> Served<'a> {
     fn converse(&mut self, control: &Control) -> Result<(), SocketError> {
         // Looked at each time: a front end that sends without end is to be stopped as well.
         while !control.stop.load(Ordering::Acquire) {
-            match self.connection.receive(control.bell.as_fd())? {
+            let incoming = self.connection.receive(control.bell.as_fd())?;
+            if self.alarm.take() && self.session.needs_reset() {
+                self.tell_config_changed();
+            }
+            match incoming {
                 Incoming::Closed => return Ok(()),
                 Incoming::Rung => {
                     let _ = control.bell.read();
@@ -296,6 +303,8 @@ impl<'a> Served<'a> {
                 let config = RingConfig { base: self.session.base(index), ..config };
                 if let Err(e) = self.start(index, config) {
                     self.session.start_failed(index);
+                    // The front end need not have asked for an answer.
+                    self.alarm.raise();
                     return Err(e);
                 }
             }
@@ -316,7 +325,11 @@ impl<'a> Served<'a> {
             }
             Action::BackendChannel(fd) => self.backend_channel = Some(fd),
             Action::WriteConfig(offset, bytes) => self.export.device.write_config(offset, &bytes)?,
-            Action::ResetDevice => self.export.device.reset(),
+            Action::ResetDevice => {
+                // What broke has been stopped before this, and is forgotten.
+                self.alarm.take();
+                self.export.device.reset();
+            }
         }
         Ok(())
     }
@@ -347,11 +360,13 @@ impl<'a> Served<'a> {
         let stats = Arc::clone(&export.stats[usize::from(index)]);
         let name: Arc<str> = format!("{} queue {index}", export.name).into();
         let features = self.session.features();
+        let alarm = Arc::clone(&self.alarm);
         let slot = self.slot(index);
         let notifier = Notifier {
             kick: copy_of(index, slot.kick.as_ref())?,
             call: copy_of(index, slot.call.as_ref())?,
             err: copy_of(index, slot.err.as_ref())?,
+            alarm: Some(alarm),
         };
         let size = config.checked_size().map_err(|e| ActionError::Ring(index, e))?;
         let queue =

@@ -3,6 +3,7 @@
 
 use std::os::fd::OwnedFd;
 
+use super::status::Status;
 use super::wire::{F_PROTOCOL_FEATURES, Reply, Request, VringAddr, protocol};
 use crate::device::features;
 use crate::memory::RegionSpec;
@@ -153,7 +154,7 @@ pub struct Session {
     offer: Offer,
     features: Option<u64>,
     protocol: u64,
-    status: u8,
+    status: Status,
     queues: Vec<QueueState>,
 }
 
@@ -161,7 +162,7 @@ impl Session {
     /// A new session with nothing negotiated.
     pub fn new(offer: Offer) -> Session {
         let queues = std::iter::repeat_with(QueueState::default).take(offer.num_queues.into()).collect();
-        Session { offer, features: None, protocol: 0, status: 0, queues }
+        Session { offer, features: None, protocol: 0, status: Status::default(), queues }
     }
 
     /// The negotiated feature bits.
@@ -193,6 +194,7 @@ impl Session {
             Request::GetFeatures => return Ok(Answer::Number(self.offer.features | F_PROTOCOL_FEATURES)),
             Request::SetFeatures(bits) => {
                 let beyond = bits & !(self.offer.features | F_PROTOCOL_FEATURES);
+                self.status.features(beyond == 0);
                 if beyond != 0 {
                     return Err(Refusal::Features(beyond));
                 }
@@ -274,13 +276,13 @@ impl Session {
             }
             Request::ResetDevice => self.reset(actions),
             Request::SetStatus(status) => {
-                self.status = u8::try_from(status).map_err(|_| Refusal::OutOfRange("the device status"))?;
-                // Virtio 1.3, 4.1.4.3.1: writing 0 resets the device.
-                if status == 0 {
-                    self.reset(actions);
+                match u8::try_from(status).map_err(|_| Refusal::OutOfRange("the device status"))? {
+                    // Virtio 1.3, 4.1.4.3.1: writing 0 resets the device.
+                    0 => self.reset(actions),
+                    bits => self.status.set(bits),
                 }
             }
-            Request::GetStatus => return Ok(Answer::Number(self.status.into())),
+            Request::GetStatus => return Ok(Answer::Number(self.status.bits().into())),
             Request::Other(number) => return Err(Refusal::Unsupported(number)),
         }
         Ok(Answer::Ack)
@@ -303,7 +305,7 @@ impl Session {
             }
             *queue = QueueState::default();
         }
-        self.status = 0;
+        self.status.reset();
         actions.push(Action::ResetDevice);
     }
 
@@ -333,7 +335,7 @@ impl Session {
         let addr = queue.addr?;
         // "If VHOST_USER_F_PROTOCOL_FEATURES has not been negotiated, the ring starts directly in the enabled state."
         let enabled = queue.enabled || bits & F_PROTOCOL_FEATURES == 0;
-        (queue.started && enabled && queue.num > 0).then_some(RingConfig {
+        (queue.started && enabled && queue.num > 0 && !self.status.holds_queues()).then_some(RingConfig {
             size: queue.num,
             desc_addr: addr.desc,
             avail_addr: addr.avail,
@@ -355,6 +357,11 @@ impl Session {
                 running.base = base;
             }
         }
+    }
+
+    /// A queue broke. True when the driver is to be told by a notice of a configuration change.
+    pub fn needs_reset(&mut self) -> bool {
+        self.status.need_reset() && self.protocol & protocol::STATUS != 0
     }
 
     /// Where queue `index` goes on ([`RingConfig::base`]).

@@ -325,8 +325,17 @@ impl Guest {
     }
 
     pub fn at(index: u32, guest_addr: u64) -> Guest {
+        Guest::lay_out(index, guest_addr, 16)
+    }
+
+    /// With a ring of this size.
+    pub fn with_ring(index: u32, size: u16) -> Guest {
+        Guest::lay_out(index, 0x10_0000 + (u64::from(index) << 32), size)
+    }
+
+    fn lay_out(index: u32, guest_addr: u64, size: u16) -> Guest {
         let mut ram = Ram::new(guest_addr, 1 << 20, false).unwrap();
-        let config = DriverRing::lay_out(&mut ram, 16, true, true).unwrap();
+        let config = DriverRing::lay_out(&mut ram, size, true, true).unwrap();
         let data = ram.alloc(0x1_0000, 4096).unwrap();
         let driver = DriverRing::new(&config, ram.map()).unwrap();
         Guest { ram, config, driver, kick: eventfd(), call: eventfd(), index, data, count: 0 }
