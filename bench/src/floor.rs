@@ -104,7 +104,7 @@ pub fn serve(path: &Path, cpu: Option<usize>, copy: bool) -> Result<()> {
                 }
             };
             if let Some(reply) = session.reply(answer, header.need_reply, true, config) {
-                connection.send(&reply.encode(header.request))?;
+                connection.send(&reply.encode(header.request), None)?;
             }
         }
         halt(&mut running);

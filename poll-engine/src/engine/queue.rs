@@ -7,12 +7,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::sys::eventfd::EventFd;
 use quanta::Clock;
-use tracing::warn;
+use tracing::{info, warn};
 
 use super::reactor::Io;
 use crate::memory::log::QueueLog;
 use crate::memory::map::{MapHold, MemoryError, MemoryMap};
 use crate::ring::chain::{Chain, ChainView, HeldChain};
+use crate::ring::inflight::QueueRegion;
 use crate::ring::{Ring, RingConfig, RingError, Token};
 use crate::stats::{ErrorKind, QueueStats};
 
@@ -166,6 +167,18 @@ impl Queue {
         })
     }
 
+    /// Keeps the record of what is in flight in `region`, and begins with what it holds ([`Ring::recover`]).
+    pub fn recover(mut self, region: QueueRegion) -> Result<Queue, RingError> {
+        self.ring = self.ring.recover(region)?;
+        let resubmits = self.ring.resubmits();
+        if resubmits > 0 {
+            info!("{}: {resubmits} requests of an earlier back end are served again", self.name);
+        }
+        // The interrupt of the last back end may have died with it.
+        self.unsignalled = 1;
+        Ok(self)
+    }
+
     /// The queue's counters.
     #[inline]
     pub fn stats(&self) -> &QueueStats {
@@ -176,6 +189,12 @@ impl Queue {
     #[inline]
     pub fn in_flight(&self) -> u16 {
         self.ring.in_flight()
+    }
+
+    /// Whether there are chains of an earlier back end to be taken still.
+    #[inline]
+    pub(super) fn has_resubmits(&self) -> bool {
+        !self.broken && self.ring.resubmits() > 0
     }
 
     /// Where the next start of this queue begins.
@@ -374,7 +393,7 @@ impl Queue {
     /// Breaks the queue if memory that it uses has been taken away.
     pub(super) fn check_memory(&mut self) {
         let log_faulted = self.log.as_ref().is_some_and(|l| l.log.has_faulted());
-        if !self.broken && (log_faulted || self.hold.map().has_faulted()) {
+        if !self.broken && (log_faulted || self.ring.has_faulted() || self.hold.map().has_faulted()) {
             self.fail(&RingError::Memory(MemoryError::TakenAway));
         }
     }

@@ -138,11 +138,12 @@ struct Task {
 impl Task {
     /// Nothing more to wait for: stopped, and the last request is back.
     fn is_done(&self) -> bool {
-        self.stopping.is_some() && self.queue.in_flight() == 0
+        self.stopping.is_some() && self.queue.in_flight() == 0 && !self.queue.has_resubmits()
     }
 
+    /// One that is to stop takes nothing new, but what an earlier back end had begun is as good as in flight.
     fn polls(&self) -> bool {
-        self.stopping.is_none() && !self.queue.is_broken()
+        !self.queue.is_broken() && (self.stopping.is_none() || self.queue.has_resubmits())
     }
 }
 

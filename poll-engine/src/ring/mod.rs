@@ -3,12 +3,14 @@
 
 pub mod chain;
 pub mod driver;
+pub mod inflight;
 pub mod layout;
 pub mod split;
 
 use crate::memory::log::QueueLog;
 use crate::memory::map::{MemoryError, MemoryMap};
 use chain::Chain;
+use inflight::QueueRegion;
 use layout::SplitLayout;
 use split::SplitRing;
 
@@ -127,6 +129,9 @@ pub enum RingError {
     /// A device-readable descriptor after a device-writable one (2.7.4.2).
     #[error("device-readable descriptor after a device-writable one")]
     BadOrder,
+    /// The record of requests in flight is none of this ring.
+    #[error("the in-flight region does not fit the ring: {0}")]
+    BadInflight(&'static str),
     /// A chain of more than 2^32 bytes (2.7.5.2).
     #[error("descriptor chain of 4 GiB or more")]
     TooManyBytes,
@@ -187,6 +192,27 @@ impl Ring {
             return Err(RingError::NotOffered);
         }
         Ok(Ring::Split(SplitRing::new(SplitLayout::new(config, map)?, config)?))
+    }
+
+    /// Keeps the record of what is in flight in `region`, before the first chain is taken. What the region says was in
+    /// flight when the last back end ended is the first to be [available](Self::available), in the order it had been
+    /// taken, and the ring goes on behind that rather than at [`RingConfig::base`]: a front end whose back end has died
+    /// knows only where the used ring ends.
+    pub fn recover(self, region: QueueRegion) -> Result<Ring, RingError> {
+        Ok(match self {
+            Ring::Split(ring) => Ring::Split(ring.recover(region)?),
+        })
+    }
+
+    /// Chains in flight that an earlier back end had taken and that are to be taken again.
+    #[inline]
+    pub fn resubmits(&self) -> u16 {
+        each_format!(self, r => r.resubmits())
+    }
+
+    /// Whether the front end has taken the memory of the in-flight record away.
+    pub fn has_faulted(&self) -> bool {
+        each_format!(self, r => r.has_faulted())
     }
 
     /// Number of descriptors.

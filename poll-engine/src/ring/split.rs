@@ -13,6 +13,7 @@ use std::sync::atomic::{Ordering, fence};
 pub use vring::layout::need_event;
 
 use super::chain::Chain;
+use super::inflight::{QueueRegion, SplitInflight};
 use super::layout::{
     AVAIL_F_NO_INTERRUPT, DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, DESC_SIZE, Desc, SplitLayout,
     USED_F_NO_NOTIFY, indirect_desc,
@@ -36,6 +37,7 @@ const USED_ENTRY: u64 = 8;
 
 /// The running device side of a split ring.
 #[derive(Debug)]
+#[allow(clippy::struct_excessive_bools)] // each of its own meaning
 pub struct SplitRing {
     layout: SplitLayout,
     event_idx: bool,
@@ -56,6 +58,12 @@ pub struct SplitRing {
     notify: bool,
     /// While the front end wants to know of writes to the used ring.
     log: Option<LoggedPart>,
+    /// The record of what is in flight, if the front end keeps one.
+    inflight: Option<SplitInflight>,
+    /// Heads an earlier back end had taken, to be taken again; the first one last.
+    resubmits: Vec<u16>,
+    /// The driver is owed an interrupt, whatever it says it wants: the one of an earlier back end may have been lost.
+    overdue: bool,
 }
 
 impl SplitRing {
@@ -76,9 +84,37 @@ impl SplitRing {
             avail_event: 0,
             notify: true,
             log: None,
+            inflight: None,
+            resubmits: Vec::new(),
+            overdue: false,
         };
         ring.disable_notification();
         Ok(ring)
+    }
+
+    pub(super) fn recover(mut self, region: QueueRegion) -> Result<SplitRing, RingError> {
+        let (inflight, left) = SplitInflight::recover(region, self.size(), self.published)?;
+        self.inflight = Some(inflight);
+        if let Some(heads) = left {
+            // Whatever was made available and is not used had been taken, or comes now: chains are taken in order.
+            self.next_avail = self.published.wrapping_add(heads.len() as u16);
+            self.seen_avail = self.next_avail;
+            self.resubmits = heads;
+            self.overdue = true;
+            // Follows next_avail.
+            self.notify = true;
+            self.disable_notification();
+        }
+        Ok(self)
+    }
+
+    #[inline]
+    pub(super) fn resubmits(&self) -> u16 {
+        self.resubmits.len() as u16
+    }
+
+    pub(super) fn has_faulted(&self) -> bool {
+        self.inflight.as_ref().is_some_and(SplitInflight::has_faulted)
     }
 
     pub(super) fn size(&self) -> u16 {
@@ -96,6 +132,9 @@ impl SplitRing {
 
     #[inline]
     pub(super) fn available(&mut self) -> Result<u16, RingError> {
+        if !self.resubmits.is_empty() {
+            return Ok(self.resubmits());
+        }
         let left = self.seen_avail.wrapping_sub(self.next_avail);
         if left > 0 {
             return Ok(left);
@@ -112,7 +151,7 @@ impl SplitRing {
     #[inline]
     pub(super) fn prefetch(&mut self, count: u16, map: &MemoryMap) {
         // One chain has nothing to overlap with: a prefetch would only add to its latency.
-        if count < 2 {
+        if count < 2 || !self.resubmits.is_empty() {
             return;
         }
         for i in 0..count {
@@ -129,11 +168,14 @@ impl SplitRing {
 
     #[inline]
     pub(super) fn take(&mut self, map: &MemoryMap, chain: &mut Chain) -> Result<Token, RingError> {
-        debug_assert_ne!(self.next_avail, self.seen_avail, "take without available");
         if self.in_flight >= self.size() {
             return Err(RingError::TooManyInFlight);
         }
-        let head = self.layout.avail_ring(self.next_avail);
+        let again = self.resubmits.last().copied();
+        let head = again.unwrap_or_else(|| {
+            debug_assert_ne!(self.next_avail, self.seen_avail, "take without available");
+            self.layout.avail_ring(self.next_avail)
+        });
         if head >= self.size() {
             return Err(RingError::BadIndex { index: head, size: u32::from(self.size()) });
         }
@@ -148,8 +190,15 @@ impl SplitRing {
             self.walk_table(desc, map, chain)?;
         }
         // Commit: from here on the chain is ours.
-        self.next_avail = self.next_avail.wrapping_add(1);
         self.in_flight += 1;
+        if again.is_some() {
+            self.resubmits.pop();
+        } else {
+            self.next_avail = self.next_avail.wrapping_add(1);
+            if let Some(inflight) = &mut self.inflight {
+                inflight.taken(head);
+            }
+        }
         Ok(Token::new(head))
     }
 
@@ -238,6 +287,9 @@ impl SplitRing {
     pub(super) fn complete(&mut self, head: u16, written: u32) {
         assert!(self.in_flight > 0, "completed more chains than were taken");
         self.layout.set_used_ring(self.next_used, head, written);
+        if let Some(inflight) = &mut self.inflight {
+            inflight.completed(head);
+        }
         self.next_used = self.next_used.wrapping_add(1);
         self.in_flight -= 1;
     }
@@ -252,6 +304,9 @@ impl SplitRing {
         }
         self.layout.set_used_idx(self.next_used);
         self.published = self.next_used;
+        if let Some(inflight) = &mut self.inflight {
+            inflight.published(self.published);
+        }
         if let Some(log) = &self.log {
             log.wrote(USED_IDX, 2);
         }
@@ -295,12 +350,15 @@ impl SplitRing {
 
     #[inline]
     pub(super) fn wants_interrupt(&mut self) -> Option<bool> {
-        if self.signalled == self.published {
+        if self.signalled == self.published && !self.overdue {
             return None;
         }
         // 2.7.7.2: the used index must be visible before we look at what the driver wants, or both sides miss it.
         fence(Ordering::SeqCst);
         let old = std::mem::replace(&mut self.signalled, self.published);
+        if std::mem::take(&mut self.overdue) {
+            return Some(true);
+        }
         Some(if self.event_idx {
             need_event(self.layout.used_event(), self.published, old)
         } else {
@@ -317,7 +375,7 @@ impl SplitRing {
         self.notify = true;
         // 2.7.10.1: look again after asking, or a chain made available in between is never heard of.
         fence(Ordering::SeqCst);
-        self.layout.avail_idx() != self.next_avail
+        self.layout.avail_idx() != self.next_avail || !self.resubmits.is_empty()
     }
 
     pub(super) fn disable_notification(&mut self) {

@@ -2,6 +2,7 @@
 //! [`status`]), a socket ([`socket`]), the
 //! place where front ends connect ([`listen`]), and the control thread that joins them to a device ([`serve`]).
 
+pub mod inflight;
 pub mod listen;
 pub mod serve;
 pub mod socket;

@@ -12,6 +12,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::socket::{MsgFlags, send};
 use tracing::{debug, info, warn};
 
+use super::inflight::{self, Inflight, InflightError};
 use super::listen::{Accepted, Listener};
 use super::socket::{Connection, Incoming, SocketError};
 use super::state::{Action, Offer, Refused, Session};
@@ -39,6 +40,8 @@ enum ActionError {
     Ring(u16, RingError),
     #[error("queue {0}: {1}")]
     Queue(u16, io::Error),
+    #[error(transparent)]
+    Inflight(#[from] InflightError),
     #[error("the descriptor for queue {0} is no eventfd")]
     NotEventfd(u16),
     #[error(transparent)]
@@ -172,6 +175,9 @@ struct Served<'a> {
     slots: Vec<Slot>,
     /// Raised by any of this session's queues when it breaks.
     alarm: Arc<Alarm>,
+    inflight: Inflight,
+    /// To go with the next reply.
+    reply_fd: Option<OwnedFd>,
     backend_channel: Option<OwnedFd>,
     complaints: u32,
 }
@@ -192,6 +198,8 @@ impl<'a> Served<'a> {
             released: WaitGroup::new(),
             slots: std::iter::repeat_with(Slot::default).take(device.num_queues().into()).collect(),
             alarm: Arc::new(Alarm::new(Arc::clone(&control.bell))),
+            inflight: Inflight::Off,
+            reply_fd: None,
             backend_channel: None,
             complaints: 0,
         }
@@ -258,7 +266,8 @@ impl<'a> Served<'a> {
                         }
                     };
                     if let Some(reply) = reply {
-                        self.connection.send(&reply.encode(header.request))?;
+                        let fd = self.reply_fd.take();
+                        self.connection.send(&reply.encode(header.request), fd.as_ref().map(AsFd::as_fd))?;
                     }
                 }
             }
@@ -323,6 +332,10 @@ impl<'a> Served<'a> {
                 let fd = eventfd(index, fd)?;
                 self.notify(index, fd, |slot| &mut slot.err, NotifierChange::Err)?;
             }
+            Action::AllocateInflight(spec) => {
+                self.reply_fd = Some(inflight::allocate(&spec)?);
+            }
+            Action::SetInflight(spec, fd) => self.inflight.set(spec, fd)?,
             Action::BackendChannel(fd) => self.backend_channel = Some(fd),
             Action::WriteConfig(offset, bytes) => self.export.device.write_config(offset, &bytes)?,
             Action::ResetDevice => {
@@ -361,6 +374,7 @@ impl<'a> Served<'a> {
         let name: Arc<str> = format!("{} queue {index}", export.name).into();
         let features = self.session.features();
         let alarm = Arc::clone(&self.alarm);
+        let region = self.inflight.region(index, config.format)?;
         let slot = self.slot(index);
         let notifier = Notifier {
             kick: copy_of(index, slot.kick.as_ref())?,
@@ -369,8 +383,11 @@ impl<'a> Served<'a> {
             alarm: Some(alarm),
         };
         let size = config.checked_size().map_err(|e| ActionError::Ring(index, e))?;
-        let queue =
+        let mut queue =
             Queue::new(name, &config, hold, notifier, stats).map_err(|e| ActionError::Ring(index, e))?;
+        if let Some(region) = region {
+            queue = queue.recover(region).map_err(|e| ActionError::Ring(index, e))?;
+        }
         let started = export.device.start_queue(index, features, size);
         let running = started.and_then(|handler| export.engine.run_queue(queue, handler));
         slot.running = Some((running.map_err(|e| ActionError::Queue(index, e))?, config));

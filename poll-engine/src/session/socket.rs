@@ -2,14 +2,14 @@
 //! goes on where it was, so that half a message holds up nobody.
 #![allow(unsafe_code)] // descriptors arrive as numbers
 
-use std::io::{self, IoSliceMut, Write};
+use std::io::{self, IoSlice, IoSliceMut, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use nix::cmsg_space;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
+use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
 
 use super::wire::{HEADER_LEN, Header, MAX_FDS, Request, WireError};
 
@@ -121,9 +121,20 @@ impl Connection {
         }
     }
 
-    /// Sends a whole reply.
-    pub fn send(&self, bytes: &[u8]) -> io::Result<()> {
-        (&self.stream).write_all(bytes)
+    /// Sends a whole reply, and a descriptor with it.
+    pub fn send(&self, bytes: &[u8], fd: Option<BorrowedFd<'_>>) -> io::Result<()> {
+        let Some(fd) = fd else { return (&self.stream).write_all(bytes) };
+        let fds = [fd.as_raw_fd()];
+        let control = [ControlMessage::ScmRights(&fds)];
+        let parts = [IoSlice::new(bytes)];
+        let sent = loop {
+            match sendmsg::<()>(self.stream.as_raw_fd(), &parts, &control, MsgFlags::MSG_NOSIGNAL, None) {
+                Err(nix::Error::EINTR) => {}
+                outcome => break outcome?,
+            }
+        };
+        // The descriptor has gone with the first byte.
+        (&self.stream).write_all(&bytes[sent..])
     }
 
     fn receive_some(&mut self, most: usize) -> Result<usize, SocketError> {

@@ -8,13 +8,15 @@ use super::wire::{F_PROTOCOL_FEATURES, Reply, Request, VringAddr, protocol};
 use crate::device::features;
 use crate::memory::RegionSpec;
 use crate::memory::map::MAX_REGIONS;
-use crate::ring::{RingConfig, RingFormat};
+use crate::ring::inflight::InflightSpec;
+use crate::ring::{MAX_RING_SIZE, RingConfig, RingFormat};
 
 /// Protocol features of every session.
 pub const PROTOCOL_FEATURES: u64 = protocol::MQ
     | protocol::REPLY_ACK
     | protocol::BACKEND_REQ
     | protocol::CONFIG
+    | protocol::INFLIGHT_SHMFD
     | protocol::RESET_DEVICE
     | protocol::CONFIGURE_MEM_SLOTS
     | protocol::STATUS;
@@ -93,6 +95,10 @@ pub enum Action {
     Call(u16, Option<OwnedFd>),
     /// A queue's error descriptor.
     Err(u16, Option<OwnedFd>),
+    /// Make memory for an in-flight record, whose descriptor goes with the answer.
+    AllocateInflight(InflightSpec),
+    /// Keep the in-flight record of every queue started from now on there.
+    SetInflight(InflightSpec, OwnedFd),
     /// The channel for our own requests.
     BackendChannel(OwnedFd),
     /// Write configuration space.
@@ -110,6 +116,8 @@ pub enum Answer {
     Number(u64),
     /// The base of a queue.
     Base(u16),
+    /// An in-flight record, with its descriptor.
+    Inflight(InflightSpec),
     /// Configuration space from `offset` of the device's own numbering, with offset and flags echoed as asked.
     Config {
         /// First byte, in the device's numbering.
@@ -274,6 +282,20 @@ impl Session {
             Request::SetConfig { offset, bytes, .. } => {
                 actions.push(Action::WriteConfig(device_offset(offset), bytes));
             }
+            Request::GetInflightFd(spec) => {
+                let spec = self.checked(spec)?.sized(self.format());
+                actions.push(Action::AllocateInflight(spec));
+                return Ok(Answer::Inflight(spec));
+            }
+            Request::SetInflightFd(spec) => {
+                let fd = one(fds)?;
+                if self.checked(spec)?.sized(self.format()).mmap_size > spec.mmap_size {
+                    return Err(Refusal::OutOfRange("the size of the in-flight record"));
+                }
+                // Whatever runs has its record elsewhere: it begins anew with this one.
+                self.stop_all(actions);
+                actions.push(Action::SetInflight(spec, fd));
+            }
             Request::ResetDevice => self.reset(actions),
             Request::SetStatus(status) => {
                 match u8::try_from(status).map_err(|_| Refusal::OutOfRange("the device status"))? {
@@ -297,14 +319,32 @@ impl Session {
         if self.features() & features::RING_PACKED == 0 { RingFormat::Split } else { RingFormat::Packed }
     }
 
+    /// A record for queues that exist.
+    fn checked(&self, spec: InflightSpec) -> Result<InflightSpec, Refusal> {
+        let queues = self.offer.num_queues;
+        match spec {
+            InflightSpec { num_queues, .. } if num_queues == 0 || num_queues > queues => {
+                Err(Refusal::Queue { index: num_queues.into(), queues })
+            }
+            InflightSpec { queue_size, .. } if !(1..=MAX_RING_SIZE).contains(&queue_size) => {
+                Err(Refusal::RingSize { num: queue_size.into(), max: MAX_RING_SIZE })
+            }
+            _ => Ok(spec),
+        }
+    }
+
+    fn stop_all(&mut self, actions: &mut Vec<Action>) {
+        let running = (0u16..).zip(&mut self.queues).filter(|(_, q)| q.running.is_some());
+        actions.extend(running.map(|(index, queue)| {
+            queue.running = None;
+            Action::Stop(index)
+        }));
+    }
+
     /// The memory table stays: it is the front end's to change.
     fn reset(&mut self, actions: &mut Vec<Action>) {
-        for (index, queue) in (0u16..).zip(&mut self.queues) {
-            if queue.running.is_some() {
-                actions.push(Action::Stop(index));
-            }
-            *queue = QueueState::default();
-        }
+        self.stop_all(actions);
+        self.queues.fill_with(QueueState::default);
         self.status.reset();
         actions.push(Action::ResetDevice);
     }
@@ -394,6 +434,10 @@ impl Session {
                 config(start, &mut bytes);
                 Some(Reply::Config { offset, flags, bytes })
             }
+            // "mmap size" 0 tells that there is none.
+            Answer::Inflight(spec) => {
+                Some(Reply::Inflight(if done { spec } else { InflightSpec::default() }))
+            }
             Answer::Ack => (need_reply && self.protocol & protocol::REPLY_ACK != 0)
                 .then_some(Reply::Number(u64::from(!done))),
         }
@@ -404,12 +448,13 @@ impl Session {
         match request {
             // "Zero length of payload to indicate an error."
             24 => Refused::Reply(Reply::Config { offset: 0, flags: 0, bytes: Vec::new() }),
+            31 => Refused::Reply(Reply::Inflight(InflightSpec::default())),
             // It is owed a ring's base, and there is none.
             11 => Refused::End,
             _ => match self.reply(Answer::Ack, need_reply, false, |_, _| {}) {
                 Some(reply) => Refused::Reply(reply),
                 // What was never offered is at most a hint, and goes unanswered.
-                None if !matches!(request, 1..=21 | 25 | 34 | 36..=40) => Refused::Silence,
+                None if !matches!(request, 1..=21 | 25 | 32 | 34 | 36..=40) => Refused::Silence,
                 // A front end that believes it has set something up must not go on.
                 None => Refused::End,
             },

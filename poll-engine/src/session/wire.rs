@@ -2,6 +2,7 @@
 //! (qemu, docs/interop/vhost-user.rst, "Message Specification").
 
 use crate::memory::RegionSpec;
+use crate::ring::inflight::InflightSpec;
 
 /// Bytes of a message header.
 pub const HEADER_LEN: usize = 12;
@@ -25,6 +26,8 @@ pub mod protocol {
     pub const BACKEND_REQ: u64 = 1 << 5;
     /// Configuration space.
     pub const CONFIG: u64 = 1 << 9;
+    /// A record of requests in flight, in memory that the front end keeps.
+    pub const INFLIGHT_SHMFD: u64 = 1 << 12;
     /// `RESET_DEVICE`.
     pub const RESET_DEVICE: u64 = 1 << 13;
     /// Memory added and removed region by region.
@@ -147,6 +150,8 @@ pub enum Request {
         flags: u32,
         bytes: Vec<u8>,
     },
+    GetInflightFd(InflightSpec),
+    SetInflightFd(InflightSpec),
     ResetDevice,
     GetMaxMemSlots,
     AddMemReg(RegionSpec),
@@ -171,6 +176,17 @@ fn region_at(b: &[u8], at: usize) -> Option<RegionSpec> {
         size: u64_at(b, at + 8)?,
         user_addr: u64_at(b, at + 16)?,
         mmap_offset: u64_at(b, at + 24)?,
+    })
+}
+
+/// `VhostUserInflight`, with or without the padding that C puts behind it.
+fn inflight(b: &[u8]) -> Option<InflightSpec> {
+    let half = |at: usize| Some(u16::from_ne_bytes(b.get(at..at + 2)?.try_into().ok()?));
+    Some(InflightSpec {
+        mmap_size: u64_at(b, 0)?,
+        mmap_offset: u64_at(b, 8)?,
+        num_queues: half(16)?,
+        queue_size: half(18)?,
     })
 }
 
@@ -231,6 +247,8 @@ impl Request {
                     Request::SetConfig { offset, flags, bytes: bytes.to_vec() }
                 }
             }
+            31 => Request::GetInflightFd(inflight(b)?),
+            32 => Request::SetInflightFd(inflight(b)?),
             34 => Request::ResetDevice,
             36 => Request::GetMaxMemSlots,
             37 => Request::AddMemReg(region_at(b, 8)?),
@@ -249,6 +267,8 @@ pub enum Reply {
     Number(u64),
     /// Index and base of a ring.
     VringState(u32, u32),
+    /// An in-flight record, whose descriptor goes with it; without a size there is none.
+    Inflight(InflightSpec),
     /// Configuration space.
     Config {
         /// As asked.
@@ -267,6 +287,12 @@ impl Reply {
         match self {
             Reply::Number(n) => payload.extend(n.to_ne_bytes()),
             Reply::VringState(index, num) => payload.extend([*index, *num].map(u32::to_ne_bytes).concat()),
+            Reply::Inflight(spec) => {
+                payload.extend([spec.mmap_size, spec.mmap_offset].map(u64::to_ne_bytes).concat());
+                payload.extend([spec.num_queues, spec.queue_size].map(u16::to_ne_bytes).concat());
+                // QEMU takes no other length than that of its structure, which C pads.
+                payload.extend([0; 4]);
+            }
             // "Zero length of payload to indicate an error."
             Reply::Config { bytes, .. } if bytes.is_empty() => {}
             Reply::Config { offset, flags, bytes } => {

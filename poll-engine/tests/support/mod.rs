@@ -1,7 +1,7 @@
 //! A device that echoes, a front end that can say anything, and a guest behind it.
 #![allow(dead_code)] // each test program uses its part
 
-use std::io::{IoSlice, Read};
+use std::io::{IoSlice, IoSliceMut, Read};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
 use poll_engine::device::{ConfigRefused, Device, QueueHandler, features};
 use poll_engine::engine::pacing::Pacing;
 use poll_engine::engine::queue::{Queue, Request};
@@ -257,6 +257,31 @@ impl Peer {
         u64::from_ne_bytes(self.ask(request, &[]).try_into().unwrap())
     }
 
+    /// A request whose reply comes with a descriptor, if it has one.
+    pub fn ask_fd(&mut self, request: u32, payload: &[u8]) -> (Vec<u8>, Option<OwnedFd>) {
+        self.send(request, false, payload, &[]);
+        let mut header = [0; 12];
+        let mut space = nix::cmsg_space!(RawFd);
+        let mut parts = [IoSliceMut::new(&mut header)];
+        let fd = self.stream.as_raw_fd();
+        let got = recvmsg::<()>(fd, &mut parts, Some(&mut space), MsgFlags::MSG_CMSG_CLOEXEC).unwrap();
+        let rights = got.cmsgs().unwrap().find_map(|c| match c {
+            ControlMessageOwned::ScmRights(fds) => fds.first().copied(),
+            _ => None,
+        });
+        // A copy of its own, by way of /proc, needs nothing unsafe.
+        let file = rights.map(|fd| {
+            let path = format!("/proc/self/fd/{fd}");
+            let file = std::fs::File::options().read(true).write(true).open(path).unwrap();
+            nix::unistd::close(fd).unwrap();
+            OwnedFd::from(file)
+        });
+        assert_eq!((got.bytes, &header[..8]), (12, &words(&[request, 5])[..]));
+        let mut payload = vec![0; u32::from_ne_bytes(header[8..].try_into().unwrap()) as usize];
+        self.stream.read_exact(&mut payload).unwrap();
+        (payload, file)
+    }
+
     /// A request with an acknowledgement: whether it was a good one.
     pub fn ack(&mut self, request: u32, payload: &[u8], fds: &[RawFd]) -> bool {
         self.send(request, true, payload, fds);
@@ -270,6 +295,7 @@ impl Peer {
             | protocol::REPLY_ACK
             | protocol::BACKEND_REQ
             | protocol::CONFIG
+            | protocol::INFLIGHT_SHMFD
             | protocol::RESET_DEVICE
             | protocol::CONFIGURE_MEM_SLOTS
             | protocol::STATUS;

@@ -1,0 +1,323 @@
+//! The record of requests in flight: back ends die at any step, and what takes over serves every request exactly once,
+//! in the order it was taken. What a front end may write into the record costs its queue at most.
+#![allow(clippy::unwrap_used)]
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use poll_engine::memory::{MemoryMap, Ram};
+use poll_engine::ring::chain::Chain;
+use poll_engine::ring::driver::{Buffer, DriverRing};
+use poll_engine::ring::inflight::{InflightMemory, InflightSpec, QueueRegion};
+use poll_engine::ring::{Ring, RingConfig, RingFormat, Token};
+use proptest::prelude::*;
+
+const SIZE: u16 = 8;
+const QUEUES: u16 = 2;
+/// The queue under test: behind another one.
+const QUEUE: u16 = 1;
+
+/// What a front end keeps: guest memory, and the record.
+struct Kept {
+    ram: Ram,
+    driver: DriverRing,
+    config: RingConfig,
+    map: Arc<MemoryMap>,
+    record: Ram,
+    spec: InflightSpec,
+    data: u64,
+}
+
+impl Kept {
+    fn new() -> Kept {
+        let mut ram = Ram::new(0x10_0000, 1 << 20, false).unwrap();
+        let config = DriverRing::lay_out(&mut ram, SIZE, true, true).unwrap();
+        let map = Arc::clone(ram.map());
+        let driver = DriverRing::new(&config, &map).unwrap();
+        let data = ram.alloc(4096, 16).unwrap();
+        let record = Ram::new(0, 4096, false).unwrap();
+        let spec = InflightSpec { num_queues: QUEUES, queue_size: SIZE, ..InflightSpec::default() };
+        Kept { ram, driver, config, map, record, spec: spec.sized(RingFormat::Split), data }
+    }
+
+    fn region(&self) -> QueueRegion {
+        let fd = self.record.fd().try_clone_to_owned().unwrap();
+        let memory = InflightMemory::map(self.spec, fd).unwrap();
+        memory.queue(QUEUE, self.config.format).unwrap().unwrap()
+    }
+
+    fn at(&self) -> u64 {
+        self.spec.mmap_size / u64::from(QUEUES) * u64::from(QUEUE)
+    }
+
+    fn bytes(&self) -> Vec<u8> {
+        let mut bytes = vec![0; (self.spec.mmap_size / u64::from(QUEUES)) as usize];
+        self.record.map().slice(self.at(), bytes.len() as u32).unwrap().read(&mut bytes);
+        bytes
+    }
+
+    fn set_bytes(&self, offset: usize, bytes: &[u8]) {
+        let at = self.at() + offset as u64;
+        assert_eq!(self.record.map().slice(at, bytes.len() as u32).unwrap().write(bytes), bytes.len());
+    }
+
+    /// A ring as a front end starts it whose back end has died: it knows where the used ring ends, and no more.
+    fn activate(&self) -> Ring {
+        let base = u32::from(self.driver.layout().used_idx());
+        let config = RingConfig { base, ..self.config };
+        Ring::activate(&config, &self.map).unwrap().recover(self.region()).unwrap()
+    }
+}
+
+/// A driver, and back ends one after the other.
+struct Pair {
+    kept: Kept,
+    ring: Ring,
+    chain: Chain,
+    /// Shown to the device and not taken.
+    shown: VecDeque<u16>,
+    /// Taken and not completed, in the order they were taken first.
+    taken: Vec<(u16, Option<Token>)>,
+    /// Completed and not published, as the driver will see them.
+    completed: VecDeque<u16>,
+}
+
+impl Pair {
+    fn new() -> Pair {
+        let kept = Kept::new();
+        let (ring, chain) = (kept.activate(), Chain::default());
+        Pair { kept, ring, chain, shown: VecDeque::new(), taken: Vec::new(), completed: VecDeque::new() }
+    }
+
+    fn add(&mut self) {
+        if let Some(head) = self.kept.driver.add(&[Buffer { addr: self.kept.data, len: 8, writable: true }]) {
+            self.kept.driver.publish();
+            self.shown.push_back(head);
+        }
+    }
+
+    fn take(&mut self) {
+        if self.ring.available().unwrap() == 0 {
+            assert!(self.shown.is_empty() && self.taken.iter().all(|(_, token)| token.is_some()));
+            return;
+        }
+        let token = self.ring.take(&self.kept.map, &mut self.chain).unwrap();
+        if let Some((head, left)) = self.taken.iter_mut().find(|(_, token)| token.is_none()) {
+            assert_eq!(token.head(), *head, "resubmitted out of order");
+            *left = Some(token);
+        } else {
+            assert_eq!(Some(token.head()), self.shown.pop_front());
+            self.taken.push((token.head(), Some(token)));
+        }
+    }
+
+    fn complete(&mut self, which: usize) {
+        let here: Vec<usize> = (0..self.taken.len()).filter(|&i| self.taken[i].1.is_some()).collect();
+        if here.is_empty() {
+            return;
+        }
+        let (head, token) = self.taken.remove(here[which % here.len()]);
+        self.ring.complete(token.unwrap(), 8);
+        self.completed.push_back(head);
+    }
+
+    /// Publishes; the back end is killed when the used index is raised and `clears` entries are cleared, if told to be.
+    fn publish(&mut self, dies: Option<usize>) {
+        let before = self.kept.bytes();
+        self.ring.publish();
+        let mut batch: Vec<u16> = self.completed.drain(..).collect();
+        for &head in &batch {
+            assert_eq!(self.kept.driver.collect(), Some((head, 8)), "what was completed is seen, in order");
+        }
+        assert_eq!(self.kept.driver.collect(), None);
+        if let Some(cleared) = dies {
+            let after = self.kept.bytes();
+            self.kept.set_bytes(0, &before[..16]);
+            batch.drain(..cleared.min(batch.len()));
+            for head in batch {
+                let at = 16 + 16 * usize::from(head);
+                assert_eq!((before[at], after[at]), (1, 0));
+                self.kept.set_bytes(at, &[1]);
+            }
+            self.die();
+        }
+    }
+
+    /// Killed: nothing is told to anybody. What was completed and not published is in flight still.
+    fn die(&mut self) {
+        assert!(self.completed.is_empty() || self.ring.in_flight() < SIZE);
+        let order = |kept: &Kept, head: u16| {
+            let at = 16 + 16 * usize::from(head) + 8;
+            u64::from_ne_bytes(kept.bytes()[at..at + 8].try_into().unwrap())
+        };
+        self.taken.extend(self.completed.drain(..).map(|head| (head, None)));
+        for (_, token) in &mut self.taken {
+            std::mem::forget(token.take());
+        }
+        self.taken.sort_by_key(|&(head, _)| order(&self.kept, head));
+        self.ring = self.kept.activate();
+        assert_eq!(usize::from(self.ring.resubmits()), self.taken.len());
+        assert_eq!(self.ring.wants_interrupt(), Some(true), "the interrupt may have died with the back end");
+        assert_eq!(self.ring.wants_interrupt(), None);
+    }
+
+    fn finish(mut self) {
+        while self.ring.available().unwrap() > 0 {
+            self.take();
+        }
+        while !self.taken.is_empty() {
+            self.complete(0);
+        }
+        self.publish(None);
+        assert_eq!((self.ring.in_flight(), self.ring.resubmits()), (0, 0));
+        assert_eq!(self.ring.base(), u32::from(self.kept.driver.layout().used_idx()));
+        let idle = self.kept.bytes();
+        assert!((0..usize::from(SIZE)).all(|i| idle[16 + 16 * i] == 0), "still said to be in flight");
+        assert_eq!(self.kept.driver.free(), usize::from(SIZE));
+    }
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Op {
+    Add,
+    Take,
+    Complete(usize),
+    Publish(Option<usize>),
+    Die,
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    prop_oneof![
+        6 => Just(Op::Add),
+        6 => Just(Op::Take),
+        4 => (0usize..8).prop_map(Op::Complete),
+        3 => Just(Op::Publish(None)),
+        1 => (0usize..8).prop_map(|n| Op::Publish(Some(n))),
+        1 => Just(Op::Die),
+    ]
+}
+
+proptest! {
+    #[test]
+    fn back_ends_that_die_lose_and_double_nothing(ops in prop::collection::vec(op(), 0..400)) {
+        let mut pair = Pair::new();
+        for op in ops {
+            match op {
+                Op::Add => pair.add(),
+                Op::Take => pair.take(),
+                Op::Complete(which) => pair.complete(which),
+                Op::Publish(dies) => pair.publish(dies),
+                Op::Die => pair.die(),
+            }
+        }
+        pair.finish();
+    }
+
+    #[test]
+    fn no_record_makes_a_ring_panic_or_loop(
+        bytes in prop::collection::vec(any::<u8>(), 192),
+        sane in any::<[bool; 4]>(),
+        added in 0usize..8,
+    ) {
+        let mut pair = Pair::new();
+        (0..added).for_each(|_| pair.add());
+        pair.kept.set_bytes(0, &bytes);
+        // Most random headers are refused at once: get some of them past that.
+        let sane_at: [(usize, &[u8]); 4] =
+            [(0, &[0; 8]), (8, &1u16.to_ne_bytes()), (10, &SIZE.to_ne_bytes()), (14, &[0, 0])];
+        for ((at, value), _) in sane_at.iter().zip(sane).filter(|(_, sane)| *sane) {
+            pair.kept.set_bytes(*at, value);
+        }
+        let ring = Ring::activate(&pair.kept.config, &pair.kept.map).unwrap();
+        if let Ok(mut ring) = ring.recover(pair.kept.region()) {
+            prop_assert!(ring.resubmits() <= SIZE);
+            for _ in 0..2 * SIZE {
+                match ring.available() {
+                    Ok(0) | Err(_) => break,
+                    Ok(_) => {}
+                }
+                let Ok(token) = ring.take(&pair.kept.map, &mut pair.chain) else { break };
+                ring.complete(token, 8);
+                ring.publish();
+            }
+        }
+    }
+}
+
+#[test]
+fn the_layout_is_that_of_the_document() {
+    let mut pair = Pair::new();
+    assert_eq!(pair.kept.spec.mmap_size, 2 * 192, "16 + 8 * 16 bytes, to the next multiple of 64");
+    let half = |pair: &Pair, at: usize| u16::from_ne_bytes(pair.kept.bytes()[at..at + 2].try_into().unwrap());
+    assert_eq!([8, 10, 12, 14].map(|at| half(&pair, at)), [1, SIZE, 0, 0]);
+    (0..3).for_each(|_| pair.add());
+    (0..3).for_each(|_| pair.take());
+    let heads: Vec<u16> = pair.taken.iter().map(|(head, _)| *head).collect();
+    for (counter, head) in heads.iter().enumerate() {
+        let entry = &pair.kept.bytes()[16 + 16 * usize::from(*head)..][..16];
+        assert_eq!(entry[0], 1, "inflight");
+        assert_eq!(u64::from_ne_bytes(entry[8..].try_into().unwrap()), counter as u64);
+    }
+    pair.complete(2);
+    pair.complete(0);
+    assert_eq!(half(&pair, 12), heads[0], "last_batch_head");
+    assert_eq!(half(&pair, 16 + 16 * usize::from(heads[0]) + 6), heads[2], "next");
+    assert_eq!(half(&pair, 14), 0, "used_idx");
+    pair.publish(None);
+    assert_eq!(half(&pair, 14), 2);
+    let entries = pair.kept.bytes();
+    assert_eq!([0, 1, 2].map(|i| entries[16 + 16 * usize::from(heads[i])]), [0, 1, 0]);
+    pair.finish();
+}
+
+#[test]
+fn records_of_other_rings_are_refused() {
+    let kept = Kept::new();
+    drop(kept.activate());
+    let refused = |what: &str| {
+        let ring = Ring::activate(&kept.config, &kept.map).unwrap();
+        let error = ring.recover(kept.region()).unwrap_err().to_string();
+        assert!(error.contains(what), "{error}");
+    };
+    kept.set_bytes(8, &2u16.to_ne_bytes());
+    refused("version");
+    kept.set_bytes(8, &1u16.to_ne_bytes());
+    kept.set_bytes(0, &[1]);
+    refused("features");
+    kept.set_bytes(0, &[0]);
+    kept.set_bytes(10, &9u16.to_ne_bytes());
+    refused("number of entries");
+    kept.set_bytes(10, &SIZE.to_ne_bytes());
+    kept.set_bytes(16, &[1]);
+    kept.set_bytes(14, &100u16.to_ne_bytes());
+    refused("used index");
+    // One request was finished by the batch whose end was not written down: it cannot be one outside of the table.
+    kept.set_bytes(14, &u16::MAX.to_ne_bytes());
+    kept.set_bytes(12, &SIZE.to_ne_bytes());
+    refused("out of the table");
+    let mut ram = Ram::new(0x10_0000, 1 << 20, false).unwrap();
+    let config = DriverRing::lay_out(&mut ram, 2 * SIZE, true, true).unwrap();
+    let larger = Ring::activate(&config, ram.map()).unwrap();
+    assert!(larger.recover(kept.region()).is_err());
+    let _ = &kept.ram;
+}
+
+/// A ring that is laid out anew and keeps a record in which nothing is in flight begins where the driver does.
+#[test]
+fn an_idle_record_outlives_a_reset_of_the_ring() {
+    let mut pair = Pair::new();
+    for _ in 0..20 {
+        pair.add();
+        pair.take();
+        pair.complete(0);
+        pair.publish(None);
+    }
+    pair.kept.driver.layout().set_used_idx(0);
+    pair.kept.driver.layout().set_avail_idx(0);
+    pair.kept.driver = DriverRing::new(&pair.kept.config, &pair.kept.map).unwrap();
+    pair.ring = pair.kept.activate();
+    assert_eq!((pair.ring.base(), pair.ring.resubmits()), (0, 0));
+    pair.add();
+    pair.take();
+    pair.finish();
+}
