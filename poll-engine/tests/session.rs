@@ -166,7 +166,7 @@ fn what_is_refused_is_said_and_the_session_goes_on() {
     let refused: &[(u32, Vec<u8>)] = &[
         (2, longs(&[FEATURES | 1 << 34])), // packed ring: not offered
         (2, words(&[0])),                  // payload of 4 bytes
-        (16, longs(&[1 << 1])),            // dirty log: not offered
+        (16, longs(&[1 << 2])),            // RARP: not offered
         (8, words(&[0, 0])),
         (8, words(&[0, 3])),
         (8, words(&[0, 512])),
@@ -184,7 +184,7 @@ fn what_is_refused_is_said_and_the_session_goes_on() {
         (18, words(&[q, 1])),
         (18, words(&[0, 2])),
         (18, words(&[u32::MAX, 1])),
-        (6, longs(&[0, 0])), // dirty log
+        (6, longs(&[0, 0])), // dirty log: no descriptor
         (31, vec![]),        // inflight descriptors: not offered
         (99, vec![1, 2, 3]),
         (5, words(&[33, 0])),

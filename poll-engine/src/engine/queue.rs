@@ -263,7 +263,7 @@ impl Queue {
     #[inline(always)] // the end of every request
     pub fn complete(&mut self, request: Request, written: u32) {
         if let Some(log) = &self.log {
-            log_written(log, &self.chain());
+            self.log_written(log, &self.chain());
         }
         self.give_back(request, written);
     }
@@ -272,7 +272,7 @@ impl Queue {
     #[inline]
     pub fn complete_held(&mut self, request: Request, written: u32, chain: &ChainView<'_>) {
         if let Some(log) = &self.log {
-            log_written(log, chain);
+            self.log_written(log, chain);
         }
         self.give_back(request, written);
     }
@@ -327,6 +327,9 @@ impl Queue {
     #[inline]
     pub fn signal(&mut self, io: &mut Io<'_>) {
         self.unsignalled = 0;
+        if let Some(call) = self.log.as_ref().and_then(|log| log.call.as_ref()) {
+            self.signals.send(call, io);
+        }
         let Some(wants_interrupt) = self.ring.wants_interrupt() else { return };
         match &self.notifier.call {
             Some(call) if wants_interrupt => {
@@ -369,6 +372,21 @@ impl Queue {
     pub fn set_log(&mut self, log: Option<QueueLog>) {
         self.ring.set_log(log.as_ref());
         self.log = log;
+    }
+
+    /// Marks what the device may have written. More than it says it has: the length given back counts only an unbroken
+    /// run from the start (virtio 1.3, 2.7.8.2).
+    #[cold]
+    fn log_written(&self, log: &QueueLog, chain: &ChainView<'_>) {
+        if log.data {
+            chain.log_writable(&log.log);
+        }
+        if log.log.take_overrun() {
+            self.count_error(
+                ErrorKind::Memory,
+                &"written behind the end of the dirty log: the guest's migration misses pages",
+            );
+        }
     }
 
     /// Goes over to a new memory map and returns the hold on the old one, which lives on in the requests that point
@@ -415,14 +433,5 @@ impl Queue {
         if let Some(err) = &self.notifier.err {
             self.signals.send(err, io);
         }
-    }
-}
-
-/// Marks what a device may have written. More than it says it has: the length given back counts only an unbroken run
-/// from the start (virtio 1.3, 2.7.8.2).
-#[cold]
-fn log_written(log: &QueueLog, chain: &ChainView<'_>) {
-    if log.data {
-        chain.log_writable(&log.log);
     }
 }

@@ -65,7 +65,7 @@ impl DirtyLog {
     }
 
     /// Marks the pages of `len` bytes at guest-physical `addr`, which have just been written. Pages that the log has no
-    /// bit for are left out (see [`has_overrun`](Self::has_overrun)).
+    /// bit for are left out (see [`take_overrun`](Self::take_overrun)).
     pub fn mark(&self, addr: u64, len: u64) {
         if len == 0 {
             return;
@@ -106,9 +106,10 @@ impl DirtyLog {
         unsafe { AtomicU8::from_ptr(self.region.host_addr().add(index as usize)) }
     }
 
-    /// Whether a page was written that the log has no bit for: the front end's mistake, and its migration's end.
-    pub fn has_overrun(&self) -> bool {
-        self.overrun.load(Ordering::Relaxed)
+    /// Whether a page was written that the log has no bit for, since this was last asked: the front end's mistake,
+    /// and its migration's end.
+    pub fn take_overrun(&self) -> bool {
+        self.overrun.load(Ordering::Relaxed) && self.overrun.swap(false, Ordering::Relaxed)
     }
 
     /// Whether the front end has taken the log's memory away.
@@ -143,6 +144,8 @@ pub struct QueueLog {
     pub data: bool,
     /// Log what is written to the ring (`VHOST_VRING_F_LOG`), the used ring from this guest-physical address on.
     pub used: Option<u64>,
+    /// Signalled when the driver is shown something, if the front end wants to hear of it (`SET_LOG_FD`).
+    pub call: Option<Arc<OwnedFd>>,
 }
 
 impl QueueLog {
@@ -220,7 +223,7 @@ mod tests {
             let (before, rest) = all.split_at(offset as usize);
             prop_assert_eq!(&rest[..size as usize], &model[..]);
             prop_assert!(before.iter().chain(&rest[size as usize..]).all(|&b| b == 0), "outside of the log");
-            prop_assert_eq!(log.has_overrun(), overrun);
+            prop_assert_eq!(log.take_overrun(), overrun);
             log.mark(u64::MAX, 1);
             log.mark(u64::MAX - 5, u64::MAX);
         }

@@ -1,5 +1,6 @@
 //! The control thread of one device: one front end after another, each session's actions carried out.
 
+use std::fmt::Display;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
@@ -14,13 +15,15 @@ use tracing::{debug, info, warn};
 
 use super::inflight::{self, Inflight, InflightError};
 use super::listen::{Accepted, Listener};
+use super::logging::Logs;
 use super::socket::{Connection, Incoming, SocketError};
-use super::state::{Action, Offer, Refused, Session};
+use super::state::{Action, Answer, Offer, Refused, Session};
 use super::wire::config_change;
 use crate::device::{Device, features};
 use crate::engine::queue::{Alarm, Notifier, Queue};
 use crate::engine::reactor::NotifierChange;
 use crate::engine::{Engine, RunningQueue};
+use crate::memory::log::LogError;
 use crate::memory::map::{MapHold, MemoryError, MemoryMap, Region};
 use crate::ring::{RingConfig, RingError};
 use crate::stats::QueueStats;
@@ -42,8 +45,10 @@ enum ActionError {
     Queue(u16, io::Error),
     #[error(transparent)]
     Inflight(#[from] InflightError),
-    #[error("the descriptor for queue {0} is no eventfd")]
-    NotEventfd(u16),
+    #[error(transparent)]
+    Log(#[from] LogError),
+    #[error("the descriptor for {0} is no eventfd")]
+    NotEventfd(String),
     #[error(transparent)]
     Config(#[from] crate::device::ConfigRefused),
 }
@@ -178,6 +183,7 @@ struct Served<'a> {
     inflight: Inflight,
     /// To go with the next reply.
     reply_fd: Option<OwnedFd>,
+    logs: Logs,
     backend_channel: Option<OwnedFd>,
     complaints: u32,
 }
@@ -200,13 +206,14 @@ impl<'a> Served<'a> {
             alarm: Arc::new(Alarm::new(Arc::clone(&control.bell))),
             inflight: Inflight::Off,
             reply_fd: None,
+            logs: Logs::default(),
             backend_channel: None,
             complaints: 0,
         }
     }
 
     /// Logs what the front end did wrong: the first few times, so that it cannot fill the log.
-    fn complain(&mut self, what: &dyn std::fmt::Display) {
+    fn complain(&mut self, what: &dyn Display) {
         self.complaints += 1;
         let name = &self.export.name;
         match self.complaints.cmp(&MAX_COMPLAINTS) {
@@ -251,6 +258,9 @@ impl<'a> Served<'a> {
                     let reply = match handled {
                         Ok((actions, answer)) => {
                             let done = self.carry_out(actions);
+                            if let (false, Answer::Log { .. }) = (done, answer) {
+                                return Err(SocketError::Refused(header.request));
+                            }
                             let device = &self.export.device;
                             self.session.reply(answer, header.need_reply, done, |at, into| {
                                 device.read_config(at, into);
@@ -308,6 +318,20 @@ impl<'a> Served<'a> {
             }
             Action::AddMemory(spec, fd) => self.extend_memory(self.map.with(Region::map(spec, fd)?)?),
             Action::RemoveMemory(spec) => self.replace_memory(self.map.without(&spec)?),
+            Action::LogBase { offset, size, fd } => {
+                self.logs.set_base(fd, offset, size, &self.map)?;
+                self.adopt_logs();
+            }
+            Action::LogFd(fd) => {
+                self.logs.set_call(eventfd("the log", Some(fd))?);
+                self.adopt_logs();
+            }
+            Action::Log(queues) => {
+                for (index, logging) in queues {
+                    self.logs.set(index, logging);
+                }
+                self.adopt_logs();
+            }
             Action::Start(index, config) => {
                 let config = RingConfig { base: self.session.base(index), ..config };
                 if let Err(e) = self.start(index, config) {
@@ -323,13 +347,13 @@ impl<'a> Served<'a> {
                     self.session.stopped(index, base);
                 }
             }
-            Action::Kick(index, fd) => self.slot(index).kick = eventfd(index, fd)?,
+            Action::Kick(index, fd) => self.slot(index).kick = eventfd(format_args!("queue {index}"), fd)?,
             Action::Call(index, fd) => {
-                let fd = eventfd(index, fd)?;
+                let fd = eventfd(format_args!("queue {index}"), fd)?;
                 self.notify(index, fd, |slot| &mut slot.call, NotifierChange::Call)?;
             }
             Action::Err(index, fd) => {
-                let fd = eventfd(index, fd)?;
+                let fd = eventfd(format_args!("queue {index}"), fd)?;
                 self.notify(index, fd, |slot| &mut slot.err, NotifierChange::Err)?;
             }
             Action::AllocateInflight(spec) => {
@@ -375,6 +399,7 @@ impl<'a> Served<'a> {
         let features = self.session.features();
         let alarm = Arc::clone(&self.alarm);
         let region = self.inflight.region(index, config.format)?;
+        let logged = self.logs.of(index);
         let slot = self.slot(index);
         let notifier = Notifier {
             kick: copy_of(index, slot.kick.as_ref())?,
@@ -388,10 +413,23 @@ impl<'a> Served<'a> {
         if let Some(region) = region {
             queue = queue.recover(region).map_err(|e| ActionError::Ring(index, e))?;
         }
+        queue.set_log(logged);
         let started = export.device.start_queue(index, features, size);
         let running = started.and_then(|handler| export.engine.run_queue(queue, handler));
         slot.running = Some((running.map_err(|e| ActionError::Queue(index, e))?, config));
         Ok(())
+    }
+
+    /// Tells every running queue what to log. Returns when all do so: from the acknowledgement on, no write goes
+    /// unnoticed, and an earlier log may be taken away.
+    fn adopt_logs(&self) {
+        let adopted = WaitGroup::new();
+        for (index, slot) in (0u16..).zip(&self.slots) {
+            if let Some((queue, _)) = &slot.running {
+                queue.set_log(self.logs.of(index), adopted.clone());
+            }
+        }
+        adopted.wait();
     }
 
     /// Moves every running queue to `map`, in which nothing that was there is missing. Returns when all have gone over:
@@ -419,11 +457,13 @@ impl<'a> Served<'a> {
 }
 
 /// Event descriptors must be eventfds: a pipe that its writer has closed would wake its watcher for ever.
-fn eventfd(index: u16, fd: Option<OwnedFd>) -> Result<Option<OwnedFd>, ActionError> {
+fn eventfd(of: impl Display, fd: Option<OwnedFd>) -> Result<Option<OwnedFd>, ActionError> {
     let Some(fd) = fd else { return Ok(None) };
     let link = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()));
     match link {
-        Ok(target) if target.as_os_str() != "anon_inode:[eventfd]" => Err(ActionError::NotEventfd(index)),
+        Ok(target) if target.as_os_str() != "anon_inode:[eventfd]" => {
+            Err(ActionError::NotEventfd(of.to_string()))
+        }
         // Without /proc there is no telling.
         _ => Ok(Some(fd)),
     }

@@ -3,8 +3,9 @@
 
 use std::os::fd::OwnedFd;
 
+use super::logging::Logging;
 use super::status::Status;
-use super::wire::{F_PROTOCOL_FEATURES, Reply, Request, VringAddr, protocol};
+use super::wire::{F_LOG_ALL, F_PROTOCOL_FEATURES, Reply, Request, VRING_F_LOG, VringAddr, protocol};
 use crate::device::features;
 use crate::memory::RegionSpec;
 use crate::memory::map::MAX_REGIONS;
@@ -13,6 +14,7 @@ use crate::ring::{MAX_RING_SIZE, RingConfig, RingFormat};
 
 /// Protocol features of every session.
 pub const PROTOCOL_FEATURES: u64 = protocol::MQ
+    | protocol::LOG_SHMFD
     | protocol::REPLY_ACK
     | protocol::BACKEND_REQ
     | protocol::CONFIG
@@ -20,6 +22,9 @@ pub const PROTOCOL_FEATURES: u64 = protocol::MQ
     | protocol::RESET_DEVICE
     | protocol::CONFIGURE_MEM_SLOTS
     | protocol::STATUS;
+
+/// What the protocol puts among virtio's feature bits.
+const TRANSPORT_FEATURES: u64 = F_PROTOCOL_FEATURES | F_LOG_ALL;
 
 /// Most queues the protocol can name: indices of kick and call messages have 8 bits.
 pub const MAX_QUEUES: u16 = 256;
@@ -85,6 +90,19 @@ pub enum Action {
     AddMemory(RegionSpec, OwnedFd),
     /// Unmap a region, once nothing in flight points into it.
     RemoveMemory(RegionSpec),
+    /// Log to this memory from now on.
+    LogBase {
+        /// Where the log begins in the shared file.
+        offset: u64,
+        /// Bytes.
+        size: u64,
+        /// The file.
+        fd: OwnedFd,
+    },
+    /// Signal this when pages were marked.
+    LogFd(OwnedFd),
+    /// What these queues are to log from now on; done when all that run do so.
+    Log(Vec<(u16, Logging)>),
     /// Run a queue.
     Start(u16, RingConfig),
     /// Stop a queue, finish what is in flight, and tell [`Session::stopped`] its base.
@@ -118,6 +136,13 @@ pub enum Answer {
     Base(u16),
     /// An in-flight record, with its descriptor.
     Inflight(InflightSpec),
+    /// A log was taken; one that was not ends the session, for the protocol has no word for it.
+    Log {
+        /// As asked.
+        size: u64,
+        /// As asked.
+        offset: u64,
+    },
     /// Configuration space from `offset` of the device's own numbering, with offset and flags echoed as asked.
     Config {
         /// First byte, in the device's numbering.
@@ -164,18 +189,21 @@ pub struct Session {
     protocol: u64,
     status: Status,
     queues: Vec<QueueState>,
+    /// What each queue logs, as last told by [`Action::Log`].
+    logging: Vec<Logging>,
 }
 
 impl Session {
     /// A new session with nothing negotiated.
     pub fn new(offer: Offer) -> Session {
         let queues = std::iter::repeat_with(QueueState::default).take(offer.num_queues.into()).collect();
-        Session { offer, features: None, protocol: 0, status: Status::default(), queues }
+        let logging = vec![Logging::default(); offer.num_queues.into()];
+        Session { offer, features: None, protocol: 0, status: Status::default(), queues, logging }
     }
 
-    /// The negotiated feature bits.
+    /// The negotiated feature bits of the device.
     pub fn features(&self) -> u64 {
-        self.features.unwrap_or(0)
+        self.features.unwrap_or(0) & self.offer.features
     }
 
     /// Whether the front end may be told of configuration changes.
@@ -199,9 +227,9 @@ impl Session {
         actions: &mut Vec<Action>,
     ) -> Result<Answer, Refusal> {
         match request {
-            Request::GetFeatures => return Ok(Answer::Number(self.offer.features | F_PROTOCOL_FEATURES)),
+            Request::GetFeatures => return Ok(Answer::Number(self.offer.features | TRANSPORT_FEATURES)),
             Request::SetFeatures(bits) => {
-                let beyond = bits & !(self.offer.features | F_PROTOCOL_FEATURES);
+                let beyond = bits & !(self.offer.features | TRANSPORT_FEATURES);
                 self.status.features(beyond == 0);
                 if beyond != 0 {
                     return Err(Refusal::Features(beyond));
@@ -226,6 +254,11 @@ impl Session {
                 }
                 actions.push(Action::SetMemory(regions.into_iter().zip(fds).collect()));
             }
+            Request::SetLogBase { size, offset } => {
+                actions.push(Action::LogBase { offset, size, fd: one(fds)? });
+                return Ok(Answer::Log { size, offset });
+            }
+            Request::SetLogFd => actions.push(Action::LogFd(one(fds)?)),
             Request::AddMemReg(region) => actions.push(Action::AddMemory(region, one(fds)?)),
             // Some front ends send the region's descriptor along; it is closed.
             Request::RemMemReg(region) => actions.push(Action::RemoveMemory(region)),
@@ -351,6 +384,7 @@ impl Session {
 
     /// Starts and stops queues so that what runs is what should.
     fn settle(&mut self, actions: &mut Vec<Action>) {
+        self.settle_logging(actions);
         for index in 0..self.offer.num_queues {
             let wanted = self.wanted(index);
             let queue = &mut self.queues[usize::from(index)];
@@ -366,6 +400,22 @@ impl Session {
             if let Some(config) = wanted {
                 actions.push(Action::Start(index, config));
             }
+        }
+    }
+
+    /// Logging is no part of how a ring runs: it is switched while rings go on.
+    fn settle_logging(&mut self, actions: &mut Vec<Action>) {
+        let data = self.features.is_some_and(|bits| bits & F_LOG_ALL != 0);
+        let mut changes = Vec::new();
+        for ((index, queue), told) in (0u16..).zip(&self.queues).zip(&mut self.logging) {
+            let used = queue.addr.filter(|addr| addr.flags & VRING_F_LOG != 0).map(|addr| addr.log);
+            let wanted = Logging { data, used };
+            if std::mem::replace(told, wanted) != wanted {
+                changes.push((index, wanted));
+            }
+        }
+        if !changes.is_empty() {
+            actions.push(Action::Log(changes));
         }
     }
 
@@ -429,6 +479,7 @@ impl Session {
         match answer {
             Answer::Number(n) => Some(Reply::Number(n)),
             Answer::Base(index) => Some(Reply::VringState(index.into(), self.base(index))),
+            Answer::Log { size, offset } => Some(Reply::Log(size, offset)),
             Answer::Config { start, size, offset, flags } => {
                 let mut bytes = vec![0; if size <= CONFIG_SPACE { size as usize } else { 0 }];
                 config(start, &mut bytes);

@@ -20,6 +20,8 @@ const FLAG_NEED_REPLY: u32 = 1 << 3;
 pub mod protocol {
     /// Several queues.
     pub const MQ: u64 = 1 << 0;
+    /// The dirty log is shared memory.
+    pub const LOG_SHMFD: u64 = 1 << 1;
     /// Acknowledgement on demand.
     pub const REPLY_ACK: u64 = 1 << 3;
     /// A channel for requests of the back end.
@@ -35,6 +37,12 @@ pub mod protocol {
     /// `SET_STATUS`, `GET_STATUS`.
     pub const STATUS: u64 = 1 << 16;
 }
+
+/// `VHOST_F_LOG_ALL`, in the place of a virtio feature bit: on while what is written to buffers is to be logged.
+pub const F_LOG_ALL: u64 = 1 << 26;
+
+/// `VHOST_VRING_F_LOG` in [`VringAddr::flags`]: what is written to the ring is to be logged.
+pub const VRING_F_LOG: u32 = 1 << 0;
 
 /// `VHOST_USER_F_PROTOCOL_FEATURES`, in the place of a virtio feature bit.
 pub const F_PROTOCOL_FEATURES: u64 = 1 << 30;
@@ -94,6 +102,8 @@ pub struct VringAddr {
     pub used: u64,
     /// Available ring.
     pub avail: u64,
+    /// Guest-physical address under which writes to the used ring are logged, with [`VRING_F_LOG`].
+    pub log: u64,
 }
 
 /// A request of the front end. Names and numbers are the protocol's.
@@ -105,6 +115,11 @@ pub enum Request {
     SetOwner,
     ResetOwner,
     SetMemTable(Vec<RegionSpec>),
+    SetLogBase {
+        size: u64,
+        offset: u64,
+    },
+    SetLogFd,
     SetVringNum {
         index: u32,
         num: u32,
@@ -213,6 +228,8 @@ impl Request {
                 }
                 Request::SetMemTable((0..count).map(|i| region_at(b, 8 + 32 * i)).collect::<Option<_>>()?)
             }
+            6 if b.len() == 16 => Request::SetLogBase { size: u64_at(b, 0)?, offset: u64_at(b, 8)? },
+            7 => Request::SetLogFd,
             8 => state().map(|(index, num)| Request::SetVringNum { index, num })?,
             9 => {
                 let addr = VringAddr {
@@ -220,9 +237,8 @@ impl Request {
                     desc: u64_at(b, 8)?,
                     used: u64_at(b, 16)?,
                     avail: u64_at(b, 24)?,
+                    log: u64_at(b, 32)?,
                 };
-                // The log address ends the payload; it is of use with VHOST_VRING_F_LOG only.
-                u64_at(b, 32)?;
                 Request::SetVringAddr { index: u32_at(b, 0)?, addr }
             }
             10 => state().map(|(index, base)| Request::SetVringBase { index, base })?,
@@ -269,6 +285,8 @@ pub enum Reply {
     VringState(u32, u32),
     /// An in-flight record, whose descriptor goes with it; without a size there is none.
     Inflight(InflightSpec),
+    /// Size and offset of a log, as taken.
+    Log(u64, u64),
     /// Configuration space.
     Config {
         /// As asked.
@@ -293,6 +311,7 @@ impl Reply {
                 // QEMU takes no other length than that of its structure, which C pads.
                 payload.extend([0; 4]);
             }
+            Reply::Log(size, offset) => payload.extend([*size, *offset].map(u64::to_ne_bytes).concat()),
             // "Zero length of payload to indicate an error."
             Reply::Config { bytes, .. } if bytes.is_empty() => {}
             Reply::Config { offset, flags, bytes } => {

@@ -220,6 +220,12 @@ impl Guest {
         assert!(peer.ack(13, &longs(&[i.into()]), &[self.call.as_raw_fd()]));
     }
 
+    /// Guest-physical address of the used ring.
+    pub fn used(&self) -> u64 {
+        let spec = self.ram.spec();
+        self.config.used_addr - spec.user_addr + spec.guest_addr
+    }
+
     pub fn set_kick(&self, peer: &mut Peer) {
         assert!(peer.ack(12, &longs(&[self.index.into()]), &[self.kick.as_raw_fd()]));
     }

@@ -131,6 +131,7 @@ impl Peer {
         self.send(3, false, &[], &[]);
         self.send(2, false, &longs(&[FEATURES]), &[]);
         let all = protocol::MQ
+            | protocol::LOG_SHMFD
             | protocol::REPLY_ACK
             | protocol::BACKEND_REQ
             | protocol::CONFIG

@@ -15,6 +15,7 @@ use nix::sys::signal::Signal;
 use poll_engine::device::features;
 use poll_engine::memory::{MemoryMap, Ram};
 use poll_engine::ring::driver::{Buffer, DriverRing};
+use poll_engine::session::wire::F_LOG_ALL;
 use vhost::vhost_user::message::{VhostUserHeaderFlag, VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
@@ -86,7 +87,9 @@ impl Served {
 
 /// A session with its queues.
 pub struct Front {
-    session: Frontend,
+    pub session: Frontend,
+    /// The features that were negotiated.
+    pub features: u64,
     pub ram: Ram,
     pub queues: Vec<Lane>,
 }
@@ -98,6 +101,8 @@ pub struct Lane {
     pub kick: EventFd,
     pub call: EventFd,
     pub err: EventFd,
+    /// Where the ring is, as the session was told.
+    pub addresses: VringConfigData,
     /// 64 KiB for header, data and status.
     pub area: u64,
     /// 1 MiB for indirect tables and further data.
@@ -116,8 +121,11 @@ impl Front {
         // The disk's own bits that exist; RO and those that go with writing are taken as they are offered.
         let offered = front.get_features().unwrap();
         assert_eq!(offered & ring, ring);
-        front.set_features(offered & !features::ACCESS_PLATFORM | protocol_bit).unwrap();
-        let protocol = VhostUserProtocolFeatures::MQ | VhostUserProtocolFeatures::REPLY_ACK;
+        let wanted = offered & !(features::ACCESS_PLATFORM | F_LOG_ALL) | protocol_bit;
+        front.set_features(wanted).unwrap();
+        let protocol = VhostUserProtocolFeatures::MQ
+            | VhostUserProtocolFeatures::REPLY_ACK
+            | VhostUserProtocolFeatures::LOG_SHMFD;
         assert!(front.get_protocol_features().unwrap().contains(protocol));
         front.set_protocol_features(protocol).unwrap();
         front.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
@@ -132,7 +140,7 @@ impl Front {
         };
         front.set_mem_table(&[info]).unwrap();
         let queues = (0..queues).map(|i| Lane::start(&mut front, i, &mut ram)).collect();
-        Front { session: front, ram, queues }
+        Front { session: front, features: wanted, ram, queues }
     }
 
     pub fn base(&self, index: usize) -> u32 {
@@ -164,7 +172,7 @@ impl Lane {
         let driver = DriverRing::new(&config, ram.map()).unwrap();
         let area = ram.alloc(64 << 10, 4096).unwrap();
         let more = ram.alloc(1 << 20, 4096).unwrap();
-        Lane { driver, map: Arc::clone(ram.map()), kick, call, err, area, more }
+        Lane { driver, map: Arc::clone(ram.map()), kick, call, err, addresses, area, more }
     }
 
     pub fn put(&self, at: u64, bytes: &[u8]) {
