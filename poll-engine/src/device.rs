@@ -61,6 +61,19 @@ pub trait Device: Send + Sync {
     /// A driver's write to configuration space.
     fn write_config(&self, offset: u32, bytes: &[u8]) -> Result<(), ConfigRefused>;
 
+    /// Goes on as a device of another process that showed the guest `config`: takes over what changes in operation, and
+    /// says what else differs. No queue runs.
+    fn adopt_config(&self, config: &[u8]) -> Result<(), String> {
+        let mut ours = vec![0; config.len()];
+        self.read_config(0, &mut ours);
+        match ours.iter().zip(config).position(|(a, b)| a != b) {
+            Some(at) => {
+                Err(format!("byte {at} of its configuration space would be {}, not {}", ours[at], config[at]))
+            }
+            None => Ok(()),
+        }
+    }
+
     /// Makes the handler of a queue that is about to run, under the features that were negotiated.
     fn start_queue(&self, index: u16, features: u64, ring_size: u16) -> io::Result<Box<dyn QueueHandler>>;
 

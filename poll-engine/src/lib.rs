@@ -13,6 +13,7 @@
 //! - [`ring`] is both sides of a virtqueue.
 //! - [`engine`] runs queues on pinned threads; [`uring`] is a thread's way into the kernel.
 //! - [`stats`] counts.
+//! - [`takeover`] hands all of it to another process while guests run.
 //!
 //! Control and data never share a lock: a queue is moved into its reactor to run and moved out to stop, and everything
 //! said to it in between goes through the reactor's mailbox.
@@ -23,4 +24,5 @@ pub mod memory;
 pub mod ring;
 pub mod session;
 pub mod stats;
+pub mod takeover;
 pub mod uring;

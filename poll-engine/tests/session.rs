@@ -106,9 +106,9 @@ fn configuration_space_is_read_and_written_from_either_offset() {
     assert_eq!(get(&mut peer, 60, 8)[12..], [60, 61, 62, 63, 0, 0, 0, 0], "zeros behind the end");
     assert_eq!(get(&mut peer, 0, 256).len(), 12 + 256);
     // An error is a reply without payload.
-    assert_eq!(get(&mut peer, 0, 257), []);
+    assert!(get(&mut peer, 0, 257).is_empty());
     peer.send(24, false, &words(&[0, 100, 0]), &[]);
-    assert_eq!(peer.reply(24).unwrap(), [], "a size that is not the payload's");
+    assert!(peer.reply(24).unwrap().is_empty(), "a size that is not the payload's");
     peer.expect_alive();
 }
 

@@ -111,6 +111,29 @@ impl Device for BlkDevice {
         }
     }
 
+    fn adopt_config(&self, config: &[u8]) -> Result<(), String> {
+        let ours = self.config();
+        let theirs = config.get(..CONFIG_LEN).ok_or("its configuration space is shorter")?;
+        let differs = |at: std::ops::Range<usize>| ours[at.clone()] != theirs[at];
+        // Behind the capacity, and around the writeback byte.
+        let fixed = [
+            (20..24, "--block-size"),
+            (34..36, "--num-queues"),
+            (12..16, "--queue-size"),
+            (8..CONFIG_WRITEBACK as usize, "its geometry or a limit"),
+            (CONFIG_WRITEBACK as usize + 1..CONFIG_LEN, "its geometry or a limit"),
+        ];
+        if let Some((_, what)) = fixed.into_iter().find(|(at, _)| differs(at.clone())) {
+            return Err(format!("{what} differs"));
+        }
+        let sectors = u64::from_le_bytes(std::array::from_fn(|i| theirs[i]));
+        if !matches!(self.disk.storage(), Storage::File(..)) && sectors != self.disk.capacity() / 512 {
+            return Err("the size of --backend differs".into());
+        }
+        self.disk.adopt(sectors * 512, theirs[CONFIG_WRITEBACK as usize] == 1);
+        Ok(())
+    }
+
     fn start_queue(&self, index: u16, features: u64, ring_size: u16) -> io::Result<Box<dyn QueueHandler>> {
         let disk = Arc::clone(&self.disk);
         // 5.2.5.2: the mode is the guest's to set with CONFIG_WCE; without it a driver that knows FLUSH expects a

@@ -162,6 +162,13 @@ impl Disk {
         self.writeback.store(on, Ordering::Relaxed);
     }
 
+    /// Goes on with the size and the write cache that a guest has seen of the same disk in another process. A file that
+    /// has grown meanwhile is looked at when [`grow`](Self::grow) is called.
+    pub fn adopt(&self, capacity: u64, writeback: bool) {
+        self.capacity.store(capacity, Ordering::Relaxed);
+        self.set_writeback(writeback);
+    }
+
     /// Looks whether the file has grown, and takes the new size over; the new size, if so. A file that has shrunk keeps
     /// its size: requests beyond its end fail one by one.
     pub fn grow(&self) -> Result<Option<u64>, OpenError> {

@@ -5,7 +5,8 @@
 //! ```
 //!
 //! [`disk`] is what all queues of a device share, [`device`] is its face to the engine, [`open`] finds out what a file
-//! can do before anything starts, [`lock`] keeps other writers away, [`record`] writes down what was asked for.
+//! can do before anything starts, [`lock`] keeps other writers away, [`record`] writes down what was asked for,
+//! [`takeover`] is what a newer process needs to know of a disk to go on with it.
 
 pub mod backend;
 pub mod cli;
@@ -17,3 +18,4 @@ pub mod queue;
 pub mod record;
 pub mod report;
 pub mod request;
+pub mod takeover;

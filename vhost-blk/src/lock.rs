@@ -69,6 +69,12 @@ pub fn lock(file: &File, writable: bool) -> Result<(), LockError> {
     }
 }
 
+/// Locks `file` beside another opening of it that holds the same locks and keeps everybody else away: the process that we
+/// take over from. They last when that one is closed.
+pub fn lock_beside(file: &File, writable: bool) -> Result<(), LockError> {
+    take_all(file, writable)
+}
+
 fn release(file: &File) -> Result<(), LockError> {
     let mut all = flock(libc::F_UNLCK, IN_USE);
     all.l_len = NOT_SHARED + 64 - IN_USE;
@@ -76,12 +82,17 @@ fn release(file: &File) -> Result<(), LockError> {
     Ok(())
 }
 
-fn try_lock(file: &File, writable: bool) -> Result<(), LockError> {
+fn take_all(file: &File, writable: bool) -> Result<(), LockError> {
     hold(file, IN_USE + CONSISTENT_READ)?;
     hold(file, NOT_SHARED + WRITE)?;
     if writable {
         hold(file, IN_USE + WRITE)?;
     }
+    Ok(())
+}
+
+fn try_lock(file: &File, writable: bool) -> Result<(), LockError> {
+    take_all(file, writable)?;
     // Taken first and looked at second: of two that come at once, both may lose, never both win.
     if is_held(file, IN_USE + WRITE)? || is_held(file, NOT_SHARED + CONSISTENT_READ)? {
         return Err(LockError::HeldByWriter);
@@ -113,7 +124,13 @@ mod tests {
         lock(&writer, true).unwrap();
         assert!(matches!(lock(&open(image.path()), true), Err(LockError::HeldByWriter)));
         assert!(matches!(lock(&open(image.path()), false), Err(LockError::HeldByWriter)));
+        // Its successor holds the same, with and after it.
+        let successor = open(image.path());
+        lock_beside(&successor, true).unwrap();
+        assert!(matches!(lock(&open(image.path()), false), Err(LockError::HeldByWriter)));
         drop(writer);
+        assert!(matches!(lock(&open(image.path()), true), Err(LockError::HeldByWriter)));
+        drop(successor);
         lock(&open(image.path()), true).unwrap();
     }
 }

@@ -1,19 +1,25 @@
 //! `vhost-blk`: opens images, starts reactors, serves sockets, obeys signals.
 
+use std::fs::File;
 use std::io::{IsTerminal, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use clap::Parser;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use poll_engine::engine::{Engine, EngineConfig};
 use poll_engine::memory::Ram;
-use poll_engine::session::listen::Listener;
-use poll_engine::session::serve::{Export, Server};
+use poll_engine::session::listen::{ListenError, Listener};
+use poll_engine::session::serve::Export;
+use poll_engine::session::server::Server;
 use poll_engine::stats::QueueStats;
+use poll_engine::takeover::TakeoverError;
+use poll_engine::takeover::give::{Giver, Lot};
+use poll_engine::takeover::take::Taker;
 use poll_engine::uring::FixedBuffers;
 use sd_notify::NotifyState;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1};
@@ -26,6 +32,7 @@ use vhost_blk::disk::{Disk, DiskConfig, Storage};
 use vhost_blk::open::open;
 use vhost_blk::record::Recorder;
 use vhost_blk::report::report;
+use vhost_blk::takeover::{About, Inherited, Medium, PROGRAM, claim, fd_key, path_key};
 
 fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
@@ -54,10 +61,38 @@ fn usage(error: &clap::Error) -> ExitCode {
     ExitCode::from(2)
 }
 
+/// How long getting ready may take while guests wait. The process that we take over from waits a little longer.
+const READY: Duration = Duration::from_secs(4);
+
 /// Where a disk is served.
 enum Place {
     Path(PathBuf),
     Fd(i32),
+}
+
+impl Place {
+    fn listen(&self) -> Result<Listener, ListenError> {
+        match self {
+            Place::Path(path) => Listener::bind(path),
+            Place::Fd(fd) => Listener::inherited(*fd),
+        }
+    }
+
+    /// What it is known by when another process takes over.
+    fn key(&self) -> String {
+        match self {
+            Place::Path(path) => path_key(path),
+            Place::Fd(fd) => fd_key(*fd),
+        }
+    }
+}
+
+/// Where front ends of a disk come from.
+enum Source {
+    /// A socket of our own.
+    Own(Listener),
+    /// That of the process that we take over from, by its place there.
+    Other(usize),
 }
 
 /// A disk as asked for.
@@ -74,9 +109,10 @@ struct Wanted {
 /// A disk being served.
 struct Served {
     name: String,
+    key: String,
     disk: Arc<Disk>,
     stats: Vec<Arc<QueueStats>>,
-    server: Server,
+    server: Arc<Server>,
     /// After the server: with it gone, nothing is noted any more.
     recorder: Option<Arc<Recorder>>,
 }
@@ -95,30 +131,46 @@ fn run(cli: &Cli) -> Result<()> {
         .init();
     let wanted = wanted(cli)?;
     raise_descriptor_limit();
+    let Some(path) = &cli.takeover else { return serve(cli, wanted, None) };
+    let (taker, offered) = Taker::connect(path, PROGRAM)?;
+    let keys: Vec<_> = wanted.iter().map(|w| w.place.key()).collect();
+    let claimed = claim(offered, &keys).map_err(anyhow::Error::from);
+    let outcome = claimed.and_then(|disks| serve(cli, wanted, Some((&taker, disks))));
+    if let Err(e) = &outcome {
+        // So that it goes on at once, and says why. It takes no notice once we serve.
+        taker.give_up(&format!("{e:#}"));
+    }
+    outcome
+}
 
-    // Everything that can be wrong is found out before anybody can connect.
-    let disks = wanted.iter().map(|w| open_disk(w, cli)).collect::<Result<Vec<_>>>()?;
-    let mut recorders =
-        wanted.iter().zip(&disks).map(|(w, d)| record(w, d, cli)).collect::<Result<Vec<_>>>()?;
-    let engine = Arc::new(Engine::start(&EngineConfig {
-        cpus: cli.cpus.clone().unwrap_or_default(),
-        pacing: cli.poll,
-        fixed_buffers: match cli.fixed_buffers {
-            Fixed::Auto => FixedBuffers::Auto,
-            Fixed::On => FixedBuffers::On,
-            Fixed::Off => FixedBuffers::Off,
-        },
-    })?);
+/// Serves until told to stop; with `from`, in the place of another process.
+fn serve(cli: &Cli, wanted: Vec<Wanted>, from: Option<(&Taker, Vec<Option<Inherited>>)>) -> Result<()> {
+    // Everything that can be wrong is found out before anybody can connect, or the other process stops.
+    let (taker, mut inherited) = match from {
+        Some((taker, inherited)) => (Some(taker), inherited),
+        None => (None, wanted.iter().map(|_| None).collect()),
+    };
+    let places: Vec<_> = inherited.iter().map(|i| i.as_ref().map(|i| i.place)).collect();
+    let disks = wanted.iter().zip(&mut inherited).map(|(w, i)| open_disk(w, cli, i.take()));
+    let disks = disks.collect::<Result<Vec<_>>>()?;
+    let recorders = wanted.iter().zip(&disks).map(|(w, d)| record(w, d, cli));
+    let recorders = recorders.collect::<Result<Vec<_>>>()?;
+    let engine = Arc::new(Engine::start(&engine_config(cli))?);
     // Before the sockets: whoever sees one may send signals.
     let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP, SIGUSR1]).context("cannot handle signals")?;
-    let listeners = wanted.iter().map(|w| Ok(listen(&w.place)?)).collect::<Result<Vec<_>>>()?;
-    let left = Arc::new(AtomicUsize::new(wanted.len()));
-    recorders.iter_mut().flatten().for_each(Recorder::keep);
+    let listeners = wanted.iter().zip(places).map(|(w, place)| match place {
+        Some(place) => Ok(Source::Other(place)),
+        None => w.place.listen().map(Source::Own),
+    });
+    let listeners = listeners.collect::<Result<Vec<_>, _>>()?;
+    let control = cli.control.as_deref().map(|path| listen_for_successor(path, cli)).transpose()?;
 
-    let mut served = Vec::new();
-    for (((wanted, disk), recorder), listener) in wanted.into_iter().zip(disks).zip(recorders).zip(listeners)
-    {
-        let recorder = recorder.map(Arc::new);
+    // With another process: guests wait from here on.
+    let (snapshots, baton) = taker.map(Taker::ask).transpose()?.unzip();
+    let mut snapshots: Vec<_> = snapshots.unwrap_or_default().into_iter().map(Some).collect();
+    let left = Arc::new(AtomicUsize::new(wanted.len()));
+    let (mut served, mut prepared) = (Vec::new(), Vec::new());
+    for (((wanted, disk), recorder), source) in wanted.into_iter().zip(disks).zip(recorders).zip(listeners) {
         let device = BlkDevice::new(Arc::clone(&disk), cli.num_queues, cli.queue_size, recorder.clone());
         let stats: Vec<_> = std::iter::repeat_with(Arc::default).take(cli.num_queues.into()).collect();
         let (name, engine) = (wanted.name.clone(), Arc::clone(&engine));
@@ -130,12 +182,51 @@ fn run(cli: &Cli) -> Result<()> {
                 signals.close();
             }
         };
-        let server = Server::start(export, listener, ended).context("cannot start a control thread")?;
-        info!("serving {}, {} bytes", wanted.name, disk.capacity());
-        served.push(Served { name: wanted.name, disk, stats, server, recorder });
+        let server = match source {
+            Source::Own(listener) => Server::prepare(export, listener, ended),
+            Source::Other(place) => {
+                let snapshot = snapshots.get_mut(place).and_then(Option::take);
+                Server::resume(export, snapshot.context("a state of the running process is missing")?, ended)
+            }
+        };
+        prepared.push(server.context("cannot start a control thread")?);
+        served.push((wanted, disk, stats, recorder));
     }
-    // Nobody to notify is the usual case.
-    let _ = sd_notify::notify(&[NotifyState::Ready]);
+    let until = Instant::now() + READY;
+    for (server, (wanted, ..)) in prepared.iter().zip(&served) {
+        server.wait_ready(until).with_context(|| wanted.place.key())?;
+    }
+    if baton.is_some_and(|baton| !baton.take()) {
+        return Err(TakeoverError::TooLate.into());
+    }
+    // Nobody else serves now, so nothing may fail any more.
+    let servers: Vec<_> = prepared.into_iter().map(|server| Arc::new(server.go())).collect();
+    let served = served.into_iter().zip(servers).map(|((wanted, disk, stats, recorder), server)| {
+        info!("serving {}, {} bytes", wanted.name, disk.capacity());
+        if let Some(recorder) = &recorder {
+            recorder.keep();
+        }
+        Served { name: wanted.name, key: wanted.place.key(), disk, stats, server, recorder }
+    });
+    let served: Vec<_> = served.collect();
+    if let Some(taker) = taker {
+        taker.running();
+        info!("taken over");
+    }
+    let given = Arc::new(OnceLock::new());
+    let giver = control.and_then(|listener| {
+        let (given, signals) = (Arc::clone(&given), signals.handle());
+        let when_given = move |outcome| {
+            let _ = given.set(outcome);
+            signals.close();
+        };
+        wait_for_successor(listener, cli, &served, when_given)
+            .map_err(|e| warn!("nobody can take over from this process: {e}"))
+            .ok()
+    });
+    // Nobody to notify is the usual case. Taken over, the service has another main process now.
+    let main = taker.map(|_| NotifyState::MainPid(std::process::id()));
+    let _ = sd_notify::notify(&main.into_iter().chain([NotifyState::Ready]).collect::<Vec<_>>());
 
     for signal in signals.forever() {
         match signal {
@@ -144,7 +235,11 @@ fn run(cli: &Cli) -> Result<()> {
             _ => break,
         }
     }
-    let _ = sd_notify::notify(&[NotifyState::Stopping]);
+    // Waits for what may be in the middle of being handed over.
+    drop(giver);
+    if given.get().is_none() {
+        let _ = sd_notify::notify(&[NotifyState::Stopping]);
+    }
     info!("stopping: finishing what is in flight");
     // All at once, then each awaited by its drop.
     for s in &served {
@@ -152,7 +247,50 @@ fn run(cli: &Cli) -> Result<()> {
     }
     drop(served);
     drop(engine);
-    Ok(())
+    match Arc::into_inner(given).and_then(OnceLock::into_inner) {
+        Some(Err(e)) => {
+            Err(anyhow::Error::from(e).context("handed over to a process that was not heard of again"))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn engine_config(cli: &Cli) -> EngineConfig {
+    EngineConfig {
+        cpus: cli.cpus.clone().unwrap_or_default(),
+        pacing: cli.poll,
+        fixed_buffers: match cli.fixed_buffers {
+            Fixed::Auto => FixedBuffers::Auto,
+            Fixed::On => FixedBuffers::On,
+            Fixed::Off => FixedBuffers::Off,
+        },
+    }
+}
+
+/// Listens where a newer process can take over: in the place of the one that we take over from, if it is the same.
+fn listen_for_successor(path: &Path, cli: &Cli) -> Result<Listener, ListenError> {
+    if cli.takeover.as_deref().is_some_and(|other| path_key(other) == path_key(path)) {
+        return Listener::bind_private_beside(path);
+    }
+    Listener::bind_private(path)
+}
+
+fn wait_for_successor(
+    mut listener: Listener,
+    cli: &Cli,
+    served: &[Served],
+    given: impl FnOnce(Result<(), TakeoverError>) + Send + 'static,
+) -> Result<Giver> {
+    if let (Some(path), true) = (&cli.control, cli.takeover.is_some()) {
+        listener.replace(path)?;
+    }
+    let lot = |s: &Served| {
+        let (about, fd) = About::disk(&s.disk)?;
+        let (key, server) = (s.key.clone(), Arc::clone(&s.server));
+        anyhow::Ok(Lot { key, about: serde_json::to_value(about)?, fds: fd.into_iter().collect(), server })
+    };
+    let lots = served.iter().map(lot).collect::<Result<_>>()?;
+    Ok(Giver::start(listener, PROGRAM, lots, given)?)
 }
 
 fn wanted(cli: &Cli) -> Result<Vec<Wanted>> {
@@ -204,16 +342,30 @@ fn name_of(file: Option<&PathBuf>, synthetic: Option<Synthetic>) -> String {
     }
 }
 
-fn open_disk(wanted: &Wanted, cli: &Cli) -> Result<Arc<Disk>> {
+fn open_disk(wanted: &Wanted, cli: &Cli, other: Option<Inherited>) -> Result<Arc<Disk>> {
+    let medium = match (&wanted.file, wanted.synthetic) {
+        (Some(_), _) => Medium::File,
+        (None, Some(Synthetic::Ram(size))) => Medium::Ram(size),
+        (None, Some(Synthetic::Null(_))) => Medium::Null,
+        (None, None) => bail!("a disk without an image"),
+    };
+    if let Some(other) = &other {
+        other.expect(&wanted.place.key(), About { medium, read_only: wanted.read_only })?;
+    }
+    let fd = other.and_then(|other| other.fd);
     let (storage, capacity) = match (&wanted.file, wanted.synthetic) {
         (Some(path), _) => {
-            let (file, traits, size) =
-                open(path, wanted.read_only, cli.direct == Switch::On, cli.block_size)?;
+            let beside = fd.map(File::from);
+            let direct = cli.direct == Switch::On;
+            let (file, traits, size) = open(path, wanted.read_only, direct, cli.block_size, beside.as_ref())?;
             (Storage::File(file, traits), size)
         }
         (None, Some(Synthetic::Ram(size))) => {
-            let ram = Ram::new(0, size, false)
-                .with_context(|| format!("cannot get {size} bytes for a RAM disk"))?;
+            let ram = match fd {
+                Some(fd) => Ram::shared(0, size, fd),
+                None => Ram::new(0, size, false),
+            };
+            let ram = ram.with_context(|| format!("cannot get {size} bytes for a RAM disk"))?;
             (Storage::Ram(Arc::new(ram)), size)
         }
         (None, Some(Synthetic::Null(size))) => (Storage::Null, size),
@@ -235,18 +387,11 @@ fn open_disk(wanted: &Wanted, cli: &Cli) -> Result<Arc<Disk>> {
     )))
 }
 
-fn record(wanted: &Wanted, disk: &Disk, cli: &Cli) -> Result<Option<Recorder>> {
+fn record(wanted: &Wanted, disk: &Disk, cli: &Cli) -> Result<Option<Arc<Recorder>>> {
     let Some(path) = &wanted.record else { return Ok(None) };
     let recorder = Recorder::create(path, cli.num_queues, disk.capacity(), disk.block_size())?;
     info!("recording the requests to {} in {}", wanted.name, path.display());
-    Ok(Some(recorder))
-}
-
-fn listen(place: &Place) -> Result<Listener, poll_engine::session::listen::ListenError> {
-    match place {
-        Place::Path(path) => Listener::bind(path),
-        Place::Fd(fd) => Listener::inherited(*fd),
-    }
+    Ok(Some(Arc::new(recorder)))
 }
 
 fn grow(served: &[Served]) {

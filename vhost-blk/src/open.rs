@@ -3,12 +3,12 @@
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, StatxFlags, statx};
 
-use crate::lock::{LockError, lock};
+use crate::lock::{LockError, lock, lock_beside};
 
 /// Why an image cannot be used. Each names the file and what to do.
 #[derive(Debug, thiserror::Error)]
@@ -57,6 +57,11 @@ pub enum OpenError {
         /// Who.
         error: LockError,
     },
+    /// The process that we take over from serves something else under that name.
+    #[error(
+        "{0} is not the image that the running process serves here (it was moved or replaced); name that one, or stop the running process first"
+    )]
+    Other(PathBuf),
     /// Its size cannot be read.
     #[error("cannot read the size: {0}")]
     Stat(#[from] io::Error),
@@ -84,12 +89,14 @@ pub fn size_of(fd: BorrowedFd<'_>) -> Result<u64, OpenError> {
     Ok(file.seek(SeekFrom::End(0))?)
 }
 
-/// Opens and locks the image at `path` for a disk with blocks of `block_size` bytes; its size comes with it.
+/// Opens and locks the image at `path` for a disk with blocks of `block_size` bytes; its size comes with it. When we take
+/// over from another process, `beside` is that one's opening of the same image, with its locks.
 pub fn open(
     path: &Path,
     read_only: bool,
     direct: bool,
     block_size: u32,
+    beside: Option<&File>,
 ) -> Result<(File, FileTraits, u64), OpenError> {
     let with = |flags: i32| OpenOptions::new().read(true).write(!read_only).custom_flags(flags).open(path);
     // O_NONBLOCK keeps a named pipe from holding us up; files and block devices do not care.
@@ -131,8 +138,23 @@ pub fn open(
     if traits.offset_align > block_size {
         return Err(OpenError::Alignment { path: path.to_owned(), align: traits.offset_align });
     }
-    lock(&file, !read_only).map_err(|error| OpenError::Lock { path: path.to_owned(), error })?;
+    match beside {
+        None => lock(&file, !read_only),
+        Some(other) if is_same(&file, other)? => lock_beside(&file, !read_only),
+        Some(_) => return Err(OpenError::Other(path.to_owned())),
+    }
+    .map_err(|error| OpenError::Lock { path: path.to_owned(), error })?;
     Ok((file, traits, size))
+}
+
+fn is_same(a: &File, b: &File) -> io::Result<bool> {
+    // A device may have several names.
+    let identity = |file: &File| {
+        let meta = file.metadata()?;
+        let device = meta.file_type().is_block_device();
+        io::Result::Ok(if device { (meta.rdev(), 0, true) } else { (meta.dev(), meta.ino(), false) })
+    };
+    Ok(identity(a)? == identity(b)?)
 }
 
 /// What direct I/O wants, as the kernel says (`STATX_DIOALIGN`, Linux 6.1); a page where it does not say.
@@ -149,7 +171,6 @@ fn direct_traits(file: &File) -> Result<FileTraits, OpenError> {
 
 /// `BLKSSZGET` without an ioctl: sysfs has it for every block device.
 fn logical_block_size(file: &File) -> u32 {
-    use std::os::unix::fs::MetadataExt;
     let Ok(meta) = file.metadata() else { return 4096 };
     let dev = meta.rdev();
     let base = format!("/sys/dev/block/{}:{}", rustix::fs::major(dev), rustix::fs::minor(dev));

@@ -13,7 +13,8 @@ use poll_engine::engine::reactor::Io;
 use poll_engine::engine::{Engine, EngineConfig};
 use poll_engine::ring::chain::ChainView;
 use poll_engine::session::listen::Listener;
-use poll_engine::session::serve::{Export, Server};
+use poll_engine::session::serve::Export;
+use poll_engine::session::server::Server;
 use serde_json::Value;
 
 /// For whatever is waited for.

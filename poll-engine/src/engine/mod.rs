@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
-use crossbeam::channel::bounded;
+use crossbeam::channel::{Receiver, bounded};
 use crossbeam::sync::WaitGroup;
 use tracing::info;
 
@@ -142,17 +142,20 @@ pub struct RunningQueue {
 
 impl RunningQueue {
     /// Stops the queue: no more chains are taken, those in flight are finished. Returns where to go on.
-    pub fn stop(mut self) -> io::Result<u32> {
-        self.halt()
+    pub fn stop(self) -> io::Result<u32> {
+        self.begin_stop().wait()
     }
 
-    fn halt(&mut self) -> io::Result<u32> {
+    /// Begins to stop the queue, so that several can finish at once.
+    pub fn begin_stop(mut self) -> StoppingQueue {
+        self.post_stop()
+    }
+
+    fn post_stop(&mut self) -> StoppingQueue {
         self.stopped = true;
-        let (tx, rx) = bounded(1);
+        let (tx, base) = bounded(1);
         self.reactor.postbox.post(Message::Stop { id: self.id, base: tx });
-        let base = rx.recv().map_err(|_| io::Error::other("the reactor is gone"));
-        self.reactor.queues.fetch_sub(1, Ordering::Relaxed);
-        base
+        StoppingQueue { reactor: Arc::clone(&self.reactor), base }
     }
 
     /// Goes over to a new memory map, in which `config` says where the ring lies. `adopted` is dropped once the queue
@@ -176,8 +179,23 @@ impl Drop for RunningQueue {
     fn drop(&mut self) {
         if !self.stopped {
             // Only its base is lost, and nobody asked for that.
-            let _ = self.halt();
+            let _ = self.post_stop().wait();
         }
+    }
+}
+
+/// A queue that finishes what is in flight.
+pub struct StoppingQueue {
+    reactor: Arc<ReactorHandle>,
+    base: Receiver<u32>,
+}
+
+impl StoppingQueue {
+    /// Waits for the last request. Returns where to go on.
+    pub fn wait(self) -> io::Result<u32> {
+        let base = self.base.recv().map_err(|_| io::Error::other("the reactor is gone"));
+        self.reactor.queues.fetch_sub(1, Ordering::Relaxed);
+        base
     }
 }
 

@@ -57,6 +57,11 @@ impl DirtyLog {
         Ok(DirtyLog { region, overrun: AtomicBool::new(false) })
     }
 
+    /// The region that it was mapped from.
+    pub fn region(&self) -> &Region {
+        &self.region
+    }
+
     /// Whether there is a bit for every page of `map`.
     pub fn check_covers(&self, map: &MemoryMap) -> Result<(), LogError> {
         let end = map.regions().iter().map(|r| r.spec().guest_addr + r.spec().size).max().unwrap_or(0);

@@ -11,6 +11,7 @@ use std::sync::Arc;
 
 use crossbeam::sync::WaitGroup;
 use nix::sys::statfs::{HUGETLBFS_MAGIC, fstatfs};
+use serde::{Deserialize, Serialize};
 use vm_memory::{FileOffset, MmapRegion};
 
 use super::fault::Guard;
@@ -61,7 +62,8 @@ pub enum MemoryError {
 }
 
 /// One region as the front end describes it (vhost-user: "Memory regions description").
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct RegionSpec {
     /// Guest-physical start.
     pub guest_addr: u64,
@@ -96,7 +98,7 @@ pub struct Region {
     huge: bool,
     /// Before the mapping: it is given up first.
     guard: Guard,
-    _mapping: MmapRegion,
+    mapping: MmapRegion,
 }
 
 // SAFETY: the region is an address range owned by its mapping; access is by copies through GuestSlice or by the
@@ -135,7 +137,7 @@ impl Region {
         let host = NonNull::new(unsafe { mapping.as_ptr().add(skip as usize) })
             .ok_or_else(|| fail("mapped at address zero".into()))?;
         let guard = Guard::new(mapping.as_ptr().addr(), len, page as usize);
-        Ok(Region { spec, host, huge, guard, _mapping: mapping })
+        Ok(Region { spec, host, huge, guard, mapping })
     }
 
     /// The region with its host address as the front-end address, for memory of our own.
@@ -157,6 +159,11 @@ impl Region {
     /// Whether the memory is in huge pages (hugetlbfs), which are never swapped or moved.
     pub fn is_huge(&self) -> bool {
         self.huge
+    }
+
+    /// The file it is in, to be shared with another process.
+    pub fn file(&self) -> Option<&File> {
+        self.mapping.file_offset().map(FileOffset::file)
     }
 
     /// Host address of the region's first byte.

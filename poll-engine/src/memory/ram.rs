@@ -23,6 +23,11 @@ impl Ram {
         let flags = if huge { MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_HUGETLB } else { MFdFlags::MFD_CLOEXEC };
         let fd = memfd_create(c"guest-ram", flags).map_err(fail)?;
         nix::unistd::ftruncate(&fd, size as i64).map_err(fail)?;
+        Self::shared(guest_addr, size, fd)
+    }
+
+    /// As [`new`](Self::new), in a memfd that somebody else has made.
+    pub fn shared(guest_addr: u64, size: u64, fd: OwnedFd) -> Result<Ram, MemoryError> {
         let copy =
             |fd: &OwnedFd| fd.try_clone().map_err(|e| MemoryError::Map { guest_addr, reason: e.to_string() });
         let spec = RegionSpec { guest_addr, size, user_addr: 0, mmap_offset: 0 };

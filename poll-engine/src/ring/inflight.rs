@@ -8,10 +8,13 @@
 //! and checked; a running ring writes to it and never reads.
 #![allow(unsafe_code)] // records at raw addresses in memory that is shared
 
+use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64, Ordering};
+
+use serde::{Deserialize, Serialize};
 
 use super::{RingError, RingFormat};
 use crate::memory::map::{MemoryError, MemoryMap, Region, RegionSpec, RingAddress};
@@ -41,7 +44,8 @@ fn region_bytes(format: RingFormat, queue_size: u16) -> u64 {
 }
 
 /// `VhostUserInflight`: where the record lies in a file, and for which queues it is.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct InflightSpec {
     /// Bytes.
     pub mmap_size: u64,
@@ -76,6 +80,11 @@ impl InflightMemory {
             RegionSpec { guest_addr: 0, size: spec.mmap_size, user_addr: 0, mmap_offset: spec.mmap_offset };
         let map = MemoryMap::new(vec![Arc::new(Region::map(at, fd)?)])?;
         Ok(InflightMemory { map: Arc::new(map), spec })
+    }
+
+    /// What it was mapped from.
+    pub fn source(&self) -> (InflightSpec, Option<&File>) {
+        (self.spec, self.map.regions().first().and_then(|region| region.file()))
     }
 
     /// The region of queue `index`; `None` when the record has none, and the queue goes untracked.

@@ -8,6 +8,8 @@ pub mod layout;
 pub mod split;
 
 use crate::memory::log::QueueLog;
+use serde::{Deserialize, Serialize};
+
 use crate::memory::map::{MemoryError, MemoryMap};
 use chain::Chain;
 use inflight::QueueRegion;
@@ -18,7 +20,7 @@ use split::SplitRing;
 pub const MAX_RING_SIZE: u16 = 32768;
 
 /// How a virtqueue lies in memory.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum RingFormat {
     /// Virtio 1.3, 2.7.
     #[default]
@@ -45,7 +47,8 @@ impl RingFormat {
 }
 
 /// A virtqueue as the transport describes it, nothing checked yet.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 #[allow(clippy::struct_excessive_bools)] // feature bits, each of its own meaning
 pub struct RingConfig {
     /// Number of descriptors.

@@ -3,12 +3,17 @@
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{getsockopt, sockopt};
+
+use super::handover::{Descriptors, HandoverError, ListenerState};
+
+/// Whoever may connect may do everything: nobody but the owner.
+const PRIVATE: u32 = 0o600;
 
 /// Why no front end can connect.
 #[derive(Debug, thiserror::Error)]
@@ -67,6 +72,36 @@ enum Source {
 impl Listener {
     /// Listens on `path`. A socket file that nobody answers on is replaced.
     pub fn bind(path: &Path) -> Result<Listener, ListenError> {
+        Self::bind_with(path, None)
+    }
+
+    /// As [`bind`](Self::bind), for nobody but the user that this process runs as.
+    pub fn bind_private(path: &Path) -> Result<Listener, ListenError> {
+        Self::bind_with(path, Some(&fs::Permissions::from_mode(PRIVATE)))
+    }
+
+    /// Listens in the place of whoever listens on `path`, once [`replace`](Self::replace) is called.
+    pub fn bind_private_beside(path: &Path) -> Result<Listener, ListenError> {
+        let path = with_suffix(path);
+        // Of an earlier attempt.
+        let _ = fs::remove_file(&path);
+        let fail = |error| ListenError::Bind { path: path.clone(), error };
+        let listener = UnixListener::bind(&path).map_err(fail)?;
+        fs::set_permissions(&path, fs::Permissions::from_mode(PRIVATE)).map_err(fail)?;
+        let inode = fs::symlink_metadata(&path).map_err(fail)?.ino();
+        Self::listening(listener, Some((path.clone(), inode))).map_err(fail)
+    }
+
+    /// Takes the place on `path` that it was bound beside.
+    pub fn replace(&mut self, path: &Path) -> Result<(), ListenError> {
+        if let Some((made, _)) = &mut self.made {
+            fs::rename(&made, path).map_err(|error| ListenError::Bind { path: path.to_owned(), error })?;
+            path.clone_into(made);
+        }
+        Ok(())
+    }
+
+    fn bind_with(path: &Path, permissions: Option<&fs::Permissions>) -> Result<Listener, ListenError> {
         let fail = |error| ListenError::Bind { path: path.to_owned(), error };
         if let Ok(meta) = fs::symlink_metadata(path) {
             if !meta.file_type().is_socket() {
@@ -80,7 +115,7 @@ impl Listener {
                 Ok(_) => return Err(ListenError::InUse(path.to_owned())),
             }
         }
-        let listener = bind_listening(path).map_err(fail)?;
+        let listener = bind_listening(path, permissions).map_err(fail)?;
         let inode = fs::symlink_metadata(path).map_err(fail)?.ino();
         Self::listening(listener, Some((path.to_owned(), inode))).map_err(fail)
     }
@@ -100,6 +135,31 @@ impl Listener {
     fn listening(listener: UnixListener, made: Option<(PathBuf, u64)>) -> io::Result<Listener> {
         listener.set_nonblocking(true)?;
         Ok(Listener { source: Source::Listening(listener), made })
+    }
+
+    /// What another process needs to go on in our place.
+    pub fn save(&self, fds: &mut Descriptors) -> io::Result<ListenerState> {
+        let Listener { source, made } = self;
+        let (fd, listening) = match source {
+            Source::Listening(listener) => (Some(fds.put(listener.as_fd())?), true),
+            Source::Connected(stream) => (fds.put_opt(stream.as_ref())?, false),
+        };
+        Ok(ListenerState { fd, listening, made: made.clone() })
+    }
+
+    /// The listener of another process. The socket file stays that one's until [`own`](Self::own).
+    pub fn restore(state: &ListenerState, fds: &mut Descriptors) -> Result<Listener, HandoverError> {
+        let ListenerState { fd, listening, made: _ } = state;
+        let fd = fds.take_opt(*fd)?;
+        match (fd, listening) {
+            (Some(fd), true) => Ok(Self::listening(UnixListener::from(fd), None)?),
+            (fd, _) => Ok(Listener { source: Source::Connected(fd.map(UnixStream::from)), made: None }),
+        }
+    }
+
+    /// Makes the socket file ours to remove, or nobody's.
+    pub fn own(&mut self, made: Option<(PathBuf, u64)>) {
+        self.made = made;
     }
 
     /// Waits for the next front end, or for `bell` (an eventfd) to ring.
@@ -131,12 +191,13 @@ impl Listener {
     }
 }
 
-/// Binds so that the path appears only when the socket listens: whoever waits for it to appear may connect at once.
-fn bind_listening(path: &Path) -> io::Result<UnixListener> {
-    let mut name = path.as_os_str().to_owned();
-    name.push(".new");
+/// Binds so that the path appears only when the socket listens, with these permissions: whoever waits for it to appear
+/// may connect at once.
+fn bind_listening(path: &Path, permissions: Option<&fs::Permissions>) -> io::Result<UnixListener> {
+    let permit = |path: &Path| permissions.map_or(Ok(()), |p| fs::set_permissions(path, p.clone()));
+    let name = with_suffix(path);
     match UnixListener::bind(&name) {
-        Ok(listener) => match fs::rename(&name, path) {
+        Ok(listener) => match permit(&name).and_then(|()| fs::rename(&name, path)) {
             Ok(()) => Ok(listener),
             Err(e) => {
                 let _ = fs::remove_file(&name);
@@ -144,8 +205,14 @@ fn bind_listening(path: &Path) -> io::Result<UnixListener> {
             }
         },
         // Too long a name with the addition, or one that is taken: the plain way, with a gap between bind and listen.
-        Err(_) => UnixListener::bind(path),
+        Err(_) => UnixListener::bind(path).and_then(|listener| permit(path).map(|()| listener)),
     }
+}
+
+fn with_suffix(path: &Path) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(".new");
+    name.into()
 }
 
 impl Drop for Listener {

@@ -3,11 +3,14 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
+
 use crate::memory::MemoryMap;
 use crate::memory::log::{DirtyLog, LogError, QueueLog};
 
 /// What a queue logs.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Logging {
     /// What is written to buffers (`VHOST_F_LOG_ALL`).
     pub data: bool,
@@ -18,9 +21,9 @@ pub struct Logging {
 /// The log and who tells it what.
 #[derive(Debug, Default)]
 pub(super) struct Logs {
-    log: Option<Arc<DirtyLog>>,
-    call: Option<Arc<OwnedFd>>,
-    queues: Vec<Logging>,
+    pub(super) log: Option<Arc<DirtyLog>>,
+    pub(super) call: Option<Arc<OwnedFd>>,
+    pub(super) queues: Vec<Logging>,
 }
 
 impl Logs {

@@ -1,42 +1,37 @@
-//! The control thread of one device: one front end after another, each session's actions carried out.
+//! What a control thread does for one front end: each request of the session answered, its actions carried out.
 
 use std::fmt::Display;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::JoinHandle;
-use std::time::Duration;
 
 use crossbeam::sync::WaitGroup;
-use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::socket::{MsgFlags, send};
-use tracing::{debug, info, warn};
+use tracing::{debug, warn};
 
 use super::inflight::{self, Inflight, InflightError};
-use super::listen::{Accepted, Listener};
+use super::listen::Listener;
 use super::logging::Logs;
+use super::server::Control;
 use super::socket::{Connection, Incoming, SocketError};
 use super::state::{Action, Answer, Offer, Refused, Session};
 use super::wire::config_change;
-use crate::device::{Device, features};
+use crate::device::{Device, QueueHandler, features};
 use crate::engine::queue::{Alarm, Notifier, Queue};
 use crate::engine::reactor::NotifierChange;
 use crate::engine::{Engine, RunningQueue};
 use crate::memory::log::LogError;
 use crate::memory::map::{MapHold, MemoryError, MemoryMap, Region};
+use crate::ring::inflight::QueueRegion;
 use crate::ring::{RingConfig, RingError};
 use crate::stats::QueueStats;
-
-/// A control thread's stack: it parses small messages. Hundreds of these threads may exist.
-const STACK: usize = 128 << 10;
 
 /// Mistakes of a front end that are logged, for each session.
 const MAX_COMPLAINTS: u32 = 16;
 
 /// Why an action failed; the front end is told by an error acknowledgement.
 #[derive(Debug, thiserror::Error)]
-enum ActionError {
+pub(super) enum ActionError {
     #[error(transparent)]
     Memory(#[from] MemoryError),
     #[error("queue {0}: {1}{hint}", hint = hint(.1))]
@@ -73,137 +68,74 @@ pub struct Export {
     pub engine: Arc<Engine>,
 }
 
-#[derive(Debug)]
-struct Control {
-    bell: Arc<EventFd>,
-    stop: AtomicBool,
-    config_changed: AtomicBool,
+/// What the front end has set for a queue, and the queue while it runs.
+#[derive(Default)]
+pub(super) struct Slot {
+    pub(super) kick: Option<OwnedFd>,
+    pub(super) call: Option<OwnedFd>,
+    pub(super) err: Option<OwnedFd>,
+    pub(super) running: Option<(RunningQueue, RingConfig)>,
 }
 
-/// A running control thread.
-#[derive(Debug)]
-pub struct Server {
-    control: Arc<Control>,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl Server {
-    /// Starts serving `export` to whoever connects to `listener`; `ended` is called when no more front ends can come.
-    pub fn start(
-        export: Export,
-        mut listener: Listener,
-        ended: impl FnOnce() + Send + 'static,
-    ) -> io::Result<Server> {
-        let bell = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?);
-        let control =
-            Arc::new(Control { bell, stop: AtomicBool::new(false), config_changed: AtomicBool::new(false) });
-        let shared = Arc::clone(&control);
-        let builder = std::thread::Builder::new().name("session".into()).stack_size(STACK);
-        let thread = builder.spawn(move || {
-            while !shared.stop.load(Ordering::Acquire) {
-                match listener.accept(shared.bell.as_fd()) {
-                    Ok(Accepted::FrontEnd(stream)) => {
-                        info!("{}: front end connected", export.name);
-                        let outcome = Connection::new(stream)
-                            .map_err(SocketError::from)
-                            .and_then(|connection| Served::new(&export, connection, &shared).run(&shared));
-                        match outcome {
-                            Ok(()) => info!("{}: front end gone", export.name),
-                            Err(e) => warn!("{}: session ended: {e}", export.name),
-                        }
-                        export.device.reset();
-                    }
-                    Ok(Accepted::Rung) => {
-                        // Without a front end there is nobody to tell anything: only stopping matters.
-                        let _ = shared.bell.read();
-                    }
-                    Ok(Accepted::Never) => break,
-                    Err(e) => {
-                        // Out of descriptors, most likely: others may give some back.
-                        warn!("{}: cannot accept a front end: {e}", export.name);
-                        std::thread::sleep(Duration::from_millis(200));
-                    }
-                }
-            }
-            drop(listener);
-            ended();
-        })?;
-        Ok(Server { control, thread: Some(thread) })
-    }
-
-    /// Tells the front end, and through it the guest, to read configuration space again.
-    pub fn config_changed(&self) {
-        self.control.config_changed.store(true, Ordering::Release);
-        self.ring();
-    }
-
-    /// Begins to stop: queues finish what is in flight, the socket is closed and its path removed.
-    pub fn begin_stop(&self) {
-        self.control.stop.store(true, Ordering::Release);
-        self.ring();
-    }
-
-    fn ring(&self) {
-        // A full counter has rung.
-        let _ = self.control.bell.write(1);
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        self.begin_stop();
-        if let Some(thread) = self.thread.take() {
-            // A panic there has been printed.
-            let _ = thread.join();
+impl Export {
+    /// What a session can agree on.
+    pub(super) fn offer(&self) -> Offer {
+        let device = &self.device;
+        Offer {
+            features: device.features() | features::ENGINE,
+            num_queues: device.num_queues(),
+            max_ring_size: device.max_ring_size(),
         }
     }
 }
 
-/// What the front end has set for a queue, and the queue while it runs.
-#[derive(Default)]
-struct Slot {
-    kick: Option<OwnedFd>,
-    call: Option<OwnedFd>,
-    err: Option<OwnedFd>,
-    running: Option<(RunningQueue, RingConfig)>,
+/// What a queue needs besides its ring.
+pub(super) struct QueueParts {
+    notifier: Notifier,
+    region: Option<QueueRegion>,
+    handler: Box<dyn QueueHandler>,
+}
+
+/// How a session has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Ended {
+    /// By its front end, or because we are to stop.
+    Over,
+    /// Another process goes on with it.
+    HandedOver,
 }
 
 /// One session being served.
-struct Served<'a> {
-    export: &'a Export,
-    connection: Connection,
-    session: Session,
-    map: Arc<MemoryMap>,
+pub(super) struct Served<'a> {
+    pub(super) export: &'a Export,
+    pub(super) connection: Connection,
+    pub(super) session: Session,
+    pub(super) map: Arc<MemoryMap>,
     /// Cloned into every hold on `map`, and on those it grew from: waiting for it is waiting for the last request that
     /// points into any of them.
-    released: WaitGroup,
-    slots: Vec<Slot>,
+    pub(super) released: WaitGroup,
+    pub(super) slots: Vec<Slot>,
     /// Raised by any of this session's queues when it breaks.
-    alarm: Arc<Alarm>,
-    inflight: Inflight,
+    pub(super) alarm: Arc<Alarm>,
+    pub(super) inflight: Inflight,
     /// To go with the next reply.
-    reply_fd: Option<OwnedFd>,
-    logs: Logs,
-    backend_channel: Option<OwnedFd>,
-    complaints: u32,
+    pub(super) reply_fd: Option<OwnedFd>,
+    pub(super) logs: Logs,
+    pub(super) backend_channel: Option<OwnedFd>,
+    pub(super) complaints: u32,
 }
 
 impl<'a> Served<'a> {
-    fn new(export: &'a Export, connection: Connection, control: &Control) -> Served<'a> {
+    pub(super) fn new(export: &'a Export, connection: Connection, control: &Control) -> Served<'a> {
         let device = &export.device;
-        let offer = Offer {
-            features: device.features() | features::ENGINE,
-            num_queues: device.num_queues(),
-            max_ring_size: device.max_ring_size(),
-        };
         Served {
             export,
             connection,
-            session: Session::new(offer),
+            session: Session::new(export.offer()),
             map: Arc::default(),
             released: WaitGroup::new(),
             slots: std::iter::repeat_with(Slot::default).take(device.num_queues().into()).collect(),
-            alarm: Arc::new(Alarm::new(Arc::clone(&control.bell))),
+            alarm: Arc::new(Alarm::new(control.shared_bell())),
             inflight: Inflight::Off,
             reply_fd: None,
             logs: Logs::default(),
@@ -213,7 +145,7 @@ impl<'a> Served<'a> {
     }
 
     /// Logs what the front end did wrong: the first few times, so that it cannot fill the log.
-    fn complain(&mut self, what: &dyn Display) {
+    pub(super) fn complain(&mut self, what: &dyn Display) {
         self.complaints += 1;
         let name = &self.export.name;
         match self.complaints.cmp(&MAX_COMPLAINTS) {
@@ -224,27 +156,33 @@ impl<'a> Served<'a> {
     }
 
     /// Serves until the front end leaves or we are to stop. Queues are stopped, with nothing in flight, in any case.
-    fn run(mut self, control: &Control) -> Result<(), SocketError> {
-        let outcome = self.converse(control);
+    pub(super) fn run(mut self, control: &Control, listener: &Listener) -> Result<Ended, SocketError> {
+        let outcome = self.converse(control, listener);
         for slot in &mut self.slots {
             slot.running = None;
         }
         outcome
     }
 
-    fn converse(&mut self, control: &Control) -> Result<(), SocketError> {
+    fn converse(&mut self, control: &Control, listener: &Listener) -> Result<Ended, SocketError> {
         // Looked at each time: a front end that sends without end is to be stopped as well.
-        while !control.stop.load(Ordering::Acquire) {
-            let incoming = self.connection.receive(control.bell.as_fd())?;
+        while !control.is_stopping() {
+            let incoming = self.connection.receive(control.bell())?;
             if self.alarm.take() && self.session.needs_reset() {
                 self.tell_config_changed();
             }
             match incoming {
-                Incoming::Closed => return Ok(()),
+                Incoming::Closed => break,
                 Incoming::Rung => {
-                    let _ = control.bell.read();
-                    if control.config_changed.swap(false, Ordering::AcqRel) {
+                    control.heard();
+                    if control.take_config_changed() {
                         self.tell_config_changed();
+                    }
+                    if let Some(parking) = control.take_parking() {
+                        if parking.follow(|| self.save(listener)) {
+                            return Ok(Ended::HandedOver);
+                        }
+                        self.go_on();
                     }
                 }
                 Incoming::Message(header, request, fds) => {
@@ -282,7 +220,7 @@ impl<'a> Served<'a> {
                 }
             }
         }
-        Ok(())
+        Ok(Ended::Over)
     }
 
     fn tell_config_changed(&self) {
@@ -391,15 +329,17 @@ impl<'a> Served<'a> {
         Ok(())
     }
 
-    fn start(&mut self, index: u16, config: RingConfig) -> Result<(), ActionError> {
-        let export = self.export;
-        let hold = MapHold::new(Arc::clone(&self.map), self.released.clone());
-        let stats = Arc::clone(&export.stats[usize::from(index)]);
-        let name: Arc<str> = format!("{} queue {index}", export.name).into();
+    pub(super) fn start(&mut self, index: u16, config: RingConfig) -> Result<(), ActionError> {
+        let parts = self.queue_parts(index, &config)?;
+        self.run_queue(index, config, parts)
+    }
+
+    /// Everything for a queue that can be had without touching its ring.
+    pub(super) fn queue_parts(&mut self, index: u16, config: &RingConfig) -> Result<QueueParts, ActionError> {
         let features = self.session.features();
         let alarm = Arc::clone(&self.alarm);
         let region = self.inflight.region(index, config.format)?;
-        let logged = self.logs.of(index);
+        let size = config.checked_size().map_err(|e| ActionError::Ring(index, e))?;
         let slot = self.slot(index);
         let notifier = Notifier {
             kick: copy_of(index, slot.kick.as_ref())?,
@@ -407,17 +347,41 @@ impl<'a> Served<'a> {
             err: copy_of(index, slot.err.as_ref())?,
             alarm: Some(alarm),
         };
-        let size = config.checked_size().map_err(|e| ActionError::Ring(index, e))?;
-        let mut queue =
-            Queue::new(name, &config, hold, notifier, stats).map_err(|e| ActionError::Ring(index, e))?;
-        if let Some(region) = region {
+        let handler = self.export.device.start_queue(index, features, size);
+        Ok(QueueParts { notifier, region, handler: handler.map_err(|e| ActionError::Queue(index, e))? })
+    }
+
+    pub(super) fn run_queue(
+        &mut self,
+        index: u16,
+        config: RingConfig,
+        parts: QueueParts,
+    ) -> Result<(), ActionError> {
+        let export = self.export;
+        let hold = MapHold::new(Arc::clone(&self.map), self.released.clone());
+        let stats = Arc::clone(&export.stats[usize::from(index)]);
+        let name: Arc<str> = format!("{} queue {index}", export.name).into();
+        let mut queue = Queue::new(name, &config, hold, parts.notifier, stats)
+            .map_err(|e| ActionError::Ring(index, e))?;
+        if let Some(region) = parts.region {
             queue = queue.recover(region).map_err(|e| ActionError::Ring(index, e))?;
         }
-        queue.set_log(logged);
-        let started = export.device.start_queue(index, features, size);
-        let running = started.and_then(|handler| export.engine.run_queue(queue, handler));
-        slot.running = Some((running.map_err(|e| ActionError::Queue(index, e))?, config));
+        queue.set_log(self.logs.of(index));
+        let running = export.engine.run_queue(queue, parts.handler);
+        self.slot(index).running = Some((running.map_err(|e| ActionError::Queue(index, e))?, config));
         Ok(())
+    }
+
+    /// Starts a queue that nobody waits for an answer about.
+    pub(super) fn start_or_complain(
+        &mut self,
+        index: u16,
+        start: impl FnOnce(&mut Self) -> Result<(), ActionError>,
+    ) {
+        if let Err(e) = start(self) {
+            self.session.start_failed(index);
+            self.complain(&e);
+        }
     }
 
     /// Tells every running queue what to log. Returns when all do so: from the acknowledgement on, no write goes

@@ -3,6 +3,8 @@
 
 use std::os::fd::OwnedFd;
 
+use serde::{Deserialize, Serialize};
+
 use super::logging::Logging;
 use super::status::Status;
 use super::wire::{F_LOG_ALL, F_PROTOCOL_FEATURES, Reply, Request, VRING_F_LOG, VringAddr, protocol};
@@ -24,7 +26,7 @@ pub const PROTOCOL_FEATURES: u64 = protocol::MQ
     | protocol::STATUS;
 
 /// What the protocol puts among virtio's feature bits.
-const TRANSPORT_FEATURES: u64 = F_PROTOCOL_FEATURES | F_LOG_ALL;
+pub(super) const TRANSPORT_FEATURES: u64 = F_PROTOCOL_FEATURES | F_LOG_ALL;
 
 /// Most queues the protocol can name: indices of kick and call messages have 8 bits.
 pub const MAX_QUEUES: u16 = 256;
@@ -167,9 +169,11 @@ pub enum Refused {
     End,
 }
 
-#[derive(Debug, Default)]
-struct QueueState {
-    num: u32,
+/// A queue as the front end has set it up.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct QueueState {
+    pub(super) num: u32,
     addr: Option<VringAddr>,
     /// [`RingConfig::base`], once it was set or the queue has run.
     base: Option<u32>,
@@ -178,19 +182,30 @@ struct QueueState {
     started: bool,
     enabled: bool,
     /// As last told by [`Action::Start`].
-    running: Option<RingConfig>,
+    pub(super) running: Option<RingConfig>,
+}
+
+/// What a session needs to go on in another process: all but what the device offers there.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SessionState {
+    pub(super) features: Option<u64>,
+    pub(super) protocol: u64,
+    pub(super) status: Status,
+    pub(super) queues: Vec<QueueState>,
+    pub(super) logging: Vec<Logging>,
 }
 
 /// One session.
 #[derive(Debug)]
 pub struct Session {
-    offer: Offer,
-    features: Option<u64>,
-    protocol: u64,
-    status: Status,
-    queues: Vec<QueueState>,
+    pub(super) offer: Offer,
+    pub(super) features: Option<u64>,
+    pub(super) protocol: u64,
+    pub(super) status: Status,
+    pub(super) queues: Vec<QueueState>,
     /// What each queue logs, as last told by [`Action::Log`].
-    logging: Vec<Logging>,
+    pub(super) logging: Vec<Logging>,
 }
 
 impl Session {

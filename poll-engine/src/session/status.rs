@@ -1,5 +1,7 @@
 //! The device status field (virtio 1.3, 2.1), which front ends keep with us by `SET_STATUS` and read by `GET_STATUS`.
 
+use serde::{Deserialize, Serialize};
+
 /// `DRIVER_OK`: the driver is ready to drive the device.
 pub const DRIVER_OK: u8 = 4;
 /// `FEATURES_OK`: the features are agreed on.
@@ -8,7 +10,8 @@ pub const FEATURES_OK: u8 = 8;
 pub const NEEDS_RESET: u8 = 64;
 
 /// The status of one device.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Status {
     bits: u8,
     /// The last `SET_FEATURES` was taken: without that there is nothing to agree on.

@@ -1,6 +1,8 @@
 //! The vhost-user codec: bytes to requests, replies to bytes. Numbers are in host byte order, as the protocol says
 //! (qemu, docs/interop/vhost-user.rst, "Message Specification").
 
+use serde::{Deserialize, Serialize};
+
 use crate::memory::RegionSpec;
 use crate::ring::inflight::InflightSpec;
 
@@ -92,7 +94,8 @@ impl Header {
 }
 
 /// Ring addresses, as `SET_VRING_ADDR` gives them.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct VringAddr {
     /// `VHOST_VRING_F_*`.
     pub flags: u32,

@@ -18,7 +18,8 @@ use poll_engine::ring::RingConfig;
 use poll_engine::ring::chain::HeldChain;
 use poll_engine::ring::driver::{Buffer, DriverRing};
 use poll_engine::session::listen::Listener;
-use poll_engine::session::serve::{Export, Server};
+use poll_engine::session::serve::Export;
+use poll_engine::session::server::Server;
 use poll_engine::stats::QueueStats;
 
 pub mod peer;

@@ -16,7 +16,8 @@ use poll_engine::engine::queue::Queue;
 use poll_engine::engine::reactor::Io;
 use poll_engine::engine::{Engine, EngineConfig};
 use poll_engine::session::listen::Listener;
-use poll_engine::session::serve::{Export, Server};
+use poll_engine::session::serve::Export;
+use poll_engine::session::server::Server;
 
 /// Packets on their way from the transmit to the receive queue.
 type Packets = Arc<Mutex<VecDeque<Vec<u8>>>>;

@@ -61,7 +61,7 @@ struct Shared {
 pub struct Recorder {
     shared: Arc<Shared>,
     writer: Option<JoinHandle<()>>,
-    keep: bool,
+    keep: AtomicBool,
 }
 
 impl Recorder {
@@ -86,7 +86,8 @@ impl Recorder {
             unwritten: AtomicU64::new(0),
             failed: AtomicBool::new(false),
         });
-        let mut recorder = Recorder { shared: Arc::clone(&shared), writer: None, keep: false };
+        let mut recorder =
+            Recorder { shared: Arc::clone(&shared), writer: None, keep: AtomicBool::new(false) };
         let clock = Clock::new();
         let zero = clock.raw();
         let start = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos() as u64;
@@ -100,8 +101,8 @@ impl Recorder {
     }
 
     /// The file is to stay.
-    pub fn keep(&mut self) {
-        self.keep = true;
+    pub fn keep(&self) {
+        self.keep.store(true, Ordering::Relaxed);
     }
 
     /// What queue `index` notes its requests to; one at a time.
@@ -131,7 +132,7 @@ impl Drop for Recorder {
             // A panic would have ended the process.
             let _ = writer.join();
         }
-        if !self.keep {
+        if !self.keep.load(Ordering::Relaxed) {
             // Somebody else may have removed it.
             let _ = std::fs::remove_file(&self.shared.path);
         }
@@ -284,7 +285,7 @@ mod tests {
     fn what_was_noted_is_in_the_file_and_so_is_its_end() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("capture");
-        let mut recorder = Recorder::create(&path, 2, 1 << 20, 512).unwrap();
+        let recorder = Recorder::create(&path, 2, 1 << 20, 512).unwrap();
         recorder.keep();
         note(&recorder, 1, 1000);
         drop(recorder);
@@ -299,7 +300,7 @@ mod tests {
     fn what_was_lost_is_counted_in_file_and_report() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("capture");
-        let mut recorder = Recorder::create(&path, 2, 1 << 20, 512).unwrap();
+        let recorder = Recorder::create(&path, 2, 1 << 20, 512).unwrap();
         recorder.keep();
         // More than can be drained meanwhile.
         note(&recorder, 0, CAPACITY * 3);

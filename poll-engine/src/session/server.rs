@@ -1,0 +1,249 @@
+//! The control thread of one device: one front end after another, and what the rest of the process asks of it.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, bounded, unbounded};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use tracing::{info, warn};
+
+use super::handover::served::Restored;
+use super::handover::{Freeze, HandoverError, Parking, Snapshot};
+use super::listen::{Accepted, Listener};
+use super::serve::{Ended, Export, Served};
+use super::socket::{Connection, SocketError};
+
+/// A control thread's stack: it parses small messages. Hundreds of these threads may exist.
+const STACK: usize = 128 << 10;
+
+/// What a control thread hears of.
+#[derive(Debug)]
+pub(super) struct Control {
+    orders: Arc<Orders>,
+    parking: Receiver<Parking>,
+}
+
+/// What is shared with it.
+#[derive(Debug)]
+struct Orders {
+    bell: Arc<EventFd>,
+    stop: AtomicBool,
+    config_changed: AtomicBool,
+}
+
+impl Control {
+    /// Rings when there is anything to hear.
+    pub(super) fn bell(&self) -> BorrowedFd<'_> {
+        self.orders.bell.as_fd()
+    }
+
+    /// To be rung by queues as well.
+    pub(super) fn shared_bell(&self) -> Arc<EventFd> {
+        Arc::clone(&self.orders.bell)
+    }
+
+    /// The bell has been heard, and everything is looked at from now on.
+    pub(super) fn heard(&self) {
+        let _ = self.orders.bell.read();
+    }
+
+    pub(super) fn is_stopping(&self) -> bool {
+        self.orders.stop.load(Ordering::Acquire)
+    }
+
+    pub(super) fn take_config_changed(&self) -> bool {
+        self.orders.config_changed.swap(false, Ordering::AcqRel)
+    }
+
+    pub(super) fn take_parking(&self) -> Option<Parking> {
+        self.parking.try_recv().ok()
+    }
+}
+
+/// A running control thread.
+#[derive(Debug)]
+pub struct Server {
+    orders: Arc<Orders>,
+    parking: Sender<Parking>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Server {
+    /// Starts serving `export` to whoever connects to `listener`; `ended` is called when no more front ends can come.
+    pub fn start(
+        export: Export,
+        listener: Listener,
+        ended: impl FnOnce() + Send + 'static,
+    ) -> io::Result<Server> {
+        Self::spawn(move |control| {
+            serve(&export, listener, None, &control);
+            ended();
+        })
+    }
+
+    /// As [`start`](Self::start), but serves nobody before [`Prepared::go`].
+    pub fn prepare(
+        export: Export,
+        listener: Listener,
+        ended: impl FnOnce() + Send + 'static,
+    ) -> io::Result<Prepared> {
+        Self::spawn_prepared(export, move |_, _| Ok(Restored::fresh(listener)), ended)
+    }
+
+    /// Prepares to go on with what another process has served. Nothing that is shared with it is touched before
+    /// [`Prepared::go`].
+    pub fn resume(
+        export: Export,
+        snapshot: Snapshot,
+        ended: impl FnOnce() + Send + 'static,
+    ) -> io::Result<Prepared> {
+        Self::spawn_prepared(export, move |export, control| Restored::new(export, control, snapshot), ended)
+    }
+
+    fn spawn_prepared(
+        export: Export,
+        prepare: impl for<'a> FnOnce(&'a Export, &Control) -> Result<Restored<'a>, HandoverError> + Send + 'static,
+        ended: impl FnOnce() + Send + 'static,
+    ) -> io::Result<Prepared> {
+        let (tell, ready) = bounded(1);
+        let (go, may_go) = bounded::<()>(1);
+        let server = Self::spawn(move |control| {
+            let restored = match prepare(&export, &control) {
+                Ok(restored) => restored,
+                Err(e) => {
+                    let _ = tell.send(Err(e));
+                    return;
+                }
+            };
+            // Whoever has given up drops the other ends.
+            let _ = tell.send(Ok(()));
+            if may_go.recv().is_ok() {
+                let (listener, served) = restored.activate();
+                serve(&export, listener, served, &control);
+                ended();
+            }
+        })?;
+        Ok(Prepared { ready, go, server })
+    }
+
+    fn spawn(run: impl FnOnce(Control) + Send + 'static) -> io::Result<Server> {
+        let bell = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?);
+        let orders =
+            Arc::new(Orders { bell, stop: AtomicBool::new(false), config_changed: AtomicBool::new(false) });
+        let (parking, receiver) = unbounded();
+        let control = Control { orders: Arc::clone(&orders), parking: receiver };
+        let builder = std::thread::Builder::new().name("session".into()).stack_size(STACK);
+        let thread = builder.spawn(move || run(control))?;
+        Ok(Server { orders, parking, thread: Some(thread) })
+    }
+
+    /// Tells the front end, and through it the guest, to read configuration space again.
+    pub fn config_changed(&self) {
+        self.orders.config_changed.store(true, Ordering::Release);
+        self.ring();
+    }
+
+    /// Begins to stop: queues finish what is in flight, the socket is closed and its path removed.
+    pub fn begin_stop(&self) {
+        self.orders.stop.store(true, Ordering::Release);
+        self.ring();
+    }
+
+    /// Has the thread come to a rest between two requests of its front end, to be handed over or let go on.
+    pub fn freeze(&self) -> Freeze {
+        let (freeze, parking) = Freeze::new();
+        // A thread that has ended drops it, which the freeze notices.
+        let _ = self.parking.send(parking);
+        self.ring();
+        freeze
+    }
+
+    /// Whether no front end is served any more, nor will be.
+    pub fn has_ended(&self) -> bool {
+        self.thread.as_ref().is_none_or(JoinHandle::is_finished)
+    }
+
+    fn ring(&self) {
+        // A full counter has rung.
+        let _ = self.orders.bell.write(1);
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.begin_stop();
+        if let Some(thread) = self.thread.take() {
+            // A panic there has been printed.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// A control thread that is ready to serve.
+#[derive(Debug)]
+pub struct Prepared {
+    ready: Receiver<Result<(), HandoverError>>,
+    go: Sender<()>,
+    /// Last: its drop waits for the thread, which must have noticed by then.
+    server: Server,
+}
+
+impl Prepared {
+    /// Waits until everything that can fail is done.
+    pub fn wait_ready(&self, until: Instant) -> Result<(), HandoverError> {
+        self.ready.recv_deadline(until).map_err(|e| match e {
+            RecvTimeoutError::Timeout => HandoverError::Late("get ready"),
+            RecvTimeoutError::Disconnected => HandoverError::Ended,
+        })?
+    }
+
+    /// Serves. A process that it is taken over from must not do so any more.
+    pub fn go(self) -> Server {
+        let _ = self.go.send(());
+        self.server
+    }
+}
+
+/// Serves one front end after another, first the one that is connected.
+fn serve<'a>(export: &'a Export, mut listener: Listener, mut served: Option<Served<'a>>, control: &Control) {
+    while !control.is_stopping() {
+        if let Some(session) = served.take() {
+            match session.run(control, &listener) {
+                Ok(Ended::Over) => info!("{}: front end gone", export.name),
+                Ok(Ended::HandedOver) => return listener.own(None),
+                Err(e) => warn!("{}: session ended: {e}", export.name),
+            }
+            export.device.reset();
+            continue;
+        }
+        match listener.accept(control.bell()) {
+            Ok(Accepted::FrontEnd(stream)) => {
+                info!("{}: front end connected", export.name);
+                match Connection::new(stream) {
+                    Ok(connection) => served = Some(Served::new(export, connection, control)),
+                    Err(e) => warn!("{}: session ended: {}", export.name, SocketError::from(e)),
+                }
+            }
+            Ok(Accepted::Rung) => {
+                control.heard();
+                // Nobody to tell that configuration space has changed.
+                control.take_config_changed();
+                if let Some(parking) = control.take_parking()
+                    && parking.follow(|| Snapshot::idle(&listener))
+                {
+                    return listener.own(None);
+                }
+            }
+            Ok(Accepted::Never) => return,
+            Err(e) => {
+                // Out of descriptors, most likely: others may give some back.
+                warn!("{}: cannot accept a front end: {e}", export.name);
+                std::thread::sleep(Duration::from_millis(200));
+            }
+        }
+    }
+}

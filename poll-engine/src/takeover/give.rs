@@ -1,0 +1,201 @@
+//! The running process's side: a socket on which another process asks for everything, and a thread that sees to it.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use tracing::{info, warn};
+
+use super::baton::Baton;
+use super::channel::Channel;
+use super::{Answer, Request, TakeoverError};
+use crate::session::handover::{Freeze, Snapshot};
+use crate::session::listen::{Accepted, Listener};
+use crate::session::server::Server;
+
+/// How long the new process may take over its greeting.
+const GREETING: Duration = Duration::from_secs(5);
+/// How long it may then take to start. Guests are served meanwhile, and so is nobody else on this socket.
+const START: Duration = Duration::from_secs(120);
+/// How long sessions may take to come to a rest between two requests: longer than a front end may leave a reply unread.
+/// Queues run meanwhile.
+const PARK: Duration = Duration::from_secs(15);
+/// How long queues may take to finish what is in flight. Guests wait meanwhile, as they do in the next two.
+const DRAIN: Duration = Duration::from_secs(5);
+/// How long the new process may take to receive all and to run. A few milliseconds is usual.
+const TAKE: Duration = Duration::from_secs(5);
+
+/// Something that is served, and can be handed over.
+#[derive(Debug)]
+pub struct Lot {
+    /// Where it is served: what the new process knows it by.
+    pub key: String,
+    /// What the device has to say about itself to the new process, before anything stops.
+    pub about: serde_json::Value,
+    /// Descriptors that go with it.
+    pub fds: Vec<OwnedFd>,
+    /// What serves it.
+    pub server: Arc<Server>,
+}
+
+/// What the program calls itself.
+#[derive(Clone, Copy, Debug)]
+pub struct Program {
+    /// Its name: only a program of the same name can take over.
+    pub name: &'static str,
+    /// Its version, for the log.
+    pub version: &'static str,
+}
+
+#[derive(Debug)]
+struct Bell {
+    stop: AtomicBool,
+    bell: EventFd,
+}
+
+/// The socket to take over by, and its thread; dropped, both are gone.
+#[derive(Debug)]
+pub struct Giver {
+    shared: Arc<Bell>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Giver {
+    /// Waits on `listener` for somebody to hand `lots` to. Afterwards, with nothing left to serve, `given` is
+    /// called, with an error if the new process has taken over and was not heard of again.
+    pub fn start(
+        mut listener: Listener,
+        program: Program,
+        lots: Vec<Lot>,
+        given: impl FnOnce(Result<(), TakeoverError>) + Send + 'static,
+    ) -> io::Result<Giver> {
+        let bell = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
+        let shared = Arc::new(Bell { stop: AtomicBool::new(false), bell });
+        let seen = Arc::clone(&shared);
+        let thread = std::thread::Builder::new().name("control".into()).spawn(move || {
+            while !seen.stop.load(Ordering::Acquire) {
+                match listener.accept(seen.bell.as_fd()) {
+                    Ok(Accepted::FrontEnd(stream)) => match give(stream, program, &lots) {
+                        Ok(heard) => return given(heard),
+                        Err(e) => warn!("not handed over, going on: {e}"),
+                    },
+                    Ok(Accepted::Rung) => {}
+                    Ok(Accepted::Never) => return,
+                    Err(e) => {
+                        warn!("cannot accept on the control socket: {e}");
+                        std::thread::sleep(Duration::from_millis(200));
+                    }
+                }
+            }
+        })?;
+        Ok(Giver { shared, thread: Some(thread) })
+    }
+}
+
+impl Drop for Giver {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, Ordering::Release);
+        // A full counter has rung.
+        let _ = self.shared.bell.write(1);
+        if let Some(thread) = self.thread.take() {
+            // A panic there has been printed.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Hands `lots` to whoever has connected. Any error means that they are served here as before; one inside, that they are
+/// not, and perhaps nowhere.
+fn give(
+    stream: UnixStream,
+    program: Program,
+    lots: &[Lot],
+) -> Result<Result<(), TakeoverError>, TakeoverError> {
+    let channel = Channel::new(stream)?;
+    let lots: Vec<&Lot> = lots.iter().filter(|lot| !lot.server.has_ended()).collect();
+    let outcome = greet(&channel, program, &lots).and_then(|()| hand_over(&channel, &lots));
+    if let Err(e) = &outcome {
+        // The last message of all, to somebody who may be gone, or stuck.
+        let _ = channel.send(&Answer::Refused(e.to_string()), &[], Instant::now());
+    }
+    outcome
+}
+
+fn greet(channel: &Channel, program: Program, lots: &[&Lot]) -> Result<(), TakeoverError> {
+    let until = Instant::now() + GREETING;
+    let (hello, _) = channel.receive(until, "greet")?;
+    let Request::Hello { program: name, version } = hello else { return Err(unexpected(hello)) };
+    if name != program.name {
+        return Err(TakeoverError::Program { theirs: name, ours: program.name.into() });
+    }
+    info!("version {version} wants to take over from {}", program.version);
+    let (name, version) = (name, program.version.into());
+    channel.send(&Answer::Hello { program: name, version, exports: lots.len() as u32 }, &[], until)?;
+    for lot in lots {
+        let fds: Vec<_> = lot.fds.iter().map(AsFd::as_fd).collect();
+        let export = Answer::Export { key: lot.key.clone(), about: lot.about.clone() };
+        channel.send(&export, &fds, until)?;
+    }
+    Ok(())
+}
+
+fn hand_over(channel: &Channel, lots: &[&Lot]) -> Result<Result<(), TakeoverError>, TakeoverError> {
+    let (ready, _) = channel.receive(Instant::now() + START, "start")?;
+    let Request::Ready = ready else { return Err(unexpected(ready)) };
+    let failed = |lot: &Lot, e| TakeoverError::Session(lot.key.clone(), e);
+
+    // Whichever way this function is left, what is frozen thaws, unless it is told to leave.
+    let frozen: Vec<(Freeze, &Lot)> = lots.iter().map(|&lot| (lot.server.freeze(), lot)).collect();
+    let until = Instant::now() + PARK;
+    for (freeze, lot) in &frozen {
+        freeze.wait_parked(until).map_err(|e| failed(lot, e))?;
+    }
+    let begun = Instant::now();
+    for (freeze, _) in &frozen {
+        freeze.stop();
+    }
+    let until = begun + DRAIN;
+    let snapshots = frozen.iter().map(|(freeze, lot)| freeze.snapshot(until).map_err(|e| failed(lot, e)));
+    let snapshots = snapshots.collect::<Result<Vec<_>, _>>()?;
+    let drained = begun.elapsed();
+
+    let baton = Baton::new()?;
+    let heard = send_all(channel, snapshots, &baton);
+    match heard {
+        // Not heard of, so perhaps not begun: whoever takes the baton serves.
+        Err(e) if baton.take() => return Err(e),
+        _ => {}
+    }
+    for (freeze, _) in frozen {
+        freeze.leave();
+    }
+    info!("handed over: drained in {drained:.1?}, the new process runs after {:.1?}", begun.elapsed());
+    Ok(heard)
+}
+
+/// Sends everything and waits for the new process to run.
+fn send_all(channel: &Channel, snapshots: Vec<Snapshot>, baton: &Baton) -> Result<(), TakeoverError> {
+    let until = Instant::now() + TAKE;
+    for snapshot in snapshots {
+        let (state, fds) = snapshot.into_parts();
+        let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
+        channel.send(&Answer::Server(Box::new(state)), &fds, until)?;
+    }
+    channel.send(&Answer::Baton, &[baton.as_fd()], until)?;
+    match channel.receive(until, "run")?.0 {
+        Request::Running => Ok(()),
+        other => Err(unexpected(other)),
+    }
+}
+
+fn unexpected(request: Request) -> TakeoverError {
+    match request {
+        Request::Failed(why) => TakeoverError::Failed(why),
+        other => TakeoverError::Protocol(format!("{other:?} at this place")),
+    }
+}
