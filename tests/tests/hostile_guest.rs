@@ -6,7 +6,7 @@ mod blk;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use blk::{Front, LIMIT, Lane, RAM_SIZE, RAM_START, Served};
+use blk::{Front, LIMIT, Lane, RAM_SIZE, RAM_START, Served, StopOnDrop};
 use kickless_tests::image::Image;
 use kickless_tests::scene::Scene;
 use kickless_tests::wait;
@@ -118,15 +118,6 @@ fn neighbour_survives(args: &[&str]) {
         }
     }
     served.terminate();
-}
-
-/// The scope waits for its threads, also when an assertion ends it.
-struct StopOnDrop<'a>(&'a AtomicBool);
-
-impl Drop for StopOnDrop<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
 }
 
 #[test]

@@ -5,6 +5,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use kickless_tests::daemon::Kind;
@@ -236,6 +237,15 @@ impl Lane {
         self.put(self.area + 4096, &[0; 512]);
         assert_eq!(self.request(READ, sector, &Shape { into: &[512], ..Shape::default() }), (OK, 513));
         assert_eq!(self.get(self.area + 4096, 512), bytes);
+    }
+}
+
+/// The scope waits for its threads, also when an assertion ends it.
+pub struct StopOnDrop<'a>(pub &'a AtomicBool);
+
+impl Drop for StopOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
     }
 }
 
