@@ -4,9 +4,7 @@
 
 mod blk;
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-
-use blk::{Front, LIMIT, Lane, RAM_SIZE, RAM_START, Served, StopOnDrop};
+use blk::{Front, LIMIT, Lane, RAM_SIZE, RAM_START, Served};
 use kickless_tests::image::Image;
 use kickless_tests::scene::Scene;
 use kickless_tests::wait;
@@ -80,24 +78,9 @@ fn neighbour_survives(args: &[&str]) {
     let mut expected = std::collections::BTreeMap::from([("ring", 0), ("memory", 0)]);
     for (name, kind, break_it) in CASES {
         let mut front = Front::connect(&served.socket, 2);
-        let (stop, rounds) = (AtomicBool::new(false), AtomicU64::new(0));
         let [bad, good] = &mut front.queues[..] else { unreachable!() };
-        good.verified_io(9, 0);
         bad.verified_io(7, 0);
-        std::thread::scope(|scope| {
-            let _stopped = StopOnDrop(&stop);
-            scope.spawn(|| {
-                while !stop.load(Ordering::Relaxed) {
-                    let round = rounds.fetch_add(1, Ordering::Relaxed);
-                    good.verified_io(round % 1000, round as u8);
-                }
-            });
-            let progress = |more: u64| {
-                let from = rounds.load(Ordering::Relaxed);
-                let moved = || Ok((rounds.load(Ordering::Relaxed) > from + more).then_some(()));
-                wait::until("the neighbour's requests", LIMIT, moved).unwrap();
-            };
-            progress(5);
+        blk::beside(good, |progress| {
             break_it(bad);
             if breaks_the_index(name) {
                 bad.kick.write(1).unwrap();
@@ -106,7 +89,7 @@ fn neighbour_survives(args: &[&str]) {
                 bad.kick.write(1).unwrap();
             }
             wait::until(name, LIMIT, || Ok(bad.err.read().ok())).unwrap();
-            progress(20);
+            progress.more(20);
             assert!(bad.driver.collect().is_none(), "{name}: answered");
         });
         good.verified_io(11, 1);

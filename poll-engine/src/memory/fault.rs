@@ -1,30 +1,24 @@
 //! Memory that its owner takes away: a front end that truncates the file behind a region makes every access to it a
-//! SIGBUS. The fault is caught, the page is replaced by one of zeros, and the region is marked, so that its queues can
-//! be stopped; nobody else notices.
+//! SIGBUS. The fault is caught, the region is replaced by zeros of our own, and it is marked, so that its queues can be
+//! stopped; nobody else notices.
 #![allow(unsafe_code)] // a signal handler, and mmap from inside it
 
 use std::sync::Once;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-/// Most regions of this process that are guarded at once: a full table for each of eight guests, or one region for each
-/// of four thousand. Further ones are used unguarded.
-const SLOTS: usize = 4096;
+/// Most regions of this process: a full table for each of 257 guests. A region beyond these is refused; one that was
+/// used unguarded could end the process. 3 MiB, of which only what is used is ever touched.
+const SLOTS: usize = 1 << 17;
 
 struct Slot {
     /// First address; 0 when free.
     start: AtomicUsize,
     len: AtomicUsize,
-    page: AtomicUsize,
     faulted: AtomicBool,
 }
 
 static TABLE: [Slot; SLOTS] = [const {
-    Slot {
-        start: AtomicUsize::new(0),
-        len: AtomicUsize::new(0),
-        page: AtomicUsize::new(0),
-        faulted: AtomicBool::new(false),
-    }
+    Slot { start: AtomicUsize::new(0), len: AtomicUsize::new(0), faulted: AtomicBool::new(false) }
 }; SLOTS];
 
 /// Slots ever used: what the handler has to look through.
@@ -40,37 +34,32 @@ pub fn faults() -> usize {
 
 /// A guarded range of addresses; dropped before they are unmapped.
 #[derive(Debug)]
-pub struct Guard(Option<usize>);
+pub struct Guard(usize);
 
 impl Guard {
-    /// Guards `len` bytes at `start`, a mapping in pages of `page` bytes.
-    pub fn new(start: usize, len: usize, page: usize) -> Guard {
+    /// Guards `len` bytes at `start`, a whole mapping. `None` when as many are guarded as can be.
+    pub fn new(start: usize, len: usize) -> Option<Guard> {
         static INSTALL: Once = Once::new();
         INSTALL.call_once(install);
         let claim =
             |slot: &Slot| slot.start.compare_exchange(0, start, Ordering::AcqRel, Ordering::Relaxed).is_ok();
-        let slot = TABLE.iter().position(claim);
-        if let Some(i) = slot {
-            TABLE[i].faulted.store(false, Ordering::Relaxed);
-            TABLE[i].page.store(page, Ordering::Relaxed);
-            TABLE[i].len.store(len, Ordering::Release);
-            USED.fetch_max(i + 1, Ordering::AcqRel);
-        }
-        Guard(slot)
+        let i = TABLE.iter().position(claim)?;
+        TABLE[i].faulted.store(false, Ordering::Relaxed);
+        TABLE[i].len.store(len, Ordering::Release);
+        USED.fetch_max(i + 1, Ordering::AcqRel);
+        Some(Guard(i))
     }
 
     /// Whether some of the memory was found to be gone.
     pub fn has_faulted(&self) -> bool {
-        self.0.is_some_and(|i| TABLE[i].faulted.load(Ordering::Acquire))
+        TABLE[self.0].faulted.load(Ordering::Acquire)
     }
 }
 
 impl Drop for Guard {
     fn drop(&mut self) {
-        if let Some(i) = self.0 {
-            TABLE[i].len.store(0, Ordering::Release);
-            TABLE[i].start.store(0, Ordering::Release);
-        }
+        TABLE[self.0].len.store(0, Ordering::Release);
+        TABLE[self.0].start.store(0, Ordering::Release);
     }
 }
 
@@ -90,7 +79,7 @@ fn install() {
 extern "C" fn on_sigbus(_signal: i32, info: *mut libc::siginfo_t, _context: *mut libc::c_void) {
     // SAFETY: the kernel passes a valid siginfo to an SA_SIGINFO handler.
     let at = unsafe { (*info).si_addr() }.addr();
-    if !replace_page(at) {
+    if !replace(at) {
         // Not guest memory: a fault of our own, which is to end the process as it always would.
         // SAFETY: as in `install`; the instruction is then run again and faults again.
         unsafe {
@@ -99,22 +88,21 @@ extern "C" fn on_sigbus(_signal: i32, info: *mut libc::siginfo_t, _context: *mut
     }
 }
 
-/// Puts a page of zeros where `at` faulted; false when that is no guarded memory.
-fn replace_page(at: usize) -> bool {
+/// Puts zeros in the place of the region that `at` faulted in; false when that is no guarded memory. All of the region:
+/// page by page, a guest could have it cut into more mappings than a process may have.
+fn replace(at: usize) -> bool {
     let used = USED.load(Ordering::Acquire);
     for slot in &TABLE[..used] {
         let (start, len) = (slot.start.load(Ordering::Acquire), slot.len.load(Ordering::Acquire));
         if start == 0 || at.wrapping_sub(start) >= len {
             continue;
         }
-        let page = slot.page.load(Ordering::Relaxed);
-        let page_start = at & !(page - 1);
-        // SAFETY: the page lies in a mapping that a Region owns and that only Regions touch; whatever points into it
-        // finds zeros there from now on.
+        // SAFETY: the range is the mapping that a Region owns and that only Regions touch; whatever points into it finds
+        // zeros there from now on.
         let mapped = unsafe {
             libc::mmap(
-                std::ptr::without_provenance_mut(page_start),
-                page,
+                std::ptr::without_provenance_mut(start),
+                len,
                 libc::PROT_READ | libc::PROT_WRITE,
                 libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED | libc::MAP_NORESERVE,
                 -1,

@@ -136,7 +136,8 @@ impl Region {
         // SAFETY: skip < len, so the address is inside the mapping just made.
         let host = NonNull::new(unsafe { mapping.as_ptr().add(skip as usize) })
             .ok_or_else(|| fail("mapped at address zero".into()))?;
-        let guard = Guard::new(mapping.as_ptr().addr(), len, page as usize);
+        let guard = Guard::new(mapping.as_ptr().addr(), len)
+            .ok_or_else(|| fail("this process has as many regions as it can watch over".into()))?;
         Ok(Region { spec, host, huge, guard, mapping })
     }
 

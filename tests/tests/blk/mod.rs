@@ -5,7 +5,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use kickless_tests::daemon::Kind;
@@ -240,8 +240,44 @@ impl Lane {
     }
 }
 
-/// The scope waits for its threads, also when an assertion ends it.
-pub struct StopOnDrop<'a>(pub &'a AtomicBool);
+/// Verified I/O on one queue, in a thread of its own, for as long as something else is done: it fails if that I/O goes
+/// wrong or stops.
+pub fn beside<R>(lane: &mut Lane, what: impl FnOnce(&Progress<'_>) -> R) -> R {
+    let (stop, rounds) = (AtomicBool::new(false), AtomicU64::new(0));
+    std::thread::scope(|scope| {
+        // The scope waits for its threads, also when an assertion ends it.
+        let stopped = StopOnDrop(&stop);
+        let io = scope.spawn(|| {
+            while !stop.load(Ordering::Relaxed) {
+                let round = rounds.fetch_add(1, Ordering::Relaxed);
+                lane.verified_io(round % 1000, round as u8);
+                // The other side needs a CPU as well.
+                std::thread::sleep(Duration::from_micros(300));
+            }
+        });
+        let progress = Progress(&rounds);
+        progress.more(5);
+        let outcome = what(&progress);
+        progress.more(5);
+        drop(stopped);
+        io.join().unwrap();
+        outcome
+    })
+}
+
+/// How far the I/O of [`beside`] is.
+pub struct Progress<'a>(&'a AtomicU64);
+
+impl Progress<'_> {
+    /// Waits for that many requests more, so many writes and reads each.
+    pub fn more(&self, rounds: u64) {
+        let from = self.0.load(Ordering::Relaxed);
+        let moved = || Ok((self.0.load(Ordering::Relaxed) > from + rounds).then_some(()));
+        wait::until("the neighbour's requests", LIMIT, moved).unwrap();
+    }
+}
+
+struct StopOnDrop<'a>(&'a AtomicBool);
 
 impl Drop for StopOnDrop<'_> {
     fn drop(&mut self) {
