@@ -26,6 +26,7 @@ pub mod linux;
 pub mod process;
 pub mod qemu;
 pub mod qmp;
+pub mod random;
 pub mod runner;
 pub mod scenario;
 pub mod scene;

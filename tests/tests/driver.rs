@@ -10,6 +10,7 @@ use std::time::Instant;
 
 use blk::{LIMIT, Served};
 use kickless_tests::image::Image;
+use kickless_tests::random::Random;
 use kickless_tests::scene::Scene;
 use poll_engine::memory::Ram;
 use std::os::fd::AsRawFd;
@@ -24,18 +25,6 @@ const SLOTS: usize = 12;
 const SLOT: usize = 68 << 10;
 const MAX_LEN: usize = 64 << 10;
 const REQUESTS: usize = 1500;
-
-/// Numbers that are the same for the same seed (splitmix64).
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, limit: usize) -> usize {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let z = (self.0 ^ self.0 >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-        ((z ^ z >> 31) % limit as u64) as usize
-    }
-}
 
 struct Pending {
     range: Range<usize>,

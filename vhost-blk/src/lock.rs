@@ -51,7 +51,15 @@ fn is_held(file: &File, byte: i64) -> Result<bool, LockError> {
 
 /// How long a holder may take to let go. The kernel closes the files of a killed process's io_uring a moment after the
 /// process is gone, and a restart must not fail for that.
+///
+/// More than that rests on it: what a killed process had given to io_uring goes on without it, and a write that reached
+/// the image late could undo what the next process has written since, as a late read could overwrite guest memory that
+/// the guest has put to other use. The locks belong to the open file, and each operation on it holds a reference to it
+/// until it has ended, whether it is with the device, in a worker or still queued (fs/file_table.c: `__fput` drops the
+/// locks, after the last reference). So who gets the lock comes after all of them, and nobody serves an image before.
 const PATIENCE: Duration = Duration::from_secs(1);
+/// How often to look meanwhile: a guest waits for its disk.
+const LOOK: Duration = Duration::from_micros(500);
 
 /// Locks `file` for reading, or for writing too; other writers are shut out either way. The locks last as long as the
 /// open file.
@@ -62,7 +70,7 @@ pub fn lock(file: &File, writable: bool) -> Result<(), LockError> {
             Err(LockError::HeldByWriter | LockError::HeldByReader) if begun.elapsed() < PATIENCE => {
                 // Let go meanwhile: of two that wait for each other, neither would get it.
                 release(file)?;
-                std::thread::sleep(PATIENCE / 20);
+                std::thread::sleep(LOOK);
             }
             outcome => return outcome,
         }

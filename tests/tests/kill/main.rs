@@ -1,0 +1,97 @@
+//! The daemon is killed with SIGKILL under load, again and again, at random moments, and another one takes over. Every
+//! request is answered exactly once; no write that was answered is lost, torn, or undone by one that came before it.
+//!
+//! `KICKLESS_KILLS` says how often (for each ring format), `KICKLESS_SEED` which run to repeat.
+
+mod daemon;
+mod front;
+mod model;
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use daemon::{Daemon, Killer};
+use front::{BLOCKS, End, Front};
+use kickless_tests::image::Image;
+use kickless_tests::random::Random;
+use kickless_tests::scene::Scene;
+use model::BLOCK;
+
+/// How often the daemon is killed.
+fn kills() -> usize {
+    let wanted = std::env::var("KICKLESS_KILLS").ok().and_then(|n| n.parse().ok());
+    wanted.unwrap_or(120)
+}
+
+fn seed() -> u64 {
+    let wanted = std::env::var("KICKLESS_SEED").ok().and_then(|n| n.parse().ok());
+    wanted.unwrap_or_else(|| {
+        u64::from(std::process::id()) << 32 | u64::from(Instant::now().elapsed().subsec_nanos())
+    })
+}
+
+/// Kills daemons while they come up, recover, are checked, and work.
+fn killed_at_random(seed: u64, kills: usize, args: &[&str]) -> Result<()> {
+    let scene = Scene::new()?;
+    let image = Image::create(&scene, "disk.img", (BLOCKS * BLOCK) as u64)?;
+    let mut front = Front::new(seed);
+    let mut random = Random(seed ^ 0x6b69_6c6c);
+    let (mut checked, mut left) = (0, 0);
+    let begun = Instant::now();
+    for kill in 0..kills {
+        let poll = ["--poll=adaptive", "--poll=busy", "--poll=event"][random.below(3)];
+        let mut daemon = Daemon::start(&scene, &image, &[args, &[poll]].concat())?;
+        // One in four is killed before it has got far; the others after a check of all that came before.
+        let early = random.below(4) == 0;
+        let mut killer =
+            early.then(|| Killer::after(&daemon, Duration::from_micros(random.below(30_000) as u64)));
+        let mut cycle = || -> Result<End> {
+            if !daemon.connect(&mut front)? {
+                return Ok(End::Gone);
+            }
+            if !early {
+                ensure!(front.load(|| true)? == End::Done, "the daemon has died by itself");
+                ensure!(front.check()? == End::Done, "the daemon has died by itself");
+                checked += 1;
+                killer = Some(Killer::after(&daemon, Duration::from_micros(random.below(12_000) as u64)));
+            }
+            front.load(|| false)
+        };
+        let end = cycle().with_context(|| format!("after {kill} kills, seed {seed}\n{}", daemon.log()))?;
+        assert_eq!(end, End::Gone);
+        killer.context("nobody to kill it")?.join();
+        daemon.expect_killed()?;
+        left += front.in_flight();
+    }
+    let mut daemon = Daemon::start(&scene, &image, args)?;
+    ensure!(daemon.connect(&mut front)?);
+    ensure!(front.load(|| true)? == End::Done);
+    ensure!(front.check()? == End::Done);
+    front.check_image(&image.read(0, BLOCKS * BLOCK)?)?;
+    let model = &front.model;
+    println!(
+        "{kills} kills in {:.1} s, {checked} of them followed by a check of everything, {:.1} requests in flight at \
+         each; {} writes and {} reads, seed {seed}",
+        begun.elapsed().as_secs_f64(),
+        left as f64 / kills as f64,
+        model.writes,
+        model.reads
+    );
+    ensure!(
+        left > kills,
+        "hardly anything was in flight when the daemon was killed: {left} requests in {kills} kills"
+    );
+    ensure!(model.writes > 10 * kills as u64, "{} writes only", model.writes);
+    Ok(())
+}
+
+#[test]
+fn killed_at_random_split() {
+    killed_at_random(seed(), kills(), &["--direct=on"]).unwrap();
+}
+
+/// Writes into the page cache: those that a killed daemon had begun go on in workers of the kernel.
+#[test]
+fn killed_at_random_buffered() {
+    killed_at_random(seed(), kills() / 4, &["--direct=off"]).unwrap();
+}

@@ -1,0 +1,132 @@
+//! What the blocks of a disk may hold. Each block that is written says which it is and which write of it this is, under
+//! a checksum; a block has one write at a time.
+
+use std::ops::Range;
+
+use anyhow::{Result, bail, ensure};
+
+/// Bytes of a block: the least that may not be torn.
+pub const BLOCK: usize = 512;
+
+/// What block `block` holds after write `seq` of it; nothing has been written by write 0.
+fn content(block: u64, seq: u64) -> [u8; BLOCK] {
+    let mut bytes = [0; BLOCK];
+    if seq == 0 {
+        return bytes;
+    }
+    bytes[..8].copy_from_slice(&block.to_le_bytes());
+    bytes[8..16].copy_from_slice(&seq.to_le_bytes());
+    // Every byte of a block depends on the write, so that a mixture of two is neither.
+    for (i, byte) in bytes[16..BLOCK - 4].iter_mut().enumerate() {
+        *byte =
+            (seq.wrapping_mul(0x9e37_79b9).wrapping_add(block.wrapping_mul(31)) >> (i % 24)) as u8 ^ i as u8;
+    }
+    let sum = crc32c::crc32c(&bytes[..BLOCK - 4]);
+    bytes[BLOCK - 4..].copy_from_slice(&sum.to_le_bytes());
+    bytes
+}
+
+/// Which write of block `block` these bytes are.
+fn write_of(block: u64, bytes: &[u8]) -> Result<u64> {
+    if bytes.iter().all(|&b| b == 0) {
+        return Ok(0);
+    }
+    let long = |at: usize| u64::from_le_bytes(std::array::from_fn(|i| bytes[at + i]));
+    let (says, seq) = (long(0), long(8));
+    ensure!(bytes == content(block, seq), "block {block} is torn (it says: block {says}, write {seq})");
+    Ok(seq)
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct State {
+    /// The last write that the driver has seen complete.
+    done: u64,
+    /// The write in flight.
+    writing: Option<u64>,
+}
+
+/// A disk as the driver knows it.
+#[derive(Debug)]
+pub struct Model {
+    blocks: Vec<State>,
+    pub writes: u64,
+    pub reads: u64,
+}
+
+impl Model {
+    pub fn new(blocks: usize) -> Model {
+        Model { blocks: vec![State::default(); blocks], writes: 0, reads: 0 }
+    }
+
+    /// Begins a write of these blocks: their bytes, or `None` if one of them is being written.
+    pub fn begin_write(&mut self, range: Range<usize>) -> Option<Vec<u8>> {
+        if self.blocks[range.clone()].iter().any(|b| b.writing.is_some()) {
+            return None;
+        }
+        Some(
+            range
+                .flat_map(|i| {
+                    let seq = self.blocks[i].done + 1;
+                    self.blocks[i].writing = Some(seq);
+                    content(i as u64, seq)
+                })
+                .collect(),
+        )
+    }
+
+    pub fn end_write(&mut self, range: Range<usize>) {
+        self.writes += 1;
+        for block in &mut self.blocks[range] {
+            block.done = block.writing.take().expect("completed twice");
+        }
+    }
+
+    /// Begins a read of these blocks: the oldest writes it may see.
+    pub fn begin_read(&self, range: Range<usize>) -> Vec<u64> {
+        self.blocks[range].iter().map(|b| b.done).collect()
+    }
+
+    /// Checks what a read has brought: each block whole, none older than when it was begun, none never written.
+    pub fn end_read(&mut self, range: Range<usize>, oldest: &[u64], bytes: &[u8]) -> Result<()> {
+        self.reads += 1;
+        for ((i, oldest), bytes) in range.zip(oldest).zip(bytes.chunks(BLOCK)) {
+            let (seq, block) = (write_of(i as u64, bytes)?, self.blocks[i]);
+            let newest = block.writing.unwrap_or(block.done);
+            if seq < *oldest {
+                bail!(
+                    "block {i} holds write {seq}, and write {oldest} had been completed: it was lost or undone"
+                );
+            }
+            ensure!(seq <= newest, "block {i} holds write {seq}, and there were only {newest}");
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blocks_that_are_lost_torn_or_undone_are_found() {
+        let mut model = Model::new(4);
+        let first = model.begin_write(1..3).unwrap();
+        assert!(model.begin_write(2..4).is_none(), "one write at a time");
+        let zeros = vec![0; 2 * BLOCK];
+        let oldest = model.begin_read(1..3);
+        model.end_read(1..3, &oldest, &zeros).unwrap();
+        model.end_read(1..3, &oldest, &first).unwrap();
+        model.end_write(1..3);
+        model.end_read(1..3, &oldest, &zeros).unwrap();
+        let oldest = model.begin_read(1..3);
+        assert!(model.end_read(1..3, &oldest, &zeros).unwrap_err().to_string().contains("lost"));
+        let second = model.begin_write(1..3).unwrap();
+        let mut torn = second.clone();
+        torn[100..200].copy_from_slice(&first[100..200]);
+        assert!(model.end_read(1..3, &oldest, &torn).unwrap_err().to_string().contains("torn"));
+        model.end_read(1..3, &oldest, &second).unwrap();
+        assert!(model.end_read(2..4, &[0, 0], &second).is_err(), "another block's bytes");
+        let from_nowhere = [content(1, 9), content(2, 9)].concat();
+        assert!(model.end_read(1..3, &oldest, &from_nowhere).is_err());
+    }
+}
