@@ -20,6 +20,7 @@
 
 pub mod device;
 pub mod engine;
+pub mod fault_point;
 pub mod memory;
 pub mod ring;
 pub mod session;

@@ -10,6 +10,7 @@ use quanta::Clock;
 use tracing::{info, warn};
 
 use super::reactor::Io;
+use crate::fault_point::pass;
 use crate::memory::log::QueueLog;
 use crate::memory::map::{MapHold, MemoryError, MemoryMap};
 use crate::ring::chain::{Chain, ChainView, HeldChain};
@@ -333,9 +334,11 @@ impl Queue {
         let Some(wants_interrupt) = self.ring.wants_interrupt() else { return };
         match &self.notifier.call {
             Some(call) if wants_interrupt => {
+                pass("signal-begins");
                 if self.signals.send(call, io) {
                     self.stats.signals.add(1);
                 }
+                pass("signal-ends");
             }
             _ => self.stats.signals_suppressed.add(1),
         }

@@ -17,6 +17,7 @@ use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64, Ordering};
 use serde::{Deserialize, Serialize};
 
 use super::{RingError, RingFormat};
+use crate::fault_point::pass;
 use crate::memory::map::{MemoryError, MemoryMap, Region, RegionSpec, RingAddress};
 
 /// The only version of the layout there is; 0 is memory that nobody has used yet.
@@ -151,6 +152,7 @@ impl SplitInflight {
             VERSION => Some(this.left(used_idx)?),
             _ => return bad("its version is unknown"),
         };
+        pass("recover-begins");
         // Not in use before all of it is right.
         this.half(10).store(this.region.desc_num, Ordering::Relaxed);
         this.half(14).store(used_idx, Ordering::Release);
@@ -205,28 +207,38 @@ impl SplitInflight {
     /// A chain has been taken from the ring.
     #[inline]
     pub(super) fn taken(&mut self, head: u16) {
+        pass("take-begins");
         self.counter_of(head).store(self.counter, Ordering::Relaxed);
+        pass("take-counter");
         self.counter = self.counter.wrapping_add(1);
         self.inflight(head).store(1, Ordering::Release);
+        pass("take-inflight");
     }
 
     /// A chain has been put into the used ring, where the driver does not see it yet.
     #[inline]
     pub(super) fn completed(&mut self, head: u16) {
+        pass("complete-used-ring");
         self.next(head).store(self.last_batch_head, Ordering::Relaxed);
+        pass("complete-next");
         self.last_batch_head = head;
         self.half(12).store(head, Ordering::Release);
+        pass("complete-last-batch-head");
         self.batch.push(head);
     }
 
     /// The used index has been raised: the driver sees all that was completed.
     #[inline]
     pub(super) fn published(&mut self, used_idx: u16) {
+        pass("publish-used-idx");
         for i in 0..self.batch.len() {
             self.inflight(self.batch[i]).store(0, Ordering::Release);
+            pass("publish-clear");
         }
         self.batch.clear();
+        pass("publish-cleared");
         self.half(14).store(used_idx, Ordering::Release);
+        pass("publish-noted");
     }
 
     #[inline]

@@ -19,6 +19,7 @@ use super::layout::{
     USED_F_NO_NOTIFY, indirect_desc,
 };
 use super::{RingConfig, RingError, Token};
+use crate::fault_point::pass;
 use crate::memory::log::LoggedPart;
 use crate::memory::map::MemoryMap;
 
@@ -193,6 +194,7 @@ impl SplitRing {
         self.in_flight += 1;
         if again.is_some() {
             self.resubmits.pop();
+            pass("recover-taken");
         } else {
             self.next_avail = self.next_avail.wrapping_add(1);
             if let Some(inflight) = &mut self.inflight {
@@ -302,6 +304,7 @@ impl SplitRing {
         if let Some(log) = &self.log {
             self.log_entries(log);
         }
+        pass("publish-begins");
         self.layout.set_used_idx(self.next_used);
         self.published = self.next_used;
         if let Some(inflight) = &mut self.inflight {

@@ -4,6 +4,7 @@
 //! `KICKLESS_KILLS` says how often (for each ring format), `KICKLESS_SEED` which run to repeat.
 
 mod daemon;
+mod faults;
 mod front;
 mod model;
 
@@ -14,8 +15,10 @@ use daemon::{Daemon, Killer};
 use front::{BLOCKS, End, Front};
 use kickless_tests::image::Image;
 use kickless_tests::random::Random;
+use kickless_tests::runner::{self, Test};
 use kickless_tests::scene::Scene;
 use model::BLOCK;
+use poll_engine::fault_point;
 
 /// How often the daemon is killed.
 fn kills() -> usize {
@@ -31,16 +34,16 @@ fn seed() -> u64 {
 }
 
 /// Kills daemons while they come up, recover, are checked, and work.
-fn killed_at_random(seed: u64, kills: usize, args: &[&str]) -> Result<()> {
-    let scene = Scene::new()?;
-    let image = Image::create(&scene, "disk.img", (BLOCKS * BLOCK) as u64)?;
+fn killed_at_random(scene: &Scene, kills: usize, args: &[&str]) -> Result<()> {
+    let seed = seed();
+    let image = Image::create(scene, "disk.img", (BLOCKS * BLOCK) as u64)?;
     let mut front = Front::new(seed);
     let mut random = Random(seed ^ 0x6b69_6c6c);
     let (mut checked, mut left) = (0, 0);
     let begun = Instant::now();
     for kill in 0..kills {
         let poll = ["--poll=adaptive", "--poll=busy", "--poll=event"][random.below(3)];
-        let mut daemon = Daemon::start(&scene, &image, &[args, &[poll]].concat())?;
+        let mut daemon = Daemon::start(scene, &image, &[args, &[poll]].concat())?;
         // One in four is killed before it has got far; the others after a check of all that came before.
         let early = random.below(4) == 0;
         let mut killer =
@@ -63,7 +66,7 @@ fn killed_at_random(seed: u64, kills: usize, args: &[&str]) -> Result<()> {
         daemon.expect_killed()?;
         left += front.in_flight();
     }
-    let mut daemon = Daemon::start(&scene, &image, args)?;
+    let mut daemon = Daemon::start(scene, &image, args)?;
     ensure!(daemon.connect(&mut front)?);
     ensure!(front.load(|| true)? == End::Done);
     ensure!(front.check()? == End::Done);
@@ -85,13 +88,27 @@ fn killed_at_random(seed: u64, kills: usize, args: &[&str]) -> Result<()> {
     Ok(())
 }
 
-#[test]
-fn killed_at_random_split() {
-    killed_at_random(seed(), kills(), &["--direct=on"]).unwrap();
-}
+type Body = fn(&Scene) -> Result<()>;
 
-/// Writes into the page cache: those that a killed daemon had begun go on in workers of the kernel.
-#[test]
-fn killed_at_random_buffered() {
-    killed_at_random(seed(), kills() / 4, &["--direct=off"]).unwrap();
+const TESTS: &[(&str, Body)] = &[
+    ("what_is_lost_torn_or_undone_is_found", |_| model::self_test()),
+    ("killed_at_random_split", |scene| killed_at_random(scene, kills(), &["--direct=on"])),
+    // Writes into the page cache: those that a killed daemon had begun go on in workers of the kernel.
+    ("killed_at_random_buffered", |scene| killed_at_random(scene, kills() / 4, &["--direct=off"])),
+];
+
+const FAULTS: &[(&str, Body)] =
+    &[("killed_between_any_two_steps_split", |scene| faults::at_each(scene, &fault_point::SPLIT))];
+
+fn main() -> std::process::ExitCode {
+    let test = |&(name, body): &(&str, Body), needs: fn() -> Option<String>| Test {
+        name: name.to_owned(),
+        needs: Box::new(needs),
+        run: Box::new(move |scene| body(scene).map(|()| None)),
+    };
+    let all = TESTS.iter().map(|t| test(t, || None));
+    runner::run(
+        all.chain(FAULTS.iter().map(|t| test(t, faults::missing))).collect(),
+        "KICKLESS_REQUIRE_FAULTS",
+    )
 }

@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 
 /// Bytes of a block: the least that may not be torn.
 pub const BLOCK: usize = 512;
@@ -103,30 +103,31 @@ impl Model {
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn blocks_that_are_lost_torn_or_undone_are_found() {
-        let mut model = Model::new(4);
-        let first = model.begin_write(1..3).unwrap();
-        assert!(model.begin_write(2..4).is_none(), "one write at a time");
-        let zeros = vec![0; 2 * BLOCK];
-        let oldest = model.begin_read(1..3);
-        model.end_read(1..3, &oldest, &zeros).unwrap();
-        model.end_read(1..3, &oldest, &first).unwrap();
-        model.end_write(1..3);
-        model.end_read(1..3, &oldest, &zeros).unwrap();
-        let oldest = model.begin_read(1..3);
-        assert!(model.end_read(1..3, &oldest, &zeros).unwrap_err().to_string().contains("lost"));
-        let second = model.begin_write(1..3).unwrap();
-        let mut torn = second.clone();
-        torn[100..200].copy_from_slice(&first[100..200]);
-        assert!(model.end_read(1..3, &oldest, &torn).unwrap_err().to_string().contains("torn"));
-        model.end_read(1..3, &oldest, &second).unwrap();
-        assert!(model.end_read(2..4, &[0, 0], &second).is_err(), "another block's bytes");
-        let from_nowhere = [content(1, 9), content(2, 9)].concat();
-        assert!(model.end_read(1..3, &oldest, &from_nowhere).is_err());
-    }
+/// Whether the model finds what it is there for.
+pub fn self_test() -> Result<()> {
+    let mut model = Model::new(4);
+    let begin = |model: &mut Model| model.begin_write(1..3).context("nothing is being written");
+    let first = begin(&mut model)?;
+    ensure!(model.begin_write(2..4).is_none(), "one write at a time");
+    let zeros = vec![0; 2 * BLOCK];
+    let oldest = model.begin_read(1..3);
+    model.end_read(1..3, &oldest, &zeros)?;
+    model.end_read(1..3, &oldest, &first)?;
+    model.end_write(1..3);
+    model.end_read(1..3, &oldest, &zeros)?;
+    let oldest = model.begin_read(1..3);
+    let finds = |model: &mut Model, range: Range<usize>, oldest: &[u64], bytes: &[u8], what: &str| {
+        let error = model.end_read(range, oldest, bytes).err().map(|e| e.to_string()).unwrap_or_default();
+        ensure!(error.contains(what), "{what}: not found ({error})");
+        Ok(())
+    };
+    finds(&mut model, 1..3, &oldest, &zeros, "lost or undone")?;
+    let second = begin(&mut model)?;
+    let mut torn = second.clone();
+    torn[100..200].copy_from_slice(&first[100..200]);
+    finds(&mut model, 1..3, &oldest, &torn, "torn")?;
+    model.end_read(1..3, &oldest, &second)?;
+    finds(&mut model, 2..4, &[0, 0], &second, "torn")?;
+    let from_nowhere = [content(1, 9), content(2, 9)].concat();
+    finds(&mut model, 1..3, &oldest, &from_nowhere, "there were only")
 }

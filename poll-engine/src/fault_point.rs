@@ -1,0 +1,55 @@
+//! Places where a test has the process die as by `kill -9`, between the steps that a crash must not come between.
+//!
+//! They are nothing unless the crate is built with the feature `fault-points`, which no optimised build can be. Then
+//! `KICKLESS_FAULT=NAME:N` ends the process when it passes the place NAME for the N-th time.
+
+#[cfg(all(feature = "fault-points", not(debug_assertions)))]
+compile_error!("fault points end the process on purpose: they are for tests, and not for optimised builds");
+
+/// The places on the way of a request through a split ring, in order, and those of a recovery.
+pub const SPLIT: [&str; 13] = [
+    "take-begins",
+    "take-counter",
+    "take-inflight",
+    "complete-used-ring",
+    "complete-next",
+    "complete-last-batch-head",
+    "publish-begins",
+    "publish-used-idx",
+    "publish-clear",
+    "publish-cleared",
+    "publish-noted",
+    "signal-begins",
+    "signal-ends",
+];
+/// The places of a recovery, which come up when requests were in flight.
+pub const RECOVER: [&str; 2] = ["recover-begins", "recover-taken"];
+
+/// One of the places.
+#[cfg(not(feature = "fault-points"))]
+#[inline(always)]
+pub(crate) fn pass(_name: &'static str) {}
+
+/// One of the places.
+#[cfg(feature = "fault-points")]
+pub(crate) fn pass(name: &'static str) {
+    use std::sync::OnceLock;
+    use std::sync::atomic::{AtomicI64, Ordering};
+
+    static WANTED: OnceLock<Option<(String, AtomicI64)>> = OnceLock::new();
+    let wanted = WANTED.get_or_init(|| {
+        let text = std::env::var("KICKLESS_FAULT").ok()?;
+        let (name, nth) = text.split_once(':')?;
+        Some((name.to_owned(), AtomicI64::new(nth.parse().ok()?)))
+    });
+    if let Some((wanted, left)) = wanted
+        && wanted == name
+        && left.fetch_sub(1, Ordering::Relaxed) == 1
+    {
+        let _ = nix::sys::signal::kill(nix::unistd::getpid(), nix::sys::signal::Signal::SIGKILL);
+        // Nothing more is done by this thread, whoever else goes on until the signal has got there.
+        loop {
+            std::thread::park();
+        }
+    }
+}

@@ -1,0 +1,84 @@
+//! The daemon dies between two steps of a request, at each of the places that there are, and at every one of them the
+//! next daemon finishes what it had begun.
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use kickless_tests::image::Image;
+use kickless_tests::process;
+use kickless_tests::scene::Scene;
+use poll_engine::fault_point::RECOVER;
+
+use crate::daemon::{Daemon, Killer};
+use crate::front::{BLOCKS, End, Front};
+use crate::model::BLOCK;
+
+/// How long it may take until a place is passed.
+const LIMIT: Duration = Duration::from_secs(20);
+
+/// The daemon that is built with fault points; it lies beside the one that is not.
+fn program() -> Option<PathBuf> {
+    let plain = process::built("vhost-blk")?;
+    Some(plain.parent()?.parent()?.join("fault-points/vhost-blk")).filter(|path| path.is_file())
+}
+
+pub fn missing() -> Option<String> {
+    let how = "cargo build -p vhost-blk --profile fault-points --features fault-points";
+    program().is_none().then(|| format!("no daemon with fault points: {how}"))
+}
+
+/// Has daemons die at each of `places`, the first time they pass it and later, and at the places of a recovery.
+pub fn at_each(scene: &Scene, places: &[&str]) -> Result<()> {
+    let image = Image::create(scene, "disk.img", (BLOCKS * BLOCK) as u64)?;
+    let mut front = Front::new(1);
+    let begun = Instant::now();
+    let mut deaths = 0;
+    for place in places.iter().chain(&RECOVER) {
+        let recovery = RECOVER.contains(place);
+        for nth in if recovery { 1..=1 } else { 1..=3 } {
+            // The first time, the second, and in the middle of a load.
+            let nth = if nth == 3 { 20 } else { nth };
+            if recovery {
+                leave_in_flight(scene, &image, &mut front)?;
+            }
+            dies_at(scene, &image, &mut front, place, nth).with_context(|| format!("{place}, {nth}"))?;
+            deaths += 1;
+        }
+    }
+    front.check_image(&image.read(0, BLOCKS * BLOCK)?)?;
+    println!(
+        "{deaths} deaths at {} places in {:.1} s",
+        places.len() + RECOVER.len(),
+        begun.elapsed().as_secs_f64()
+    );
+    Ok(())
+}
+
+/// Kills a daemon under load.
+fn leave_in_flight(scene: &Scene, image: &Image, front: &mut Front) -> Result<()> {
+    let mut daemon = Daemon::start(scene, image, &[])?;
+    ensure!(daemon.connect(front)?);
+    let killer = Killer::after(&daemon, Duration::from_millis(20));
+    ensure!(front.load(|| false)? == End::Gone);
+    killer.join();
+    daemon.expect_killed()
+}
+
+fn dies_at(scene: &Scene, image: &Image, front: &mut Front, place: &str, nth: usize) -> Result<()> {
+    let program = program().context("no daemon with fault points")?;
+    let fault = format!("{place}:{nth}");
+    let mut dying = Daemon::start_program(&program, scene, image, &[], &[("KICKLESS_FAULT", &fault)])?;
+    let deadline = Instant::now() + LIMIT;
+    if dying.connect(front)? {
+        let end = front.load(|| Instant::now() > deadline)?;
+        ensure!(end == End::Gone, "was never passed");
+    }
+    dying.expect_killed()?;
+
+    let mut last = Daemon::start(scene, image, &[])?;
+    ensure!(last.connect(front)?);
+    let whole = front.load(|| true)? == End::Done && front.check()? == End::Done;
+    ensure!(whole, "the daemon has died by itself\n{}", last.log());
+    Ok(())
+}
