@@ -13,7 +13,7 @@ use anyhow::{Context, Result};
 use nix::sys::eventfd::EventFd;
 use poll_engine::device::features;
 use poll_engine::engine::placement::pin_to;
-use poll_engine::memory::slice::prefetch;
+use poll_engine::memory::slice::{prefetch, prefetch_write};
 use poll_engine::memory::{MemoryMap, Ram, Region};
 use poll_engine::ring::RingConfig;
 use poll_engine::ring::layout::{DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE};
@@ -188,7 +188,7 @@ fn run<const COPY: bool>(map: &MemoryMap, config: &RingConfig, disk: *mut u8, st
                     table = guest(&by_guest, (*desc.add(at)).addr).cast();
                     at = 0;
                 }
-                prefetch(guest(&by_guest, (*table.add(at)).addr));
+                prefetch_write(guest(&by_guest, (*table.add(at)).addr));
                 if COPY {
                     at = copy_data(&by_guest, table, at, disk);
                 }

@@ -13,7 +13,7 @@ const BATCH: usize = 32;
 
 impl Job {
     /// Collects finished requests; false if one of them was not in flight.
-    #[inline]
+    #[inline(always)]
     pub(super) fn collect(&mut self, finished: usize) -> bool {
         let now = self.now();
         let mut left = finished;
@@ -28,7 +28,7 @@ impl Job {
                 let Some(slot) = self.slots.get(usize::from(*index)) else { return false };
                 // The back end's CPU has these lines: their misses overlap.
                 if let Some(status) = self.map.slice(slot.status, 1) {
-                    status.prefetch();
+                    status.prefetch_write();
                 }
             }
             for &index in &*batch {
@@ -48,7 +48,7 @@ impl Job {
     }
 
     /// The request in a slot is finished.
-    #[inline]
+    #[inline(always)]
     fn answered(&mut self, index: u16, now: u64) {
         let slot = &mut self.slots[usize::from(index)];
         slot.busy = false;

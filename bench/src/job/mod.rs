@@ -127,9 +127,11 @@ impl Job {
         verify::fill(&mut scratch, 0, seeds.next());
         let mut slots = Vec::new();
         for _ in 0..spec.iodepth {
+            // Header and status on one cache line, as drivers have them (Linux: `struct virtblk_req`).
+            let header = ram.alloc(32, 64)?;
             let slot = Slot {
-                header: ram.alloc(16, 64)?,
-                status: ram.alloc(16, 64)?,
+                header,
+                status: header + 16,
                 table: ram.alloc(48, 64)?,
                 data: ram.alloc(u64::from(largest), 4096)?,
                 busy: false,

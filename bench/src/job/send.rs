@@ -9,7 +9,7 @@ use crate::verify;
 
 impl Job {
     /// The next request, and when its latency begins, if one is due.
-    #[inline]
+    #[inline(always)]
     fn next(&mut self, now: u64) -> Option<(Request, u64)> {
         if !matches!(self.source, Source::Work) || self.held.is_some() {
             return self.next_to_verify(now);
@@ -37,7 +37,7 @@ impl Job {
     }
 
     /// Adds the next request to the ring, if it is due and there is room.
-    #[inline]
+    #[inline(always)]
     pub(super) fn send_next(&mut self, now: u64) -> bool {
         let Some(&index) = self.free.last() else { return false };
         let Some((request, since)) = self.next(now) else { return false };
@@ -68,7 +68,7 @@ impl Job {
         true
     }
 
-    #[inline]
+    #[inline(always)]
     fn add(&mut self, index: u16, request: &Request) -> Option<u16> {
         let slot = &mut self.slots[usize::from(index)];
         // In halves, each stored whole before it is copied: a load of what lies in several stores waits for all of

@@ -4,7 +4,7 @@
 use std::marker::PhantomData;
 use std::ptr;
 
-pub use vring::layout::prefetch;
+pub use vring::layout::{prefetch, prefetch_write};
 
 use super::map::MemoryMap;
 
@@ -24,6 +24,11 @@ unsafe impl Send for RawSlice {}
 impl RawSlice {
     pub(crate) fn len(self) -> u32 {
         self.len
+    }
+
+    #[inline]
+    pub(crate) fn host_addr(self) -> *mut u8 {
+        self.host
     }
 
     /// Ties the address back to the map it came from.
@@ -148,5 +153,11 @@ impl<'m> GuestSlice<'m> {
     #[inline]
     pub fn prefetch(&self) {
         prefetch(self.host);
+    }
+
+    /// Asks the CPU to fetch the first cache line, to be written.
+    #[inline]
+    pub fn prefetch_write(&self) {
+        prefetch_write(self.host);
     }
 }

@@ -55,6 +55,12 @@ impl Chain {
         Ok(())
     }
 
+    /// The host address of the first byte, 0 without one: to be prefetched, not to be used.
+    #[inline]
+    pub(crate) fn first_addr(&self) -> usize {
+        self.slices.first().map_or(0, |s| s.host_addr().addr())
+    }
+
     /// The chain as seen through the map that translated it.
     ///
     /// # Safety

@@ -64,43 +64,43 @@ impl DriverRing {
     }
 
     /// [`vring::driver::DriverRing::add`].
-    #[inline]
+    #[inline(always)]
     pub fn add(&mut self, buffers: &[Buffer]) -> Option<u16> {
         self.ring.add(buffers)
     }
 
     /// [`vring::driver::DriverRing::make_available`].
-    #[inline]
+    #[inline(always)]
     pub fn make_available(&mut self, head: u16) {
         self.ring.make_available(head);
     }
 
     /// [`vring::driver::DriverRing::publish`].
-    #[inline]
+    #[inline(always)]
     pub fn publish(&mut self) -> bool {
         self.ring.publish()
     }
 
     /// [`vring::driver::DriverRing::finished`].
-    #[inline]
+    #[inline(always)]
     pub fn finished(&mut self) -> u16 {
         self.ring.finished()
     }
 
     /// [`vring::driver::DriverRing::collect_keeping`].
-    #[inline]
+    #[inline(always)]
     pub fn collect_keeping(&mut self) -> Option<(u16, u32)> {
         self.ring.collect_keeping()
     }
 
     /// [`vring::driver::DriverRing::collect`].
-    #[inline]
+    #[inline(always)]
     pub fn collect(&mut self) -> Option<(u16, u32)> {
         self.ring.collect()
     }
 
     /// [`vring::driver::DriverRing::set_interrupts`].
-    #[inline]
+    #[inline(always)]
     pub fn set_interrupts(&mut self, on: bool) -> bool {
         self.ring.set_interrupts(on)
     }
@@ -109,7 +109,7 @@ impl DriverRing {
 impl Deref for DriverRing {
     type Target = vring::driver::DriverRing;
 
-    #[inline]
+    #[inline(always)]
     fn deref(&self) -> &vring::driver::DriverRing {
         &self.ring
     }

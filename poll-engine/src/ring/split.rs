@@ -22,6 +22,7 @@ use super::{RingConfig, RingError, Token};
 use crate::fault_point::pass;
 use crate::memory::log::LoggedPart;
 use crate::memory::map::MemoryMap;
+use crate::memory::slice::prefetch_write;
 
 /// With the event index, `avail_event` is moved on when the driver has come this far past it, so that the driver's
 /// 16-bit numbers never come round to it while notifications are off.
@@ -65,6 +66,8 @@ pub struct SplitRing {
     resubmits: Vec<u16>,
     /// The driver is owed an interrupt, whatever it says it wants: the one of an earlier back end may have been lost.
     overdue: bool,
+    /// The head taken last, and where its first buffer is.
+    recent: (u16, usize),
 }
 
 impl SplitRing {
@@ -88,6 +91,7 @@ impl SplitRing {
             inflight: None,
             resubmits: Vec::new(),
             overdue: false,
+            recent: (0, 0),
         };
         ring.disable_notification();
         Ok(ring)
@@ -149,10 +153,20 @@ impl SplitRing {
         Ok(ready)
     }
 
+    /// What is read here is a hint only; `take` reads and checks it again.
     #[inline]
     pub(super) fn prefetch(&mut self, count: u16, map: &MemoryMap) {
-        // One chain has nothing to overlap with: a prefetch would only add to its latency.
-        if count < 2 || !self.resubmits.is_empty() {
+        if !self.resubmits.is_empty() {
+            return;
+        }
+        for i in (0..count).step_by(8) {
+            self.layout.prefetch_used(self.next_used.wrapping_add(i));
+        }
+        if count == 1 {
+            // Nothing to overlap with but itself. A driver with one request in flight uses the same descriptors and
+            // header again and again: they come along with the entry of the available ring that names them.
+            self.layout.prefetch_desc(self.recent.0);
+            prefetch_write(std::ptr::without_provenance(self.recent.1));
             return;
         }
         for i in 0..count {
@@ -160,9 +174,9 @@ impl SplitRing {
         }
         for i in 0..count {
             let head = self.layout.avail_ring(self.next_avail.wrapping_add(i));
-            // The guest's values are used as hints only; `take` reads and checks them again.
+            // To be written: drivers have what a device answers beside what it is asked.
             if let Some(first) = map.slice(self.layout.desc(head).addr, DESC_SIZE) {
-                first.prefetch();
+                first.prefetch_write();
             }
         }
     }
@@ -190,6 +204,7 @@ impl SplitRing {
             }
             self.walk_table(desc, map, chain)?;
         }
+        self.recent = (head, chain.first_addr());
         // Commit: from here on the chain is ours.
         self.in_flight += 1;
         if again.is_some() {
