@@ -27,14 +27,18 @@ use poll_engine::session::state::{Action, Offer, Session};
 const BATCH: u16 = poll_engine::engine::queue::BUDGET;
 const SECTORS: u64 = (1 << 30) / 512;
 
+/// A descriptor as it is in memory.
 #[repr(C)]
 #[derive(Clone, Copy)]
-struct Desc {
-    addr: u64,
-    len: u32,
-    flags: u16,
-    next: u16,
+pub struct Desc {
+    pub addr: u64,
+    pub len: u32,
+    pub flags: u16,
+    pub next: u16,
 }
+
+/// Start, size and host address of each region.
+pub type Translation = Vec<(u64, u64, *mut u8)>;
 
 struct Running {
     stop: Arc<AtomicBool>,
@@ -112,9 +116,17 @@ pub fn serve(path: &Path, cpu: Option<usize>, copy: bool) -> Result<()> {
     Ok(())
 }
 
+/// By guest-physical addresses, and by those of the front end.
+pub fn translation(map: &MemoryMap) -> (Translation, Translation) {
+    let regions = || map.regions().iter().map(|r| (r.spec(), r.host_addr()));
+    let by_guest = regions().map(|(spec, host)| (spec.guest_addr, spec.size, host));
+    let by_user = regions().map(|(spec, host)| (spec.user_addr, spec.size, host));
+    (by_guest.collect(), by_user.collect())
+}
+
 /// Host address of a guest-physical one; guests are trusted to give good ones.
 #[inline]
-fn guest(map: &[(u64, u64, *mut u8)], addr: u64) -> *mut u8 {
+pub fn guest(map: &[(u64, u64, *mut u8)], addr: u64) -> *mut u8 {
     for (start, size, host) in map {
         let offset = addr.wrapping_sub(*start);
         if offset < *size {
@@ -154,10 +166,7 @@ unsafe fn copy_data(map: &[(u64, u64, *mut u8)], table: *const Desc, at: usize, 
 
 /// `COPY` is a constant so that the loop without it stays what it is.
 fn run<const COPY: bool>(map: &MemoryMap, config: &RingConfig, disk: *mut u8, stop: &AtomicBool) -> u16 {
-    let by_guest: Vec<_> =
-        map.regions().iter().map(|r| (r.spec().guest_addr, r.spec().size, r.host_addr())).collect();
-    let by_user: Vec<_> =
-        map.regions().iter().map(|r| (r.spec().user_addr, r.spec().size, r.host_addr())).collect();
+    let (by_guest, by_user) = translation(map);
     let mask = config.size as u16 - 1;
     let desc = guest(&by_user, config.desc_addr).cast::<Desc>();
     let avail = guest(&by_user, config.avail_addr).cast::<u16>();

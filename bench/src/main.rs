@@ -1,4 +1,5 @@
-//! `vbench`: drives a vhost-user-blk socket from the driver's side of the ring, with fio's vocabulary.
+//! `vbench`: drives vhost-user-blk and vhost-user-net sockets from the driver's side of the ring; disks with fio's
+//! vocabulary.
 
 mod ceiling;
 mod compare;
@@ -12,6 +13,7 @@ mod human;
 mod job;
 mod jobfile;
 mod measure;
+mod net;
 mod options;
 mod outcome;
 mod pace;
@@ -44,6 +46,8 @@ struct Cli {
 enum Command {
     /// Drive one vhost-user-blk socket and report rates and latencies
     Run(run::Run),
+    /// Drive one vhost-user-net socket, or two ports of a switch, and report packet rates, losses and latencies
+    Net(Box<net::Net>),
     /// Measure the generator itself, against a ring that is served in this process
     Ceiling(ceiling::Ceiling),
     /// Run several back ends in turn under the same load and print their ratios
@@ -77,6 +81,10 @@ enum Command {
         #[arg(long, value_name = "CPU")]
         cpu: Option<usize>,
     },
+    /// Serve a network card by a loop without any checks, or a wire between two: the limit to measure beside
+    FloorNet(net::floor::FloorNet),
+    /// Serve a network card written with the vhost-user-backend and virtio-queue crates: a peer to measure beside
+    PlainNet(net::plain::PlainNet),
     /// Measure what a request is made of on this machine: a cache line to another CPU and back, a copy, entries into
     /// the kernel
     Probe(probe::Probe),
@@ -185,10 +193,13 @@ fn main() -> ExitCode {
     };
     let outcome = match &cli.command {
         Command::Run(run) => return run::run(run),
+        Command::Net(what) => return net::net(what),
         Command::Ceiling(what) => ceiling::ceiling(what),
         Command::Compare(what) => compare::compare(what),
         Command::Floor { socket_path, cpu, copy } => floor::serve(socket_path, *cpu, *copy),
         Command::Plain { socket_path, num_queues, cpu } => plain::serve(socket_path, *num_queues, *cpu),
+        Command::FloorNet(what) => net::floor::serve(what),
+        Command::PlainNet(what) => net::plain::serve(what),
         Command::Probe(what) => probe::probe(what),
         Command::Replay(what) => replay::replay(what),
         Command::Trace(what) => replay::look(what),

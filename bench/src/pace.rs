@@ -21,6 +21,21 @@ impl Pacer {
         pacer
     }
 
+    /// Counts from `now` instead.
+    pub fn begin(&mut self, now: u64) {
+        self.next += now as f64;
+    }
+
+    /// Requests that should have begun by `now` and were not taken; of a Poisson process about as many.
+    pub fn due(&self, now: u64) -> u64 {
+        match self.rate {
+            Rate::Open { rate, .. } if self.next <= now as f64 => {
+                ((now as f64 - self.next) * rate / 1e9) as u64 + 1
+            }
+            _ => 0,
+        }
+    }
+
     /// When the next request is due; `None` when at once.
     #[inline]
     pub fn next(&self) -> Option<u64> {

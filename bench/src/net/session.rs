@@ -1,0 +1,246 @@
+//! The front ends: connects to one back end or two, or lets them connect, and sets all queue pairs up.
+
+use std::io::{Read, Write};
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use poll_engine::device::features;
+use vhost::VhostBackend;
+use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
+use vhost::vhost_user::{Frontend, VhostUserFrontend};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use super::queue::{Features, Port, Rx, Tx, lay_out};
+use super::spec::NetSpec;
+use super::worker::{Shared, Worker};
+use crate::front_end::{Deadline, memory, reach, set_up, share};
+
+/// How long a back end may take to connect to us.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Feature bits (virtio 1.3, 5.1.3).
+pub mod net_features {
+    /// `VIRTIO_NET_F_CSUM`: the back end completes checksums.
+    pub const CSUM: u64 = 1;
+    /// `VIRTIO_NET_F_GUEST_CSUM`: checksums may be left to the driver.
+    pub const GUEST_CSUM: u64 = 1 << 1;
+    /// `VIRTIO_NET_F_GUEST_TSO4`: the driver takes packets to be segmented.
+    pub const GUEST_TSO4: u64 = 1 << 7;
+    /// `VIRTIO_NET_F_HOST_TSO4`: the back end takes packets to be segmented.
+    pub const HOST_TSO4: u64 = 1 << 11;
+    /// `VIRTIO_NET_F_MRG_RXBUF`.
+    pub const MRG_RXBUF: u64 = 1 << 15;
+    /// `VIRTIO_NET_F_MQ`.
+    pub const MQ: u64 = 1 << 22;
+    /// `VIRTIO_NET_F_CTRL_VQ`.
+    pub const CTRL_VQ: u64 = 1 << 17;
+    /// Of a disk, `VIRTIO_BLK_F_BLK_SIZE`; what was of a network device there has been gone since virtio 1.0.
+    pub const BLK_SIZE: u64 = 1 << 6;
+}
+use net_features::{BLK_SIZE, CSUM, CTRL_VQ, GUEST_CSUM, GUEST_TSO4, HOST_TSO4, MQ, MRG_RXBUF};
+
+/// Started sessions: queues run for as long as it is kept.
+pub struct Session {
+    fronts: Vec<Frontend>,
+    /// One for each queue pair, to be taken out and run.
+    pub workers: Vec<Worker>,
+    /// What was negotiated with each back end.
+    pub negotiated: Vec<Negotiated>,
+}
+
+/// What was negotiated with one back end.
+#[derive(Clone, Copy, Debug)]
+pub struct Negotiated {
+    /// Feature bits offered.
+    pub offered: u64,
+    /// Those that are used.
+    pub used: u64,
+}
+
+impl Session {
+    /// Opens all sockets and starts all queues.
+    pub fn open(spec: &Arc<NetSpec>) -> Result<Session> {
+        let streams = if spec.server {
+            accept(spec)?
+        } else {
+            spec.sockets.iter().map(|path| reach(path)).collect::<Result<_>>()?
+        };
+        let mut session = Session { fronts: Vec::new(), workers: Vec::new(), negotiated: Vec::new() };
+        let pairs = usize::from(spec.load.queue_pairs);
+        let mut ports: Vec<Vec<Port>> = (0..pairs).map(|_| Vec::new()).collect();
+        let calls: Vec<EventFd> =
+            (0..pairs).map(|_| EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)).collect::<std::io::Result<_>>()?;
+        for (at, (path, stream)) in spec.sockets.iter().zip(streams).enumerate() {
+            let deadline = Deadline::new(stream.try_clone()?)?;
+            let outcome = session.port(spec, at, stream, &calls);
+            let passed = deadline.passed();
+            let of_port = outcome.map_err(|e| {
+                let late = "does not answer; does it serve another front end?";
+                if passed { anyhow!("{} {late}", path.display()) } else { e }
+            })?;
+            for (pair, port) in ports.iter_mut().zip(of_port) {
+                pair.push(port);
+            }
+        }
+        let shared = Arc::new(Shared::new(spec)?);
+        for (index, (ports, call)) in ports.into_iter().zip(calls).enumerate() {
+            session.workers.push(Worker::new(spec, &shared, index, ports, call));
+        }
+        Ok(session)
+    }
+
+    /// The sockets, to see when a back end closes one.
+    pub fn fds(&self) -> impl Iterator<Item = RawFd> {
+        self.fronts.iter().map(AsRawFd::as_raw_fd)
+    }
+
+    /// Negotiates at one socket; its queue pairs.
+    fn port(
+        &mut self,
+        spec: &NetSpec,
+        at: usize,
+        stream: UnixStream,
+        calls: &[EventFd],
+    ) -> Result<Vec<Port>> {
+        let path = spec.sockets[at].display();
+        let raw = stream.try_clone()?;
+        let pairs = spec.load.queue_pairs;
+        let mut front = Frontend::from_stream(stream, u64::from(pairs) * 2);
+        let refused = || format!("{path} refused the session");
+        front.set_owner().with_context(refused)?;
+        let offered = front.get_features().with_context(refused)?;
+        let used = choose(spec, at, offered).with_context(|| path.to_string())?;
+        front.set_features(used).with_context(refused)?;
+        let protocol = front.get_protocol_features().with_context(refused)?;
+        // Acknowledged messages tell of a refusal where it happens.
+        let use_protocol = protocol & (VhostUserProtocolFeatures::MQ | VhostUserProtocolFeatures::REPLY_ACK);
+        front.set_protocol_features(use_protocol).with_context(refused)?;
+        if pairs > 1 {
+            ensure!(
+                use_protocol.contains(VhostUserProtocolFeatures::MQ),
+                "{path} has one queue pair (no protocol feature MQ), fewer than --queue-pairs {pairs}"
+            );
+            // Some say how many rings, some how many pairs; the crate takes it for the number of rings.
+            let there = queue_num(&raw).with_context(refused)?;
+            ensure!(there >= pairs.into(), "{path} has {there} queues, fewer than --queue-pairs {pairs}");
+        }
+        let mut ram = memory(spec.memory(), spec.base.hugepages)?;
+        share(&front, &ram).with_context(refused)?;
+        let features = Features {
+            mergeable: used & MRG_RXBUF != 0,
+            indirect: spec.base.indirect,
+            event_idx: used & features::EVENT_IDX != 0,
+        };
+        let mut ports = Vec::new();
+        for (pair, call) in calls.iter().enumerate() {
+            let full = "guest memory is used up; lower --ring-size, --size or --queue-pairs";
+            let mut rings = Vec::new();
+            for ring in [pair * 2, pair * 2 + 1] {
+                let config = lay_out(spec, features, &mut ram).context(full)?;
+                let kick = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
+                // One call for all rings of a thread: it waits for all of them at once.
+                let events = (kick, call.try_clone()?);
+                set_up(&mut front, ring, &config, &events).with_context(|| {
+                    format!("{path} refused ring {ring} of {} descriptors; lower --ring-size", config.size)
+                })?;
+                rings.push((config, events.0));
+            }
+            let [rx, tx] = <[_; 2]>::try_from(rings).map_err(|_| anyhow!("two rings"))?;
+            let rx = Rx::new(spec, features, &mut ram, rx).context(full)?;
+            let tx = Tx::new(spec, features, &mut ram, tx).context(full)?;
+            ports.push(Port { map: Arc::clone(ram.map()), rx, tx });
+        }
+        self.fronts.push(front);
+        self.negotiated.push(Negotiated { offered, used });
+        Ok(ports)
+    }
+}
+
+/// The features to use.
+fn choose(spec: &NetSpec, port: usize, offered: u64) -> Result<u64> {
+    if offered & BLK_SIZE != 0 && offered & (CSUM | CTRL_VQ | MQ | MRG_RXBUF) == 0 {
+        bail!("looks like a block device (it offers VIRTIO_BLK_F_BLK_SIZE); vbench run drives those");
+    }
+    let direction = spec.direction;
+    let gso = spec.load.size.gso();
+    let mut needed = vec![
+        (features::VERSION_1, "VIRTIO_F_VERSION_1"),
+        (VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits(), "VHOST_USER_F_PROTOCOL_FEATURES"),
+    ];
+    if spec.base.indirect {
+        needed.push((features::INDIRECT_DESC, "VIRTIO_F_INDIRECT_DESC (--indirect)"));
+    }
+    if gso && direction.sends(port) {
+        needed.push((CSUM, "VIRTIO_NET_F_CSUM (--size gso)"));
+        needed.push((HOST_TSO4, "VIRTIO_NET_F_HOST_TSO4 (--size gso)"));
+    }
+    let receives =
+        direction.returns() && (0..direction.ports()).any(|p| direction.sends(p) && direction.to(p) == port);
+    if gso && receives {
+        needed.push((GUEST_CSUM, "VIRTIO_NET_F_GUEST_CSUM (--size gso)"));
+        needed.push((GUEST_TSO4, "VIRTIO_NET_F_GUEST_TSO4 (--size gso)"));
+    }
+    let missing: Vec<_> =
+        needed.iter().filter(|(bit, _)| offered & bit == 0).map(|(_, name)| *name).collect();
+    ensure!(missing.is_empty(), "the back end does not offer {}", missing.join(" and "));
+    let mut used = needed.iter().fold(0, |all, (bit, _)| all | bit);
+    used |= if spec.base.no_event_idx { 0 } else { offered & features::EVENT_IDX };
+    used |= if spec.load.mrg_rxbuf == 1 { offered & MRG_RXBUF } else { 0 };
+    // What goes with it, CTRL_VQ, tells the number of pairs to devices of which the front end does not start rings.
+    used |= if spec.load.queue_pairs > 1 { offered & MQ } else { 0 };
+    Ok(used)
+}
+
+/// `VHOST_USER_GET_QUEUE_NUM`.
+fn queue_num(mut stream: &UnixStream) -> Result<u64> {
+    const GET_QUEUE_NUM: u32 = 17;
+    let header = [GET_QUEUE_NUM, 1, 0].map(u32::to_le_bytes).concat();
+    stream.write_all(&header)?;
+    let mut reply = [0; 20];
+    stream.read_exact(&mut reply)?;
+    let (head, number) = reply.split_at(12);
+    ensure!(head[..4] == header[..4] && head[8..] == [8, 0, 0, 0], "an answer of another form");
+    Ok(u64::from_le_bytes(number.try_into()?))
+}
+
+/// Removes a socket file that was made here.
+struct Made<'a>(&'a Path);
+
+impl Drop for Made<'_> {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(self.0);
+    }
+}
+
+/// Listens at all sockets until a back end has connected to each.
+fn accept(spec: &NetSpec) -> Result<Vec<UnixStream>> {
+    let mut listeners = Vec::new();
+    for path in &spec.sockets {
+        let listener = UnixListener::bind(path)
+            .with_context(|| format!("cannot listen at {}; if nobody does, remove it", path.display()))?;
+        listener.set_nonblocking(true)?;
+        listeners.push((listener, Made(path)));
+    }
+    let begun = Instant::now();
+    let mut streams = Vec::new();
+    for (listener, made) in &listeners {
+        let stream = loop {
+            match listener.accept() {
+                Ok((stream, _)) => break stream,
+                Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => {}
+                Err(e) => return Err(e).with_context(|| format!("cannot accept at {}", made.0.display())),
+            }
+            if begun.elapsed() > PATIENCE {
+                bail!("no back end has connected to {} within {} s", made.0.display(), PATIENCE.as_secs());
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        };
+        stream.set_nonblocking(false)?;
+        streams.push(stream);
+    }
+    Ok(streams)
+}
