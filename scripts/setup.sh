@@ -9,6 +9,9 @@ busybox-static the user space of the guest
 cpio packs the initramfs of the guest
 dash the shell of the guest
 fio verified load inside the guest
+dpdk-dev testpmd, a peer of the network devices
+librte-net-vhost23 the vhost-user ports of testpmd
+librte-mempool-ring23 the packet buffers of testpmd
 e2fsprogs file systems in the guest, and checking them from outside
 util-linux setpriv, blkdiscard and blockdev
 binutils prepares kernel modules and programs for the guest

@@ -15,7 +15,18 @@ pub struct Summary {
     pub kicks: u64,
     /// CPU seconds of the jobs in all.
     pub cpu_seconds: f64,
+    /// Of packets, what went over the wire.
+    pub wire: Option<Wire>,
     latency: Histogram<u64>,
+}
+
+/// What went over the wire.
+#[derive(Clone, Copy, Debug)]
+pub struct Wire {
+    /// Gbit/s of frames that arrived.
+    pub gbits: f64,
+    /// Percent of those sent that did not.
+    pub loss_percent: f64,
 }
 
 impl Summary {
@@ -32,8 +43,15 @@ impl Summary {
             requests: jobs.iter().map(|j| j.requests).sum(),
             kicks: jobs.iter().map(|j| j.kicks).sum(),
             cpu_seconds: jobs.iter().map(|j| j.cpu_seconds).sum(),
+            wire: None,
             latency,
         }
+    }
+
+    /// Of packets: those that arrived.
+    pub fn of_packets(requests: u64, seconds: f64, wire: Wire, latency: Histogram<u64>) -> Summary {
+        let iops = requests as f64 / seconds.max(1e-9);
+        Summary { iops, requests, kicks: 0, cpu_seconds: 0.0, wire: Some(wire), latency }
     }
 
     /// A latency percentile in microseconds.

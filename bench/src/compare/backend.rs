@@ -36,12 +36,13 @@ pub enum Found {
 }
 
 impl Places {
-    fn words(&self, command: &str, socket: &Path) -> Result<Vec<String>> {
+    fn words(&self, command: &str, [socket, socket2]: [&Path; 2]) -> Result<Vec<String>> {
         // Split first, so that a path with spaces stays one word.
         let words = shlex::split(command).context("a quote that is not closed")?;
         let image = self.image.as_deref().unwrap_or(Path::new(""));
         let fill = |word: String| {
             word.replace("{socket}", &socket.display().to_string())
+                .replace("{socket2}", &socket2.display().to_string())
                 .replace("{bin}", &self.bin.display().to_string())
                 .replace("{image}", &image.display().to_string())
                 .replace("{cpu}", &self.cpus.0)
@@ -56,7 +57,7 @@ impl Places {
             let missing = || Found::Missing(format!("there is no socket {}", socket.display()));
             return Ok(if socket.exists() { Found::Yes } else { missing() });
         };
-        let words = self.words(command, Path::new("socket"))?;
+        let words = self.words(command, [Path::new("socket"), Path::new("socket2")])?;
         let program = words.first().context("an empty command")?;
         // `taskset -c CPU PROGRAM` is found missing only when it runs, too late for a clear line.
         let wrapped = (program == "taskset").then(|| words.get(3)).flatten();
@@ -84,7 +85,7 @@ fn in_path(program: &str) -> bool {
 #[derive(Debug)]
 pub struct Started {
     child: Option<Child>,
-    socket: PathBuf,
+    sockets: Vec<PathBuf>,
     dir: Option<TempDir>,
 }
 
@@ -92,20 +93,22 @@ impl Started {
     /// Starts it and waits until it listens. `interrupted` gives up.
     pub fn new(backend: &Backend, places: &Places, interrupted: &AtomicBool) -> Result<Started> {
         let Some(command) = &backend.command else {
-            let socket = backend.socket.clone().unwrap_or_default();
-            return Ok(Started { child: None, socket, dir: None });
+            let sockets = backend.socket.iter().chain(&backend.socket2).cloned().collect();
+            return Ok(Started { child: None, sockets, dir: None });
         };
+        let two = command.contains("{socket2}");
         let dir = tempfile::Builder::new().prefix("vbench-").tempdir()?;
-        let socket = dir.path().join("socket");
-        let words = places.words(command, &socket)?;
+        let mut sockets = vec![dir.path().join("socket"), dir.path().join("socket2")];
+        let words = places.words(command, [&sockets[0], &sockets[1]])?;
+        sockets.truncate(1 + usize::from(two));
         let (program, args) = words.split_first().context("an empty command")?;
         let mut command = Command::new(program);
         command.args(args).envs(&backend.env).stdin(Stdio::null()).stdout(Stdio::null());
         command.stderr(File::create(dir.path().join("stderr"))?);
         let child = on_cpus(&places.cpus.1, move || command.spawn())??;
-        let mut started = Started { child: Some(child), socket, dir: Some(dir) };
+        let mut started = Started { child: Some(child), sockets, dir: Some(dir) };
         let begun = Instant::now();
-        while !started.socket.exists() {
+        while !started.sockets.iter().all(|s| s.exists()) {
             if let Some(how) = started.ended() {
                 bail!("did not start: {how}");
             }
@@ -117,14 +120,15 @@ impl Started {
             }
             std::thread::sleep(Duration::from_millis(20));
         }
-        // Between binding and listening.
-        std::thread::sleep(Duration::from_millis(100));
+        // Between binding and listening, or longer.
+        let settle = backend.settle.and_then(|s| Duration::try_from_secs_f64(s).ok());
+        std::thread::sleep(settle.unwrap_or(Duration::from_millis(100)));
         Ok(started)
     }
 
     /// Where it listens.
-    pub fn socket(&self) -> &Path {
-        &self.socket
+    pub fn sockets(&self) -> &[PathBuf] {
+        &self.sockets
     }
 
     /// Its process, if it was started here.
@@ -195,8 +199,11 @@ mod tests {
 
     #[test]
     fn words_are_those_of_a_shell_and_paths_stay_whole() {
-        let words = places().words("{bin}/x --cpus {cpu} 'one word' s={socket}", Path::new("/s t")).unwrap();
-        assert_eq!(words, ["/a b/x", "--cpus", "0", "one word", "s=/s t"]);
+        let words = places().words(
+            "{bin}/x --cpus {cpu} 'one word' s={socket} {socket2}",
+            [Path::new("/s t"), Path::new("/u")],
+        );
+        assert_eq!(words.unwrap(), ["/a b/x", "--cpus", "0", "one word", "s=/s t", "/u"]);
     }
 
     #[test]
@@ -218,7 +225,7 @@ mod tests {
         let mut started =
             Started::new(&command("sh -c 'touch $0; sleep 60' {socket}"), &places(), &stop).unwrap();
         assert_eq!(started.ended(), None);
-        let (dir, pid) = (started.socket().parent().unwrap().to_owned(), started.pid().unwrap());
+        let (dir, pid) = (started.sockets()[0].parent().unwrap().to_owned(), started.pid().unwrap());
         drop(started);
         assert!(!dir.exists() && !Path::new(&format!("/proc/{pid}")).exists());
     }

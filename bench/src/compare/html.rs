@@ -6,6 +6,7 @@ use std::fmt::Write;
 use anyhow::Result;
 
 use super::charts;
+use super::drive::Kind;
 use super::measure::{Results, Sample};
 use super::table::{self, Table};
 
@@ -30,9 +31,15 @@ ul.notes { font-size: .85rem; color: var(--soft); padding-left: 1.2rem; }
 ";
 
 /// A figure of a run: its name, its unit, and itself.
-type Figure = (&'static str, &'static str, fn(&Sample) -> Option<f64>);
-const RATE: Figure = ("IOPS", "requests a second", |s| Some(s.iops));
-const CPU: Figure = ("CPU time of the back end", "µs for each request", |s| s.cpu_us);
+type Figure = (&'static str, String, fn(&Sample) -> Option<f64>);
+
+/// Rate and CPU time.
+fn figures(kind: Kind) -> [Figure; 2] {
+    [
+        (kind.rate(), format!("{}s a second", kind.unit()), |s| Some(s.iops)),
+        ("CPU time of the back end", format!("µs for each {}", kind.unit()), |s| s.cpu_us),
+    ]
+}
 
 /// The whole page.
 pub fn page(results: &Results) -> Result<String> {
@@ -48,8 +55,8 @@ pub fn page(results: &Results) -> Result<String> {
         out += "<div class=\"charts\">\n";
         figure(&mut out, "Latency by percentile", charts::latency(results, point)?)?;
         out += "<div>\n";
-        for (name, unit, of) in [RATE, CPU] {
-            figure(&mut out, name, charts::bars(results, point, unit, of)?)?;
+        for (name, unit, of) in figures(results.kind) {
+            figure(&mut out, name, charts::bars(results, point, &unit, of)?)?;
         }
         out += "</div>\n</div>\n";
         write_table(&mut out, &table)?;
@@ -134,9 +141,9 @@ fn sweeps(out: &mut String, results: &Results) -> Result<()> {
         legend(out, results)?;
         out.push_str("<div class=\"charts\">\n");
         let mut swept = |fixed: String, axis: &str, points: &[(u16, usize)]| -> Result<()> {
-            for (name, unit, of) in [RATE, CPU] {
+            for (name, unit, of) in figures(results.kind) {
                 let title = format!("{name} against {axis}{fixed}");
-                figure(out, &title, charts::against(results, points, axis, unit, of)?)?;
+                figure(out, &title, charts::against(results, points, axis, &unit, of)?)?;
             }
             Ok(())
         };
@@ -242,6 +249,8 @@ mod tests {
             round,
             iops: 1e5 * factor,
             requests: 1000,
+            gbits: None,
+            loss_percent: None,
             latency_us: [1.0, 2.0, 3.0, 4.0, 5.0].map(|us| us * factor),
             percentiles: vec![[0.0, 0.5 * factor], [0.9, factor], [0.99, 3.0 * factor]],
             cpu_us: (backend != "c").then_some(0.2 * factor),
@@ -271,6 +280,7 @@ mod tests {
         samples.pop();
         Results {
             partial: true,
+            kind: Kind::Block,
             machine: Machine::this(2),
             generator_cpu: 1,
             backend_cpus: vec![0],

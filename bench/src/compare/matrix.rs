@@ -9,7 +9,9 @@ use anyhow::{Context, Result, bail, ensure};
 use clap::Parser;
 use serde::Deserialize;
 
+use super::drive::{Drive, Kind};
 use crate::Load;
+use crate::net::spec::NetLoad;
 
 /// A matrix file.
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -64,6 +66,10 @@ pub struct Backend {
     pub command: Option<String>,
     /// Socket of one that is running.
     pub socket: Option<PathBuf>,
+    /// The second socket of one that is running and has two ports.
+    pub socket2: Option<PathBuf>,
+    /// Seconds from when its sockets are there until it is ready, where that is not at once.
+    pub settle: Option<f64>,
     /// Environment of the command.
     #[serde(default)]
     pub env: BTreeMap<String, String>,
@@ -105,17 +111,34 @@ impl Sweep {
     }
 }
 
-/// `[[workload]]`: the options of `vbench run`, of which iodepth and numjobs may be swept.
+/// One word or several.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(untagged, expecting = "expected a string, or an array of them")]
+pub enum Words {
+    /// One.
+    One(String),
+    /// A sweep over several.
+    Many(Vec<String>),
+}
+
+/// `[[workload]]`: the options of `vbench run`, of which iodepth and numjobs may be swept; or, of kind net, those of
+/// `vbench net`, of which iodepth, queue_pairs and size may be.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Workload {
     /// What it is called in the results.
     pub name: String,
+    /// Whether it is requests to a disk or packets.
+    #[serde(default)]
+    pub kind: Kind,
     rw: Option<String>,
     rwmixread: Option<u8>,
     bs: Option<String>,
     iodepth: Option<Sweep>,
     numjobs: Option<Sweep>,
+    direction: Option<String>,
+    size: Option<Words>,
+    queue_pairs: Option<Sweep>,
     #[serde(default)]
     indirect: bool,
     #[serde(default)]
@@ -125,31 +148,35 @@ pub struct Workload {
     args: Vec<String>,
 }
 
-/// One workload with one depth and one number of jobs.
+/// One workload with one of each that it sweeps.
 #[derive(Clone, Debug)]
 pub struct Point {
     /// The workload's name.
     pub workload: String,
     /// What to drive with.
-    pub load: Load,
+    pub drive: Drive,
 }
 
 impl Point {
     /// Name and whatever was swept.
     pub fn title(&self) -> String {
-        let Load { bs, iodepth, numjobs, rw, .. } = &self.load;
-        let rw = format!("{rw:?}").to_lowercase();
-        let jobs = if *numjobs == 1 { String::new() } else { format!(", {numjobs} queues") };
-        format!("{}: {rw}, {bs} bytes, depth {iodepth}{jobs}", self.workload)
+        format!("{}: {}", self.workload, self.drive.title())
     }
 }
 
-/// Options are read by the same parser as those of `vbench run`, so that the two cannot drift apart.
+/// Options are read by the same parser as those of the command line, so that the two cannot drift apart.
 #[derive(Debug, Parser)]
 #[command(no_binary_name = true, disable_help_flag = true)]
 struct Options4Run {
     #[command(flatten)]
     load: Load,
+}
+
+#[derive(Debug, Parser)]
+#[command(no_binary_name = true, disable_help_flag = true)]
+struct Options4Net {
+    #[command(flatten)]
+    load: NetLoad,
 }
 
 impl Workload {
@@ -159,32 +186,87 @@ impl Workload {
     }
 
     fn points(&self, runtime: f64, ramp_time: f64) -> Result<Vec<Point>> {
+        let times = [format!("--runtime={runtime}"), format!("--ramp-time={ramp_time}")];
+        let lines = match self.kind {
+            Kind::Block => self.block()?,
+            Kind::Net => self.net()?,
+        };
         let mut points = Vec::new();
-        for jobs in Sweep::values(self.numjobs.as_ref()) {
-            for depth in Sweep::values(self.iodepth.as_ref()) {
-                ensure!(jobs > 0 && depth > 0, "workload {}: iodepth and numjobs start at 1", self.name);
-                let mut args = vec![
-                    format!("--iodepth={depth}"),
-                    format!("--numjobs={jobs}"),
-                    format!("--runtime={runtime}"),
-                    format!("--ramp-time={ramp_time}"),
-                ];
-                args.extend(self.rw.as_ref().map(|v| format!("--rw={v}")));
-                args.extend(self.rwmixread.map(|v| format!("--rwmixread={v}")));
-                args.extend(self.bs.as_ref().map(|v| format!("--bs={v}")));
-                args.extend(self.indirect.then(|| "--indirect".into()));
-                args.extend(self.no_event_idx.then(|| "--no-event-idx".into()));
-                args.extend(self.args.iter().cloned());
-                let parsed = Options4Run::try_parse_from(&args).map_err(|e| {
-                    let text = e.to_string();
-                    let line = text.lines().next().unwrap_or_default();
-                    anyhow::anyhow!("workload {}: {}", self.name, line.trim_start_matches("error: "))
-                })?;
-                points.push(Point { workload: self.name.clone(), load: parsed.load });
-            }
+        for line in lines {
+            let args = times.iter().chain(&line).chain(&self.args);
+            let drive = match self.kind {
+                Kind::Block => Options4Run::try_parse_from(args).map(|o| Drive::Block(o.load)),
+                Kind::Net => Options4Net::try_parse_from(args).map(|o| Drive::Net(Box::new(o.load))),
+            };
+            let drive = drive.map_err(|e| {
+                let text = e.to_string();
+                let line = text.lines().next().unwrap_or_default();
+                anyhow::anyhow!("workload {}: {}", self.name, line.trim_start_matches("error: "))
+            })?;
+            drive.check().with_context(|| format!("workload {}", self.name))?;
+            points.push(Point { workload: self.name.clone(), drive });
         }
         ensure!(!points.is_empty(), "workload {}: an empty array", self.name);
         Ok(points)
+    }
+
+    /// The command lines of a disk's workload.
+    fn block(&self) -> Result<Vec<Vec<String>>> {
+        let foreign = self.direction.is_some() || self.size.is_some() || self.queue_pairs.is_some();
+        ensure!(!foreign, "workload {}: direction, size and queue_pairs are of kind = \"net\"", self.name);
+        let mut lines = Vec::new();
+        for jobs in Sweep::values(self.numjobs.as_ref()) {
+            for depth in Sweep::values(self.iodepth.as_ref()) {
+                ensure!(jobs > 0 && depth > 0, "workload {}: iodepth and numjobs start at 1", self.name);
+                let mut line = vec![format!("--iodepth={depth}"), format!("--numjobs={jobs}")];
+                line.extend(self.rw.as_ref().map(|v| format!("--rw={v}")));
+                line.extend(self.rwmixread.map(|v| format!("--rwmixread={v}")));
+                line.extend(self.bs.as_ref().map(|v| format!("--bs={v}")));
+                line.extend(self.switches());
+                lines.push(line);
+            }
+        }
+        Ok(lines)
+    }
+
+    /// The command lines of a network's.
+    fn net(&self) -> Result<Vec<Vec<String>>> {
+        let foreign =
+            self.rw.is_some() || self.rwmixread.is_some() || self.bs.is_some() || self.numjobs.is_some();
+        ensure!(
+            !foreign,
+            "workload {}: rw, rwmixread, bs and numjobs are of disks, not of kind = \"net\"",
+            self.name
+        );
+        let sizes = match &self.size {
+            None => vec!["64".into()],
+            Some(Words::One(one)) => vec![one.clone()],
+            Some(Words::Many(all)) => all.clone(),
+        };
+        let depths = match &self.iodepth {
+            None => vec![None],
+            some => Sweep::values(some.as_ref()).into_iter().map(Some).collect(),
+        };
+        let mut lines = Vec::new();
+        for size in &sizes {
+            for pairs in Sweep::values(self.queue_pairs.as_ref()) {
+                for depth in &depths {
+                    let mut line = vec![format!("--size={size}"), format!("--queue-pairs={pairs}")];
+                    line.extend(depth.map(|n| format!("--iodepth={n}")));
+                    line.extend(self.direction.as_ref().map(|v| format!("--direction={v}")));
+                    line.extend(self.switches());
+                    lines.push(line);
+                }
+            }
+        }
+        Ok(lines)
+    }
+
+    fn switches(&self) -> impl Iterator<Item = String> {
+        let of = [(self.indirect, "--indirect"), (self.no_event_idx, "--no-event-idx")];
+        // Of a network these have a value.
+        let net = if self.kind == Kind::Net { "=1" } else { "" };
+        of.into_iter().filter(|(on, _)| *on).map(move |(_, name)| format!("{name}{net}"))
     }
 }
 
@@ -217,6 +299,8 @@ impl Matrix {
                 (None, Some(_)) => {}
                 _ => bail!("back end {name}: give either a command or the socket of one that is running"),
             }
+            let settle = backend.settle.is_none_or(|s| Duration::try_from_secs_f64(s).is_ok());
+            ensure!(settle, "back end {name}: settle is no number of seconds");
             ensure!(self.backend[..i].iter().all(|b| b.name != *name), "two back ends are called {name}");
         }
         let references = self.backend.iter().filter(|b| b.reference).count();
@@ -225,8 +309,22 @@ impl Matrix {
             let name = &workload.name;
             ensure!(self.workload[..i].iter().all(|w| w.name != *name), "two workloads are called {name}");
         }
-        self.points()?;
+        let points = self.points()?;
+        let mixed = points.iter().any(|p| p.drive.kind() != self.kind());
+        ensure!(!mixed, "workloads of disks and of networks do not go into one matrix");
+        if points.iter().any(|p| p.drive.sockets() > 1) {
+            for backend in &self.backend {
+                let two = backend.command.as_ref().is_none_or(|c| c.contains("{socket2}"));
+                let two = two && (backend.command.is_some() || backend.socket2.is_some());
+                ensure!(two, "back end {}: no {{socket2}}, and a workload has two ports", backend.name);
+            }
+        }
         Ok(())
+    }
+
+    /// What its workloads are.
+    pub fn kind(&self) -> Kind {
+        self.workload.first().map_or(Kind::Block, |w| w.kind)
     }
 
     /// Leaves only the back ends of these names.
@@ -304,13 +402,48 @@ indirect = true
     fn a_matrix_gives_every_combination_of_what_it_sweeps() {
         let matrix = Matrix::parse(GOOD, Path::new("m.toml")).unwrap();
         let points = matrix.points().unwrap();
-        let swept: Vec<_> = points.iter().map(|p| (p.load.numjobs, p.load.iodepth)).collect();
+        let swept: Vec<_> = points.iter().map(|p| (p.drive.queues(), p.drive.iodepth())).collect();
         assert_eq!(swept, [(1, 1), (1, 32), (2, 1), (2, 32)]);
-        let load = &points[0].load;
+        let Drive::Block(load) = &points[0].drive else { panic!("a disk's") };
         assert_eq!((load.bs, load.rwmixread, load.indirect, load.no_event_idx), (8192, 70, true, false));
         assert_eq!(load.runtime, Duration::from_millis(500));
         assert!(matrix.backend[1].reference);
         assert_eq!(matrix.backend[0].env["RUST_LOG"], "off");
+    }
+
+    const NET: &str = r#"
+[[backend]]
+name = "a"
+command = "a {socket} {socket2}"
+
+[[workload]]
+name = "wire"
+kind = "net"
+direction = "both"
+size = ["64", "imix"]
+iodepth = [1, 128]
+args = ["--burst=16"]
+"#;
+
+    #[test]
+    fn networks_have_workloads_of_their_own() {
+        let matrix = Matrix::parse(NET, Path::new("m.toml")).unwrap();
+        assert_eq!(matrix.kind(), Kind::Net);
+        let points = matrix.points().unwrap();
+        let titles: Vec<_> = points.iter().map(Point::title).collect();
+        assert_eq!(titles[3], "wire: both, imix bytes, depth 128");
+        assert_eq!((titles.len(), points[0].drive.sockets(), points[0].drive.iodepth()), (4, 2, 1));
+        let Drive::Net(load) = &points[0].drive else { panic!("a network's") };
+        assert_eq!(load.burst, 16);
+        let with = |from: &str, to: &str| error(&NET.replacen(from, to, 1));
+        assert!(with("{socket2}", "").contains("back end a: no {socket2}"));
+        assert!(with("\"both\"", "\"sideways\"").contains("workload wire: invalid value 'sideways'"));
+        assert!(with("direction = \"both\"", "bs = \"4k\"").contains("are of disks"));
+        assert!(with("kind = \"net\"", "").contains("are of kind = \"net\""));
+        assert!(
+            with("[[workload]]", "[[workload]]\nname = 'x'\n[[workload]]").contains("do not go into one")
+        );
+        assert!(with("--burst=16", "--ring-size=5").contains("no power of two"));
     }
 
     #[test]

@@ -7,13 +7,13 @@ use anyhow::{Result, anyhow, bail};
 use serde::Serialize;
 
 use super::backend::{Found, Places, Started, spawn_on};
+use super::drive::{Drive, Kind};
 use super::host::{Cpus, Machine, Quiet, Usage};
 use super::matrix::{Backend, Matrix, Point};
 use super::perf::{Counters, Counts};
 use super::round_trip;
 use super::spread::number;
 use crate::report::Summary;
-use crate::{Load, front_end};
 
 /// One run of one back end.
 #[derive(Clone, Debug, Serialize)]
@@ -24,10 +24,16 @@ pub struct Sample {
     pub backend: String,
     /// Round, from 0.
     pub round: usize,
-    /// Requests a second.
+    /// Requests, or packets, a second.
     pub iops: f64,
-    /// Requests measured.
+    /// Requests measured; packets that arrived.
     pub requests: u64,
+    /// Of packets, Gbit/s of frames.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gbits: Option<f64>,
+    /// Percent of the packets that were lost.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub loss_percent: Option<f64>,
     /// Microseconds: p50, p90, p99, p99.9, max.
     pub latency_us: [f64; 5],
     /// Part of requests (0 to 1), and microseconds in which they were finished.
@@ -88,6 +94,8 @@ pub struct Failure {
 pub struct Results {
     /// Whether runs are missing.
     pub partial: bool,
+    /// What the workloads are.
+    pub kind: Kind,
     /// What it ran on.
     pub machine: Machine,
     /// CPU of the first job.
@@ -188,7 +196,7 @@ impl Runner<'_> {
                     }
                     match self.sample(point, round, backend) {
                         Ok((sample, no_counters)) => {
-                            print_sample(&sample);
+                            print_sample(&sample, results.kind);
                             results.no_counters = results.no_counters.or(no_counters);
                             results.samples.push(sample);
                         }
@@ -241,11 +249,12 @@ impl Runner<'_> {
         let info = |p: &Point| PointInfo {
             workload: p.workload.clone(),
             title: p.title(),
-            iodepth: p.load.iodepth,
-            numjobs: p.load.numjobs,
+            iodepth: p.drive.iodepth(),
+            numjobs: p.drive.queues(),
         };
         Ok(Results {
             partial: true,
+            kind: self.matrix.kind(),
             machine: Machine::this(self.usable.len()),
             generator_cpu: self.generator_cpu,
             backend_cpus: self.places.cpus.1.clone(),
@@ -265,19 +274,19 @@ impl Runner<'_> {
         let device = self.places.cpus.1.first().copied().unwrap_or(0);
         let round_trip_ns = round_trip::median_ns(self.generator_cpu, device);
         let mut started = Started::new(backend, &self.places, self.interrupted)?;
-        let (load, cpus) = self.place(&self.points[point].load);
-        let (socket, pid) = (started.socket().to_owned(), started.pid());
+        let (drive, cpus) = self.place(&self.points[point].drive);
+        let (sockets, pid) = (started.sockets().to_owned(), started.pid());
         // The jobs' threads are started by this one, and inherit its CPUs.
         let running = spawn_on(&cpus, move || {
             let mut marks: Vec<Result<Mark>> = Vec::new();
-            let jobs = front_end::run(&socket, &load, || {
+            let summary = drive.run(&sockets, || {
                 let mut mark = Mark::now(pid, marks.is_empty());
                 if let (Some(Ok(first)), Ok(mark)) = (marks.first_mut(), &mut mark) {
                     mark.counts = first.counted();
                 }
                 marks.push(mark);
             });
-            jobs.map(|jobs| (Summary::of(&jobs), marks))
+            summary.map(|summary| (summary, marks))
         })?;
         let mut ended = None;
         while !running.is_finished() {
@@ -313,6 +322,8 @@ impl Runner<'_> {
             round,
             iops: summary.iops,
             requests: summary.requests,
+            gbits: summary.wire.map(|w| w.gbits),
+            loss_percent: summary.wire.map(|w| w.loss_percent),
             latency_us: [50.0, 90.0, 99.0, 99.9, 100.0].map(latency),
             percentiles: percentiles(&summary),
             cpu_us: usage.map(|(x, y)| us(y.cpu_ns.saturating_sub(x.cpu_ns))),
@@ -326,15 +337,11 @@ impl Runner<'_> {
     }
 
     /// Where the jobs run: one CPU each where there are enough, or all on the first.
-    fn place(&self, load: &Load) -> (Load, Vec<usize>) {
+    fn place(&self, drive: &Drive) -> (Drive, Vec<usize>) {
         let first = self.generator_cpu;
-        let wanted: Vec<usize> = (first..first + usize::from(load.numjobs)).collect();
+        let wanted: Vec<usize> = (first..first + usize::from(drive.queues())).collect();
         let own = wanted.iter().all(|c| self.usable.contains(c) && !self.places.cpus.1.contains(c));
-        if own || load.numjobs == 1 {
-            (Load { cpu: Some(first), ..load.clone() }, wanted)
-        } else {
-            (Load { cpu: None, ..load.clone() }, vec![first])
-        }
+        if own || drive.queues() == 1 { (drive.on(first), wanted) } else { (drive.clone(), vec![first]) }
     }
 }
 
@@ -372,7 +379,7 @@ fn percentiles(summary: &Summary) -> Vec<[f64; 2]> {
     inverse.map(|x| 1.0 - 1.0 / x).map(|part| [part, summary.us(part * 100.0)]).collect()
 }
 
-fn print_sample(s: &Sample) {
+fn print_sample(s: &Sample, kind: Kind) {
     let trip = s.round_trip_ns.map_or("one CPU".into(), |ns| format!("CPUs {ns:.0} ns apart"));
     let noise = if s.quiet.noise.is_empty() {
         String::new()
@@ -380,10 +387,11 @@ fn print_sample(s: &Sample) {
         format!("; NOISY: {}", s.quiet.noise.join(", "))
     };
     println!(
-        "   round {} {:<16} {:>12} IOPS, p50 {:.2} us; {trip}, load {:.2}{noise}",
+        "   round {} {:<16} {:>12} {}, p50 {:.2} us; {trip}, load {:.2}{noise}",
         s.round + 1,
         s.backend,
         number(s.iops, 0),
+        kind.rate(),
         s.latency_us[0],
         s.quiet.load,
     );

@@ -2,6 +2,7 @@
 
 mod backend;
 mod charts;
+pub mod drive;
 mod host;
 mod html;
 mod matrix;
@@ -26,6 +27,7 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use tempfile::TempPath;
 
 use self::backend::Places;
+use self::drive::Drive;
 use self::host::Quiet;
 use self::matrix::{Backend, Image, Matrix, Point, Workload};
 use self::measure::{Results, Runner};
@@ -111,7 +113,10 @@ impl Compare {
             // For the checks of names and commands; what is driven are the options themselves.
             matrix.workload.push(Workload::named("load"));
             matrix.check()?;
-            return Ok((matrix, vec![Point { workload: "load".into(), load: self.load.clone() }]));
+            return Ok((
+                matrix,
+                vec![Point { workload: "load".into(), drive: Drive::Block(self.load.clone()) }],
+            ));
         };
         let text =
             std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;

@@ -11,7 +11,7 @@ pub struct Table {
     /// What was run.
     pub title: String,
     /// Names of the columns.
-    pub heads: Vec<&'static str>,
+    pub heads: Vec<String>,
     /// Rows of cells.
     pub rows: Vec<Vec<String>>,
     /// What there is to say about it.
@@ -24,25 +24,100 @@ struct Metric {
     digits: usize,
     /// Whether it belongs to the main table, not to the details.
     main: bool,
+    /// Whether it is left out where nothing has it.
+    optional: bool,
     of: fn(&Sample) -> Option<f64>,
 }
 
-const METRICS: [Metric; 12] = [
-    Metric { head: "IOPS", ratio: Some("IOPS ratio"), digits: 0, main: true, of: |s| Some(s.iops) },
-    Metric { head: "p50 us", ratio: Some("p50 ratio"), digits: 2, main: true, of: |s| Some(s.latency_us[0]) },
-    Metric { head: "p90 us", ratio: None, digits: 2, main: false, of: |s| Some(s.latency_us[1]) },
-    Metric { head: "p99 us", ratio: None, digits: 2, main: true, of: |s| Some(s.latency_us[2]) },
-    Metric { head: "p99.9 us", ratio: None, digits: 2, main: false, of: |s| Some(s.latency_us[3]) },
-    Metric { head: "max us", ratio: None, digits: 0, main: false, of: |s| Some(s.latency_us[4]) },
-    Metric { head: "CPU us/request", ratio: Some("CPU ratio"), digits: 3, main: true, of: |s| s.cpu_us },
-    Metric { head: "sleeps/request", ratio: None, digits: 4, main: true, of: |s| s.voluntary },
-    Metric { head: "preemptions/request", ratio: None, digits: 6, main: false, of: |s| s.involuntary },
-    Metric { head: "cycles/request", ratio: None, digits: 0, main: false, of: |s| s.counters.map(|c| c[0]) },
+const METRICS: [Metric; 14] = [
+    Metric {
+        head: "IOPS",
+        ratio: Some("IOPS ratio"),
+        digits: 0,
+        main: true,
+        optional: false,
+        of: |s| Some(s.iops),
+    },
+    Metric { head: "Gbit/s", ratio: None, digits: 2, main: true, optional: true, of: |s| s.gbits },
+    Metric { head: "lost %", ratio: None, digits: 3, main: true, optional: true, of: |s| s.loss_percent },
+    Metric {
+        head: "p50 us",
+        ratio: Some("p50 ratio"),
+        digits: 2,
+        main: true,
+        optional: false,
+        of: |s| Some(s.latency_us[0]),
+    },
+    Metric {
+        head: "p90 us",
+        ratio: None,
+        digits: 2,
+        main: false,
+        optional: false,
+        of: |s| Some(s.latency_us[1]),
+    },
+    Metric {
+        head: "p99 us",
+        ratio: None,
+        digits: 2,
+        main: true,
+        optional: false,
+        of: |s| Some(s.latency_us[2]),
+    },
+    Metric {
+        head: "p99.9 us",
+        ratio: None,
+        digits: 2,
+        main: false,
+        optional: false,
+        of: |s| Some(s.latency_us[3]),
+    },
+    Metric {
+        head: "max us",
+        ratio: None,
+        digits: 0,
+        main: false,
+        optional: false,
+        of: |s| Some(s.latency_us[4]),
+    },
+    Metric {
+        head: "CPU us/request",
+        ratio: Some("CPU ratio"),
+        digits: 3,
+        main: true,
+        optional: false,
+        of: |s| s.cpu_us,
+    },
+    Metric {
+        head: "sleeps/request",
+        ratio: None,
+        digits: 4,
+        main: true,
+        optional: false,
+        of: |s| s.voluntary,
+    },
+    Metric {
+        head: "preemptions/request",
+        ratio: None,
+        digits: 6,
+        main: false,
+        optional: false,
+        of: |s| s.involuntary,
+    },
+    Metric {
+        head: "cycles/request",
+        ratio: None,
+        digits: 0,
+        main: false,
+        optional: true,
+        of: |s| s.counters.map(|c| c[0]),
+    },
     Metric {
         head: "instructions/request",
         ratio: None,
         digits: 0,
         main: false,
+        optional: true,
         of: |s| s.counters.map(|c| c[1]),
     },
     Metric {
@@ -50,6 +125,7 @@ const METRICS: [Metric; 12] = [
         ratio: None,
         digits: 2,
         main: false,
+        optional: true,
         of: |s| s.counters.map(|c| c[2]),
     },
 ];
@@ -65,17 +141,15 @@ pub fn details(results: &Results, point: usize) -> Table {
 }
 
 fn table(results: &Results, point: usize, main: bool) -> Table {
-    let counted = results.samples.iter().any(|s| s.counters.is_some());
-    let shown: Vec<&Metric> = METRICS
-        .iter()
-        .enumerate()
-        .filter(|(i, m)| m.main == main && (*i < 9 || counted))
-        .map(|(_, m)| m)
-        .collect();
+    let there = |m: &Metric| !m.optional || results.samples.iter().any(|s| (m.of)(s).is_some());
+    let shown: Vec<&Metric> = METRICS.iter().filter(|m| m.main == main && there(m)).collect();
     let mut heads = vec!["back end"];
     heads.extend(shown.iter().map(|m| m.head));
     let with_ratio = || METRICS.iter().filter(|m| main && m.ratio.is_some());
     heads.extend(with_ratio().filter_map(|m| m.ratio));
+    let kind = results.kind;
+    let in_units = |head: &str| head.replace("IOPS", kind.rate()).replace("request", kind.unit());
+    let heads = heads.into_iter().map(in_units).collect();
     let mut rows = Vec::new();
     for backend in &results.backends {
         let own = |metric: &Metric| values(results, point, &backend.name, metric);
@@ -138,12 +212,11 @@ pub fn text(results: &Results) -> String {
     for table in (0..results.points.len()).map(|point| main(results, point)) {
         let width = |column: usize| {
             let cells = table.rows.iter().map(|r| r[column].chars().count());
-            cells.chain([table.heads[column].len()]).max().unwrap_or(0)
+            cells.chain([table.heads[column].chars().count()]).max().unwrap_or(0)
         };
         let widths: Vec<usize> = (0..table.heads.len()).map(width).collect();
         let _ = writeln!(out, "\n{}", table.title);
-        let heads: Vec<String> = table.heads.iter().map(ToString::to_string).collect();
-        for row in std::iter::once(&heads).chain(&table.rows) {
+        for row in std::iter::once(&table.heads).chain(&table.rows) {
             let _ = write!(out, "{:<1$}", row[0], widths[0]);
             for (cell, width) in row.iter().zip(&widths).skip(1) {
                 let _ = write!(out, "  {cell:>width$}");

@@ -369,7 +369,7 @@ fn sessions(path: &Path, index: usize, ports: &Ports) -> Result<()> {
             }
             let config = |_: u32, into: &mut [u8]| into.fill(0);
             if let Some(reply) = session.reply(answer, header.need_reply, true, config) {
-                connection.send(&reply.encode(header.request))?;
+                connection.send(&reply.encode(header.request), None)?;
             }
         }
         ports.change(|all| all[index] = Port::default());

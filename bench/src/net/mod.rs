@@ -17,7 +17,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use anyhow::{Context, Result};
+use anyhow::{Result, bail};
 
 use self::report::Report;
 use self::search::Search;
@@ -25,6 +25,7 @@ use self::session::{Negotiated, Session};
 use self::spec::{Direction, NetLoad, NetSpec};
 use self::tally::Tally;
 use crate::drive::drive;
+use crate::report::{Summary, Wire};
 
 /// One socket to drive, or two.
 #[derive(Clone, Debug, clap::Args)]
@@ -118,7 +119,8 @@ fn once(spec: &Arc<NetSpec>, session: &mut Session, mark: impl FnMut()) -> Resul
 
 /// Why what was counted is no success.
 fn judge(spec: &NetSpec, tally: &Tally) -> Option<String> {
-    let (socket, sum) = (spec.sockets.first().map_or("".into(), |p| p.display().to_string()), tally.sum());
+    let (socket, sum) =
+        (spec.sockets.first().map_or(String::new(), |p| p.display().to_string()), tally.sum());
     if let Some(failure) = &tally.failure {
         return Some(format!("{socket}: {}", failure.message));
     }
@@ -142,10 +144,17 @@ fn judge(spec: &NetSpec, tally: &Tally) -> Option<String> {
 }
 
 /// One run of a comparison: the sum of all queues. `mark` is called when measuring begins and when it ends.
-pub fn run(spec: &Arc<NetSpec>, mark: impl FnMut()) -> Result<Tally> {
-    let tally = once(spec, &mut Session::open(spec)?, mark).context("the generator")?;
-    match judge(spec, &tally) {
-        Some(failure) => anyhow::bail!("{failure}"),
-        None => Ok(tally),
+pub fn run(spec: &Arc<NetSpec>, mark: impl FnMut()) -> Result<Summary> {
+    let tally = once(spec, &mut Session::open(spec)?, mark)?;
+    if let Some(failure) = judge(spec, &tally) {
+        bail!("{failure}");
     }
+    let sum = tally.sum();
+    let (packets, bytes) = match spec.direction {
+        Direction::Transmit => (sum.sent, sum.sent_bytes),
+        _ => (sum.received_in_time, sum.received_bytes_in_time),
+    };
+    let loss_percent = if spec.direction.returns() { sum.loss_percent() } else { 0.0 };
+    let wire = Wire { gbits: tally.rate(bytes * 8) / 1e9, loss_percent };
+    Ok(Summary::of_packets(packets, tally.seconds, wire, sum.latency))
 }

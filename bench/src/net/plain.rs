@@ -30,6 +30,9 @@ pub struct PlainNet {
     /// Socket to listen on; twice for two ports that are connected
     #[arg(long, value_name = "PATH", required = true, num_args = 1)]
     socket_path: Vec<PathBuf>,
+    /// Connect to the sockets, where the front end listens, instead of listening there
+    #[arg(long)]
+    client: bool,
     /// CPU to run on
     #[arg(long, value_name = "CPU")]
     cpu: Option<usize>,
@@ -90,7 +93,7 @@ pub fn serve(what: &PlainNet) -> anyhow::Result<()> {
     }
     let inboxes: Inboxes = Arc::new(what.socket_path.iter().map(|_| Mutex::default()).collect());
     let ports = what.socket_path.iter().enumerate().map(|(index, path)| {
-        let (path, fault, inboxes) = (path.clone(), what.fault, Arc::clone(&inboxes));
+        let (path, fault, client, inboxes) = (path.clone(), what.fault, what.client, Arc::clone(&inboxes));
         std::thread::spawn(move || -> anyhow::Result<()> {
             loop {
                 let memory = Memory::new(GuestMemoryMmap::new());
@@ -105,7 +108,17 @@ pub fn serve(what: &PlainNet) -> anyhow::Result<()> {
                 };
                 let mut daemon = VhostUserDaemon::new("plain".into(), Arc::new(RwLock::new(port)), memory)
                     .map_err(|e| anyhow::anyhow!("cannot set the daemon up: {e}"))?;
-                daemon.serve(&path).map_err(|e| anyhow::anyhow!("serving {}: {e}", path.display()))?;
+                let served = if client {
+                    daemon.start_client(&path.to_string_lossy()).and_then(|()| daemon.wait())
+                } else {
+                    daemon.serve(&path)
+                };
+                let ended = |e| format!("serving {}: {e}", path.display());
+                match served.map_err(ended) {
+                    // Nobody would start it again.
+                    outcome if client => return outcome.map_err(anyhow::Error::msg),
+                    outcome => outcome.map_err(anyhow::Error::msg)?,
+                }
                 lock(&inboxes[index]).running = None;
             }
         })

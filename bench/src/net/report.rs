@@ -280,7 +280,9 @@ fn text(spec: &NetSpec, tally: &Tally) -> String {
             continue;
         }
         let gone = lost(sent, arrived);
-        let _ = writeln!(out, "    sent {}, unsent {}, lost {gone} ({:.4} %), reordered {}, duplicates {}, corrupt {}, foreign {}",
+        let _ = writeln!(
+            out,
+            "    sent {}, unsent {}, lost {gone} ({:.4} %), reordered {}, duplicates {}, corrupt {}, foreign {}",
             sent.sent,
             sent.unsent,
             gone as f64 * 100.0 / sent.sent.max(1) as f64,
@@ -294,7 +296,9 @@ fn text(spec: &NetSpec, tally: &Tally) -> String {
         let (min, max) = (us(arrived.latency.min()), us(arrived.latency.max()));
         let _ = writeln!(out, "    latency us: min {min}, {}, max {max}", at.join(", "));
     }
-    let _ = writeln!(out, "  generator: {:.1} ns of CPU time per packet, kicks {}, {:.2} s measured",
+    let _ = writeln!(
+        out,
+        "  generator: {:.1} ns of CPU time per packet, kicks {}, {:.2} s measured",
         cpu_ns(tally),
         tally.kicks,
         tally.seconds

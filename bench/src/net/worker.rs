@@ -182,7 +182,8 @@ impl Worker {
             self.fail(Errno::EINVAL, format!("cannot run on the CPU that was asked for: {e}"));
         }
         ready();
-        self.begin();
+        let ramp = control.order() == Order::Ramp;
+        self.begin(!ramp);
         self.set_interrupts(self.spec.base.interrupt);
         let mut finished = 0;
         let mut stopped = None;
@@ -190,7 +191,7 @@ impl Worker {
             let order = control.order();
             let now = self.now();
             if order >= Order::Measure && self.measuring.is_none() {
-                self.measure(now);
+                self.measure(now, ramp);
             }
             let sending = order <= Order::Measure && self.tally.failure.is_none() && self.left();
             let Ok(n) = self.turn(now, sending) else {
@@ -246,14 +247,15 @@ impl Worker {
     }
 
     /// Begins counting anew: packets of before are not known any more.
-    fn begin(&mut self) {
+    fn begin(&mut self, counts: bool) {
         self.part = (self.part + 1) & PART;
         let (seed, rate) = (self.spec.base.randseed.wrapping_add(self.index as u64), self.spec.rate());
         for (at, sender) in self.senders.iter_mut().enumerate() {
             sender.pacer = Pacer::new(rate, seed ^ (at as u64) << 32);
             (sender.flow, sender.sequence, sender.turn) = (0, 0, 0);
             (sender.sent, sender.given_up) = (0, 0);
-            sender.left = self.spec.base.number_ios.unwrap_or(u64::MAX);
+            // What goes before measuring has no limit but its time.
+            sender.left = self.spec.base.number_ios.filter(|_| counts).unwrap_or(u64::MAX);
         }
         self.flows.iter_mut().for_each(Flows::clear);
         for stream in self.senders.iter().filter_map(|s| s.stream) {
@@ -267,9 +269,9 @@ impl Worker {
         }
     }
 
-    fn measure(&mut self, now: u64) {
-        if self.spec.base.ramp_time > Duration::ZERO {
-            self.begin();
+    fn measure(&mut self, now: u64, ramp: bool) {
+        if ramp {
+            self.begin(true);
         }
         self.measuring = Some(now);
         self.tally.cost = Cost::now();
@@ -403,6 +405,8 @@ impl Worker {
         let len = packet.len.unwrap_or(0);
         let (shared, token) = (&*self.shared, self.shared.token | self.part);
         let parsed = match packet.len {
+            // Somebody else's, whatever it is.
+            Some(_) if self.spec.direction == Direction::Receive => Err(Wrong::Foreign),
             Some(len) => Frames::parse(&packet.head, len, token, &shared.frames),
             None => Err(Wrong::Corrupt),
         };
