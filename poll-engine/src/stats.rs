@@ -83,6 +83,8 @@ pub struct QueueStats {
     pub signals: Counter,
     /// Publishes after which the driver wanted no interrupt.
     pub signals_suppressed: Counter,
+    /// Times it had to wait for an address to be translated.
+    pub iotlb_misses: Counter,
     /// Most requests ever in flight at once.
     pub in_flight_peak: Counter,
     errors: [Counter; ERROR_KINDS.len()],

@@ -16,14 +16,13 @@ use crossbeam::sync::WaitGroup;
 use tracing::info;
 
 use crate::device::QueueHandler;
+use crate::memory::iotlb::Miss;
 use crate::memory::log::QueueLog;
-use crate::memory::map::MapHold;
-use crate::ring::RingConfig;
 use crate::uring::FixedBuffers;
 use mailbox::{Postbox, mailbox};
 use pacing::Pacing;
 use placement::{CpuList, pin_to, usable_cpus};
-use queue::Queue;
+use queue::{MapChange, Queue};
 use reactor::{Message, NotifierChange, Reactor, TaskId};
 
 /// How an engine is to be run.
@@ -158,10 +157,20 @@ impl RunningQueue {
         StoppingQueue { reactor: Arc::clone(&self.reactor), base }
     }
 
-    /// Goes over to a new memory map, in which `config` says where the ring lies. `adopted` is dropped once the queue
-    /// takes requests by that map.
-    pub fn set_map(&self, config: RingConfig, hold: MapHold, adopted: WaitGroup) {
-        self.reactor.postbox.post(Message::SetMap { id: self.id, config, hold, adopted });
+    /// Goes over to a new memory map.
+    pub fn set_map(&self, change: MapChange) {
+        self.reactor.postbox.post(Message::SetMap { id: self.id, change });
+    }
+
+    /// Takes no more requests, finishes those in flight, and leaves the ring alone until
+    /// [`set_map`](Self::set_map) says where it is. `parked` is dropped once that is so.
+    pub fn park(&self, parked: WaitGroup) {
+        self.reactor.postbox.post(Message::Park { id: self.id, parked });
+    }
+
+    /// The front end refuses to translate this, or (`None`) the ring's addresses: breaks the queue if it waits for that.
+    pub fn refuse(&self, miss: Option<Miss>) {
+        self.reactor.postbox.post(Message::Refuse { id: self.id, miss });
     }
 
     /// Tells a dirty log what the queue writes from now on, or nobody. `adopted` is dropped once that is so.

@@ -5,15 +5,17 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use crossbeam::sync::WaitGroup;
 use nix::sys::eventfd::EventFd;
 use quanta::Clock;
 use tracing::{info, warn};
 
 use super::reactor::Io;
 use crate::fault_point::pass;
+use crate::memory::iotlb::{Miss, Revoked};
 use crate::memory::log::QueueLog;
 use crate::memory::map::{MapHold, MemoryError, MemoryMap};
-use crate::ring::chain::{Chain, ChainView, HeldChain};
+use crate::ring::chain::{Chain, ChainView, HeldChain, Pins};
 use crate::ring::inflight::QueueRegion;
 use crate::ring::{Ring, RingConfig, RingError, Token};
 use crate::stats::{ErrorKind, QueueStats};
@@ -67,6 +69,33 @@ impl Alarm {
         self.raised.swap(false, Ordering::Acquire)
     }
 }
+
+/// A new memory map for a running queue.
+#[derive(Debug)]
+pub struct MapChange {
+    /// The map.
+    pub hold: MapHold,
+    /// Where the ring lies in it, if that has to be looked up again. A ring that was not mapped is from now on.
+    pub ring: Option<RingConfig>,
+    /// What was taken away against the map before.
+    pub revoked: Option<Arc<Revoked>>,
+    /// Dropped once the queue takes requests by the new map, and none in flight points to what was taken away.
+    pub adopted: WaitGroup,
+}
+
+/// What a queue behind an IOMMU rests for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Rest {
+    /// Nothing: it runs.
+    No,
+    /// An address that the next chain names.
+    Address(Miss),
+    /// Its ring, which must not be touched.
+    Ring,
+}
+
+/// Most misses that a queue posts at a time.
+const MAX_MISSES: usize = 64;
 
 /// The event descriptors of a queue.
 #[derive(Debug, Default)]
@@ -127,6 +156,10 @@ pub struct Queue {
     pub(super) notifier: Notifier,
     stats: Arc<QueueStats>,
     broken: bool,
+    rest: Rest,
+    /// With an IOTLB: where the chains in flight point, and who waits for which of them.
+    pins: Pins,
+    revoked: Vec<(Arc<Revoked>, WaitGroup)>,
     /// While the front end wants to know what is written.
     log: Option<QueueLog>,
     signals: Signals,
@@ -158,6 +191,9 @@ impl Queue {
             notifier,
             stats,
             broken: false,
+            rest: Rest::No,
+            pins: Pins::default(),
+            revoked: Vec::new(),
             log: None,
             signals: Signals::default(),
             unsignalled: 0,
@@ -195,7 +231,7 @@ impl Queue {
     /// Whether there are chains of an earlier back end to be taken still.
     #[inline]
     pub(super) fn has_resubmits(&self) -> bool {
-        !self.broken && self.ring.resubmits() > 0
+        self.is_running() && self.ring.resubmits() > 0
     }
 
     /// Where the next start of this queue begins.
@@ -206,6 +242,16 @@ impl Queue {
     /// Whether a broken ring has stopped the queue.
     pub fn is_broken(&self) -> bool {
         self.broken
+    }
+
+    /// Whether the queue takes requests: it is not broken, and waits for no translation.
+    pub(super) fn is_running(&self) -> bool {
+        !self.broken && self.rest == Rest::No
+    }
+
+    /// Whether the ring may be touched.
+    fn has_ring(&self) -> bool {
+        !self.broken && self.rest != Rest::Ring
     }
 
     pub(super) fn map(&self) -> &MemoryMap {
@@ -233,16 +279,52 @@ impl Queue {
         ready
     }
 
-    /// Takes a chain that [`ready`](Self::ready) has counted. `None` when it is broken, and the queue with it.
+    /// Takes a chain that [`ready`](Self::ready) has counted. `None` when it is broken, and the queue with it, or when
+    /// the queue has to wait for a translation.
     #[inline(always)] // the beginning of every request
     pub fn take(&mut self) -> Option<Request> {
         match self.ring.take(self.hold.map(), &mut self.chain) {
             Ok(token) => Some(Request { token, since: self.round }),
             Err(e) => {
-                self.fail(&e);
+                self.not_taken(&e);
                 None
             }
         }
+    }
+
+    /// Breaks, or rests until what the next chain names is translated. The chain stays where it is and is read anew then.
+    #[cold]
+    fn not_taken(&mut self, error: &RingError) {
+        let RingError::Memory(MemoryError::Miss(miss)) = *error else { return self.fail(error) };
+        self.rest = Rest::Address(miss);
+        self.stats.iotlb_misses.add(1);
+        let map = self.hold.map();
+        let Some(misses) = map.misses() else { return };
+        // All that is known to be missing at once: each answer takes the front end a while.
+        let mut found = vec![miss];
+        self.ring.survey(map, &mut |miss| {
+            if !found.contains(&miss) {
+                found.push(miss);
+            }
+            found.len() < MAX_MISSES
+        });
+        misses.post(&found);
+    }
+
+    /// The front end has no translation for this, or (`None`) none for the ring.
+    pub(super) fn refuse(&mut self, miss: Option<Miss>) {
+        match (self.rest, miss) {
+            (Rest::Address(own), Some(miss)) if own == miss => {
+                self.fail(&RingError::Memory(MemoryError::Miss(miss)));
+            }
+            (Rest::Ring, None) => self.fail(&RingError::Memory(MemoryError::RingUnmapped)),
+            _ => {}
+        }
+    }
+
+    /// Leaves the ring alone until a map says where it is. Nothing may be in flight.
+    pub(super) fn unmap_ring(&mut self) {
+        self.rest = Rest::Ring;
     }
 
     /// The chain taken last.
@@ -257,6 +339,9 @@ impl Queue {
     pub fn hold_chain(&mut self, held: &mut HeldChain) {
         // SAFETY: as for `chain`.
         unsafe { held.take(&mut self.chain, &self.hold) };
+        if self.hold.map().misses().is_some() {
+            held.pin_in(&mut self.pins);
+        }
     }
 
     /// Gives the request of the chain taken last back with the number of bytes written to it. The driver sees it when
@@ -327,7 +412,9 @@ impl Queue {
     /// Signals the driver if it wants that.
     #[inline]
     pub fn signal(&mut self, io: &mut Io<'_>) {
-        self.unsignalled = 0;
+        if std::mem::take(&mut self.unsignalled) == 0 {
+            return;
+        }
         if let Some(call) = self.log.as_ref().and_then(|log| log.call.as_ref()) {
             self.signals.send(call, io);
         }
@@ -360,13 +447,13 @@ impl Queue {
     }
 
     pub(super) fn enable_notification(&mut self) -> bool {
-        !self.broken && self.ring.enable_notification()
+        self.has_ring() && self.ring.enable_notification()
     }
 
     /// To be called now and then while awake, too: the ring keeps its event index from going stale.
     #[inline]
     pub fn disable_notification(&mut self) {
-        if !self.broken {
+        if self.has_ring() {
             self.ring.disable_notification();
         }
     }
@@ -392,16 +479,45 @@ impl Queue {
         }
     }
 
-    /// Goes over to a new memory map and returns the hold on the old one, which lives on in the requests that point
-    /// into it.
-    pub(super) fn set_map(&mut self, config: &RingConfig, hold: MapHold) -> MapHold {
-        if !self.broken
-            && let Err(e) = self.ring.relocate(config, hold.map())
-        {
-            self.fail(&e);
+    /// Goes over to a new memory map. Returns what is to be dropped last: the hold on the old one, which lives on in the
+    /// requests that point into it, and `adopted`, unless one of them points to what was revoked.
+    pub(super) fn set_map(&mut self, change: MapChange) -> (MapHold, Option<WaitGroup>) {
+        let MapChange { hold, ring, revoked, adopted } = change;
+        if let (Some(config), false) = (&ring, self.broken) {
+            match self.ring.relocate(config, hold.map()) {
+                Ok(()) if self.rest == Rest::Ring => self.rest = Rest::No,
+                Ok(()) => {}
+                Err(e) => self.fail(&e),
+            }
+        }
+        if let (Rest::Address(miss), false) = (self.rest, self.broken) {
+            match hold.map().misses() {
+                Some(misses) if !hold.map().allows(miss.iova, miss.access) => misses.post(&[miss]),
+                _ => self.rest = Rest::No,
+            }
         }
         self.chain.clear();
-        std::mem::replace(&mut self.hold, hold)
+        let old = std::mem::replace(&mut self.hold, hold);
+        match revoked {
+            Some(revoked) if self.pins.touch(&revoked) => {
+                self.revoked.push((revoked, adopted));
+                (old, None)
+            }
+            _ => (old, Some(adopted)),
+        }
+    }
+
+    /// How many wait for requests to be over that point to what was revoked.
+    pub(super) fn revoked(&self) -> usize {
+        self.revoked.len()
+    }
+
+    /// Lets those go who wait for requests that are over now; how many.
+    pub(super) fn release_revoked(&mut self) -> usize {
+        let before = self.revoked.len();
+        let pins = &self.pins;
+        self.revoked.retain(|(revoked, _)| pins.touch(revoked));
+        before - self.revoked.len()
     }
 
     /// Counts an error of the request kind, and logs the first of it.

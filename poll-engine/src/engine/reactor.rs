@@ -11,12 +11,11 @@ use tracing::{debug, warn};
 
 use super::mailbox::Mailbox;
 use super::pacing::{Pacer, Pacing};
-use super::queue::Queue;
+use super::queue::{MapChange, Queue};
 use crate::device::QueueHandler;
 use crate::memory::fault::faults;
+use crate::memory::iotlb::Miss;
 use crate::memory::log::QueueLog;
-use crate::memory::map::MapHold;
-use crate::ring::RingConfig;
 use crate::stats::ErrorKind;
 use crate::uring::{Completion, FixedBuffers, Uring};
 
@@ -46,8 +45,12 @@ pub(super) enum Message {
     Start { queue: Box<Queue>, handler: Box<dyn QueueHandler>, id: Sender<TaskId> },
     /// Take no more chains, finish what is in flight, answer with the base and let the queue go.
     Stop { id: TaskId, base: Sender<u32> },
-    /// Go over to a new memory map, and let `adopted` go once that is done.
-    SetMap { id: TaskId, config: RingConfig, hold: MapHold, adopted: WaitGroup },
+    /// Go over to a new memory map.
+    SetMap { id: TaskId, change: MapChange },
+    /// Take no more chains, finish what is in flight, and leave the ring alone until a map comes that has it.
+    Park { id: TaskId, parked: WaitGroup },
+    /// The front end has no translation for this, or (`None`) for the ring.
+    Refuse { id: TaskId, miss: Option<Miss> },
     /// Tell a dirty log what is written from now on, or nobody, and let `adopted` go.
     SetLog { id: TaskId, log: Option<QueueLog>, adopted: WaitGroup },
     /// Replace one of the event descriptors.
@@ -129,6 +132,8 @@ struct Task {
     handler: Box<dyn QueueHandler>,
     /// Set when asked to stop: who waits for the base.
     stopping: Option<Sender<u32>>,
+    /// Set when asked to leave the ring alone: who waits for that.
+    parking: Option<WaitGroup>,
     watching_kick: bool,
     reported: bool,
     /// Has completed chains to publish after reaping.
@@ -143,7 +148,8 @@ impl Task {
 
     /// One that is to stop takes nothing new, but what an earlier back end had begun is as good as in flight.
     fn polls(&self) -> bool {
-        !self.queue.is_broken() && (self.stopping.is_none() || self.queue.has_resubmits())
+        let takes = self.stopping.is_none() || self.queue.has_resubmits();
+        takes && self.parking.is_none() && self.queue.is_running()
     }
 }
 
@@ -165,7 +171,8 @@ pub(super) struct Reactor {
     /// Memory faults caught, as last looked at.
     seen_faults: usize,
     quitting: bool,
-    stopping: usize,
+    /// Answers owed to control threads that wait for requests to be over.
+    awaited: usize,
 }
 
 impl Reactor {
@@ -189,7 +196,7 @@ impl Reactor {
             held_back: 0,
             seen_faults: 0,
             quitting: false,
-            stopping: 0,
+            awaited: 0,
         })
     }
 
@@ -235,7 +242,8 @@ impl Reactor {
             self.uring.submit();
         }
         worked += self.reap();
-        if self.stopping > 0 {
+        if self.awaited > 0 {
+            self.park();
             self.retire();
         }
         if self.seen_faults != faults() {
@@ -386,17 +394,28 @@ impl Reactor {
                 Message::Stop { id, base } => {
                     if let Some(task) = self.find(id) {
                         task.stopping = Some(base);
-                        self.stopping += 1;
+                        self.awaited += 1;
                     } else {
                         warn!("{}: asked to stop a queue that does not run here", self.name);
                     }
                 }
-                Message::SetMap { id, config, hold, adopted } => {
-                    let old = self.find(id).map(|task| task.queue.set_map(&config, hold));
+                Message::SetMap { id, change } => {
+                    let done = self.find(id).map(|task| task.queue.set_map(change));
+                    self.awaited += usize::from(matches!(done, Some((_, None))));
                     self.sync_buffers();
                     // Last: whoever waits for the old map takes its memory away.
-                    drop(old);
-                    drop(adopted);
+                    drop(done);
+                }
+                Message::Park { id, parked } => {
+                    if let Some(task) = self.find(id) {
+                        task.parking = Some(parked);
+                        self.awaited += 1;
+                    }
+                }
+                Message::Refuse { id, miss } => {
+                    if let Some(task) = self.find(id) {
+                        task.queue.refuse(miss);
+                    }
                 }
                 Message::SetLog { id, log, adopted } => {
                     if let Some(task) = self.find(id) {
@@ -435,8 +454,8 @@ impl Reactor {
         let id = TaskId { slot: slot as u16, generation: self.generation };
         handler.attach(&mut Io { uring: &mut self.uring, id });
         self.places[slot] = Some(self.tasks.len());
-        let (stopping, watching_kick, reported, reaped) = (None, false, false, false);
-        self.tasks.push(Task { id, queue, handler, stopping, watching_kick, reported, reaped });
+        let (stopping, parking, watching_kick, reported, reaped) = (None, None, false, false, false);
+        self.tasks.push(Task { id, queue, handler, stopping, parking, watching_kick, reported, reaped });
         self.sync_buffers();
         self.pacer.worked();
         id
@@ -445,6 +464,22 @@ impl Reactor {
     fn sync_buffers(&mut self) {
         let users = self.tasks.iter().filter(|t| t.handler.uses_fixed_buffers());
         self.uring.sync_buffers(self.fixed, users.map(|t| t.queue.map()));
+    }
+
+    /// Says what has become true with the requests that are over: nothing points any more to what was revoked, and rings
+    /// that were to be left alone are.
+    #[cold]
+    fn park(&mut self) {
+        for task in &mut self.tasks {
+            self.awaited -= task.queue.release_revoked();
+            if task.parking.is_some() && task.queue.in_flight() == 0 {
+                task.queue.publish();
+                task.queue.signal(&mut Io { uring: &mut self.uring, id: task.id });
+                task.queue.unmap_ring();
+                self.awaited -= 1;
+                task.parking = None;
+            }
+        }
     }
 
     /// Lets the queues go that were asked to stop and have finished.
@@ -469,7 +504,7 @@ impl Reactor {
             // What has not been taken by now waits for a front end that does not read.
             task.queue.cancel_signals(io);
             self.uring.submit();
-            self.stopping -= 1;
+            self.awaited -= 1 + task.queue.revoked();
             let base = task.queue.base();
             let reply = task.stopping.take();
             debug!("{}: a queue has left at {base:#x}", self.name);

@@ -5,6 +5,7 @@
 #![allow(unsafe_code)] // mmap, and addresses handed out to `slice` and `ring::layout`
 
 use std::fs::File;
+use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::ptr::NonNull;
 use std::sync::Arc;
@@ -15,7 +16,9 @@ use serde::{Deserialize, Serialize};
 use vm_memory::{FileOffset, MmapRegion};
 
 use super::fault::Guard;
+use super::iotlb::{Access, Miss, Misses, each_missing};
 use super::slice::{GuestSlice, RawSlice};
+use super::stitch::{offset_in, stitch};
 
 /// Most regions a session may have: what QEMU's `VHOST_USER_MAX_RAM_SLOTS` on x86 (512) leaves, and what KVM offers.
 pub const MAX_REGIONS: usize = 509;
@@ -51,6 +54,18 @@ pub enum MemoryError {
     /// The front end has truncated the file behind a region that is in use.
     #[error("the front end has taken shared memory away")]
     TakenAway,
+    /// An I/O virtual address that is not translated, or not yet.
+    #[error("I/O address {:#x} is not mapped for the device ({})", .0.iova, access_name(.0.access))]
+    Miss(Miss),
+    /// The front end has no translation for a ring.
+    #[error("the ring is not mapped for the device")]
+    RingUnmapped,
+    /// A ring in scattered pages that cannot be mapped beside each other.
+    #[error(
+        "the ring at I/O address {0:#x} is in scattered pages of huge-page memory; \
+         give the device a queue size of at most 256, or the guest memory in normal pages"
+    )]
+    Scattered(u64),
     /// A guest address range that no region covers.
     #[error("guest address {addr:#x} with length {len:#x} is outside guest memory")]
     Outside {
@@ -59,6 +74,14 @@ pub enum MemoryError {
         /// Bytes.
         len: u64,
     },
+}
+
+fn access_name(access: Access) -> &'static str {
+    match access {
+        Access::READ => "reading",
+        Access::WRITE => "writing",
+        _ => "reading and writing",
+    }
 }
 
 /// One region as the front end describes it (vhost-user: "Memory regions description").
@@ -141,6 +164,21 @@ impl Region {
         Ok(Region { spec, host, huge, guard, mapping })
     }
 
+    /// A ring's pages side by side: `mapping`, in which `first` begins after `skip` bytes.
+    pub(super) fn stitched(first: &Span, from: &Region, skip: usize, mapping: MmapRegion) -> Option<Region> {
+        let guest_addr = from.spec.guest_addr + (first.host.addr() - from.host_addr().addr()) as u64;
+        let len = mapping.size();
+        let host = NonNull::new(mapping.as_ptr().wrapping_add(skip))?;
+        let guard = Guard::new(mapping.as_ptr().addr(), len)?;
+        let spec = RegionSpec { guest_addr, size: (len - skip) as u64, user_addr: 0, mmap_offset: 0 };
+        Some(Region { spec, host, huge: false, guard, mapping })
+    }
+
+    /// The file behind a host address inside the region, and where in it that is.
+    pub(super) fn file_at(&self, host: *const u8) -> Option<(&FileOffset, u64)> {
+        offset_in(&self.mapping, host)
+    }
+
     /// The region with its host address as the front-end address, for memory of our own.
     pub(super) fn at_host_addr(mut self) -> Region {
         self.spec.user_addr = self.host_addr().addr() as u64;
@@ -191,12 +229,75 @@ impl RingAddress {
 // SAFETY: an address whose mapping is kept by the Arc; vring::layout says how it is accessed.
 unsafe impl Send for RingAddress {}
 
-/// What translation reads: 24 bytes a region, in guest-physical order.
+/// What translation reads: 32 bytes a region, or an interval of the IOTLB, in the order of the addresses that chains
+/// name: guest-physical ones, or I/O virtual ones.
+///
+/// It has a size for each kind of access, of which one is 0 where only the other is permitted: an address is looked up
+/// and the permission checked in one comparison.
 #[derive(Clone, Copy, Debug)]
-struct Span {
-    guest_addr: u64,
-    size: u64,
-    host: *mut u8,
+pub(super) struct Span {
+    pub(super) addr: u64,
+    pub(super) host: *mut u8,
+    /// For reading, for writing.
+    sizes: [u64; 2],
+}
+
+// SAFETY: an address, of which GuestSlice and the rings make use; see Region.
+unsafe impl Send for Span {}
+
+impl Span {
+    /// `size` bytes, which are not none.
+    pub(super) fn new(addr: u64, host: *mut u8, size: u64, access: Access) -> Span {
+        let allowed = |kind| if access.allows(kind) { size } else { 0 };
+        Span { addr, host, sizes: [allowed(Access::READ), allowed(Access::WRITE)] }
+    }
+
+    pub(super) fn size(&self) -> u64 {
+        self.sizes[0].max(self.sizes[1])
+    }
+
+    pub(super) fn access(&self) -> Access {
+        match self.sizes {
+            [_, 0] => Access::READ,
+            [0, _] => Access::WRITE,
+            _ => Access::BOTH,
+        }
+    }
+
+    /// Bytes that may be accessed so.
+    #[inline(always)]
+    fn size_for(&self, access: Access) -> u64 {
+        match access {
+            Access::READ => self.sizes[0],
+            Access::WRITE => self.sizes[1],
+            _ => self.sizes[0].min(self.sizes[1]),
+        }
+    }
+
+    pub(super) fn last(&self) -> u64 {
+        self.addr + (self.size() - 1)
+    }
+
+    /// The part from `first` to `last`, which are inside.
+    pub(super) fn part(&self, first: u64, last: u64) -> Span {
+        let host = self.host.wrapping_add((first - self.addr) as usize);
+        Span::new(first, host, last - first + 1, self.access())
+    }
+
+    /// This and `more` bytes behind it.
+    pub(super) fn longer(&self, more: u64) -> Span {
+        Span::new(self.addr, self.host, self.size() + more, self.access())
+    }
+
+    pub(super) fn host_range(&self) -> Range<usize> {
+        self.host.addr()..self.host.addr() + self.size() as usize
+    }
+
+    /// Whether `next` begins where this ends, here as there.
+    pub(super) fn goes_on_in(&self, next: &Span) -> bool {
+        self.last().checked_add(1) == Some(next.addr)
+            && self.host.wrapping_add(self.size() as usize) == next.host
+    }
 }
 
 /// An immutable snapshot of guest memory.
@@ -204,6 +305,8 @@ struct Span {
 pub struct MemoryMap {
     spans: Vec<Span>,
     regions: Vec<Arc<Region>>,
+    /// With an IOTLB: where misses are posted. The spans are its intervals then.
+    misses: Option<Arc<Misses>>,
 }
 
 // SAFETY: spans are addresses of the regions kept beside them; see Region.
@@ -223,11 +326,38 @@ impl MemoryMap {
                 return Err(MemoryError::Overlap(a.spec.guest_addr));
             }
         }
-        let spans = regions
-            .iter()
-            .map(|r| Span { guest_addr: r.spec.guest_addr, size: r.spec.size, host: r.host_addr() })
-            .collect();
-        Ok(MemoryMap { spans, regions })
+        let span = |r: &Arc<Region>| Span::new(r.spec.guest_addr, r.host_addr(), r.spec.size, Access::BOTH);
+        let spans = regions.iter().map(span).collect();
+        Ok(MemoryMap { spans, regions, misses: None })
+    }
+
+    /// The same memory by I/O virtual addresses: `spans` point into its regions.
+    pub(super) fn translated(&self, spans: Vec<Span>, misses: Arc<Misses>) -> MemoryMap {
+        MemoryMap { spans, regions: self.regions.clone(), misses: Some(misses) }
+    }
+
+    /// Where misses are posted, if addresses are I/O virtual ones.
+    pub fn misses(&self) -> Option<&Arc<Misses>> {
+        self.misses.as_ref()
+    }
+
+    /// Host address of `size` bytes at a front-end address, if one region has them all.
+    pub(super) fn find_user(&self, user_addr: u64, size: u64) -> Option<*mut u8> {
+        let inside = |r: &Region| {
+            user_addr >= r.spec.user_addr
+                && r.spec.size.checked_sub(user_addr - r.spec.user_addr).is_some_and(|rest| size <= rest)
+        };
+        let region = self.regions.iter().find(|r| inside(r))?;
+        Some(region.host_addr().wrapping_add((user_addr - region.spec.user_addr) as usize))
+    }
+
+    /// The region that holds all of a range of host addresses.
+    pub(super) fn find_host(&self, range: &Range<usize>) -> Option<&Arc<Region>> {
+        let inside = |r: &Region| {
+            let start = r.host_addr().addr();
+            start <= range.start && range.end <= start + r.spec.size as usize
+        };
+        self.regions.iter().find(|r| inside(r))
     }
 
     /// Whether the front end has taken some of this memory away.
@@ -261,50 +391,95 @@ impl MemoryMap {
     }
 
     #[inline(always)]
-    fn span(&self, addr: u64) -> Option<&Span> {
+    fn find(&self, addr: u64, size: impl Fn(&Span) -> u64) -> Option<&Span> {
         // A guest has a handful of regions, nearly always; the scan is cheaper than the search up to there.
         if self.spans.len() <= 8 {
-            return self.spans.iter().find(|s| addr.wrapping_sub(s.guest_addr) < s.size);
+            return self.spans.iter().find(|s| addr.wrapping_sub(s.addr) < size(s));
         }
-        let after = self.spans.partition_point(|s| s.guest_addr <= addr);
-        self.spans[..after].last().filter(|s| addr - s.guest_addr < s.size)
+        let after = self.spans.partition_point(|s| s.addr <= addr);
+        self.spans[..after].last().filter(|s| addr - s.addr < size(s))
     }
 
-    /// Appends the host slices behind `len` bytes at guest-physical `addr`: one, or more where the range runs on from
-    /// one region into the next.
-    #[inline(always)] // once a descriptor
-    pub(crate) fn translate(&self, addr: u64, len: u32, out: &mut Vec<RawSlice>) -> Result<(), MemoryError> {
-        let outside = || MemoryError::Outside { addr, len: u64::from(len) };
-        let span = self.span(addr).ok_or_else(outside)?;
-        let offset = addr - span.guest_addr;
-        if u64::from(len) <= span.size - offset {
-            // SAFETY: offset < span.size, inside the mapping.
-            out.push(RawSlice { host: unsafe { span.host.add(offset as usize) }, len });
-            return Ok(());
+    pub(super) fn span(&self, addr: u64, access: Access) -> Option<&Span> {
+        self.find(addr, |s| s.size_for(access))
+    }
+
+    /// Whether `addr` is translated for `access`.
+    pub fn allows(&self, addr: u64, access: Access) -> bool {
+        self.span(addr, access).is_some()
+    }
+
+    /// Whether `addr` is translated, for whatever it may be.
+    pub fn knows(&self, addr: u64) -> bool {
+        self.allows(addr, Access::READ) || self.allows(addr, Access::WRITE)
+    }
+
+    /// Why `len` bytes at `addr` cannot be translated.
+    #[cold]
+    pub(crate) fn absent(&self, addr: u64, len: u64, access: Access) -> MemoryError {
+        let mut first = None;
+        if self.misses.is_some() {
+            each_missing(self, addr, len, access, |miss| {
+                first = Some(miss);
+                false
+            });
         }
-        self.translate_across(addr, len, out).ok_or_else(outside)
+        first.map_or(MemoryError::Outside { addr, len }, MemoryError::Miss)
+    }
+
+    /// Appends the host slices behind `len` bytes at `addr`, to be written or to be read: one, or more where the range runs
+    /// on from one region (or interval of the IOTLB) into the next.
+    #[inline(always)] // once a descriptor
+    pub(crate) fn translate(
+        &self,
+        addr: u64,
+        len: u32,
+        write: bool,
+        out: &mut Vec<RawSlice>,
+    ) -> Result<(), MemoryError> {
+        let kind = usize::from(write);
+        if let Some(span) = self.find(addr, |s| s.sizes[kind]) {
+            let offset = addr - span.addr;
+            if u64::from(len) <= span.sizes[kind] - offset {
+                // SAFETY: offset < span.size, inside the mapping.
+                out.push(RawSlice { host: unsafe { span.host.add(offset as usize) }, len });
+                return Ok(());
+            }
+        }
+        self.translate_across(addr, len, if write { Access::WRITE } else { Access::READ }, out)
     }
 
     #[cold]
-    fn translate_across(&self, mut addr: u64, mut len: u32, out: &mut Vec<RawSlice>) -> Option<()> {
-        while len > 0 {
-            let span = self.span(addr)?;
-            let offset = addr - span.guest_addr;
-            let n = u64::from(len).min(span.size - offset) as u32;
+    fn translate_across(
+        &self,
+        mut addr: u64,
+        mut len: u32,
+        access: Access,
+        out: &mut Vec<RawSlice>,
+    ) -> Result<(), MemoryError> {
+        let absent = self.absent(addr, len.into(), access);
+        loop {
+            let Some(span) = self.span(addr, access) else { return Err(absent) };
+            let offset = addr - span.addr;
+            let n = u64::from(len).min(span.size() - offset) as u32;
             // SAFETY: offset < span.size, inside the mapping.
             out.push(RawSlice { host: unsafe { span.host.add(offset as usize) }, len: n });
             len -= n;
-            addr = addr.checked_add(u64::from(n))?;
+            if len == 0 {
+                return Ok(());
+            }
+            let Some(next) = addr.checked_add(u64::from(n)) else { return Err(absent) };
+            addr = next;
         }
-        Some(())
     }
 
-    /// The bytes at guest-physical `addr` up to the end of the region, at most `len`. `None` outside of memory.
+    /// The bytes at `addr` up to the end of the region (or interval of the IOTLB), at most `len`. `None` outside of
+    /// memory, and where the device may not read.
     #[inline]
     pub fn slice(&self, addr: u64, len: u32) -> Option<GuestSlice<'_>> {
-        let span = self.span(addr)?;
-        let offset = addr - span.guest_addr;
-        let len = u64::from(len).min(span.size - offset) as u32;
+        let span = self.find(addr, |s| s.sizes[0])?;
+        let offset = addr - span.addr;
+        let len = u64::from(len).min(span.sizes[0] - offset) as u32;
         // SAFETY: offset < span.size and offset + len <= span.size, inside a mapping that self keeps.
         Some(unsafe { RawSlice { host: span.host.add(offset as usize), len }.in_map(self) })
     }
@@ -313,19 +488,23 @@ impl MemoryMap {
     /// the dirty log, which knows no other addresses.
     pub fn guest_addr(&self, host: *const u8) -> Option<u64> {
         let at = host.addr() as u64;
-        let offset = |s: &Span| at.wrapping_sub(s.host.addr() as u64);
-        self.spans.iter().find(|s| offset(s) < s.size).map(|s| s.guest_addr + offset(s))
+        let offset = |r: &Region| at.wrapping_sub(r.host_addr().addr() as u64);
+        let region = self.regions.iter().find(|r| offset(r) < r.spec.size);
+        region.map(|r| r.spec.guest_addr + offset(r))
     }
 
-    /// Where a ring part of `len` bytes lies, given as vhost-user gives it: a front-end address, or an I/O virtual one
-    /// when `VIRTIO_F_ACCESS_PLATFORM` is negotiated, which without a vIOMMU is the guest-physical address (QEMU
-    /// keeps sending front-end addresses then). It must lie within one region.
+    /// Where a ring part of `len` bytes lies, given as vhost-user gives it: with an IOTLB an I/O virtual address, and
+    /// without a front-end address. Front ends without an IOTLB that negotiate `VIRTIO_F_ACCESS_PLATFORM` all the same
+    /// may also give a guest-physical address. It must lie within one region, or in translated pages.
     pub fn ring_address(
         &self,
         addr: u64,
         len: u64,
         access_platform: bool,
     ) -> Result<RingAddress, MemoryError> {
+        if self.misses.is_some() {
+            return self.translated_ring_address(addr, len);
+        }
         let within = |start: u64, size: u64| {
             addr >= start && size.checked_sub(addr - start).is_some_and(|rest| len <= rest)
         };
@@ -342,6 +521,34 @@ impl MemoryMap {
         // SAFETY: offset + len <= region size, inside the mapping that the Arc keeps.
         let host = unsafe { region.host.add(offset as usize) };
         Ok(RingAddress { host, region: Arc::clone(region) })
+    }
+
+    fn translated_ring_address(&self, addr: u64, len: u64) -> Result<RingAddress, MemoryError> {
+        let outside = MemoryError::Outside { addr, len };
+        let last = len.checked_sub(1).and_then(|rest| addr.checked_add(rest)).ok_or(outside)?;
+        let mut pieces: Vec<Span> = Vec::new();
+        let mut at = addr;
+        loop {
+            let span = self.span(at, Access::READ).or_else(|| self.span(at, Access::WRITE));
+            let span = span.ok_or_else(|| self.absent(addr, len, Access::READ))?;
+            let piece = span.part(at, span.last().min(last));
+            match pieces.last_mut() {
+                Some(p) if p.goes_on_in(&piece) => *p = p.longer(piece.size()),
+                _ => pieces.push(piece),
+            }
+            if piece.last() == last {
+                break;
+            }
+            at = piece.last() + 1;
+        }
+        if let [whole] = pieces.as_slice()
+            && let (Some(region), Some(host)) =
+                (self.find_host(&whole.host_range()), NonNull::new(whole.host))
+        {
+            return Ok(RingAddress { host, region: Arc::clone(region) });
+        }
+        let region = Arc::new(stitch(&pieces, self)?);
+        Ok(RingAddress { host: region.host, region })
     }
 }
 

@@ -1,15 +1,18 @@
 //! Guest memory as the device sees it: mapped once, translated per request, dropped when nobody uses it.
 //!
 //! [`map`] turns what the front end shares into immutable snapshots, [`slice`](mod@slice) is the only way to touch
-//! guest bytes, [`ram`] is memory of our own in the same form, [`log`] tells which pages were written, and [`fault`] survives
-//! memory that is taken away.
+//! guest bytes, [`ram`] is memory of our own in the same form, [`log`] tells which pages were written, [`iotlb`] what a
+//! device behind a vIOMMU may touch, and [`fault`] survives memory that is taken away.
 
 pub mod fault;
+pub mod iotlb;
 pub mod log;
 pub mod map;
 pub mod ram;
 pub mod slice;
+mod stitch;
 
+pub use iotlb::{Access, Miss, Misses};
 pub use map::{MapHold, MemoryError, MemoryMap, Region, RegionSpec, RingAddress};
 pub use ram::Ram;
 pub use slice::GuestSlice;

@@ -2,6 +2,7 @@
 #![allow(unsafe_code)] // raw access to memory that another party writes at the same time
 
 use std::marker::PhantomData;
+use std::ops::Range;
 use std::ptr;
 
 pub use vring::layout::{prefetch, prefetch_write};
@@ -29,6 +30,10 @@ impl RawSlice {
     #[inline]
     pub(crate) fn host_addr(self) -> *mut u8 {
         self.host
+    }
+
+    pub(crate) fn host_range(self) -> Range<usize> {
+        self.host.addr()..self.host.addr() + self.len as usize
     }
 
     /// Ties the address back to the map it came from.
@@ -160,4 +165,10 @@ impl<'m> GuestSlice<'m> {
     pub fn prefetch_write(&self) {
         prefetch_write(self.host);
     }
+}
+
+#[cfg(test)]
+pub(super) fn tests_read(host: *const u8, len: usize) -> Vec<u8> {
+    // SAFETY: tests give addresses of mappings that they keep.
+    (0..len).map(|i| unsafe { host.add(i).read_volatile() }).collect()
 }

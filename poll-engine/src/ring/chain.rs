@@ -3,7 +3,11 @@
 //! Framing is the driver's choice (virtio 1.3, 2.7.4): a device sees two byte streams, however they are cut up.
 #![allow(unsafe_code)] // ties translated addresses back to their map
 
+use std::ops::Range;
+use std::sync::Arc;
+
 use super::RingError;
+use crate::memory::iotlb::Revoked;
 use crate::memory::log::DirtyLog;
 use crate::memory::map::{MapHold, MemoryMap};
 use crate::memory::slice::{GuestSlice, RawSlice};
@@ -38,14 +42,13 @@ impl Chain {
         if len == 0 {
             return Err(RingError::ZeroLength);
         }
+        if !writable && self.writable_len > 0 {
+            return Err(RingError::BadOrder);
+        }
+        map.translate(addr, len, writable, &mut self.slices)?;
         if writable {
-            map.translate(addr, len, &mut self.slices)?;
             self.writable_len += u64::from(len);
         } else {
-            if self.writable_len > 0 {
-                return Err(RingError::BadOrder);
-            }
-            map.translate(addr, len, &mut self.slices)?;
             self.readable = self.slices.len();
             self.readable_len += u64::from(len);
         }
@@ -76,6 +79,8 @@ impl Chain {
 pub struct HeldChain {
     chain: Chain,
     hold: Option<MapHold>,
+    /// With an IOTLB: says where this points, to whoever has to know (see [`Pins`]).
+    pin: Option<Pin>,
 }
 
 impl HeldChain {
@@ -89,6 +94,11 @@ impl HeldChain {
         self.hold = Some(hold.clone());
     }
 
+    /// Has `pins` know where the chain points, until it is released.
+    pub(crate) fn pin_in(&mut self, pins: &mut Pins) {
+        self.pin = Some(pins.pin(&self.chain.slices));
+    }
+
     /// The held chain. `None` after [`release`](Self::release).
     #[inline]
     pub fn view(&self) -> Option<ChainView<'_>> {
@@ -100,7 +110,44 @@ impl HeldChain {
     #[inline]
     pub fn release(&mut self) {
         self.hold = None;
+        self.pin = None;
         self.chain.clear();
+    }
+}
+
+/// The host addresses of one held chain.
+type Pin = Arc<Vec<Range<usize>>>;
+
+/// Where the held chains of a queue point. A front end that takes a translation back waits for those that point there,
+/// and for no others.
+#[derive(Debug, Default)]
+pub(crate) struct Pins {
+    /// One for each chain held at a time; those that nobody else has are used again.
+    pins: Vec<Pin>,
+    next: usize,
+}
+
+impl Pins {
+    fn pin(&mut self, slices: &[RawSlice]) -> Pin {
+        let count = self.pins.len();
+        let free =
+            (0..count).map(|i| (self.next + i) % count).find(|&i| Arc::strong_count(&self.pins[i]) == 1);
+        let at = free.unwrap_or_else(|| {
+            self.pins.push(Pin::default());
+            count
+        });
+        self.next = at + 1;
+        let pin = &mut self.pins[at];
+        if let Some(ranges) = Arc::get_mut(pin) {
+            ranges.clear();
+            ranges.extend(slices.iter().map(|s| s.host_range()));
+        }
+        Arc::clone(pin)
+    }
+
+    /// Whether a held chain points to what was revoked.
+    pub(crate) fn touch(&self, revoked: &Revoked) -> bool {
+        self.pins.iter().any(|pin| Arc::strong_count(pin) > 1 && revoked.touches(pin))
     }
 }
 

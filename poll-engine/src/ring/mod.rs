@@ -7,13 +7,14 @@ pub mod inflight;
 pub mod layout;
 pub mod split;
 
+use crate::memory::iotlb::{Access, Miss, each_missing};
 use crate::memory::log::QueueLog;
 use serde::{Deserialize, Serialize};
 
 use crate::memory::map::{MemoryError, MemoryMap};
 use chain::Chain;
 use inflight::QueueRegion;
-use layout::SplitLayout;
+use layout::{DESC_F_INDIRECT, DESC_F_WRITE, DESC_SIZE, Desc, SplitLayout};
 use split::SplitRing;
 
 /// Largest ring (virtio 1.3, 2.7: "The maximum Queue Size value is 32768").
@@ -83,6 +84,74 @@ impl RingConfig {
             Err(RingError::BadSize(self.size))
         }
     }
+
+    /// Address and bytes of the three parts, and what the device does there (virtio 1.3, 2.7 and 2.8).
+    pub fn parts(&self) -> [(u64, u64, Access); 3] {
+        let n = u64::from(self.size);
+        match self.format {
+            RingFormat::Split => [
+                (self.desc_addr, 16 * n, Access::READ),
+                (self.avail_addr, 6 + 2 * n, Access::READ),
+                (self.used_addr, 6 + 8 * n, Access::BOTH),
+            ],
+            RingFormat::Packed => [
+                (self.desc_addr, 16 * n, Access::BOTH),
+                (self.avail_addr, 4, Access::READ),
+                (self.used_addr, 4, Access::BOTH),
+            ],
+        }
+    }
+
+    /// Calls `found` for each page of the ring that `map` does not translate.
+    pub fn each_missing(&self, map: &MemoryMap, mut found: impl FnMut(Miss)) {
+        for (addr, len, access) in self.parts() {
+            each_missing(map, addr, len, access, |miss| {
+                found(miss);
+                true
+            });
+        }
+    }
+
+    /// Whether some of the ring is between `first` and `last`, in the transport's address space.
+    pub fn touches(&self, first: u64, last: u64) -> bool {
+        self.parts().iter().any(|&(addr, len, _)| addr <= last && addr.saturating_add(len - 1) >= first)
+    }
+}
+
+/// Descriptors that a survey for missing translations looks at.
+const MAX_SURVEYED: u32 = 1024;
+
+/// Looks for what a descriptor, or the table it points to, names and `map` does not translate; false when `found` wants
+/// no more.
+#[cold]
+fn survey_desc(map: &MemoryMap, desc: &Desc, left: &mut u32, found: &mut impl FnMut(Miss) -> bool) -> bool {
+    let mut more = true;
+    let mut complete = true;
+    let access = if desc.flags & DESC_F_WRITE == 0 { Access::READ } else { Access::WRITE };
+    each_missing(map, desc.addr, desc.len.into(), access, |miss| {
+        complete = false;
+        more = found(miss);
+        more
+    });
+    if desc.flags & DESC_F_INDIRECT == 0 || !complete {
+        return more;
+    }
+    let mut at = 0;
+    while more && *left > 0 && desc.len - at >= DESC_SIZE {
+        *left -= 1;
+        // One that crosses into another page is found when its turn comes.
+        let pair = map.slice(desc.addr.wrapping_add(at.into()), DESC_SIZE).and_then(|s| s.read_pair_once());
+        if let Some(pair) = pair {
+            let buffer = Desc::from_pair(pair);
+            let access = if buffer.flags & DESC_F_WRITE == 0 { Access::READ } else { Access::WRITE };
+            each_missing(map, buffer.addr, buffer.len.into(), access, |miss| {
+                more = found(miss);
+                more
+            });
+        }
+        at += DESC_SIZE;
+    }
+    more
 }
 
 /// What is wrong with a ring or a chain: the guest's fault (or the front end's), never ours. It stops the queue.
@@ -238,6 +307,11 @@ impl Ring {
     #[inline]
     pub fn available(&mut self) -> Result<u16, RingError> {
         each_format!(self, r => r.available())
+    }
+
+    /// Looks for what available chains name and `map` does not translate, until `found` returns false.
+    pub fn survey(&self, map: &MemoryMap, found: &mut impl FnMut(Miss) -> bool) {
+        each_format!(self, r => r.survey(map, found));
     }
 
     /// Fetches ahead what the next `count` chains need.

@@ -18,8 +18,9 @@ use super::layout::{
     AVAIL_F_NO_INTERRUPT, DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, DESC_SIZE, Desc, SplitLayout,
     USED_F_NO_NOTIFY, indirect_desc,
 };
-use super::{RingConfig, RingError, Token};
+use super::{MAX_SURVEYED, RingConfig, RingError, Token, survey_desc};
 use crate::fault_point::pass;
+use crate::memory::iotlb::{Access, Miss};
 use crate::memory::log::LoggedPart;
 use crate::memory::map::MemoryMap;
 use crate::memory::slice::prefetch_write;
@@ -219,6 +220,28 @@ impl SplitRing {
         Ok(Token::new(head))
     }
 
+    /// Looks for what the available chains name and `map` does not translate, until `found` returns false. Nothing is
+    /// taken, and nothing is believed: `take` reads and checks all of it again.
+    #[cold]
+    pub(super) fn survey(&self, map: &MemoryMap, found: &mut impl FnMut(Miss) -> bool) {
+        let ready = self.layout.avail_idx().wrapping_sub(self.next_avail).min(self.size());
+        let mut left = MAX_SURVEYED;
+        for i in 0..ready {
+            let mut index = self.layout.avail_ring(self.next_avail.wrapping_add(i));
+            loop {
+                let desc = self.layout.desc(index);
+                left = left.saturating_sub(1);
+                if left == 0 || !survey_desc(map, &desc, &mut left, found) {
+                    return;
+                }
+                if desc.flags & DESC_F_NEXT == 0 {
+                    break;
+                }
+                index = desc.next;
+            }
+        }
+    }
+
     /// A chain in the ring's own table. It may end in an indirect one (2.7.5.3.2: "zero or more normal chained
     /// descriptors followed by a single descriptor with flags&VIRTQ_DESC_F_INDIRECT").
     #[inline]
@@ -291,8 +314,8 @@ impl SplitRing {
         let mut done = 0;
         while done < bytes.len() {
             let left = (bytes.len() - done) as u32;
-            let outside = crate::memory::MemoryError::Outside { addr: at, len: u64::from(left) };
-            let n = map.slice(at, left).ok_or(outside)?.read(&mut bytes[done..]);
+            let absent = || map.absent(at, left.into(), Access::READ);
+            let n = map.slice(at, left).ok_or_else(absent)?.read(&mut bytes[done..]);
             done += n;
             at += n as u64;
         }

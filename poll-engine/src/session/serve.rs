@@ -10,6 +10,7 @@ use nix::sys::socket::{MsgFlags, send};
 use tracing::{debug, warn};
 
 use super::inflight::{self, Inflight, InflightError};
+use super::iommu::Iommu;
 use super::listen::Listener;
 use super::logging::Logs;
 use super::server::Control;
@@ -20,6 +21,7 @@ use crate::device::{Device, QueueHandler, features};
 use crate::engine::queue::{Alarm, Notifier, Queue};
 use crate::engine::reactor::NotifierChange;
 use crate::engine::{Engine, RunningQueue};
+use crate::memory::iotlb::IotlbError;
 use crate::memory::log::LogError;
 use crate::memory::map::{MapHold, MemoryError, MemoryMap, Region};
 use crate::ring::inflight::QueueRegion;
@@ -34,6 +36,8 @@ const MAX_COMPLAINTS: u32 = 16;
 pub(super) enum ActionError {
     #[error(transparent)]
     Memory(#[from] MemoryError),
+    #[error(transparent)]
+    Iotlb(#[from] IotlbError),
     #[error("queue {0}: {1}{hint}", hint = hint(.1))]
     Ring(u16, RingError),
     #[error("queue {0}: {1}")]
@@ -75,6 +79,9 @@ pub(super) struct Slot {
     pub(super) call: Option<OwnedFd>,
     pub(super) err: Option<OwnedFd>,
     pub(super) running: Option<(RunningQueue, RingConfig)>,
+    /// A ring that the front end has not yet translated, or not again: its queue runs, but leaves it alone, or is to be
+    /// started with it.
+    pub(super) unmapped: Option<RingConfig>,
 }
 
 impl Export {
@@ -111,6 +118,7 @@ pub(super) struct Served<'a> {
     pub(super) connection: Connection,
     pub(super) session: Session,
     pub(super) map: Arc<MemoryMap>,
+    pub(super) iommu: Iommu,
     /// Cloned into every hold on `map`, and on those it grew from: waiting for it is waiting for the last request that
     /// points into any of them.
     pub(super) released: WaitGroup,
@@ -133,6 +141,7 @@ impl<'a> Served<'a> {
             connection,
             session: Session::new(export.offer()),
             map: Arc::default(),
+            iommu: Iommu::new(control.shared_bell()),
             released: WaitGroup::new(),
             slots: std::iter::repeat_with(Slot::default).take(device.num_queues().into()).collect(),
             alarm: Arc::new(Alarm::new(control.shared_bell())),
@@ -167,7 +176,8 @@ impl<'a> Served<'a> {
     fn converse(&mut self, control: &Control, listener: &Listener) -> Result<Ended, SocketError> {
         // Looked at each time: a front end that sends without end is to be stopped as well.
         while !control.is_stopping() {
-            let incoming = self.connection.receive(control.bell())?;
+            let channel = self.iommu.awaited(self.backend_channel.as_ref());
+            let incoming = self.connection.receive_or(control.bell(), channel, self.iommu.patience())?;
             if self.alarm.take() && self.session.needs_reset() {
                 self.tell_config_changed();
             }
@@ -175,6 +185,7 @@ impl<'a> Served<'a> {
                 Incoming::Closed => break,
                 Incoming::Rung => {
                     control.heard();
+                    self.attend_iommu();
                     if control.take_config_changed() {
                         self.tell_config_changed();
                     }
@@ -272,17 +283,26 @@ impl<'a> Served<'a> {
             }
             Action::Start(index, config) => {
                 let config = RingConfig { base: self.session.base(index), ..config };
-                if let Err(e) = self.start(index, config) {
+                let translated = self.session.has_iotlb();
+                let started =
+                    if translated { self.start_translated(index, config) } else { self.start(index, config) };
+                if let Err(e) = started {
                     self.session.start_failed(index);
                     // The front end need not have asked for an answer.
                     self.alarm.raise();
                     return Err(e);
                 }
             }
+            Action::MapIova(mapping) => self.map_iova(&mapping)?,
+            Action::UnmapIova { iova, size } => self.unmap_iova(iova, size)?,
             Action::Stop(index) => {
+                self.slot(index).unmapped = None;
                 if let Some((queue, _)) = self.slot(index).running.take() {
                     let base = queue.stop().map_err(|e| ActionError::Queue(index, e))?;
                     self.session.stopped(index, base);
+                }
+                if self.slots.iter().all(|s| s.running.is_none() && s.unmapped.is_none()) {
+                    self.iommu.clear(&self.map);
                 }
             }
             Action::Kick(index, fd) => self.slot(index).kick = eventfd(format_args!("queue {index}"), fd)?,
@@ -298,7 +318,10 @@ impl<'a> Served<'a> {
                 self.reply_fd = Some(inflight::allocate(&spec)?);
             }
             Action::SetInflight(spec, fd) => self.inflight.set(spec, fd)?,
-            Action::BackendChannel(fd) => self.backend_channel = Some(fd),
+            Action::BackendChannel(fd) => {
+                self.backend_channel = Some(fd);
+                self.iommu.channel_changed();
+            }
             Action::WriteConfig(offset, bytes) => self.export.device.write_config(offset, &bytes)?,
             Action::ResetDevice => {
                 // What broke has been stopped before this, and is forgotten.
@@ -309,7 +332,7 @@ impl<'a> Served<'a> {
         Ok(())
     }
 
-    fn slot(&mut self, index: u16) -> &mut Slot {
+    pub(super) fn slot(&mut self, index: u16) -> &mut Slot {
         &mut self.slots[usize::from(index)]
     }
 
@@ -358,7 +381,7 @@ impl<'a> Served<'a> {
         parts: QueueParts,
     ) -> Result<(), ActionError> {
         let export = self.export;
-        let hold = MapHold::new(Arc::clone(&self.map), self.released.clone());
+        let hold = MapHold::new(Arc::clone(self.view()), self.released.clone());
         let stats = Arc::clone(&export.stats[usize::from(index)]);
         let name: Arc<str> = format!("{} queue {index}", export.name).into();
         let mut queue = Queue::new(name, &config, hold, parts.notifier, stats)
@@ -400,20 +423,20 @@ impl<'a> Served<'a> {
     /// from the acknowledgement on, the guest may use what is new.
     fn extend_memory(&mut self, map: MemoryMap) {
         self.map = Arc::new(map);
+        self.iommu.set_memory(&self.map);
         let adopted = WaitGroup::new();
-        for (queue, config) in self.slots.iter().filter_map(|s| s.running.as_ref()) {
-            queue.set_map(
-                *config,
-                MapHold::new(Arc::clone(&self.map), self.released.clone()),
-                adopted.clone(),
-            );
-        }
+        self.hand_out(None, &adopted);
         adopted.wait();
+        self.find_rings();
     }
 
     /// Moves every running queue to `map`, and returns when nothing points into any earlier one: only then may the
     /// front end take removed memory for its own.
     fn replace_memory(&mut self, map: MemoryMap) {
+        if self.session.has_iotlb() {
+            // Those in memory that stays go on at once.
+            self.park_rings(|_| true);
+        }
         let released = std::mem::take(&mut self.released);
         self.extend_memory(map);
         released.wait();

@@ -46,7 +46,7 @@ pub enum Incoming {
     Message(Header, Result<Request, WireError>, Vec<OwnedFd>),
     /// The peer closed the connection between messages.
     Closed,
-    /// Somebody in this process rang.
+    /// Somebody in this process rang, or there is something else to see to.
     Rung,
 }
 
@@ -84,9 +84,20 @@ impl Connection {
         (&self.stream, &self.partial)
     }
 
-    /// Waits for a message, or for `bell` (an eventfd) to ring. What has come of a message by then is kept for the next
-    /// call.
+    /// Waits for a message, or for `bell` (an eventfd) to ring.
     pub fn receive(&mut self, bell: BorrowedFd<'_>) -> Result<Incoming, SocketError> {
+        self.receive_or(bell, None, None)
+    }
+
+    /// Waits for a message, or for `bell` (an eventfd) to ring, `also` to be readable, or `limit` to be over. What has come
+    /// of a message by then is kept for the next call.
+    pub fn receive_or(
+        &mut self,
+        bell: BorrowedFd<'_>,
+        also: Option<BorrowedFd<'_>>,
+        limit: Option<Duration>,
+    ) -> Result<Incoming, SocketError> {
+        let limit = limit.map_or(PollTimeout::NONE, |l| PollTimeout::try_from(l).unwrap_or(PollTimeout::MAX));
         loop {
             let missing = match self.partial.bytes.first_chunk() {
                 None => HEADER_LEN - self.partial.bytes.len(),
@@ -102,15 +113,16 @@ impl Connection {
                     }
                 }
             };
-            let mut waits =
-                [PollFd::new(self.stream.as_fd(), PollFlags::POLLIN), PollFd::new(bell, PollFlags::POLLIN)];
-            match poll(&mut waits, PollTimeout::NONE) {
+            let mut waits = [self.stream.as_fd(), bell, also.unwrap_or(bell)]
+                .map(|fd| PollFd::new(fd, PollFlags::POLLIN));
+            match poll(&mut waits, limit) {
+                Ok(0) => return Ok(Incoming::Rung),
                 Ok(_) => {}
                 Err(nix::Error::EINTR) => continue,
                 Err(e) => return Err(io::Error::from(e).into()),
             }
-            let [readable, rung] = waits.map(|w| w.any().unwrap_or(false));
-            if rung {
+            let [readable, rung, also] = waits.map(|w| w.any().unwrap_or(false));
+            if rung || also {
                 return Ok(Incoming::Rung);
             }
             if readable && self.receive_some(missing)? == 0 {

@@ -7,9 +7,10 @@ use serde::{Deserialize, Serialize};
 
 use super::logging::Logging;
 use super::status::Status;
-use super::wire::{F_LOG_ALL, F_PROTOCOL_FEATURES, Reply, Request, VRING_F_LOG, VringAddr, protocol};
+use super::wire::{F_LOG_ALL, F_PROTOCOL_FEATURES, Reply, Request, VRING_F_LOG, VringAddr, iotlb, protocol};
 use crate::device::features;
 use crate::memory::RegionSpec;
+use crate::memory::iotlb::{Access, Mapping};
 use crate::memory::map::MAX_REGIONS;
 use crate::ring::inflight::InflightSpec;
 use crate::ring::{MAX_RING_SIZE, RingConfig, RingFormat};
@@ -125,6 +126,15 @@ pub enum Action {
     WriteConfig(u32, Vec<u8>),
     /// Bring the device back to its initial state.
     ResetDevice,
+    /// Take a translation.
+    MapIova(Mapping),
+    /// Forget the translations of some addresses, once nothing in flight points there.
+    UnmapIova {
+        /// First I/O virtual address.
+        iova: u64,
+        /// Bytes.
+        size: u64,
+    },
 }
 
 /// What to answer once the actions are carried out.
@@ -132,6 +142,8 @@ pub enum Action {
 pub enum Answer {
     /// Nothing, unless an acknowledgement was asked for.
     Ack,
+    /// The same, whether or not such are negotiated: QEMU waits for that of an IOTLB message.
+    Done,
     /// A number.
     Number(u64),
     /// The base of a queue.
@@ -191,6 +203,7 @@ pub struct QueueState {
 pub struct SessionState {
     pub(super) features: Option<u64>,
     pub(super) protocol: u64,
+    pub(super) has_channel: bool,
     pub(super) status: Status,
     pub(super) queues: Vec<QueueState>,
     pub(super) logging: Vec<Logging>,
@@ -202,6 +215,8 @@ pub struct Session {
     pub(super) offer: Offer,
     pub(super) features: Option<u64>,
     pub(super) protocol: u64,
+    /// The front end has given us a channel for requests of ours.
+    pub(super) has_channel: bool,
     pub(super) status: Status,
     pub(super) queues: Vec<QueueState>,
     /// What each queue logs, as last told by [`Action::Log`].
@@ -213,7 +228,15 @@ impl Session {
     pub fn new(offer: Offer) -> Session {
         let queues = std::iter::repeat_with(QueueState::default).take(offer.num_queues.into()).collect();
         let logging = vec![Logging::default(); offer.num_queues.into()];
-        Session { offer, features: None, protocol: 0, status: Status::default(), queues, logging }
+        Session {
+            offer,
+            features: None,
+            protocol: 0,
+            has_channel: false,
+            status: Status::default(),
+            queues,
+            logging,
+        }
     }
 
     /// The negotiated feature bits of the device.
@@ -226,10 +249,32 @@ impl Session {
         self.protocol & protocol::BACKEND_REQ != 0
     }
 
+    /// Whether addresses are I/O virtual and translated by the front end. It is so when `VIRTIO_F_ACCESS_PLATFORM` is
+    /// negotiated by a front end that can be asked for translations. QEMU negotiates it with us only for devices behind
+    /// a vIOMMU; front ends that know no IOTLB have no use for a channel to be asked on, and mean guest-physical
+    /// addresses.
+    pub fn has_iotlb(&self) -> bool {
+        self.features() & features::ACCESS_PLATFORM != 0 && self.has_backend_channel() && self.has_channel
+    }
+
+    /// Whether requests of ours on the channel may ask for an acknowledgement.
+    pub fn has_reply_ack(&self) -> bool {
+        self.protocol & protocol::REPLY_ACK != 0
+    }
+
     /// Takes a request: what to do, in order, and what to answer then.
     pub fn handle(&mut self, request: Request, fds: Vec<OwnedFd>) -> Result<(Vec<Action>, Answer), Refusal> {
         let mut actions = Vec::new();
+        let had_iotlb = self.has_iotlb();
         let answer = self.take(request, fds, &mut actions)?;
+        if self.has_iotlb() != had_iotlb {
+            // Every address means something else now.
+            for (index, queue) in (0..).zip(&mut self.queues) {
+                if queue.running.take().is_some() {
+                    actions.push(Action::Stop(index));
+                }
+            }
+        }
         self.settle(&mut actions);
         Ok((actions, answer))
     }
@@ -323,7 +368,24 @@ impl Session {
                 actions.push(Action::Err(index as u16, fd));
             }
             Request::SetVringEnable { index, enable } => self.queue(index)?.enabled = enable,
-            Request::SetBackendReqFd => actions.push(Action::BackendChannel(one(fds)?)),
+            Request::SetBackendReqFd => {
+                actions.push(Action::BackendChannel(one(fds)?));
+                self.has_channel = true;
+            }
+            Request::Iotlb { iova, size, user_addr, perm, kind } => {
+                if !self.has_iotlb() {
+                    return Err(Refusal::Unsupported(22));
+                }
+                actions.push(match kind {
+                    iotlb::UPDATE => {
+                        let access = Access::from_bits(perm).ok_or(Refusal::OutOfRange("a permission"))?;
+                        Action::MapIova(Mapping { iova, size, user_addr, access })
+                    }
+                    iotlb::INVALIDATE => Action::UnmapIova { iova, size },
+                    _ => return Err(Refusal::OutOfRange("the kind of an IOTLB message")),
+                });
+                return Ok(Answer::Done);
+            }
             Request::GetConfig { offset, size, flags } => {
                 return Ok(Answer::Config { start: device_offset(offset), size, offset, flags });
             }
@@ -504,6 +566,7 @@ impl Session {
             Answer::Inflight(spec) => {
                 Some(Reply::Inflight(if done { spec } else { InflightSpec::default() }))
             }
+            Answer::Done => need_reply.then_some(Reply::Number(u64::from(!done))),
             Answer::Ack => (need_reply && self.protocol & protocol::REPLY_ACK != 0)
                 .then_some(Reply::Number(u64::from(!done))),
         }
@@ -517,10 +580,11 @@ impl Session {
             31 => Refused::Reply(Reply::Inflight(InflightSpec::default())),
             // It is owed a ring's base, and there is none.
             11 => Refused::End,
+            22 if need_reply => Refused::Reply(Reply::Number(1)),
             _ => match self.reply(Answer::Ack, need_reply, false, |_, _| {}) {
                 Some(reply) => Refused::Reply(reply),
                 // What was never offered is at most a hint, and goes unanswered.
-                None if !matches!(request, 1..=21 | 25 | 32 | 34 | 36..=40) => Refused::Silence,
+                None if !matches!(request, 1..=22 | 25 | 32 | 34 | 36..=40) => Refused::Silence,
                 // A front end that believes it has set something up must not go on.
                 None => Refused::End,
             },

@@ -3,7 +3,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::memory::RegionSpec;
+use crate::memory::{Miss, RegionSpec};
 use crate::ring::inflight::InflightSpec;
 
 /// Bytes of a message header.
@@ -17,6 +17,9 @@ const VERSION: u32 = 1;
 const VERSION_MASK: u32 = 3;
 const FLAG_REPLY: u32 = 1 << 2;
 const FLAG_NEED_REPLY: u32 = 1 << 3;
+
+/// The only request of ours that wants a reply.
+const BACKEND_IOTLB_MSG: u32 = 1;
 
 /// Protocol feature bits.
 pub mod protocol {
@@ -176,6 +179,14 @@ pub enum Request {
     RemMemReg(RegionSpec),
     SetStatus(u64),
     GetStatus,
+    /// A translation, or the end of some: `struct vhost_iotlb_msg`.
+    Iotlb {
+        iova: u64,
+        size: u64,
+        user_addr: u64,
+        perm: u8,
+        kind: u8,
+    },
     /// One we do not know or did not offer.
     Other(u32),
 }
@@ -257,6 +268,13 @@ impl Request {
                 _ => return None,
             },
             21 => Request::SetBackendReqFd,
+            22 => Request::Iotlb {
+                iova: u64_at(b, 0)?,
+                size: u64_at(b, 8)?,
+                user_addr: u64_at(b, 16)?,
+                perm: *b.get(24)?,
+                kind: *b.get(25)?,
+            },
             24 | 25 => {
                 let (offset, size, flags) = (u32_at(b, 0)?, u32_at(b, 4)?, u32_at(b, 8)?);
                 let bytes = b.get(12..12usize.checked_add(size as usize)?)?;
@@ -324,6 +342,35 @@ impl Reply {
         }
         message(request, VERSION | FLAG_REPLY, &payload)
     }
+}
+
+/// Kinds of IOTLB messages (`VHOST_IOTLB_*`).
+pub mod iotlb {
+    /// The back end misses a translation.
+    pub const MISS: u8 = 1;
+    /// The front end gives one.
+    pub const UPDATE: u8 = 2;
+    /// The front end takes some back.
+    pub const INVALIDATE: u8 = 3;
+    /// A translation does not permit what a driver has asked for.
+    pub const ACCESS_FAIL: u8 = 4;
+}
+
+/// `VHOST_USER_BACKEND_IOTLB_MSG`, for a miss or a failed access.
+pub fn iotlb_message(kind: u8, miss: Miss, need_reply: bool) -> Vec<u8> {
+    let mut payload = [0; 32];
+    payload[..8].copy_from_slice(&miss.iova.to_ne_bytes());
+    payload[24..26].copy_from_slice(&[miss.access.bits(), kind]);
+    message(BACKEND_IOTLB_MSG, VERSION | if need_reply { FLAG_NEED_REPLY } else { 0 }, &payload)
+}
+
+/// Bytes of a reply to [`iotlb_message`].
+pub const IOTLB_REPLY_LEN: usize = HEADER_LEN + 8;
+
+/// Whether the front end has done what such a message asked for; `None` when that is no reply to one.
+pub fn iotlb_reply(bytes: &[u8; IOTLB_REPLY_LEN]) -> Option<bool> {
+    let expected = [BACKEND_IOTLB_MSG, VERSION | FLAG_REPLY, 8].map(u32::to_ne_bytes).concat();
+    (bytes[..HEADER_LEN] == expected).then(|| bytes[HEADER_LEN..].iter().all(|&b| b == 0))
 }
 
 /// `VHOST_USER_BACKEND_CONFIG_CHANGE_MSG`, which wants no reply.

@@ -39,6 +39,11 @@ pub struct Echo {
 }
 
 impl Echo {
+    /// Lets held requests go.
+    pub fn pulse(&self) {
+        self.gate.write(1).unwrap();
+    }
+
     /// Lets held requests go, and new ones pass.
     pub fn open_gate(&self) {
         self.hold.store(false, Ordering::Release);

@@ -148,8 +148,20 @@ pub struct ServedState {
     pub logging: Vec<Logging>,
     /// The channel for our own requests.
     pub backend_channel: Option<FdIndex>,
+    /// What is to come on it.
+    pub iommu: IommuState,
     /// Mistakes of the front end that were logged.
     pub complaints: u32,
+}
+
+/// What a front end with a vIOMMU owes us.
+#[derive(Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct IommuState {
+    /// Acknowledgements of misses.
+    pub owed: u32,
+    /// What has come of the next.
+    pub reply: Vec<u8>,
 }
 
 /// The record of requests in flight.

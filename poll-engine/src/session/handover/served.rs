@@ -39,13 +39,14 @@ impl Snapshot {
 
 impl Session {
     fn save(&self) -> SessionState {
-        let Session { offer: _, features, protocol, status, queues, logging } = self;
+        let Session { offer: _, features, protocol, has_channel, status, queues, logging } = self;
         let (features, protocol, status) = (*features, *protocol, *status);
-        SessionState { features, protocol, status, queues: queues.clone(), logging: logging.clone() }
+        let (queues, logging) = (queues.clone(), logging.clone());
+        SessionState { features, protocol, has_channel: *has_channel, status, queues, logging }
     }
 
     fn restore(offer: Offer, state: SessionState) -> Result<Session, HandoverError> {
-        let SessionState { features, protocol, status, mut queues, mut logging } = state;
+        let SessionState { features, protocol, has_channel, status, mut queues, mut logging } = state;
         let beyond = features.unwrap_or(0) & !(offer.features | TRANSPORT_FEATURES);
         if beyond | (protocol & !PROTOCOL_FEATURES) != 0 {
             return Err(HandoverError::Features(beyond | (protocol & !PROTOCOL_FEATURES)));
@@ -65,7 +66,7 @@ impl Session {
         }
         queues.resize_with(offer.num_queues.into(), QueueState::default);
         logging.resize_with(offer.num_queues.into(), Logging::default);
-        Ok(Session { offer, features, protocol, status, queues, logging })
+        Ok(Session { offer, features, protocol, has_channel, status, queues, logging })
     }
 }
 
@@ -85,6 +86,8 @@ impl Served<'_> {
             connection,
             session,
             map,
+            // Translations are asked for again: what becomes invalid meanwhile is told to nobody.
+            iommu,
             released: _,
             slots,
             // Looked at before we came here, and raised again when a queue breaks again.
@@ -100,7 +103,7 @@ impl Served<'_> {
         let (stream, Partial { bytes, fds: partial_fds }) = connection.parts();
         let no_file = || io::Error::other("shared memory without a file");
         let slot = |fds: &mut Descriptors, slot: &Slot| {
-            let Slot { kick, call, err, running: _ } = slot;
+            let Slot { kick, call, err, running: _, unmapped: _ } = slot;
             let (kick, call) = (fds.put_opt(kick.as_ref())?, fds.put_opt(call.as_ref())?);
             io::Result::Ok(SlotState { kick, call, err: fds.put_opt(err.as_ref())? })
         };
@@ -130,6 +133,7 @@ impl Served<'_> {
             log_call: fds.put_opt(log_call.as_deref())?,
             logging: logging.clone(),
             backend_channel: fds.put_opt(backend_channel.as_ref())?,
+            iommu: iommu.save(),
             complaints: *complaints,
         };
         let state = ServerState { listener: listener.save(&mut fds)?, session: Some(served) };
@@ -139,7 +143,10 @@ impl Served<'_> {
     /// Starts again what [`save`](Self::save) has stopped.
     pub(in crate::session) fn go_on(&mut self) {
         for (index, config) in self.stopped() {
-            self.start_or_complain(index, |served| served.start(index, config));
+            self.start_or_complain(index, |served| {
+                let translated = served.session.has_iotlb();
+                if translated { served.start_translated(index, config) } else { served.start(index, config) }
+            });
         }
     }
 
@@ -188,7 +195,14 @@ impl<'a> Restored<'a> {
         }
         let served = served.map(|(mut served, queues)| {
             for (index, config, parts) in queues {
-                served.start_or_complain(index, |served| served.run_queue(index, config, parts));
+                served.start_or_complain(index, |served| {
+                    if served.session.has_iotlb() {
+                        // It is made when its ring is translated.
+                        drop(parts);
+                        return served.start_translated(index, config);
+                    }
+                    served.run_queue(index, config, parts)
+                });
             }
             served
         });
@@ -215,6 +229,7 @@ fn served<'a>(
         log_call,
         logging,
         backend_channel,
+        iommu,
         complaints,
     } = state;
     // First of all: what it says about the options is worth more than that feature bits differ.
@@ -233,7 +248,7 @@ fn served<'a>(
     for (slot, state) in served.slots.iter_mut().zip(slots) {
         let SlotState { kick, call, err } = state;
         let (kick, call, err) = (fds.take_opt(kick)?, fds.take_opt(call)?, fds.take_opt(err)?);
-        *slot = Slot { kick, call, err, running: None };
+        *slot = Slot { kick, call, err, running: None, unmapped: None };
     }
     served.inflight = match inflight {
         InflightState::Off => Inflight::Off,
@@ -250,6 +265,7 @@ fn served<'a>(
         queues: logging,
     };
     served.backend_channel = fds.take_opt(backend_channel)?;
+    served.iommu.restore(iommu);
     served.complaints = complaints;
     let mut queues = Vec::new();
     for (index, config) in served.stopped() {
