@@ -57,7 +57,7 @@ fn is_held(file: &File, byte: i64) -> Result<bool, LockError> {
 /// the guest has put to other use. The locks belong to the open file, and each operation on it holds a reference to it
 /// until it has ended, whether it is with the device, in a worker or still queued (fs/file_table.c: `__fput` drops the
 /// locks, after the last reference). So who gets the lock comes after all of them, and nobody serves an image before.
-const PATIENCE: Duration = Duration::from_secs(1);
+const PATIENCE: Duration = Duration::from_secs(3);
 /// How often to look meanwhile: a guest waits for its disk.
 const LOOK: Duration = Duration::from_micros(500);
 

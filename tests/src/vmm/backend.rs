@@ -1,6 +1,7 @@
 //! The front-end half of a device: the vhost-user session with its back end, and the eventfds that its queues are
 //! wired to KVM with.
 
+use std::fs::File;
 use std::net::Shutdown;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
@@ -14,7 +15,8 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vhost::vhost_user::message::{
-    VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserProtocolFeatures as Protocol, VhostUserVirtioFeatures,
+    VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserInflight, VhostUserProtocolFeatures as Protocol,
+    VhostUserVirtioFeatures,
 };
 use vhost::vhost_user::{
     Frontend, FrontendReqHandler, HandlerResult, VhostUserFrontend, VhostUserFrontendReqHandler,
@@ -90,6 +92,9 @@ pub struct Backend {
     config: Vec<u8>,
     channel: Channel,
     config_changed: Arc<dyn Fn() + Send + Sync>,
+    /// Whether the back end records what is in flight, and the record, kept from one back end to the next.
+    records: bool,
+    record: Option<(VhostUserInflight, File)>,
 }
 
 impl std::fmt::Debug for Backend {
@@ -126,6 +131,8 @@ impl Backend {
             config: opened.config,
             channel: opened.channel,
             config_changed,
+            records: opened.records,
+            record: None,
         })
     }
 
@@ -163,6 +170,30 @@ impl Backend {
         &self.wires
     }
 
+    /// Whether the back end serves again what an earlier one had begun.
+    pub fn records(&self) -> bool {
+        self.records
+    }
+
+    /// The driver has reset the device: what was in flight is nobody's.
+    pub fn forget(&mut self) {
+        self.record = None;
+    }
+
+    /// Has the back end record what is in flight in queues of at most `ring_size` descriptors, where it did before.
+    fn record(&mut self, ring_size: u16) -> vhost::Result<()> {
+        if !self.records {
+            return Ok(());
+        }
+        let num_queues = self.wires.len() as u16;
+        let wanted = VhostUserInflight { num_queues, queue_size: ring_size, ..Default::default() };
+        let (spec, file) = match &self.record {
+            Some(record) => record,
+            None => self.record.insert(self.front.get_inflight_fd(&wanted)?),
+        };
+        self.front.set_inflight_fd(spec, file.as_raw_fd())
+    }
+
     /// Starts queues: `(index, setup, host address of a guest address, first available index)`.
     pub fn start(
         &mut self,
@@ -170,9 +201,12 @@ impl Backend {
         queues: &[(usize, QueueSetup, u16)],
         host: impl Fn(u64) -> Result<u64>,
     ) -> Result<()> {
-        within(&self.stream, || {
+        let largest = queues.iter().map(|(_, setup, _)| setup.size).max().unwrap_or_default();
+        let stream = self.stream.try_clone()?;
+        within(&stream, || {
             self.front
                 .set_features(features & self.offered | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits())?;
+            self.record(largest)?;
             for &(index, setup, base) in queues {
                 self.front.set_vring_num(index, setup.size)?;
                 self.front.set_vring_base(index, base)?;
@@ -217,6 +251,7 @@ impl Backend {
         self.stream = opened.stream;
         self.config = opened.config;
         self.channel = opened.channel;
+        self.records = opened.records;
         Ok(())
     }
 }
@@ -245,6 +280,7 @@ struct Opened {
     queues: usize,
     config: Vec<u8>,
     channel: Channel,
+    records: bool,
 }
 
 fn open(
@@ -274,6 +310,7 @@ fn negotiate(
         | Protocol::REPLY_ACK
         | Protocol::CONFIG
         | Protocol::CONFIGURE_MEM_SLOTS
+        | Protocol::INFLIGHT_SHMFD
         | Protocol::BACKEND_REQ;
     let protocol = theirs & wanted;
     front.set_protocol_features(protocol)?;
@@ -301,7 +338,8 @@ fn negotiate(
             vec![0x02, 0x4b, 0x4b, 0, 0, 1, 1, 0]
         }
     };
-    Ok(Opened { front, stream, offered, features, queues, config, channel })
+    let records = protocol.contains(Protocol::INFLIGHT_SHMFD);
+    Ok(Opened { front, stream, offered, features, queues, config, channel, records })
 }
 
 fn read_config(front: &mut Frontend) -> Result<Vec<u8>> {

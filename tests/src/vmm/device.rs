@@ -145,6 +145,7 @@ impl Device {
             }
             Effect::Reset => {
                 state.stop_queues();
+                state.backend.forget();
                 Ok(())
             }
             Effect::Notify(queue) => match state.backend.wires().get(queue as usize) {
@@ -191,8 +192,10 @@ impl Device {
         })?;
         for &index in &queues {
             state.backend.wires()[index].kick.write(1)?;
-            // The one that was lost with the old process, perhaps.
-            state.backend.wires()[index].call.write(1)?;
+            // The one that was lost with the old process, perhaps, if the new one does not know.
+            if !state.backend.records() {
+                state.backend.wires()[index].call.write(1)?;
+            }
         }
         Ok(())
     }

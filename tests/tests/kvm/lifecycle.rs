@@ -75,6 +75,25 @@ pub fn restarted(scene: &Scene, platform: Platform) -> Result<Option<String>> {
     Ok(None)
 }
 
+/// SIGKILL under load: what was in flight is finished by the next daemon, and the driver sees nothing but a pause.
+pub fn killed_under_load(scene: &Scene, platform: Platform) -> Result<Option<String>> {
+    let mut one = OneDisk::boot(scene, platform, 2)?;
+    one.guest.start(&Load::verified().requests(20_000))?;
+    for step in 1..=6 {
+        one.guest.after(step * 2000)?;
+        one.daemon.kill9()?;
+        one.daemon = Options::default().spawn(scene, "daemon", &one.image)?;
+        one.guest.reconnect(0)?;
+    }
+    let outcome = one.guest.finish()?;
+    outcome.expect_clean()?;
+    ensure!(outcome.requests == 40_000, "{outcome:?}");
+    // What the guest read back was its own; and all of it is there still.
+    one.guest.run(&Load::verified())?.expect_clean()?;
+    one.finish()?;
+    Ok(None)
+}
+
 /// SIGKILL with one request in flight, which is served again: nothing that completed is missing.
 pub fn killed(scene: &Scene, platform: Platform) -> Result<Option<String>> {
     let mut one = OneDisk::boot(scene, platform, 1)?;

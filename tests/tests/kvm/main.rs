@@ -44,6 +44,8 @@ const ALL: &[(&str, Platform, Scenario)] = &[
     ("device_reset_again_and_again", Bare, lifecycle::resets),
     ("daemon_restarted_under_load", Bare, lifecycle::restarted),
     ("daemon_killed_between_requests", Bare, lifecycle::killed),
+    ("daemon_killed_under_load", Bare, lifecycle::killed_under_load),
+    ("daemon_killed_under_load", Microvm, lifecycle::killed_under_load),
     ("interrupts_are_those_the_ring_asked_for", Bare, interrupts::counted),
     ("no_interrupts_for_a_driver_that_polls", Bare, interrupts::suppressed),
     ("no_wake_up_is_lost_adaptive", Bare, interrupts::wake_ups_adaptive),

@@ -114,6 +114,36 @@ pub fn daemon_restarted(scene: &Scene) -> Result<Option<String>> {
     Ok(None)
 }
 
+/// The daemon is killed, again and again, while the guest is writing. QEMU has kept the record of what was in flight, and
+/// the next daemon finishes it: no request of the guest fails, and what it reads back is what it wrote.
+pub fn daemon_killed(scene: &Scene) -> Result<Option<String>> {
+    killed(scene, false)
+}
+
+fn killed(scene: &Scene, packed: bool) -> Result<Option<String>> {
+    if Kind::from_env() == Kind::Qsd {
+        return Ok(Some("qemu-storage-daemon keeps no record of requests in flight".to_owned()));
+    }
+    let image = Image::create(scene, "disk.img", 64 * MIB)?;
+    let mut daemon = Options::default().spawn(scene, "daemon", &image)?;
+    let disk = Disk::new("disk", daemon.socket()).prop("packed", packed);
+    let mut vm = Vm::builder().disk(disk).boot(scene)?;
+    let fio = Fio::new("load", "/dev/vda").arg("rw=randrw").arg("bs=4k").jobs(4, 4);
+    fio.start_loop(&mut vm)?;
+    for _ in 0..5 {
+        fio.wait_busy(&mut vm, "vda")?;
+        daemon.kill9()?;
+        daemon = Options::default().spawn(scene, "daemon", &image)?;
+    }
+    fio.wait_busy(&mut vm, "vda")?;
+    fio.finish(&mut vm, FIO_LIMIT)?;
+    // QEMU has lost its back end now and then, and says so.
+    vm.tolerate("vhost");
+    vm.quit()?;
+    daemon.terminate()?;
+    Ok(None)
+}
+
 /// Mounts the file system and starts a load on a file of its own in it.
 fn file_load(vm: &mut Vm) -> Result<Fio> {
     vm.check("mount /dev/vda /mnt")?;

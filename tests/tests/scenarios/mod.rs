@@ -35,6 +35,7 @@ pub const ALL: &[(&str, Scenario)] = &[
     ("disk_unplugged_and_plugged_again", lifecycle::replug),
     ("disk_unplugged_under_load", lifecycle::unplug_under_load),
     ("daemon_restarted_under_load", lifecycle::daemon_restarted),
+    ("daemon_killed_under_load", lifecycle::daemon_killed),
     ("memory_plugged_and_unplugged_under_load", memory::hotplug),
     ("memory_in_many_regions", memory::many_regions),
 ];
