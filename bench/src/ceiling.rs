@@ -5,11 +5,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
+use poll_engine::device::features;
 use poll_engine::engine::placement::{pin_to, usable_cpus};
 use poll_engine::memory::{MemoryMap, Ram};
 use poll_engine::ring::RingConfig;
 use poll_engine::ring::driver::DriverRing;
-use poll_engine::ring::layout::{DESC_F_INDIRECT, DESC_F_NEXT, SplitLayout, USED_F_NO_NOTIFY, indirect_desc};
+use poll_engine::ring::layout::{
+    DESC_F_INDIRECT, DESC_F_NEXT, Desc, SplitLayout, USED_F_NO_NOTIFY, indirect_pair,
+};
 
 use crate::control::{Control, Order};
 use crate::front_end::{events, memory, regions};
@@ -33,7 +36,7 @@ pub struct Ceiling {
 pub fn ceiling(what: &Ceiling) -> Result<()> {
     let mut spec = Spec::default();
     what.options.apply(&mut spec).map_err(|e| anyhow!(e))?;
-    if spec.verify || spec.interrupt || spec.packed || spec.numjobs > 1 {
+    if spec.verify || spec.interrupt || spec.packed || spec.in_order || spec.numjobs > 1 {
         bail!("ceiling answers requests without doing them: no verify, interrupts, packed rings or numjobs");
     }
     let runtime = *spec.runtime.get_or_insert(Duration::from_secs(1));
@@ -61,7 +64,12 @@ pub fn ceiling(what: &Ceiling) -> Result<()> {
 fn measure(spec: &Arc<Spec>, runtime: Duration, own: bool) -> Result<JobResult> {
     let mut ram = memory(spec.memory(), spec.hugepages)?;
     let full = "guest memory is used up; lower iodepth or bs";
-    let config = DriverRing::lay_out(&mut ram, spec.ring_size(), false, spec.indirect).context(full)?;
+    let config = DriverRing::lay_out(
+        &mut ram,
+        spec.ring_size(),
+        if spec.indirect { features::INDIRECT_DESC } else { 0 },
+    )
+    .context(full)?;
     let mut peer = Peer::new(&config, &ram)?;
     let (_, _, region) = regions(std::slice::from_ref(spec), DISK)?.remove(0);
     let job = Job::new(spec, 0, &mut ram, &config, (region, &Ledger::default()), events()?).context(full)?;
@@ -132,7 +140,7 @@ impl Peer {
         let mut desc = self.layout.desc(head);
         if desc.flags & DESC_F_INDIRECT != 0 {
             let table = self.map.slice(desc.addr, desc.len)?;
-            return Some(indirect_desc(&table, 2)?.addr);
+            return Some(Desc::from_pair(indirect_pair(&table, 2)?).addr);
         }
         // Our own chains: they end.
         while desc.flags & DESC_F_NEXT != 0 {

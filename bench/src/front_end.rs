@@ -32,8 +32,6 @@ use crate::verify::Ledger;
 
 /// How long a back end may take for the start of a session.
 pub const PATIENCE: Duration = Duration::from_secs(5);
-/// `VIRTIO_F_RING_PACKED`.
-const RING_PACKED: u64 = 1 << 34;
 const HUGE_PAGE: u64 = 2 << 20;
 
 /// The results of all jobs. `mark` is called when measuring begins and when it ends.
@@ -73,13 +71,9 @@ impl Session {
         let refused = || format!("{path} refused the session");
         front.set_owner().with_context(refused)?;
         let offered = front.get_features().with_context(refused)?;
-        if any(|s| s.packed) {
-            match offered & RING_PACKED {
-                0 => bail!("{path} does not offer RING_PACKED; run without --packed"),
-                _ => bail!(
-                    "{path} offers RING_PACKED, but this vbench drives split rings only; run without --packed"
-                ),
-            }
+        let packed = any(|s| s.packed);
+        if packed && offered & features::RING_PACKED == 0 {
+            bail!("{path} does not offer RING_PACKED; run without --packed");
         }
         if offered & F_RO != 0 && any(|s| s.rw.writes()) {
             bail!("{path} is a read-only disk");
@@ -87,6 +81,8 @@ impl Session {
         let indirect = any(|s| s.indirect);
         let mut wanted = features::VERSION_1 | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
         wanted |= if indirect { features::INDIRECT_DESC } else { 0 };
+        wanted |= if packed { features::RING_PACKED } else { 0 };
+        wanted |= if any(|s| s.in_order) { features::IN_ORDER } else { 0 };
         wanted |= if any(|s| s.no_event_idx) { 0 } else { offered & features::EVENT_IDX };
         if wanted & !offered != 0 {
             bail!("{path} does not offer {}", names(wanted & !offered));
@@ -114,9 +110,7 @@ impl Session {
         let mut session = Session { front, jobs: Vec::new() };
         for (at, (spec, index, region)) in regions.into_iter().enumerate() {
             let full = "guest memory is used up; lower iodepth, bs or numjobs";
-            let event_idx = wanted & features::EVENT_IDX != 0;
-            let config =
-                DriverRing::lay_out(&mut ram, spec.ring_size(), event_idx, indirect).context(full)?;
+            let config = DriverRing::lay_out(&mut ram, spec.ring_size(), wanted).context(full)?;
             let events = events()?;
             set_up(&mut session.front, at, &config, &events).with_context(|| {
                 format!("{path} refused a ring of {} descriptors; lower --iodepth", config.size)
@@ -246,6 +240,7 @@ fn names(bits: u64) -> String {
     let known = [
         (features::VERSION_1, "VIRTIO_F_VERSION_1"),
         (features::INDIRECT_DESC, "VIRTIO_F_INDIRECT_DESC (--indirect)"),
+        (features::IN_ORDER, "VIRTIO_F_IN_ORDER (--in-order)"),
         (VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits(), "VHOST_USER_F_PROTOCOL_FEATURES"),
     ];
     let names: Vec<_> = known.iter().filter(|(bit, _)| bits & bit != 0).map(|(_, name)| *name).collect();

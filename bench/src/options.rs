@@ -225,6 +225,15 @@ pub const OPTIONS: &[Opt] = &[
         s.packed = switch(v)?;
         Ok(())
     }),
+    opt(
+        "in_order",
+        "",
+        "Have requests answered in order, which back ends offer that cannot help it",
+        |s, v| {
+            s.in_order = switch(v)?;
+            Ok(())
+        },
+    ),
     opt("hugepages", "", "Guest memory in 2 MiB pages", |s, v| {
         s.hugepages = switch(v)?;
         Ok(())

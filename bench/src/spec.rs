@@ -80,6 +80,8 @@ pub struct Spec {
     pub hugepages: bool,
     /// Packed rings.
     pub packed: bool,
+    /// Have the device answer in order, and tell of several answers at once.
+    pub in_order: bool,
     /// CPU of the first job; the next for the next.
     pub cpu: Option<usize>,
     /// CPUs for all jobs.
@@ -121,6 +123,7 @@ impl Default for Spec {
             no_event_idx: false,
             hugepages: false,
             packed: false,
+            in_order: false,
             cpu: None,
             cpus_allowed: None,
             stonewall: false,

@@ -176,9 +176,24 @@ fn a_back_end_that_dies_is_noticed_at_once() {
     }
 }
 
+/// Data is checked, so the ring is one that the back end reads as this driver wrote it.
+#[test]
+fn packed_rings_and_rings_in_order_carry_what_split_ones_do() {
+    let daemon = Daemon::ram();
+    for ring in ["--packed", "--in-order", "--packed --in-order", "--packed --no-event-idx --indirect"] {
+        for completion in ["poll", "interrupt"] {
+            let load = "--rw=randrw --bs=4k --size=16m --verify=crc32c --json --iodepth=8 --completion";
+            let args = [load, completion, ring].join(" ");
+            let args: Vec<_> = args.split(' ').collect();
+            let json = run(&daemon.socket, &args).good().json();
+            assert!(number(&json["jobs"][0]["read"]["total_ios"]) > 0.0, "{ring} {completion}");
+        }
+    }
+}
+
 #[test]
 fn what_cannot_begin_says_why() {
-    let daemon = Daemon::start(&["--backend=ram:1M", "--num-queues=2"]);
+    let daemon = Daemon::start(&["--backend=ram:1M", "--num-queues=2", "--packed=off"]);
     let none = run("/nonexistent/socket", &["--json"]).bad(1, "cannot connect to /nonexistent/socket");
     assert_eq!((&none.json()["partial"], &none.json()["jobs"][0]["error"]), (&true.into(), &2.into()));
     run(&daemon.socket, &["--packed"]).bad(1, "does not offer RING_PACKED; run without --packed");

@@ -25,7 +25,8 @@ pub mod features {
     /// or by disabling it, and setting it up anew.
     pub const RING_RESET: u64 = 1 << 40;
     /// All that the engine implements for every device.
-    pub const ENGINE: u64 = INDIRECT_DESC | EVENT_IDX | VERSION_1 | ACCESS_PLATFORM | RING_RESET;
+    pub const ENGINE: u64 =
+        INDIRECT_DESC | EVENT_IDX | VERSION_1 | ACCESS_PLATFORM | RING_PACKED | RING_RESET;
 }
 
 /// Why a write to configuration space is refused.
@@ -47,6 +48,11 @@ pub trait Device: Send + Sync {
     /// [`features::IN_ORDER`] promises to the driver.
     fn completes_in_order(&self) -> bool {
         false
+    }
+
+    /// Features of the engine that are not to be offered with this device.
+    fn withheld_features(&self) -> u64 {
+        0
     }
 
     /// How many queues it has at most.

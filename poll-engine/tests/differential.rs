@@ -7,6 +7,7 @@ use std::fs::File;
 use std::sync::Arc;
 
 use crossbeam::sync::WaitGroup;
+use poll_engine::device::features;
 use poll_engine::engine::queue::{Notifier, Queue};
 use poll_engine::memory::{MapHold, Ram};
 use poll_engine::ring::RingConfig;
@@ -38,7 +39,7 @@ struct Both {
 impl Both {
     fn new() -> Both {
         let mut ram = Ram::new(GUEST, BYTES, false).unwrap();
-        let config = DriverRing::lay_out(&mut ram, SIZE, false, true).unwrap();
+        let config = DriverRing::lay_out(&mut ram, SIZE, features::INDIRECT_DESC).unwrap();
         let file = File::from(ram.fd().try_clone_to_owned().unwrap());
         let range = (GuestAddress(GUEST), BYTES as usize, Some(FileOffset::new(file, 0)));
         let other = GuestMemoryMmap::from_ranges_with_files([range]).unwrap();

@@ -4,6 +4,7 @@
 use std::sync::Arc;
 
 use crossbeam::sync::WaitGroup;
+use poll_engine::device::features;
 use poll_engine::engine::queue::{Notifier, Queue};
 use poll_engine::memory::{MapHold, MemoryError, MemoryMap, Ram};
 use poll_engine::ring::chain::Chain;
@@ -43,7 +44,8 @@ impl Guest {
     /// A guest with further memory.
     fn with(more: Vec<&Ram>, indirect: bool) -> Guest {
         let mut ram = Ram::new(GUEST, BYTES, false).unwrap();
-        let config = DriverRing::lay_out(&mut ram, SIZE, false, indirect).unwrap();
+        let config =
+            DriverRing::lay_out(&mut ram, SIZE, if indirect { features::INDIRECT_DESC } else { 0 }).unwrap();
         let regions = std::iter::once(&ram).chain(more).map(|r| Arc::clone(&r.map().regions()[0]));
         let map = Arc::new(MemoryMap::new(regions.collect()).unwrap());
         let driver = DriverRing::new(&config, &map).unwrap();
@@ -53,7 +55,7 @@ impl Guest {
 
     fn set_ring(&self, descs: &[Desc]) {
         for (i, &desc) in (0..).zip(descs) {
-            self.driver.layout().set_desc(i, desc);
+            self.driver.split().unwrap().set_desc(i, desc);
         }
     }
 
@@ -283,14 +285,14 @@ fn four_gibibytes_are_too_many() {
 fn the_available_index_must_not_jump() {
     for jump in [SIZE + 1, 0x7fff, 0x8000, 0xffff] {
         let mut guest = Guest::new();
-        guest.driver.layout().set_avail_idx(jump);
+        guest.driver.split().unwrap().set_avail_idx(jump);
         refused!(guest.ring.available(), RingError::AvailJump(n) if *n == jump);
         // Nothing was taken over from it.
-        guest.driver.layout().set_avail_idx(0);
+        guest.driver.split().unwrap().set_avail_idx(0);
         assert_eq!(guest.ring.available().unwrap(), 0);
     }
     let mut guest = Guest::new();
-    guest.driver.layout().set_avail_idx(SIZE);
+    guest.driver.split().unwrap().set_avail_idx(SIZE);
     assert_eq!(guest.ring.available().unwrap(), SIZE);
 }
 

@@ -5,6 +5,7 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
+use poll_engine::device::features;
 use poll_engine::memory::{MemoryMap, Ram};
 use poll_engine::ring::chain::Chain;
 use poll_engine::ring::driver::{Buffer, DriverRing};
@@ -12,6 +13,8 @@ use poll_engine::ring::inflight::{InflightMemory, InflightSpec, QueueRegion};
 use poll_engine::ring::{Ring, RingConfig, RingFormat, Token};
 use proptest::prelude::*;
 
+/// Features of the ring.
+const RING: u64 = features::EVENT_IDX | features::INDIRECT_DESC;
 const SIZE: u16 = 8;
 const QUEUES: u16 = 2;
 /// The queue under test: behind another one.
@@ -31,7 +34,7 @@ struct Kept {
 impl Kept {
     fn new() -> Kept {
         let mut ram = Ram::new(0x10_0000, 1 << 20, false).unwrap();
-        let config = DriverRing::lay_out(&mut ram, SIZE, true, true).unwrap();
+        let config = DriverRing::lay_out(&mut ram, SIZE, RING).unwrap();
         let map = Arc::clone(ram.map());
         let driver = DriverRing::new(&config, &map).unwrap();
         let data = ram.alloc(4096, 16).unwrap();
@@ -63,7 +66,7 @@ impl Kept {
 
     /// A ring as a front end starts it whose back end has died: it knows where the used ring ends, and no more.
     fn activate(&self) -> Ring {
-        let base = u32::from(self.driver.layout().used_idx());
+        let base = u32::from(self.driver.split().unwrap().used_idx());
         let config = RingConfig { base, ..self.config };
         Ring::activate(&config, &self.map).unwrap().recover(self.region()).unwrap()
     }
@@ -103,11 +106,11 @@ impl Pair {
         }
         let token = self.ring.take(&self.kept.map, &mut self.chain).unwrap();
         if let Some((head, left)) = self.taken.iter_mut().find(|(_, token)| token.is_none()) {
-            assert_eq!(token.head(), *head, "resubmitted out of order");
+            assert_eq!(token.id(), *head, "resubmitted out of order");
             *left = Some(token);
         } else {
-            assert_eq!(Some(token.head()), self.shown.pop_front());
-            self.taken.push((token.head(), Some(token)));
+            assert_eq!(Some(token.id()), self.shown.pop_front());
+            self.taken.push((token.id(), Some(token)));
         }
     }
 
@@ -170,7 +173,7 @@ impl Pair {
         }
         self.publish(None);
         assert_eq!((self.ring.in_flight(), self.ring.resubmits()), (0, 0));
-        assert_eq!(self.ring.base(), u32::from(self.kept.driver.layout().used_idx()));
+        assert_eq!(self.ring.base(), u32::from(self.kept.driver.split().unwrap().used_idx()));
         let idle = self.kept.bytes();
         assert!((0..usize::from(SIZE)).all(|i| idle[16 + 16 * i] == 0), "still said to be in flight");
         assert_eq!(self.kept.driver.free(), usize::from(SIZE));
@@ -296,7 +299,7 @@ fn records_of_other_rings_are_refused() {
     kept.set_bytes(12, &SIZE.to_ne_bytes());
     refused("out of the table");
     let mut ram = Ram::new(0x10_0000, 1 << 20, false).unwrap();
-    let config = DriverRing::lay_out(&mut ram, 2 * SIZE, true, true).unwrap();
+    let config = DriverRing::lay_out(&mut ram, 2 * SIZE, RING).unwrap();
     let larger = Ring::activate(&config, ram.map()).unwrap();
     assert!(larger.recover(kept.region()).is_err());
     let _ = &kept.ram;
@@ -312,8 +315,8 @@ fn an_idle_record_outlives_a_reset_of_the_ring() {
         pair.complete(0);
         pair.publish(None);
     }
-    pair.kept.driver.layout().set_used_idx(0);
-    pair.kept.driver.layout().set_avail_idx(0);
+    pair.kept.driver.split().unwrap().set_used_idx(0);
+    pair.kept.driver.split().unwrap().set_avail_idx(0);
     pair.kept.driver = DriverRing::new(&pair.kept.config, &pair.kept.map).unwrap();
     pair.ring = pair.kept.activate();
     assert_eq!((pair.ring.base(), pair.ring.resubmits()), (0, 0));

@@ -164,7 +164,7 @@ fn what_is_refused_is_said_and_the_session_goes_on() {
     let fd = file.as_raw_fd();
     let q = u32::from(QUEUES);
     let refused: &[(u32, Vec<u8>)] = &[
-        (2, longs(&[FEATURES | 1 << 34])), // packed ring: not offered
+        (2, longs(&[FEATURES | 1 << 35])), // in order: not offered, the device is not
         (2, words(&[0])),                  // payload of 4 bytes
         (16, longs(&[1 << 2])),            // RARP: not offered
         (8, words(&[0, 0])),

@@ -39,7 +39,7 @@ fn set(peer: &mut Peer, spec: &InflightSpec, fd: &OwnedFd) -> bool {
 /// Starts the guest's queue as QEMU does after the death of a back end: where the used ring ends.
 fn start(guest: &Guest, peer: &mut Peer) {
     assert!(peer.mem_table(&[guest.region()]));
-    guest.describe(peer, guest.driver.layout().used_idx().into());
+    guest.describe(peer, guest.driver.split().unwrap().used_idx().into());
     guest.set_kick(peer);
     guest.enable(peer, true);
 }
@@ -89,11 +89,11 @@ fn stopping_finishes_what_another_back_end_had_begun() {
         let mut bytes = vec![0; spec.mmap_size as usize];
         nix::sys::uio::pread(&fd, &mut bytes, 0).unwrap();
         nix::sys::uio::pwrite(&copy, &bytes, 0).unwrap();
-        guest.driver.layout().set_used_idx(0);
+        guest.driver.split().unwrap().set_used_idx(0);
         assert!(set(&mut peer, &spec, &copy));
         start(&guest, &mut peer);
         assert_eq!(guest.stop(&mut peer), 8);
-        assert_eq!(guest.driver.layout().used_idx(), 8);
+        assert_eq!(guest.driver.split().unwrap().used_idx(), 8);
     }
 }
 
@@ -118,7 +118,7 @@ fn a_record_goes_through_stops_and_resets() {
         guest.submit();
         guest.enable(&mut peer, true);
         guest.wait();
-        assert_eq!(guest.stop(&mut peer), u32::from(guest.driver.layout().used_idx()));
+        assert_eq!(guest.stop(&mut peer), u32::from(guest.driver.split().unwrap().used_idx()));
     }
     assert!(peer.ack(34, &[], &[]), "RESET_DEVICE");
     let mut other = Guest::at(0, 0x77_0000);

@@ -44,8 +44,8 @@ fn a_base_near_the_end_of_numbers_is_a_base() {
     let mut peer = back.front();
     let mut guest = Guest::new(0);
     let config = poll_engine::ring::RingConfig { base: 0xfffe, ..guest.config };
-    guest.driver.layout().set_avail_idx(0xfffe);
-    guest.driver.layout().set_used_idx(0xfffd);
+    guest.driver.split().unwrap().set_avail_idx(0xfffe);
+    guest.driver.split().unwrap().set_used_idx(0xfffd);
     guest.driver = poll_engine::ring::driver::DriverRing::new(&config, guest.ram.map()).unwrap();
     assert!(peer.mem_table(&[guest.region()]));
     guest.describe(&mut peer, 0xfffe);

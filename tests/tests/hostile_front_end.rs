@@ -22,6 +22,7 @@ use nix::fcntl::{FcntlArg, OFlag, SealFlag, fcntl};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use peer::{Peer, eventfd, longs, region, until, words};
+use poll_engine::device::features;
 use poll_engine::memory::{Ram, RegionSpec};
 use poll_engine::ring::RingConfig;
 use poll_engine::ring::driver::{Buffer, DriverRing};
@@ -100,7 +101,8 @@ struct Ring {
 impl Ring {
     fn new() -> Ring {
         let mut ram = Ram::new(0x10_0000, 2 << 20, false).unwrap();
-        let config = DriverRing::lay_out(&mut ram, 64, true, true).unwrap();
+        let config =
+            DriverRing::lay_out(&mut ram, 64, features::EVENT_IDX | features::INDIRECT_DESC).unwrap();
         let data = ram.alloc(1 << 20, 4096).unwrap();
         let driver = DriverRing::new(&config, ram.map()).unwrap();
         Ring { ram, config, driver, data }

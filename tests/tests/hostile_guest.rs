@@ -20,7 +20,7 @@ type Case = (&'static str, &'static str, fn(&mut Lane));
 
 /// Shows the device a chain of these descriptors, at the start of the table.
 fn ring(lane: &mut Lane, descs: &[Desc]) {
-    (0..).zip(descs).for_each(|(i, &d)| lane.driver.layout().set_desc(i, d));
+    (0..).zip(descs).for_each(|(i, &d)| lane.driver.split().unwrap().set_desc(i, d));
     lane.driver.make_available(0);
 }
 
@@ -51,10 +51,10 @@ const CASES: &[Case] = &[
         ring(l, &[desc(l.area, 16, DESC_F_WRITE | DESC_F_NEXT, 1), desc(l.area, 16, 0, 0)]);
     }),
     ("an index that jumps", "ring", |l| {
-        l.driver.layout().set_avail_idx(l.driver.layout().avail_idx().wrapping_add(65));
+        l.driver.split().unwrap().set_avail_idx(l.driver.split().unwrap().avail_idx().wrapping_add(65));
     }),
     ("an index that goes back", "ring", |l| {
-        l.driver.layout().set_avail_idx(l.driver.layout().avail_idx().wrapping_sub(1));
+        l.driver.split().unwrap().set_avail_idx(l.driver.split().unwrap().avail_idx().wrapping_sub(1));
     }),
     ("an address outside", "memory", |l| ring(l, &[desc(0, 16, 0, 0)])),
     ("an address that wraps around", "memory", |l| ring(l, &[desc(u64::MAX - 7, 16, 0, 0)])),
@@ -124,7 +124,7 @@ fn one_head_again_and_again_is_served_or_stopped_but_harms_nobody() {
     let [bad, good] = &mut front.queues[..] else { unreachable!() };
     bad.verified_io(7, 0);
     // Its descriptors still hold the read of sector 7.
-    let head = bad.driver.layout().avail_ring(1);
+    let head = bad.driver.split().unwrap().avail_ring(1);
     for _ in 0..200 {
         for _ in 0..blk::RING {
             bad.driver.make_available(head);

@@ -16,6 +16,7 @@ use kickless_tests::image::Image;
 use kickless_tests::scene::Scene;
 use nix::sys::eventfd::EventFd;
 use peer::{FEATURES, Peer, eventfd, longs, words};
+use poll_engine::device::features;
 use poll_engine::device::features::RING_RESET;
 use poll_engine::memory::{MemoryMap, Ram};
 use poll_engine::ring::RingConfig;
@@ -45,7 +46,7 @@ struct Area {
 
 impl Area {
     fn new(ram: &mut Ram) -> Area {
-        let config = DriverRing::lay_out(ram, RING, true, true).unwrap();
+        let config = DriverRing::lay_out(ram, RING, features::EVENT_IDX | features::INDIRECT_DESC).unwrap();
         let places = ram.alloc(DEPTH * PLACE, 4096).unwrap();
         let start = config.desc_addr - ram.spec().user_addr + ram.spec().guest_addr;
         let len = (places + DEPTH * PLACE - start) as u32;

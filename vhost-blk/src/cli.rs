@@ -61,6 +61,10 @@ pub struct Cli {
     #[arg(long, value_name = "N", default_value_t = 1024, value_parser = ring_size)]
     pub queue_size: u16,
 
+    /// Offer packed rings, which a driver may then choose
+    #[arg(long, value_enum, default_value_t = Switch::On)]
+    pub packed: Switch,
+
     /// CPUs to run on, one pinned reactor each (such as 2-3,6); without: one reactor, not pinned
     #[arg(long, value_name = "LIST")]
     pub cpus: Option<CpuList>,

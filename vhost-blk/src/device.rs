@@ -42,6 +42,7 @@ pub struct BlkDevice {
     num_queues: u16,
     ring_size: u16,
     recorder: Option<Arc<Recorder>>,
+    withheld: u64,
 }
 
 impl BlkDevice {
@@ -52,7 +53,13 @@ impl BlkDevice {
         ring_size: u16,
         recorder: Option<Arc<Recorder>>,
     ) -> BlkDevice {
-        BlkDevice { disk, num_queues, ring_size, recorder }
+        BlkDevice { disk, num_queues, ring_size, recorder, withheld: 0 }
+    }
+
+    /// Without these features of the engine.
+    #[must_use]
+    pub fn without(self, features: u64) -> BlkDevice {
+        BlkDevice { withheld: features, ..self }
     }
 
     fn config(&self) -> [u8; CONFIG_LEN] {
@@ -83,6 +90,18 @@ impl Device for BlkDevice {
     fn features(&self) -> u64 {
         let common = F_SIZE_MAX | F_SEG_MAX | F_BLK_SIZE | F_TOPOLOGY | F_FLUSH | F_CONFIG_WCE | F_MQ;
         common | if self.disk.is_read_only() { F_RO } else { F_DISCARD | F_WRITE_ZEROES }
+    }
+
+    fn completes_in_order(&self) -> bool {
+        // What is done while a request is taken is done in order; the kernel finishes what it is given as it likes.
+        match self.disk.storage() {
+            Storage::Null | Storage::Ram(_) => true,
+            Storage::File(_, traits) => traits.in_memory,
+        }
+    }
+
+    fn withheld_features(&self) -> u64 {
+        self.withheld
     }
 
     fn num_queues(&self) -> u16 {

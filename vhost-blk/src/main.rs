@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use clap::Parser;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use poll_engine::device::features;
 use poll_engine::engine::{Engine, EngineConfig};
 use poll_engine::memory::Ram;
 use poll_engine::session::listen::{ListenError, Listener};
@@ -171,7 +172,9 @@ fn serve(cli: &Cli, wanted: Vec<Wanted>, from: Option<(&Taker, Vec<Option<Inheri
     let left = Arc::new(AtomicUsize::new(wanted.len()));
     let (mut served, mut prepared) = (Vec::new(), Vec::new());
     for (((wanted, disk), recorder), source) in wanted.into_iter().zip(disks).zip(recorders).zip(listeners) {
-        let device = BlkDevice::new(Arc::clone(&disk), cli.num_queues, cli.queue_size, recorder.clone());
+        let withheld = if cli.packed == Switch::Off { features::RING_PACKED } else { 0 };
+        let device = BlkDevice::new(Arc::clone(&disk), cli.num_queues, cli.queue_size, recorder.clone())
+            .without(withheld);
         let stats: Vec<_> = std::iter::repeat_with(Arc::default).take(cli.num_queues.into()).collect();
         let (name, engine) = (wanted.name.clone(), Arc::clone(&engine));
         let export = Export { name, device: Arc::new(device), stats: stats.clone(), engine };

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use poll_engine::engine::placement::{pin_to, usable_cpus};
 use poll_engine::memory::MemoryMap;
 use poll_engine::ring::layout::{
-    DESC_F_INDIRECT, DESC_F_NEXT, Desc, SplitLayout, USED_F_NO_NOTIFY, indirect_desc,
+    DESC_F_INDIRECT, DESC_F_NEXT, Desc, SplitLayout, USED_F_NO_NOTIFY, indirect_pair,
 };
 use quanta::Clock;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -151,7 +151,7 @@ impl Ring {
         let first = self.layout.desc(head);
         if first.flags & DESC_F_INDIRECT != 0 {
             let table = self.map.slice(first.addr, first.len);
-            return [0, 1].map(|i| table.as_ref().and_then(|t| indirect_desc(t, i)));
+            return [0, 1].map(|i| table.as_ref().and_then(|t| indirect_pair(t, i).map(Desc::from_pair)));
         }
         let second = (first.flags & DESC_F_NEXT != 0).then(|| self.layout.desc(first.next));
         [Some(first), second]

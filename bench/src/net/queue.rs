@@ -3,6 +3,7 @@
 use std::mem;
 use std::sync::Arc;
 
+use poll_engine::device::features;
 use poll_engine::memory::{MemoryMap, Ram};
 use poll_engine::ring::RingConfig;
 use poll_engine::ring::driver::{Buffer, DriverRing};
@@ -18,7 +19,9 @@ pub const BATCH: usize = 32;
 
 /// Lays a ring out.
 pub fn lay_out(spec: &NetSpec, features: Features, ram: &mut Ram) -> Option<RingConfig> {
-    DriverRing::lay_out(ram, spec.load.ring_size, features.event_idx, features.indirect)
+    let bit = |on: bool, bit: u64| if on { bit } else { 0 };
+    let bits = bit(features.event_idx, features::EVENT_IDX) | bit(features.indirect, features::INDIRECT_DESC);
+    DriverRing::lay_out(ram, spec.load.ring_size, bits)
 }
 
 /// What was negotiated that the rings depend on.

@@ -31,7 +31,7 @@ pub struct Disk {
     pub queues: u16,
     /// Whether indirect descriptors were agreed on.
     pub indirect: bool,
-    event_idx: bool,
+    features: u64,
 }
 
 /// A queue that runs.
@@ -79,13 +79,13 @@ impl Disk {
             limits: limits(&config, agreed),
             queues: u16::try_from(queues).unwrap_or(u16::MAX),
             indirect: agreed & features::INDIRECT_DESC != 0,
-            event_idx: agreed & features::EVENT_IDX != 0,
+            features: agreed,
         })
     }
 
     /// Starts queue `index` with this many descriptors.
     pub fn start_queue(&mut self, index: usize, size: u16) -> Result<Queue> {
-        let config = DriverRing::lay_out(&mut self.ram, size, self.event_idx, self.indirect)
+        let config = DriverRing::lay_out(&mut self.ram, size, self.features)
             .context("guest memory is used up; lower --iodepth or --queues")?;
         let events = front_end::events()?;
         front_end::set_up(&mut self.front, index, &config, &events)

@@ -9,7 +9,7 @@ use std::hint::black_box;
 use std::sync::Arc;
 
 use crossbeam::sync::WaitGroup;
-use poll_engine::device::QueueHandler;
+use poll_engine::device::{QueueHandler, features};
 use poll_engine::engine::queue::{Notifier, Queue};
 use poll_engine::engine::reactor::Io;
 use poll_engine::memory::{MapHold, MemoryMap, Ram};
@@ -22,16 +22,16 @@ use vhost_blk::disk::{Disk, DiskConfig, Storage};
 use vhost_blk::queue::BlkQueue;
 use vhost_blk::request::{Operation, STATUS_OK, parse};
 
-/// A ring format: its name, and how a ring of so many descriptors is laid out.
+/// A ring format: its name, and the feature that it takes.
 #[derive(Clone, Copy)]
 pub struct Format {
     pub name: &'static str,
-    lay_out: fn(&mut Ram, u16) -> Option<RingConfig>,
+    features: u64,
 }
 
 /// What is measured. Another format is one more entry.
-pub const FORMATS: [Format; 1] =
-    [Format { name: "split", lay_out: |ram, size| DriverRing::lay_out(ram, size, true, true) }];
+pub const FORMATS: [Format; 2] =
+    [Format { name: "split", features: 0 }, Format { name: "packed", features: features::RING_PACKED }];
 
 /// The form of a chain: a header, data segments, a status.
 #[derive(Clone, Copy)]
@@ -51,6 +51,7 @@ pub const SHAPES: [Shape; 4] = [
 /// Requests made available, taken and published together.
 pub const BATCHES: [u16; 2] = [1, 16];
 
+const RING: u64 = features::EVENT_IDX | features::INDIRECT_DESC;
 const RING_SIZE: u16 = 1024;
 const SEGMENT: u32 = 4096;
 /// Requests that may be in flight, each with a header, status and table of its own.
@@ -82,7 +83,7 @@ struct Driver {
 impl Driver {
     fn new(format: Format, shape: Shape) -> (Driver, RingConfig) {
         let mut ram = Ram::new(0x10_0000, 8 << 20, false).unwrap();
-        let config = (format.lay_out)(&mut ram, RING_SIZE).unwrap();
+        let config = DriverRing::lay_out(&mut ram, RING_SIZE, format.features | RING).unwrap();
         let data = ram.alloc(u64::from(shape.data()), 4096).unwrap();
         let map = Arc::clone(ram.map());
         let slots = (0..SLOTS).map(|_| {

@@ -64,6 +64,12 @@ impl Chain {
         self.slices.first().map_or(0, |s| s.host_addr().addr())
     }
 
+    /// Bytes the device may write.
+    #[inline]
+    pub(crate) fn writable_len(&self) -> u32 {
+        self.writable_len as u32
+    }
+
     /// The chain as seen through the map that translated it.
     ///
     /// # Safety

@@ -1,12 +1,13 @@
-//! The driver side of a split ring in guest memory of ours: what tests and benchmarks drive a device with. What it does
-//! is in [`vring::driver`].
+//! The driver side of a ring in guest memory of ours: what tests and benchmarks drive a device with. What it does is in
+//! [`vring::driver`].
 #![allow(unsafe_code)] // holds a layout beside what keeps it mapped
 
 use std::ops::Deref;
 
 pub use vring::driver::Buffer;
+use vring::driver::{Layout, Negotiated};
 
-use super::layout::{DESC_SIZE, SplitLayout, split_bytes};
+use super::layout::{DESC_SIZE, PackedLayout, SplitLayout};
 use super::{RingConfig, RingError, RingFormat};
 use crate::memory::map::{MemoryMap, RingAddress};
 use crate::memory::ram::Ram;
@@ -23,34 +24,32 @@ pub struct DriverRing {
 }
 
 impl DriverRing {
-    /// Lays a split ring out in `ram`.
-    pub fn lay_out(ram: &mut Ram, size: u16, event_idx: bool, indirect: bool) -> Option<RingConfig> {
-        let (desc, avail, used) = split_bytes(size);
+    /// Lays a new ring out in `ram`, as the negotiated `features` have it.
+    pub fn lay_out(ram: &mut Ram, size: u16, features: u64) -> Option<RingConfig> {
+        let format = RingConfig::new(size.into(), [0; 3], features).format;
+        let (desc, driver, device) = format.bytes(size);
         // A part of its own page for each side: a driver's writes never share a cache line with a device's.
-        let desc_addr = ram.alloc(desc, 4096)?;
-        let avail_addr = ram.alloc(avail, 4096)?;
-        let used_addr = ram.alloc(used, 4096)?;
-        Some(RingConfig {
-            size: u32::from(size),
-            desc_addr: ram.user_addr(desc_addr),
-            avail_addr: ram.user_addr(avail_addr),
-            used_addr: ram.user_addr(used_addr),
-            format: RingFormat::Split,
-            base: RingFormat::Split.initial_base(),
-            event_idx,
-            indirect,
-            in_order: false,
-            access_platform: false,
-        })
+        let parts = [ram.alloc(desc, 4096)?, ram.alloc(driver, 4096)?, ram.alloc(device, 4096)?];
+        Some(RingConfig::new(size.into(), parts.map(|part| ram.user_addr(part)), features))
     }
 
-    /// Starts the driver side; the available ring begins at `config.base`.
+    /// Starts the driver side at `config.base`.
     pub fn new(config: &RingConfig, map: &MemoryMap) -> Result<DriverRing, RingError> {
-        let layout = SplitLayout::new(config, map)?;
-        // SAFETY: the addresses are kept beside the ring that the layout goes into, which never leaves this struct
-        // and is dropped before them.
-        let (layout, parts) = unsafe { layout.into_parts() };
-        let ring = vring::driver::DriverRing::new(layout, config.base as u16, config.event_idx);
+        let (layout, parts) = match config.format {
+            RingFormat::Split => {
+                // SAFETY: the addresses are kept beside the ring that the layout goes into, which never leaves this
+                // struct and is dropped before them.
+                let (layout, parts) = unsafe { SplitLayout::new(config, map)?.into_parts() };
+                (Layout::Split(layout), parts)
+            }
+            RingFormat::Packed => {
+                // SAFETY: as above.
+                let (layout, parts) = unsafe { PackedLayout::new(config, map)?.into_parts() };
+                (Layout::Packed(layout), parts)
+            }
+        };
+        let negotiated = Negotiated { event_idx: config.event_idx, in_order: config.in_order };
+        let ring = vring::driver::DriverRing::new(layout, config.base, negotiated);
         Ok(DriverRing { ring, _parts: parts })
     }
 
@@ -85,12 +84,6 @@ impl DriverRing {
     #[inline(always)]
     pub fn finished(&mut self) -> u16 {
         self.ring.finished()
-    }
-
-    /// [`vring::driver::DriverRing::collect_keeping`].
-    #[inline(always)]
-    pub fn collect_keeping(&mut self) -> Option<(u16, u32)> {
-        self.ring.collect_keeping()
     }
 
     /// [`vring::driver::DriverRing::collect`].

@@ -5,46 +5,30 @@ pub mod chain;
 pub mod driver;
 pub mod inflight;
 pub mod layout;
+pub mod packed;
 pub mod split;
+mod table;
 
-use crate::memory::iotlb::{Access, Miss, each_missing};
-use crate::memory::log::QueueLog;
+pub use vring::layout::{MAX_RING_SIZE, RingFormat};
+
 use serde::{Deserialize, Serialize};
 
+use crate::device::features;
+use crate::memory::iotlb::{Access, Miss, each_missing};
+use crate::memory::log::QueueLog;
 use crate::memory::map::{MemoryError, MemoryMap};
 use chain::Chain;
 use inflight::QueueRegion;
-use layout::{DESC_F_INDIRECT, DESC_F_WRITE, DESC_SIZE, Desc, SplitLayout};
+use layout::{DESC_F_INDIRECT, DESC_F_WRITE, DESC_SIZE, Desc, PackedLayout, SplitLayout};
+use packed::PackedRing;
 use split::SplitRing;
 
-/// Largest ring (virtio 1.3, 2.7: "The maximum Queue Size value is 32768").
-pub const MAX_RING_SIZE: u16 = 32768;
-
-/// How a virtqueue lies in memory.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub enum RingFormat {
-    /// Virtio 1.3, 2.7.
-    #[default]
+/// How [`RingFormat`], which is of a crate without serde, is written.
+#[derive(Serialize, Deserialize)]
+#[serde(remote = "RingFormat")]
+enum RingFormatName {
     Split,
-    /// Virtio 1.3, 2.8: `VIRTIO_F_RING_PACKED` is negotiated.
     Packed,
-}
-
-impl RingFormat {
-    /// Where a ring begins that nobody has used.
-    pub fn initial_base(self) -> u32 {
-        match self {
-            RingFormat::Split => 0,
-            // 2.8.1: both wrap counters start at 1.
-            RingFormat::Packed => 0x8000_8000,
-        }
-    }
-
-    /// Whether a ring may have `size` descriptors: a power of two (2.7), or any number (2.8), up to [`MAX_RING_SIZE`].
-    pub fn allows_size(self, size: u32) -> bool {
-        (1..=u32::from(MAX_RING_SIZE)).contains(&size)
-            && (self == RingFormat::Packed || size.is_power_of_two())
-    }
 }
 
 /// A virtqueue as the transport describes it, nothing checked yet.
@@ -61,6 +45,7 @@ pub struct RingConfig {
     /// Address of the used ring (device area).
     pub used_addr: u64,
     /// How it lies in memory.
+    #[serde(with = "RingFormatName")]
     pub format: RingFormat,
     /// Where to begin, as vhost-user counts. Split: the available index. Packed: bits 0 to 14 are the next available
     /// descriptor, bit 15 its wrap counter, bits 16 to 31 the same for used descriptors.
@@ -76,6 +61,25 @@ pub struct RingConfig {
 }
 
 impl RingConfig {
+    /// A new ring of `size` descriptors with its parts (descriptors, driver area, device area) at these addresses, as
+    /// the negotiated `features` have it.
+    pub fn new(size: u32, [desc_addr, avail_addr, used_addr]: [u64; 3], features: u64) -> RingConfig {
+        let has = |bit: u64| features & bit != 0;
+        let format = if has(features::RING_PACKED) { RingFormat::Packed } else { RingFormat::Split };
+        RingConfig {
+            size,
+            desc_addr,
+            avail_addr,
+            used_addr,
+            format,
+            base: format.initial_base(),
+            event_idx: has(features::EVENT_IDX),
+            indirect: has(features::INDIRECT_DESC),
+            in_order: has(features::IN_ORDER),
+            access_platform: has(features::ACCESS_PLATFORM),
+        }
+    }
+
     /// The ring size, if the format allows it.
     pub fn checked_size(&self) -> Result<u16, RingError> {
         if self.format.allows_size(self.size) {
@@ -122,9 +126,15 @@ impl RingConfig {
 const MAX_SURVEYED: u32 = 1024;
 
 /// Looks for what a descriptor, or the table it points to, names and `map` does not translate; false when `found` wants
-/// no more.
+/// no more. `decode` is how the format has the descriptors in a table.
 #[cold]
-fn survey_desc(map: &MemoryMap, desc: &Desc, left: &mut u32, found: &mut impl FnMut(Miss) -> bool) -> bool {
+fn survey_desc(
+    map: &MemoryMap,
+    desc: &Desc,
+    decode: fn([u64; 2]) -> Desc,
+    left: &mut u32,
+    found: &mut impl FnMut(Miss) -> bool,
+) -> bool {
     let mut more = true;
     let mut complete = true;
     let access = if desc.flags & DESC_F_WRITE == 0 { Access::READ } else { Access::WRITE };
@@ -142,7 +152,7 @@ fn survey_desc(map: &MemoryMap, desc: &Desc, left: &mut u32, found: &mut impl Fn
         // One that crosses into another page is found when its turn comes.
         let pair = map.slice(desc.addr.wrapping_add(at.into()), DESC_SIZE).and_then(|s| s.read_pair_once());
         if let Some(pair) = pair {
-            let buffer = Desc::from_pair(pair);
+            let buffer = decode(pair);
             let access = if buffer.flags & DESC_F_WRITE == 0 { Access::READ } else { Access::WRITE };
             each_missing(map, buffer.addr, buffer.len.into(), access, |miss| {
                 more = found(miss);
@@ -163,9 +173,6 @@ pub enum RingError {
     /// A base that no ring of this format and size has.
     #[error("ring base {0:#x} is none of a ring of this format and size")]
     BadBase(u32),
-    /// A format that was not offered.
-    #[error("packed rings are not offered")]
-    NotOffered,
     /// A ring part is not aligned as virtio 1.3, 2.7 demands.
     #[error("ring address {0:#x} is misaligned")]
     Misaligned(u64),
@@ -213,32 +220,41 @@ pub enum RingError {
 /// that is a bug of ours, so it shouts.
 #[derive(Debug)]
 #[must_use = "a taken chain must be completed"]
-pub struct Token {
-    head: u16,
+pub struct Token(Used);
+
+/// What a used element says of a chain, but for the bytes written.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Used {
+    /// The head's index, or the buffer ID of a packed ring.
+    id: u16,
+    /// Descriptors in a packed ring; 1 in a split one.
+    len: u16,
+    /// Bytes that could be written.
+    writable: u32,
 }
 
 impl Token {
-    pub(crate) fn new(head: u16) -> Token {
-        Token { head }
+    pub(crate) fn new(id: u16, len: u16, writable: u32) -> Token {
+        Token(Used { id, len, writable })
     }
 
-    /// The head's index: names the chain while it is in flight.
+    /// Names the chain while it is in flight: the head's index in a split ring, the buffer ID in a packed one.
     #[inline]
-    pub fn head(&self) -> u16 {
-        self.head
+    pub fn id(&self) -> u16 {
+        self.0.id
     }
 
     #[inline]
-    fn redeem(self) -> u16 {
-        let head = self.head;
+    fn redeem(self) -> Used {
+        let used = self.0;
         std::mem::forget(self);
-        head
+        used
     }
 }
 
 impl Drop for Token {
     fn drop(&mut self) {
-        assert!(std::thread::panicking(), "chain {} was dropped without being completed", self.head);
+        assert!(std::thread::panicking(), "chain {} was dropped without being completed", self.id());
     }
 }
 
@@ -247,12 +263,15 @@ impl Drop for Token {
 pub enum Ring {
     /// Virtio 1.3, 2.7.
     Split(SplitRing),
+    /// Virtio 1.3, 2.8.
+    Packed(PackedRing),
 }
 
 macro_rules! each_format {
     ($self:ident, $ring:ident => $call:expr) => {
         match $self {
             Ring::Split($ring) => $call,
+            Ring::Packed($ring) => $call,
         }
     };
 }
@@ -260,10 +279,10 @@ macro_rules! each_format {
 impl Ring {
     /// Turns a configuration into a running ring, checking all of it.
     pub fn activate(config: &RingConfig, map: &MemoryMap) -> Result<Ring, RingError> {
-        if config.format == RingFormat::Packed {
-            return Err(RingError::NotOffered);
-        }
-        Ok(Ring::Split(SplitRing::new(SplitLayout::new(config, map)?, config)?))
+        Ok(match config.format {
+            RingFormat::Split => Ring::Split(SplitRing::new(SplitLayout::new(config, map)?, config)?),
+            RingFormat::Packed => Ring::Packed(PackedRing::new(PackedLayout::new(config, map)?, config)?),
+        })
     }
 
     /// Keeps the record of what is in flight in `region`, before the first chain is taken. What the region says was in
@@ -273,18 +292,26 @@ impl Ring {
     pub fn recover(self, region: QueueRegion) -> Result<Ring, RingError> {
         Ok(match self {
             Ring::Split(ring) => Ring::Split(ring.recover(region)?),
+            // No record is kept of packed rings yet.
+            Ring::Packed(ring) => Ring::Packed(ring),
         })
     }
 
     /// Chains in flight that an earlier back end had taken and that are to be taken again.
     #[inline]
     pub fn resubmits(&self) -> u16 {
-        each_format!(self, r => r.resubmits())
+        match self {
+            Ring::Split(r) => r.resubmits(),
+            Ring::Packed(_) => 0,
+        }
     }
 
     /// Whether the front end has taken the memory of the in-flight record away.
     pub fn has_faulted(&self) -> bool {
-        each_format!(self, r => r.has_faulted())
+        match self {
+            Ring::Split(r) => r.has_faulted(),
+            Ring::Packed(_) => false,
+        }
     }
 
     /// Number of descriptors.
@@ -303,10 +330,13 @@ impl Ring {
         each_format!(self, r => r.in_flight())
     }
 
-    /// How many chains are ready to be taken.
+    /// How many chains are ready to be taken; of a packed ring not all need be counted.
     #[inline]
     pub fn available(&mut self) -> Result<u16, RingError> {
-        each_format!(self, r => r.available())
+        match self {
+            Ring::Split(r) => r.available(),
+            Ring::Packed(r) => Ok(r.available()),
+        }
     }
 
     /// Looks for what available chains name and `map` does not translate, until `found` returns false.
@@ -358,12 +388,18 @@ impl Ring {
 
     /// Tells a log what is written to the ring from now on; what had been written outside of entries is marked at once.
     pub fn set_log(&mut self, log: Option<&QueueLog>) {
-        each_format!(self, r => r.set_log(log.and_then(QueueLog::used_part)));
+        match self {
+            Ring::Split(r) => r.set_log(log.and_then(QueueLog::used_part)),
+            Ring::Packed(r) => r.set_log(log),
+        }
     }
 
     /// Moves the ring to where `config` lies in a new memory map, keeping all indices.
     pub fn relocate(&mut self, config: &RingConfig, map: &MemoryMap) -> Result<(), RingError> {
-        each_format!(self, r => r.relocate(SplitLayout::new(config, map)?));
+        match self {
+            Ring::Split(r) => r.relocate(SplitLayout::new(config, map)?),
+            Ring::Packed(r) => r.relocate(PackedLayout::new(config, map)?),
+        }
         Ok(())
     }
 }

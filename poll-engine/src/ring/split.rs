@@ -16,11 +16,12 @@ use super::chain::Chain;
 use super::inflight::{QueueRegion, SplitInflight};
 use super::layout::{
     AVAIL_F_NO_INTERRUPT, DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, DESC_SIZE, Desc, SplitLayout,
-    USED_F_NO_NOTIFY, indirect_desc,
+    USED_F_NO_NOTIFY,
 };
-use super::{MAX_SURVEYED, RingConfig, RingError, Token, survey_desc};
+use super::table::{MIN_CHAIN_LIMIT, Table};
+use super::{MAX_SURVEYED, RingConfig, RingError, Token, Used, survey_desc};
 use crate::fault_point::pass;
-use crate::memory::iotlb::{Access, Miss};
+use crate::memory::iotlb::Miss;
 use crate::memory::log::LoggedPart;
 use crate::memory::map::MemoryMap;
 use crate::memory::slice::prefetch_write;
@@ -28,10 +29,6 @@ use crate::memory::slice::prefetch_write;
 /// With the event index, `avail_event` is moved on when the driver has come this far past it, so that the driver's
 /// 16-bit numbers never come round to it while notifications are off.
 const STALE_EVENT: u16 = 1 << 14;
-
-/// Indirect tables may be at least this long however small the ring is: QEMU takes 1024 (`VIRTQUEUE_MAX_SIZE`) from
-/// anyone, so there are drivers that rely on it.
-const MIN_CHAIN_LIMIT: u32 = 1024;
 
 /// The used ring (virtio 1.3, 2.7.8): where its index and its entries are, and how long one is.
 const USED_IDX: u64 = 2;
@@ -45,12 +42,16 @@ pub struct SplitRing {
     layout: SplitLayout,
     event_idx: bool,
     indirect: bool,
+    in_order: bool,
     /// The next slot of the available ring to take.
     next_avail: u16,
     /// `avail->idx` as last read.
     seen_avail: u16,
     /// The next slot of the used ring to fill.
     next_used: u16,
+    /// The entry filled last, and whether the next chain may be told of by the same one.
+    entry: u16,
+    joins: bool,
     /// `used->idx` as last written.
     published: u16,
     /// `published` when the driver was last signalled or found not to want it: the `old` of 2.7.7.2.
@@ -80,9 +81,12 @@ impl SplitRing {
             layout,
             event_idx: config.event_idx,
             indirect: config.indirect,
+            in_order: config.in_order,
             next_avail: base,
             seen_avail: base,
             next_used: used,
+            entry: used,
+            joins: false,
             published: used,
             signalled: used,
             in_flight: 0,
@@ -217,7 +221,7 @@ impl SplitRing {
                 inflight.taken(head);
             }
         }
-        Ok(Token::new(head))
+        Ok(Token::new(head, 1, chain.writable_len()))
     }
 
     /// Looks for what the available chains name and `map` does not translate, until `found` returns false. Nothing is
@@ -231,7 +235,7 @@ impl SplitRing {
             loop {
                 let desc = self.layout.desc(index);
                 left = left.saturating_sub(1);
-                if left == 0 || !survey_desc(map, &desc, &mut left, found) {
+                if left == 0 || !survey_desc(map, &desc, Desc::from_pair, &mut left, found) {
                     return;
                 }
                 if desc.flags & DESC_F_NEXT == 0 {
@@ -275,23 +279,16 @@ impl SplitRing {
 
     #[inline]
     fn walk_table(&self, table: Desc, map: &MemoryMap, chain: &mut Chain) -> Result<(), RingError> {
-        if table.len == 0 || !table.len.is_multiple_of(DESC_SIZE) {
-            return Err(RingError::BadTable(table.len));
-        }
+        let table = Table::new(map, table.addr, table.len)?;
+        let entries = table.entries();
         // 2.7.5.3.1: "A driver MUST NOT create a descriptor chain longer than the Queue Size". The bound ends a loop.
-        let entries = table.len / DESC_SIZE;
         let limit = entries.min(u32::from(self.size()).max(MIN_CHAIN_LIMIT));
-        let whole = map.slice(table.addr, table.len).filter(|s| s.len() == table.len as usize);
         let mut index: u16 = 0;
         for _ in 0..limit {
             if u32::from(index) >= entries {
                 return Err(RingError::BadIndex { index, size: entries });
             }
-            let desc = match &whole {
-                Some(slice) => indirect_desc(slice, index),
-                None => Self::read_across(map, table.addr, index)?,
-            };
-            let desc = desc.ok_or(RingError::BadTable(table.len))?;
+            let desc = Desc::from_pair(table.read(index)?);
             if desc.flags & DESC_F_INDIRECT != 0 {
                 return Err(RingError::BadIndirect);
             }
@@ -304,31 +301,17 @@ impl SplitRing {
         Err(RingError::TooLong(limit))
     }
 
-    /// A descriptor of a table that runs from one region into the next.
-    #[cold]
-    fn read_across(map: &MemoryMap, table: u64, index: u16) -> Result<Option<Desc>, RingError> {
-        let offset = u64::from(index) * u64::from(DESC_SIZE);
-        let beyond = crate::memory::MemoryError::Outside { addr: table, len: offset };
-        let mut at = table.checked_add(offset).ok_or(beyond)?;
-        let mut bytes = [0; DESC_SIZE as usize];
-        let mut done = 0;
-        while done < bytes.len() {
-            let left = (bytes.len() - done) as u32;
-            let absent = || map.absent(at, left.into(), Access::READ);
-            let n = map.slice(at, left).ok_or_else(absent)?.read(&mut bytes[done..]);
-            done += n;
-            at += n as u64;
-        }
-        let half = |at: usize| u64::from_le_bytes(std::array::from_fn(|i| bytes[at + i]));
-        Ok(Some(Desc::from_pair([half(0), half(8)])))
-    }
-
     #[inline]
-    pub(super) fn complete(&mut self, head: u16, written: u32) {
+    pub(super) fn complete(&mut self, used: Used, written: u32) {
         assert!(self.in_flight > 0, "completed more chains than were taken");
-        self.layout.set_used_ring(self.next_used, head, written);
+        // 2.7.9: one entry may stand for several chains, of which all but the last were used completely.
+        if !self.joins {
+            self.entry = self.next_used;
+        }
+        self.layout.set_used_ring(self.entry, used.id, written);
+        self.joins = self.in_order && written == used.writable;
         if let Some(inflight) = &mut self.inflight {
-            inflight.completed(head);
+            inflight.completed(used.id);
         }
         self.next_used = self.next_used.wrapping_add(1);
         self.in_flight -= 1;
@@ -344,6 +327,7 @@ impl SplitRing {
         }
         pass("publish-begins");
         self.layout.set_used_idx(self.next_used);
+        self.joins = false;
         self.published = self.next_used;
         if let Some(inflight) = &mut self.inflight {
             inflight.published(self.published);

@@ -88,8 +88,9 @@ impl Export {
     /// What a session can agree on.
     pub(super) fn offer(&self) -> Offer {
         let device = &self.device;
+        let in_order = if device.completes_in_order() { features::IN_ORDER } else { 0 };
         Offer {
-            features: device.features() | features::ENGINE,
+            features: (device.features() | features::ENGINE | in_order) & !device.withheld_features(),
             num_queues: device.num_queues(),
             max_ring_size: device.max_ring_size(),
         }

@@ -502,18 +502,9 @@ impl Session {
         let addr = queue.addr?;
         // "If VHOST_USER_F_PROTOCOL_FEATURES has not been negotiated, the ring starts directly in the enabled state."
         let enabled = queue.enabled || bits & F_PROTOCOL_FEATURES == 0;
-        (queue.started && enabled && queue.num > 0 && !self.status.holds_queues()).then_some(RingConfig {
-            size: queue.num,
-            desc_addr: addr.desc,
-            avail_addr: addr.avail,
-            used_addr: addr.used,
-            format: self.format(),
-            base: self.base(index),
-            event_idx: bits & features::EVENT_IDX != 0,
-            indirect: bits & features::INDIRECT_DESC != 0,
-            in_order: bits & features::IN_ORDER != 0,
-            access_platform: bits & features::ACCESS_PLATFORM != 0,
-        })
+        let parts = [addr.desc, addr.avail, addr.used];
+        (queue.started && enabled && queue.num > 0 && !self.status.holds_queues())
+            .then(|| RingConfig { base: self.base(index), ..RingConfig::new(queue.num, parts, bits) })
     }
 
     /// A queue has stopped at `base`. Returns where a [`Action::Start`] of the same request goes on.

@@ -209,7 +209,7 @@ impl Guest {
 
     fn lay_out(index: u32, guest_addr: u64, size: u16) -> Guest {
         let mut ram = Ram::new(guest_addr, 1 << 20, false).unwrap();
-        let config = DriverRing::lay_out(&mut ram, size, true, true).unwrap();
+        let config = DriverRing::lay_out(&mut ram, size, FEATURES).unwrap();
         let data = ram.alloc(0x1_0000, 4096).unwrap();
         let driver = DriverRing::new(&config, ram.map()).unwrap();
         Guest { ram, config, driver, kick: eventfd(), call: eventfd(), index, data, count: 0 }

@@ -1,10 +1,12 @@
-//! The split ring in memory: offsets, sizes and atomic access, for both sides (virtio 1.3, 2.7).
+//! What both ring formats share, and the split ring in memory: offsets, sizes and atomic access, for both sides (virtio 1.3, 2.7).
 //!
 //! Every index is masked to the ring size, so no accessor can leave the ring, whatever the other side wrote.
 #![allow(unsafe_code)] // rings are shared with the other side and live at raw addresses
 
 use core::ptr::NonNull;
 use core::sync::atomic::{AtomicU16, AtomicU32, Ordering};
+
+use crate::packed::EVENT_SIZE;
 
 /// `VIRTQ_DESC_F_NEXT`: the chain goes on at `next`.
 pub const DESC_F_NEXT: u16 = 1;
@@ -16,6 +18,52 @@ pub const DESC_F_INDIRECT: u16 = 4;
 pub const AVAIL_F_NO_INTERRUPT: u16 = 1;
 /// `VIRTQ_USED_F_NO_NOTIFY`.
 pub const USED_F_NO_NOTIFY: u16 = 1;
+
+/// Largest ring (virtio 1.3, 2.7: "The maximum Queue Size value is 32768"; 2.8: "up to 2^15 entries each").
+pub const MAX_RING_SIZE: u16 = 32768;
+
+/// How a virtqueue lies in memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum RingFormat {
+    /// Virtio 1.3, 2.7.
+    #[default]
+    Split,
+    /// Virtio 1.3, 2.8: `VIRTIO_F_RING_PACKED` is negotiated.
+    Packed,
+}
+
+impl RingFormat {
+    /// The base of a ring that nobody has used, as vhost-user counts.
+    pub fn initial_base(self) -> u32 {
+        match self {
+            RingFormat::Split => 0,
+            // 2.8.1: both wrap counters start at 1.
+            RingFormat::Packed => 0x8000_8000,
+        }
+    }
+
+    /// Whether a ring may have `size` descriptors: a power of two (2.7), or any number (2.8), up to [`MAX_RING_SIZE`].
+    pub fn allows_size(self, size: u32) -> bool {
+        (1..=u32::from(MAX_RING_SIZE)).contains(&size)
+            && (self == RingFormat::Packed || size.is_power_of_two())
+    }
+
+    /// Bytes of the three parts of a ring of `size` descriptors: descriptors, driver area, device area.
+    pub fn bytes(self, size: u16) -> (u64, u64, u64) {
+        match self {
+            RingFormat::Split => split_bytes(size),
+            RingFormat::Packed => (u64::from(DESC_SIZE) * u64::from(size), EVENT_SIZE, EVENT_SIZE),
+        }
+    }
+
+    /// What the addresses of the parts are multiples of (2.7, 2.8.10.1).
+    pub fn alignment(self) -> (usize, usize, usize) {
+        match self {
+            RingFormat::Split => (16, 2, 4),
+            RingFormat::Packed => (16, 4, 4),
+        }
+    }
+}
 
 /// Bytes of one descriptor.
 pub const DESC_SIZE: u32 = 16;

@@ -91,7 +91,7 @@ impl BlockLane {
         arena: &mut Arena,
         (device, queue): (u32, u32),
     ) -> Result<BlockLane, u32> {
-        let size = usize::from(ring.layout().size());
+        let size = usize::from(ring.size());
         let indirect = order.indirect != 0 && Transport::has_indirect(features);
         let per_request = if indirect { 1 } else { 3 };
         let depth = (order.depth.max(1) as usize).min(size / per_request);

@@ -3,6 +3,7 @@
 use kickless_guest::{Order, misdeed, op};
 use vring::driver::{Buffer, DriverRing};
 use vring::layout::{DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, Desc};
+use vring::packed::{PackedDesc, Position};
 
 use crate::arena::{Arena, Piece};
 
@@ -11,7 +12,7 @@ const IN_FLIGHT: usize = 32;
 
 /// Breaks the rules of one ring. `None` when the arena is too small.
 pub fn misbehave(ring: &mut DriverRing, order: &Order, arena: &mut Arena) -> Option<()> {
-    let size = ring.layout().size();
+    let size = ring.size();
     let control = arena.take(64, 64)?;
     let data = arena.take(4096, 4096)?;
     control.put(0, op::READ.to_le());
@@ -26,12 +27,16 @@ pub fn misbehave(ring: &mut DriverRing, order: &Order, arena: &mut Arena) -> Opt
         ]
     };
     match order.misdeed {
-        misdeed::HEAD_OUT_OF_RANGE => ring.make_available(size | 0x8000),
+        // A packed ring has no heads and no index: what comes nearest is a list without an end.
+        misdeed::HEAD_OUT_OF_RANGE | misdeed::LOOP | misdeed::INDEX_JUMP if ring.packed().is_some() => {
+            endless(ring, header);
+        }
         misdeed::LOOP => {
             let first = ring.add(&chain(data.address()))?;
             let last = Desc { addr: header, len: 16, flags: DESC_F_NEXT | DESC_F_WRITE, next: first };
-            ring.layout().set_desc(first, last);
+            ring.split()?.set_desc(first, last);
         }
+        misdeed::HEAD_OUT_OF_RANGE => ring.make_available(size | 0x8000),
         misdeed::INDEX_JUMP => {
             for _ in 0..=size {
                 ring.make_available(0);
@@ -40,6 +45,13 @@ pub fn misbehave(ring: &mut DriverRing, order: &Order, arena: &mut Arena) -> Opt
         misdeed::WILD_ADDRESS => {
             ring.add(&chain(0xffff_ffff_ffff_f000))?;
             ring.add(&chain(0x7f00_0000_0000))?;
+        }
+        // Where the flags in a table do not count, a table cannot be nested; but a list must not have one.
+        misdeed::NESTED_INDIRECT if ring.packed().is_some() => {
+            let layout = ring.packed()?;
+            let at = ring.next_position()?;
+            let flags = DESC_F_INDIRECT | DESC_F_NEXT | at.available();
+            layout.set_desc(at.index, PackedDesc { addr: data.address(), len: 64, id: 0, flags });
         }
         misdeed::NESTED_INDIRECT => {
             let nested = Desc { addr: data.address(), len: 64, flags: DESC_F_INDIRECT, next: 0 };
@@ -50,7 +62,7 @@ pub fn misbehave(ring: &mut DriverRing, order: &Order, arena: &mut Arena) -> Opt
             ring.add(&[Buffer { addr: header, len: 8, writable: false }])?;
         }
         misdeed::NOISE => {
-            noise(ring, order.seed, data);
+            noise(ring, order.seed, data)?;
         }
         // In flight, as many as go; the caller resets.
         _ => {
@@ -64,7 +76,17 @@ pub fn misbehave(ring: &mut DriverRing, order: &Order, arena: &mut Arena) -> Opt
     Some(())
 }
 
-fn noise(ring: &mut DriverRing, seed: u64, data: Piece) {
+/// Every descriptor is available and says that another follows.
+fn endless(ring: &mut DriverRing, header: u64) {
+    let (Some(layout), Some(mut at)) = (ring.packed(), ring.next_position()) else { return };
+    for _ in 0..layout.size() {
+        let flags = DESC_F_NEXT | DESC_F_WRITE | at.available();
+        layout.set_desc(at.index, PackedDesc { addr: header, len: 16, id: 0, flags });
+        at = at.advance(1, layout.size());
+    }
+}
+
+fn noise(ring: &mut DriverRing, seed: u64, data: Piece) -> Option<()> {
     let mut random = seed | 1;
     let mut next = || {
         random ^= random << 13;
@@ -72,19 +94,21 @@ fn noise(ring: &mut DriverRing, seed: u64, data: Piece) {
         random ^= random << 17;
         random
     };
-    let size = ring.layout().size();
+    let size = ring.size();
     for index in 0..size {
         let near = data.address() + next() % 8192;
         let addr = if next().is_multiple_of(3) { next() } else { near };
-        let desc = Desc {
-            addr,
-            len: (next() % 9000) as u32,
-            flags: (next() % 8) as u16,
-            next: next() as u16 % size,
-        };
-        ring.layout().set_desc(index, desc);
+        let (len, flags, other) = ((next() % 9000) as u32, (next() % 8) as u16, next() as u16);
+        if let Some(layout) = ring.packed() {
+            // Available for the one wrap counter or the other.
+            let flags = flags | Position { index: 0, wrap: next().is_multiple_of(2) }.available();
+            layout.set_desc(index, PackedDesc { addr, len, id: other, flags });
+        } else {
+            ring.split()?.set_desc(index, Desc { addr, len, flags, next: other % size });
+        }
     }
     for _ in 0..=next() % u64::from(size) {
         ring.make_available(next() as u16 % size);
     }
+    Some(())
 }

@@ -50,9 +50,8 @@ impl EchoLane {
         arena: &mut Arena,
         (device, pair, mac): (u32, u32, u64),
     ) -> Result<EchoLane, u32> {
-        let depth = (order.depth.max(1) as usize)
-            .min(usize::from(receive.layout().size()))
-            .min(usize::from(transmit.layout().size()));
+        let depth =
+            (order.depth.max(1) as usize).min(usize::from(receive.size())).min(usize::from(transmit.size()));
         if order.block_size < SMALLEST {
             return Err(failure::ORDER);
         }
@@ -60,7 +59,7 @@ impl EchoLane {
         let mut buffers = || (0..depth).map(|_| arena.take(len, 64)).collect::<Option<Vec<_>>>();
         let receive_buffers = buffers().ok_or(failure::MEMORY)?;
         let transmit_buffers = buffers().ok_or(failure::MEMORY)?;
-        let by_head = |ring: &DriverRing| vec![0; usize::from(ring.layout().size())];
+        let by_head = |ring: &DriverRing| vec![0; usize::from(ring.size())];
         let mut lane = EchoLane {
             receive_by_head: by_head(&receive),
             transmit_by_head: by_head(&transmit),

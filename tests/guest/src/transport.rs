@@ -3,8 +3,9 @@
 use alloc::vec::Vec;
 
 use kickless_guest::failure;
-use vring::driver::DriverRing;
-use vring::layout::{SplitLayout, split_bytes};
+use vring::driver::{DriverRing, Layout, Negotiated};
+use vring::layout::{RingFormat, SplitLayout};
+use vring::packed::PackedLayout;
 
 use crate::arena::Arena;
 use crate::cpu::{mmio_read, mmio_write};
@@ -39,6 +40,8 @@ const NEEDS_RESET: u32 = 64;
 const F_INDIRECT_DESC: u64 = 1 << 28;
 const F_EVENT_IDX: u64 = 1 << 29;
 const F_VERSION_1: u64 = 1 << 32;
+const F_RING_PACKED: u64 = 1 << 34;
+const F_IN_ORDER: u64 = 1 << 35;
 
 /// `InterruptStatus`: the configuration has changed.
 pub const CONFIG_CHANGE: u32 = 2;
@@ -110,7 +113,8 @@ impl Transport {
         ring_size: u32,
         arena: &mut Arena,
     ) -> Result<Vec<DriverRing>, u32> {
-        if !ring_size.is_power_of_two() {
+        let format = if features & F_RING_PACKED == 0 { RingFormat::Split } else { RingFormat::Packed };
+        if !format.allows_size(ring_size) {
             return Err(failure::ORDER);
         }
         let mut rings = Vec::new();
@@ -121,22 +125,30 @@ impl Transport {
                 break;
             }
             let size = ring_size.min(most).min(1 << 15) as u16;
-            let (desc, avail, used) = split_bytes(size);
+            let (desc, driver, device) = format.bytes(size);
             let mut part = |len: u64| {
                 let piece = arena.take(len as usize, 4096).ok_or(failure::MEMORY)?;
                 piece.clear();
                 Ok::<_, u32>(piece)
             };
-            let (desc, avail, used) = (part(desc)?, part(avail)?, part(used)?);
+            let (desc, driver, device) = (part(desc)?, part(driver)?, part(device)?);
             self.write(QUEUE_NUM, u32::from(size));
             self.write_wide(QUEUE_DESC, desc.address());
-            self.write_wide(QUEUE_DRIVER, avail.address());
-            self.write_wide(QUEUE_DEVICE, used.address());
+            self.write_wide(QUEUE_DRIVER, driver.address());
+            self.write_wide(QUEUE_DEVICE, device.address());
             self.write(QUEUE_READY, 1);
             // SAFETY: the pieces are as long as the parts and at pages of their own; they stay ours as long as the
             // device is attached, since the harness gives every order an arena of its own.
-            let layout = unsafe { SplitLayout::at(desc.pointer(), avail.pointer(), used.pointer(), size) };
-            rings.push(DriverRing::new(layout, 0, features & F_EVENT_IDX != 0));
+            let layout = unsafe {
+                let (desc, driver, device) = (desc.pointer(), driver.pointer(), device.pointer());
+                match format {
+                    RingFormat::Split => Layout::Split(SplitLayout::at(desc, driver, device, size)),
+                    RingFormat::Packed => Layout::Packed(PackedLayout::at(desc, driver, device, size)),
+                }
+            };
+            let negotiated =
+                Negotiated { event_idx: features & F_EVENT_IDX != 0, in_order: features & F_IN_ORDER != 0 };
+            rings.push(DriverRing::new(layout, format.initial_base(), negotiated));
         }
         self.write(STATUS, ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK);
         let ready = self.read(STATUS);

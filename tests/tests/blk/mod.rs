@@ -115,14 +115,25 @@ pub const RAM_SIZE: u64 = 8 << 20;
 
 impl Front {
     pub fn connect(socket: &Path, queues: usize) -> Front {
+        Front::with(socket, queues, 0)
+    }
+
+    /// With packed rings.
+    pub fn packed(socket: &Path, queues: usize) -> Front {
+        Front::with(socket, queues, features::RING_PACKED)
+    }
+
+    fn with(socket: &Path, queues: usize, format: u64) -> Front {
         let mut front = Frontend::connect(socket, queues as u64).unwrap();
         front.set_owner().unwrap();
         let protocol_bit = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
         let ring = features::VERSION_1 | features::INDIRECT_DESC | features::EVENT_IDX;
         // The disk's own bits that exist; RO and those that go with writing are taken as they are offered.
         let offered = front.get_features().unwrap();
-        assert_eq!(offered & ring, ring);
-        let wanted = offered & !(features::ACCESS_PLATFORM | F_LOG_ALL) | protocol_bit;
+        assert_eq!(offered & (ring | format), ring | format);
+        let not =
+            features::ACCESS_PLATFORM | F_LOG_ALL | features::IN_ORDER | features::RING_PACKED & !format;
+        let wanted = offered & !not | protocol_bit;
         front.set_features(wanted).unwrap();
         let protocol = VhostUserProtocolFeatures::MQ
             | VhostUserProtocolFeatures::REPLY_ACK
@@ -140,7 +151,7 @@ impl Front {
             mmap_handle: ram.fd().as_raw_fd(),
         };
         front.set_mem_table(&[info]).unwrap();
-        let queues = (0..queues).map(|i| Lane::start(&mut front, i, &mut ram)).collect();
+        let queues = (0..queues).map(|i| Lane::start(&mut front, i, &mut ram, wanted)).collect();
         Front { session: front, features: wanted, ram, queues }
     }
 
@@ -150,12 +161,13 @@ impl Front {
 }
 
 impl Lane {
-    fn start(front: &mut Frontend, index: usize, ram: &mut Ram) -> Lane {
-        let config = DriverRing::lay_out(ram, RING, true, true).unwrap();
+    fn start(front: &mut Frontend, index: usize, ram: &mut Ram, features: u64) -> Lane {
+        let config = DriverRing::lay_out(ram, RING, features).unwrap();
         let event = || EventFd::new(EFD_NONBLOCK).unwrap();
         let (kick, call, err) = (event(), event(), event());
         front.set_vring_num(index, RING).unwrap();
-        front.set_vring_base(index, 0).unwrap();
+        // The crate knows the lower half of a packed ring's base only.
+        front.set_vring_base(index, config.base as u16).unwrap();
         let addresses = VringConfigData {
             queue_max_size: RING,
             queue_size: RING,

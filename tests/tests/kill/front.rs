@@ -95,7 +95,8 @@ impl Front {
         let mut ram = Ram::new(0x10_0000, 4 << 20, false).unwrap();
         let map = Arc::clone(ram.map());
         let lanes = (0..QUEUES).map(|_| {
-            let config = DriverRing::lay_out(&mut ram, RING, true, true).unwrap();
+            let config =
+                DriverRing::lay_out(&mut ram, RING, features::INDIRECT_DESC | features::EVENT_IDX).unwrap();
             let slot = |ram: &mut Ram| Slot {
                 header: ram.alloc(64, 64).unwrap(),
                 data: ram.alloc((MAX_BLOCKS * BLOCK) as u64, 4096).unwrap(),
@@ -318,7 +319,7 @@ impl Lane {
     /// Tells the back end about the queue. It has died, so all that is known is where the used ring ends.
     fn start(&self, front: &mut Frontend, index: usize) -> Result<()> {
         front.set_vring_num(index, RING)?;
-        front.set_vring_base(index, self.driver.layout().used_idx())?;
+        front.set_vring_base(index, self.driver.split().context("a split ring")?.used_idx())?;
         let addresses = VringConfigData {
             queue_max_size: RING,
             queue_size: RING,

@@ -128,7 +128,7 @@ fn drive(socket: &Path, requests: u32) -> Result<Histogram<u64>> {
     };
     let mut backend = Backend::connect(Kind::Block, socket, 1, &[region], Arc::new(|| {}))?;
     ensure!(backend.features() & FEATURES == FEATURES, "the back end lacks features");
-    let config = DriverRing::lay_out(&mut ram, RING, true, false).context(full)?;
+    let config = DriverRing::lay_out(&mut ram, RING, FEATURES).context(full)?;
     let (control, data) = ram.alloc(192, 64).zip(ram.alloc(u64::from(BLOCK), 4096)).context(full)?;
     let mut ring = DriverRing::new(&config, ram.map())?;
     ring.set_interrupts(false);

@@ -1,30 +1,30 @@
-//! The driver side of a split ring: what tests, benchmarks and guests of our own drive a device with. It is as honest
-//! as a good driver and does not defend itself against a broken device.
+//! The driver side of a split ring (virtio 1.3, 2.7).
 
+use alloc::collections::VecDeque;
 use alloc::vec;
 use alloc::vec::Vec;
 use core::mem;
 use core::sync::atomic::{Ordering, fence};
 
+use super::{Buffer, Negotiated, flags, writable};
 use crate::layout::{
-    AVAIL_F_NO_INTERRUPT, DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, DESC_SIZE, Desc, SplitLayout,
-    USED_F_NO_NOTIFY, need_event,
+    AVAIL_F_NO_INTERRUPT, DESC_F_INDIRECT, DESC_SIZE, Desc, SplitLayout, USED_F_NO_NOTIFY, need_event,
 };
 
-/// One buffer of a request.
-#[derive(Clone, Copy, Debug)]
-pub struct Buffer {
-    /// Guest-physical address.
-    pub addr: u64,
-    /// Bytes.
-    pub len: u32,
-    /// The device writes it; otherwise it reads it.
-    pub writable: bool,
+/// With `IN_ORDER`: what is in flight.
+#[derive(Debug)]
+struct InOrder {
+    /// Heads with the bytes that the device may write, oldest first.
+    requests: VecDeque<(u16, u32)>,
+    /// A used entry that stands for all requests up to its own.
+    batch: Option<(u16, u32)>,
+    /// The next descriptor: 2.7.9 wants them used round and round.
+    next: u16,
 }
 
 /// The driver side of a running split ring.
 #[derive(Debug)]
-pub struct DriverRing {
+pub struct SplitDriver {
     layout: SplitLayout,
     event_idx: bool,
     /// Free descriptors, taken and returned last first so that few cache lines stay warm.
@@ -32,6 +32,7 @@ pub struct DriverRing {
     /// How many descriptors each chain took, by head; and what follows each, so that the table is only written.
     taken: Vec<u16>,
     next: Vec<u16>,
+    in_order: Option<InOrder>,
     next_avail: u16,
     published: u16,
     next_used: u16,
@@ -39,16 +40,18 @@ pub struct DriverRing {
     interrupts: bool,
 }
 
-impl DriverRing {
+impl SplitDriver {
     /// Starts the driver side; the available ring begins at `base`, the used ring where the device has left it.
-    pub fn new(layout: SplitLayout, base: u16, event_idx: bool) -> DriverRing {
+    pub fn new(layout: SplitLayout, base: u16, negotiated: Negotiated) -> SplitDriver {
         let (size, used) = (layout.size(), layout.used_idx());
-        let mut ring = DriverRing {
+        let in_order = || InOrder { requests: VecDeque::with_capacity(size.into()), batch: None, next: 0 };
+        let mut ring = SplitDriver {
             layout,
-            event_idx,
+            event_idx: negotiated.event_idx,
             free: (0..size).rev().collect(),
             taken: vec![0; usize::from(size)],
             next: vec![0; usize::from(size)],
+            in_order: negotiated.in_order.then(in_order),
             next_avail: base,
             published: base,
             next_used: used,
@@ -70,31 +73,39 @@ impl DriverRing {
         self.free.len()
     }
 
-    /// Adds a request in descriptors of the ring. `None` when there is no room (or nothing to add).
+    /// Takes the next free descriptor: any, or with `IN_ORDER` the one after the last.
+    #[inline]
+    fn next_free(&mut self) -> Option<u16> {
+        let any = self.free.pop()?;
+        let Some(in_order) = &mut self.in_order else { return Some(any) };
+        // 2.7.9: each follows the one before, and the first the last. As many are free as the list says.
+        let next = in_order.next;
+        in_order.next = (next + 1) & (self.layout.size() - 1);
+        Some(next)
+    }
+
+    /// As [`DriverRing::add`](super::DriverRing::add).
     #[inline(always)] // the beginning of every request
     pub fn add(&mut self, buffers: &[Buffer]) -> Option<u16> {
         if buffers.is_empty() || buffers.len() > self.free.len() {
             return None;
         }
-        let head = *self.free.last()?;
+        let head = self.next_free()?;
         let mut index = head;
         for (i, b) in buffers.iter().enumerate() {
-            self.free.pop();
-            let last = i + 1 == buffers.len();
-            let next = if last { 0 } else { *self.free.last()? };
-            let flags = if b.writable { DESC_F_WRITE } else { 0 } | if last { 0 } else { DESC_F_NEXT };
-            self.layout.set_desc(index, Desc { addr: b.addr, len: b.len, flags, next });
+            let more = i + 1 < buffers.len();
+            let next = if more { self.next_free()? } else { 0 };
+            self.layout.set_desc(index, Desc { addr: b.addr, len: b.len, flags: flags(b, more), next });
             self.next[usize::from(index)] = next;
             index = next;
         }
         self.taken[usize::from(head)] = buffers.len() as u16;
-        self.make_available(head);
+        self.show(head, buffers);
         Some(head)
     }
 
-    /// Adds a request as an indirect table at guest-physical `table`: `write(i, bytes)` is called for each of its
-    /// descriptors, which belong 16 bytes apart. `None`, with nothing written, when there is no room (or nothing to
-    /// add, or more than a table can hold).
+    /// As [`DriverRing::add_indirect`](super::DriverRing::add_indirect).
+    #[inline]
     pub fn add_indirect(
         &mut self,
         table: u64,
@@ -102,28 +113,34 @@ impl DriverRing {
         mut write: impl FnMut(usize, [u8; 16]),
     ) -> Option<u16> {
         let count = u16::try_from(buffers.len()).ok().filter(|&n| n > 0)?;
-        let head = self.free.pop()?;
+        let head = self.next_free()?;
         for (i, b) in buffers.iter().enumerate() {
-            let last = i + 1 == buffers.len();
-            let flags = if b.writable { DESC_F_WRITE } else { 0 } | if last { 0 } else { DESC_F_NEXT };
+            let flags = flags(b, i + 1 < buffers.len());
             write(i, Desc { addr: b.addr, len: b.len, flags, next: i as u16 + 1 }.to_bytes());
         }
         let len = DESC_SIZE * u32::from(count);
         self.layout.set_desc(head, Desc { addr: table, len, flags: DESC_F_INDIRECT, next: 0 });
         self.taken[usize::from(head)] = 1;
-        self.make_available(head);
+        self.show(head, buffers);
         Some(head)
     }
 
-    /// Makes a descriptor that is already in the table available again, as it stands: for a driver that reuses its
-    /// chains, and for tests that write their own.
+    #[inline]
+    fn show(&mut self, head: u16, buffers: &[Buffer]) {
+        if let Some(in_order) = &mut self.in_order {
+            in_order.requests.push_back((head, writable(buffers)));
+        }
+        self.make_available(head);
+    }
+
+    /// As [`DriverRing::make_available`](super::DriverRing::make_available).
     #[inline]
     pub fn make_available(&mut self, head: u16) {
         self.layout.set_avail_ring(self.next_avail, head);
         self.next_avail = self.next_avail.wrapping_add(1);
     }
 
-    /// Shows added requests to the device; true when it wants a notification (a kick).
+    /// As [`DriverRing::publish`](super::DriverRing::publish).
     #[inline]
     pub fn publish(&mut self) -> bool {
         if self.published == self.next_avail {
@@ -139,7 +156,7 @@ impl DriverRing {
         }
     }
 
-    /// Requests the device has finished and that are not yet collected.
+    /// As [`DriverRing::finished`](super::DriverRing::finished).
     #[inline]
     pub fn finished(&mut self) -> u16 {
         if self.seen_used == self.next_used {
@@ -148,25 +165,36 @@ impl DriverRing {
         self.seen_used.wrapping_sub(self.next_used)
     }
 
-    /// Collects a finished request as its head and the bytes written, leaving its descriptors in the table: for a
-    /// driver that reuses its chains.
+    /// The next finished request. With `IN_ORDER` one entry may stand for several (2.7.9).
     #[inline]
-    pub fn collect_keeping(&mut self) -> Option<(u16, u32)> {
+    fn next_finished(&mut self) -> (u16, u32) {
+        let batch = self.in_order.as_mut().and_then(|o| o.batch.take());
+        let last = batch.unwrap_or_else(|| {
+            let (head, len) = self.layout.used_ring(self.next_used);
+            (head as u16, len)
+        });
+        let Some(in_order) = &mut self.in_order else { return last };
+        match in_order.requests.pop_front() {
+            Some((head, writable)) if head != last.0 => {
+                // "assumed to have been used (read or written) by the device completely"
+                in_order.batch = Some(last);
+                (head, writable)
+            }
+            _ => last,
+        }
+    }
+
+    /// As [`DriverRing::collect`](super::DriverRing::collect).
+    #[inline(always)] // the end of every request
+    pub fn collect(&mut self) -> Option<(u16, u32)> {
         if self.finished() == 0 {
             return None;
         }
-        let (head, len) = self.layout.used_ring(self.next_used);
+        let (head, len) = self.next_finished();
         self.next_used = self.next_used.wrapping_add(1);
         if self.interrupts && self.event_idx {
             self.layout.set_used_event(self.next_used);
         }
-        Some((head as u16, len))
-    }
-
-    /// Collects a finished request as its head and the bytes written, and frees its descriptors.
-    #[inline(always)] // the end of every request
-    pub fn collect(&mut self) -> Option<(u16, u32)> {
-        let (head, len) = self.collect_keeping()?;
         let count = self.taken.get_mut(usize::from(head)).map_or(0, mem::take);
         let first = self.free.len();
         let mut index = head;
@@ -179,8 +207,7 @@ impl DriverRing {
         Some((head, len))
     }
 
-    /// Asks for an interrupt with the next finished request, or for none. When asking, true means that something has
-    /// finished already.
+    /// As [`DriverRing::set_interrupts`](super::DriverRing::set_interrupts).
     pub fn set_interrupts(&mut self, on: bool) -> bool {
         self.interrupts = on;
         if self.event_idx {

@@ -1,4 +1,4 @@
-//! Both sides of a split ring against each other, with a model of what each of them is owed: every request comes back
+//! Both sides of a ring of either format against each other, with a model of what each of them is owed: every request comes back
 //! exactly once, and whoever goes to sleep is woken.
 #![allow(clippy::unwrap_used, clippy::struct_excessive_bools)]
 
@@ -6,6 +6,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use crossbeam::sync::WaitGroup;
+use poll_engine::device::features;
 use poll_engine::engine::queue::{Notifier, Queue};
 use poll_engine::memory::{MapHold, MemoryMap, Ram};
 use poll_engine::ring::chain::Chain;
@@ -15,6 +16,7 @@ use poll_engine::ring::split::need_event;
 use poll_engine::ring::{Ring, RingConfig, Token};
 use proptest::prelude::*;
 use proptest::sample::Index;
+use vring::packed::Position;
 
 const MAX_PARTS: usize = 8;
 const DATA: u64 = 64 << 10;
@@ -29,10 +31,14 @@ struct Pair {
     tables: u64,
     table: u64,
     added: VecDeque<u16>,
+    /// Writable bytes of chains not yet taken.
+    writable: VecDeque<u32>,
     shown: VecDeque<u16>,
-    in_flight: Vec<Token>,
+    /// Tokens, and how many bytes can be written to their chains.
+    in_flight: Vec<(Token, u32)>,
     completed: VecDeque<(u16, u32)>,
     returned: VecDeque<(u16, u32)>,
+    in_order: bool,
     interrupts: bool,
     notification: bool,
     /// Something has been published, and not yet been asked about.
@@ -45,20 +51,34 @@ struct Pair {
     device_sleeps: bool,
 }
 
-fn lay_out(size: u16, event_idx: bool, base: u16, used: u16) -> (Ram, RingConfig) {
+/// Features of a ring.
+const SPLIT: u64 = features::INDIRECT_DESC;
+const PACKED: u64 = SPLIT | features::RING_PACKED;
+const FORMATS: [u64; 2] = [SPLIT, PACKED];
+const EVENT_IDX: u64 = features::EVENT_IDX;
+const IN_ORDER: u64 = features::IN_ORDER;
+
+/// A ring that has run before, up to `base` and `used`. Of a packed ring `base` alone says how far, since both sides
+/// have come equally far when nothing is in flight.
+fn lay_out(size: u16, features: u64, base: u16, used: u16) -> (Ram, RingConfig) {
     let mut ram = Ram::new(0x10_0000, 8 << 20, false).unwrap();
-    let config = DriverRing::lay_out(&mut ram, size, event_idx, true).unwrap();
-    let config = RingConfig { base: base.into(), ..config };
-    // A ring that has run before: both sides go on from what is in memory.
-    let layout = SplitLayout::new(&config, ram.map()).unwrap();
-    layout.set_avail_idx(base);
-    layout.set_used_idx(used);
-    (ram, config)
+    let config = DriverRing::lay_out(&mut ram, size, features).unwrap();
+    let base = if features & features::RING_PACKED == 0 {
+        // Both sides go on from what is in memory.
+        let layout = SplitLayout::new(&config, ram.map()).unwrap();
+        layout.set_avail_idx(base);
+        layout.set_used_idx(used);
+        base.into()
+    } else {
+        let at = Position { index: (base & 0x7fff) % size, wrap: base >> 15 == 0 };
+        u32::from(at.bits()) * 0x1_0001
+    };
+    (ram, RingConfig { base, ..config })
 }
 
 impl Pair {
-    fn new(size: u16, event_idx: bool, base: u16, used: u16) -> Pair {
-        let (mut ram, config) = lay_out(size, event_idx, base, used);
+    fn new(size: u16, features: u64, base: u16, used: u16) -> Pair {
+        let (mut ram, config) = lay_out(size, features, base, used);
         let map = Arc::clone(ram.map());
         Pair {
             driver: DriverRing::new(&config, &map).unwrap(),
@@ -69,10 +89,12 @@ impl Pair {
             map,
             table: 0,
             added: VecDeque::new(),
+            writable: VecDeque::new(),
             shown: VecDeque::new(),
             in_flight: Vec::new(),
             completed: VecDeque::new(),
             returned: VecDeque::new(),
+            in_order: features & IN_ORDER != 0,
             interrupts: true,
             notification: false,
             unasked: false,
@@ -99,6 +121,7 @@ impl Pair {
         if let Some(head) = head {
             self.table += 1;
             self.added.push_back(head);
+            self.writable.push_back(100 * writable as u32);
         }
     }
 
@@ -122,8 +145,9 @@ impl Pair {
                 return;
             }
             let token = self.ring.take(&self.map, &mut self.chain).unwrap();
-            assert_eq!(Some(token.head()), self.shown.pop_front(), "out of order");
-            self.in_flight.push(token);
+            assert_eq!(Some(token.id()), self.shown.pop_front(), "out of order");
+            let writable = self.writable.pop_front().unwrap();
+            self.in_flight.push((token, writable));
             self.device_sleeps = false;
         }
         assert_eq!(usize::from(self.ring.in_flight()), self.in_flight.len());
@@ -131,8 +155,11 @@ impl Pair {
 
     fn complete(&mut self, which: Index, len: u32) {
         if !self.in_flight.is_empty() {
-            let token = self.in_flight.swap_remove(which.index(self.in_flight.len()));
-            self.completed.push_back((token.head(), len));
+            let which = if self.in_order { 0 } else { which.index(self.in_flight.len()) };
+            let (token, writable) = self.in_flight.remove(which);
+            // Whether it was used completely matters to IN_ORDER.
+            let len = if len.is_multiple_of(2) { writable } else { len };
+            self.completed.push_back((token.id(), len));
             self.ring.complete(token, len);
         }
     }
@@ -194,8 +221,8 @@ impl Pair {
     fn drain(&mut self) {
         self.publish();
         self.take(u16::MAX);
-        while let Some(token) = self.in_flight.pop() {
-            self.completed.push_back((token.head(), 7));
+        for (token, _) in self.in_flight.drain(..) {
+            self.completed.push_back((token.id(), 7));
             self.ring.complete(token, 7);
         }
         self.show_completed();
@@ -235,6 +262,17 @@ fn step() -> impl Strategy<Value = Step> {
     ]
 }
 
+/// A size, and features that go with it.
+fn kind() -> impl Strategy<Value = (u16, u64)> {
+    let size = prop_oneof![(0..=8u32).prop_map(|n| 1u16 << n), 1..=300u16];
+    let bits = prop::sample::subsequence(vec![EVENT_IDX, IN_ORDER], 0..=2);
+    (size, any::<bool>(), bits).prop_map(|(size, packed, bits)| {
+        let features =
+            bits.iter().sum::<u64>() | if packed || !size.is_power_of_two() { PACKED } else { SPLIT };
+        (size, features)
+    })
+}
+
 /// Index numbers that wrap within a few requests, and others.
 fn start() -> impl Strategy<Value = u16> {
     prop_oneof![Just(0u16), 0xfff0..=0xffffu16, any::<u16>()]
@@ -245,13 +283,12 @@ proptest! {
 
     #[test]
     fn every_request_comes_back_once_and_nobody_sleeps_too_long(
-        size in (0..=8u32).prop_map(|n| 1u16 << n),
-        event_idx: bool,
+        (size, features) in kind(),
         base in start(),
         used in start(),
         steps in prop::collection::vec(step(), 1..250),
     ) {
-        let mut pair = Pair::new(size, event_idx, base, used);
+        let mut pair = Pair::new(size, features, base, used);
         for step in steps {
             match step {
                 Step::Add { readable, writable, indirect } => pair.add(readable, writable, indirect),
@@ -273,10 +310,11 @@ proptest! {
     fn a_handler_sees_the_bytes_the_driver_wrote(
         parts in prop::collection::vec((1..600u32, any::<bool>()), 1..MAX_PARTS),
         indirect: bool,
+        format in prop::sample::select(&FORMATS[..]),
         at in (0..5000u32, 0..5000u32),
         seed: u8,
     ) {
-        let (mut ram, config) = lay_out(16, true, 0xfff8, 0xfffc);
+        let (mut ram, config) = lay_out(16, format | EVENT_IDX, 0xfff8, 0xfffc);
         let map = Arc::clone(ram.map());
         let mut driver = DriverRing::new(&config, &map).unwrap();
         let hold = MapHold::new(Arc::clone(&map), WaitGroup::new());
@@ -328,7 +366,7 @@ proptest! {
         }
         assert_eq!(received, answer);
         // What a reactor's round ends with.
-        driver.layout().set_used_idx(0xfffd);
+        queue.publish();
         assert!(driver.collect().is_some_and(|(_, len)| len == writable));
     }
 }
@@ -336,8 +374,8 @@ proptest! {
 #[test]
 fn rings_of_every_size_go_round_and_round() {
     for size in (0..=15).map(|n| 1u16 << n) {
-        for event_idx in [false, true] {
-            let mut pair = Pair::new(size, event_idx, 0xfff0, 0xfffa);
+        for features in FORMATS.into_iter().flat_map(|f| [f, f | EVENT_IDX, f | IN_ORDER]) {
+            let mut pair = Pair::new(size, features, 0xfff0, 0xfffa);
             for turn in 0..3 {
                 for _ in 0..size {
                     pair.add(1, 0, turn == 1);
@@ -352,17 +390,19 @@ fn rings_of_every_size_go_round_and_round() {
 
 #[test]
 fn a_chain_as_long_as_the_ring_is_taken() {
-    let mut pair = Pair::new(8, false, 0, 0);
-    pair.add(4, 4, false);
-    assert_eq!(pair.driver.free(), 0);
-    pair.drain();
+    for format in FORMATS {
+        let mut pair = Pair::new(8, format, 0, 0);
+        pair.add(4, 4, false);
+        assert_eq!(pair.driver.free(), 0);
+        pair.drain();
+    }
 }
 
 /// The numbers have 16 bits: whoever waits longer than those last must be heard of neither too often nor never.
 #[test]
 fn notification_stays_off_for_more_than_65536_requests() {
-    for event_idx in [false, true] {
-        let mut pair = Pair::new(256, event_idx, 0, 0);
+    for features in FORMATS.into_iter().flat_map(|f| [f, f | EVENT_IDX]) {
+        let mut pair = Pair::new(256, features, 0, 0);
         for _ in 0..1200 {
             for _ in 0..128 {
                 pair.add(1, 0, false);
@@ -379,21 +419,21 @@ fn notification_stays_off_for_more_than_65536_requests() {
 
 #[test]
 fn flags_are_what_the_spec_says() {
-    let mut pair = Pair::new(4, false, 0, 0);
-    assert_eq!(pair.driver.layout().used_flags(), 1, "NO_NOTIFY from the start");
+    let mut pair = Pair::new(4, SPLIT, 0, 0);
+    assert_eq!(pair.driver.split().unwrap().used_flags(), 1, "NO_NOTIFY from the start");
     pair.set_notification(true);
-    assert_eq!(pair.driver.layout().used_flags(), 0);
+    assert_eq!(pair.driver.split().unwrap().used_flags(), 0);
     pair.set_notification(false);
-    assert_eq!(pair.driver.layout().used_flags(), 1);
+    assert_eq!(pair.driver.split().unwrap().used_flags(), 1);
     pair.set_interrupts(false);
-    assert_eq!(pair.driver.layout().avail_flags(), 1, "NO_INTERRUPT");
+    assert_eq!(pair.driver.split().unwrap().avail_flags(), 1, "NO_INTERRUPT");
     // With the event index, flags must be ignored (2.7.7.2, 2.7.10).
-    let mut pair = Pair::new(4, true, 0, 0);
-    pair.driver.layout().set_avail_flags(1);
+    let mut pair = Pair::new(4, SPLIT | EVENT_IDX, 0, 0);
+    pair.driver.split().unwrap().set_avail_flags(1);
     pair.add(0, 1, false);
     pair.driver_sleeps = true;
     pair.drain();
-    assert_eq!(pair.driver.layout().used_flags(), 0);
+    assert_eq!(pair.driver.split().unwrap().used_flags(), 0);
 }
 
 /// 2.7.10.1: an event is due when the move from `old` to `new` passes it, that is when it is one of the indices

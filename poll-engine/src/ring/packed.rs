@@ -1,0 +1,390 @@
+//! The packed virtqueue, device side (virtio 1.3, 2.8).
+//!
+//! ```text
+//!        written, not shown      in flight           known to be available
+//!   ... ┌───────────────────┬────────────────────┬───────────────────┬ ...
+//!       │ first ──►         │ next_used          │ next_avail ──►    │
+//!   ... └───────────────────┴────────────────────┴───────────────────┴ ...
+//!   used descriptors are written in the order of completion, over those of chains that may still be in flight: these
+//!   were read whole when they were taken
+//! ```
+//!
+//! A used descriptor is one 64-bit write. Those of a round are all written but the first; the driver looks no further
+//! than that one, so writing it last shows them together ([`publish`](PackedRing::publish)).
+
+use std::sync::atomic::{Ordering, fence};
+
+use vring::packed::{EVENT_SIZE, Event, PackedDesc, Position, Rest};
+
+use super::chain::Chain;
+use super::layout::{DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, DESC_SIZE, Desc, PackedLayout};
+use super::table::{MIN_CHAIN_LIMIT, Table};
+use super::{MAX_SURVEYED, RingConfig, RingError, Token, Used, survey_desc};
+use crate::memory::iotlb::Miss;
+use crate::memory::log::{LoggedPart, QueueLog};
+use crate::memory::map::MemoryMap;
+
+/// How many chains are looked ahead for: as many as a queue takes in a round.
+const LOOK_AHEAD: u16 = 16;
+
+/// The running device side of a packed ring.
+#[derive(Debug)]
+#[allow(clippy::struct_excessive_bools)] // each of its own meaning
+pub struct PackedRing {
+    layout: PackedLayout,
+    event_idx: bool,
+    indirect: bool,
+    in_order: bool,
+    /// The next descriptor to take.
+    next_avail: Position,
+    /// Chains known to be available from there on.
+    ready: u16,
+    /// Where the next used descriptor belongs.
+    next_used: Position,
+    /// Descriptors from `next_used` to `next_avail`: those of chains taken and not completed.
+    held: u16,
+    /// Chains taken and not completed.
+    in_flight: u16,
+    /// Where the used descriptors end that the driver has been shown.
+    shown: Position,
+    /// The used descriptor that will show all that were written after it.
+    first: Option<(u16, Rest)>,
+    /// With `IN_ORDER`: the used descriptor that stands for the chains completed last (2.8.9).
+    batch: Option<Batch>,
+    /// Descriptors used since the last publish, and since the driver was last signalled or found not to want it.
+    unpublished: u32,
+    unsignalled: u32,
+    notify: bool,
+    /// While the front end wants to know of writes to the ring.
+    log: Option<Logged>,
+}
+
+/// The parts of the ring that the device writes, in a dirty log.
+#[derive(Debug)]
+struct Logged {
+    descs: LoggedPart,
+    event: LoggedPart,
+}
+
+/// Chains of which only the last is told.
+#[derive(Clone, Copy, Debug)]
+struct Batch {
+    at: Position,
+    id: u16,
+    written: u32,
+    /// The last has been used completely, so that another may follow.
+    open: bool,
+}
+
+impl PackedRing {
+    pub(super) fn new(layout: PackedLayout, config: &RingConfig) -> Result<PackedRing, RingError> {
+        let next_avail = Position::from_bits(config.base as u16);
+        // Some front ends know the lower half only: DPDK's virtio-user, and those on the `vhost` crate. What is used
+        // has then caught up with what is available, as it has whenever a queue has stopped.
+        let next_used = match (config.base >> 16) as u16 {
+            0 => next_avail,
+            used => Position::from_bits(used),
+        };
+        let size = layout.size();
+        let held = next_avail.since(next_used, size);
+        if next_avail.index >= size || next_used.index >= size || held > u32::from(size) {
+            return Err(RingError::BadBase(config.base));
+        }
+        let mut ring = PackedRing {
+            layout,
+            event_idx: config.event_idx,
+            indirect: config.indirect,
+            in_order: config.in_order,
+            next_avail,
+            ready: 0,
+            next_used,
+            held: held as u16,
+            in_flight: 0,
+            shown: next_used,
+            first: None,
+            batch: None,
+            unpublished: 0,
+            unsignalled: 0,
+            notify: true,
+            log: None,
+        };
+        ring.disable_notification();
+        Ok(ring)
+    }
+
+    #[inline]
+    pub(super) fn size(&self) -> u16 {
+        self.layout.size()
+    }
+
+    pub(super) fn base(&self) -> u32 {
+        u32::from(self.next_avail.bits()) | u32::from(self.next_used.bits()) << 16
+    }
+
+    #[inline]
+    pub(super) fn in_flight(&self) -> u16 {
+        self.in_flight
+    }
+
+    #[inline]
+    pub(super) fn available(&mut self) -> u16 {
+        if self.ready > 0 {
+            return self.ready;
+        }
+        let size = self.size();
+        let mut at = self.next_avail;
+        while self.ready < LOOK_AHEAD {
+            let mut flags = self.layout.rest(at.index).flags();
+            if !at.is_available(flags) {
+                break;
+            }
+            self.ready += 1;
+            let mut len = 1;
+            // 2.8.6: a list is available as a whole. One that is too long ends the look; `take` finds it.
+            while flags & DESC_F_NEXT != 0 {
+                if len == size {
+                    return self.ready;
+                }
+                len += 1;
+                at = at.advance(1, size);
+                flags = self.layout.rest(at.index).flags();
+            }
+            at = at.advance(1, size);
+        }
+        self.ready
+    }
+
+    #[inline]
+    pub(super) fn prefetch(&mut self, count: u16, map: &MemoryMap) {
+        // One chain has nothing to overlap with: a prefetch would only add to its latency.
+        if count < 2 {
+            return;
+        }
+        let size = self.size();
+        let mut at = self.next_avail;
+        for _ in 0..count {
+            // The guest's values are used as hints only; `take` reads and checks them again.
+            let mut desc = self.layout.desc(at.index);
+            if let Some(first) = map.slice(desc.addr, DESC_SIZE) {
+                first.prefetch();
+            }
+            let mut len = 1;
+            while desc.flags & DESC_F_NEXT != 0 && len < size {
+                len += 1;
+                at = at.advance(1, size);
+                desc = self.layout.desc(at.index);
+            }
+            at = at.advance(1, size);
+        }
+    }
+
+    #[inline]
+    pub(super) fn take(&mut self, map: &MemoryMap, chain: &mut Chain) -> Result<Token, RingError> {
+        debug_assert_ne!(self.ready, 0, "take without available");
+        chain.clear();
+        let first = self.layout.desc(self.next_avail.index);
+        let (id, count) = if first.flags & DESC_F_INDIRECT == 0 {
+            self.walk(first, map, chain)?
+        } else {
+            // 2.8.19: no "direct descriptors with DESC_F_INDIRECT set in a scatter-gather list linked by NEXT".
+            if !self.indirect || first.flags & DESC_F_NEXT != 0 {
+                return Err(RingError::BadIndirect);
+            }
+            if self.held >= self.size() {
+                return Err(RingError::TooManyInFlight);
+            }
+            self.walk_table(first, map, chain)?;
+            (first.id, 1)
+        };
+        // Commit: from here on the chain is ours.
+        self.next_avail = self.next_avail.advance(count, self.size());
+        self.ready -= 1;
+        self.held += count;
+        self.in_flight += 1;
+        Ok(Token::new(id, count, chain.writable_len()))
+    }
+
+    /// Looks for what the available chains name and `map` does not translate, until `found` returns false. Nothing is
+    /// taken, and nothing is believed: `take` reads and checks all of it again.
+    #[cold]
+    pub(super) fn survey(&self, map: &MemoryMap, found: &mut impl FnMut(Miss) -> bool) {
+        let decode = |pair| {
+            let PackedDesc { addr, len, flags, .. } = PackedDesc::from_pair(pair);
+            Desc { addr, len, flags, next: 0 }
+        };
+        let mut at = self.next_avail;
+        let mut left = MAX_SURVEYED;
+        // Descriptor by descriptor, which all say whether they are available; no more than there are.
+        for _ in 0..self.size() - self.held {
+            let PackedDesc { addr, len, flags, .. } = self.layout.desc(at.index);
+            let desc = Desc { addr, len, flags, next: 0 };
+            left = left.saturating_sub(1);
+            if !at.is_available(flags) || left == 0 || !survey_desc(map, &desc, decode, &mut left, found) {
+                return;
+            }
+            at = at.advance(1, self.size());
+        }
+    }
+
+    /// A list in the ring itself: its buffer ID, which its last descriptor has (2.8.6), and how long it is.
+    #[inline]
+    fn walk(
+        &self,
+        mut desc: PackedDesc,
+        map: &MemoryMap,
+        chain: &mut Chain,
+    ) -> Result<(u16, u16), RingError> {
+        let size = self.size();
+        let mut index = self.next_avail.index;
+        let room = size - self.held;
+        for count in 1..=room {
+            if desc.flags & DESC_F_INDIRECT != 0 {
+                return Err(RingError::BadIndirect);
+            }
+            chain.push(map, desc.addr, desc.len, desc.flags & DESC_F_WRITE != 0)?;
+            if desc.flags & DESC_F_NEXT == 0 {
+                return Ok((desc.id, count));
+            }
+            index = if index + 1 == size { 0 } else { index + 1 };
+            desc = self.layout.desc(index);
+        }
+        Err(if self.held == 0 { RingError::TooLong(size.into()) } else { RingError::TooManyInFlight })
+    }
+
+    /// 2.8.7: all of the table is the list; of its descriptors' flags only `WRITE` counts.
+    #[inline]
+    fn walk_table(&self, table: PackedDesc, map: &MemoryMap, chain: &mut Chain) -> Result<(), RingError> {
+        let table = Table::new(map, table.addr, table.len)?;
+        let limit = u32::from(self.size()).max(MIN_CHAIN_LIMIT);
+        if table.entries() > limit {
+            return Err(RingError::TooLong(limit));
+        }
+        for index in 0..table.entries() as u16 {
+            let desc = PackedDesc::from_pair(table.read(index)?);
+            chain.push(map, desc.addr, desc.len, desc.flags & DESC_F_WRITE != 0)?;
+        }
+        Ok(())
+    }
+
+    #[inline]
+    pub(super) fn complete(&mut self, used: Used, written: u32) {
+        assert!(self.in_flight > 0, "completed more chains than were taken");
+        let at = self.next_used;
+        self.next_used = at.advance(used.len, self.size());
+        self.held -= used.len;
+        self.in_flight -= 1;
+        self.unpublished += u32::from(used.len);
+        if self.in_order {
+            self.join(at, used, written);
+        } else {
+            self.write(at, used.id, written);
+        }
+    }
+
+    /// 2.8.9: one used descriptor, where the first chain was, with the ID of the last; those before it count as used
+    /// completely, so one that was not ends the batch.
+    #[inline]
+    fn join(&mut self, at: Position, used: Used, written: u32) {
+        let open = written == used.writable;
+        let at = match self.batch.take() {
+            Some(batch) if batch.open => batch.at,
+            Some(batch) => {
+                self.write(batch.at, batch.id, batch.written);
+                at
+            }
+            None => at,
+        };
+        self.batch = Some(Batch { at, id: used.id, written, open });
+    }
+
+    #[inline]
+    fn write(&mut self, at: Position, id: u16, written: u32) {
+        let rest = Rest::used(at, id, written);
+        if self.first.is_none() {
+            self.first = Some((at.index, rest));
+        } else {
+            self.layout.set_rest(at.index, rest);
+        }
+    }
+
+    #[inline]
+    pub(super) fn publish(&mut self) -> bool {
+        if let Some(batch) = self.batch.take() {
+            self.write(batch.at, batch.id, batch.written);
+        }
+        let Some((index, rest)) = self.first.take() else { return false };
+        if let Some(log) = &self.log {
+            self.log_used(log);
+        }
+        self.layout.show(index, rest);
+        if let Some(log) = &self.log {
+            log.descs.wrote(u64::from(DESC_SIZE) * u64::from(index), DESC_SIZE.into());
+        }
+        self.shown = self.next_used;
+        self.unsignalled = self.unsignalled.saturating_add(std::mem::take(&mut self.unpublished));
+        true
+    }
+
+    /// Logs the used descriptors that are about to be shown.
+    #[cold]
+    fn log_used(&self, log: &Logged) {
+        let (size, first) = (u64::from(self.size()), u64::from(self.shown.index));
+        let count = u64::from(self.unpublished);
+        let before_wrap = count.min(size - first);
+        let desc = u64::from(DESC_SIZE);
+        log.descs.wrote(desc * first, desc * before_wrap);
+        log.descs.wrote(0, desc * (count - before_wrap).min(first));
+    }
+
+    /// The used ring that the front end gives an address of is the device area; the device writes descriptors, too.
+    pub(super) fn set_log(&mut self, log: Option<&QueueLog>) {
+        self.log = log.and_then(|log| {
+            let descs = LoggedPart { log: log.log.clone(), guest_addr: self.layout.guest_addr() };
+            Some(Logged { descs, event: log.used_part()? })
+        });
+        if let Some(log) = &self.log {
+            // What was written before anybody listened: when the ring was started.
+            log.event.wrote(0, EVENT_SIZE);
+        }
+    }
+
+    fn set_event(&self, event: Event) {
+        self.layout.set_device_event(event);
+        if let Some(log) = &self.log {
+            log.event.wrote(0, EVENT_SIZE);
+        }
+    }
+
+    #[inline]
+    pub(super) fn wants_interrupt(&mut self) -> Option<bool> {
+        if self.unsignalled == 0 {
+            return None;
+        }
+        // The used descriptors must be visible before we look at what the driver wants, or both sides miss it (2.8.22).
+        fence(Ordering::SeqCst);
+        let count = std::mem::take(&mut self.unsignalled);
+        Some(self.layout.driver_event().wants(self.shown, count, self.size(), self.event_idx))
+    }
+
+    pub(super) fn enable_notification(&mut self) -> bool {
+        let event = if self.event_idx { Event::Desc(self.next_avail) } else { Event::Enable };
+        self.set_event(event);
+        self.notify = true;
+        // 2.8.21.3.1: look again after asking, or a chain made available in between is never heard of.
+        fence(Ordering::SeqCst);
+        let flags = self.layout.rest(self.next_avail.index).flags();
+        self.next_avail.is_available(flags)
+    }
+
+    #[inline]
+    pub(super) fn disable_notification(&mut self) {
+        if self.notify {
+            self.set_event(Event::Disable);
+            self.notify = false;
+        }
+    }
+
+    pub(super) fn relocate(&mut self, layout: PackedLayout) {
+        self.layout = layout;
+    }
+}
