@@ -25,5 +25,6 @@ pub mod memory;
 pub mod ring;
 pub mod session;
 pub mod stats;
+pub mod sync;
 pub mod takeover;
 pub mod uring;

@@ -1,18 +1,13 @@
 //! The one way into a running reactor: messages from control threads, and a bell that wakes it.
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-
-use crossbeam::channel::{Receiver, Sender, unbounded};
-use nix::sys::eventfd::{EfdFlags, EventFd};
+use crate::sync::{Arc, AtomicBool, Bell, Ordering, Receiver, Sender, unbounded};
 
 /// The sending end, for any thread.
 #[derive(Debug)]
 pub(super) struct Postbox<M> {
     messages: Sender<M>,
     full: Arc<AtomicBool>,
-    bell: EventFd,
+    bell: Arc<Bell>,
 }
 
 /// The receiving end, owned by the reactor.
@@ -20,16 +15,15 @@ pub(super) struct Postbox<M> {
 pub(super) struct Mailbox<M> {
     messages: Receiver<M>,
     full: Arc<AtomicBool>,
-    bell: OwnedFd,
+    bell: Arc<Bell>,
 }
 
 /// A connected pair.
 pub(super) fn mailbox<M>() -> std::io::Result<(Postbox<M>, Mailbox<M>)> {
     let (tx, rx) = unbounded();
-    let bell = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
+    let bell = Arc::new(Bell::new()?);
     let full = Arc::new(AtomicBool::new(false));
-    let receiver =
-        Mailbox { messages: rx, full: Arc::clone(&full), bell: bell.as_fd().try_clone_to_owned()? };
+    let receiver = Mailbox { messages: rx, full: Arc::clone(&full), bell: Arc::clone(&bell) };
     Ok((Postbox { messages: tx, full, bell }, receiver))
 }
 
@@ -37,9 +31,9 @@ impl<M> Postbox<M> {
     /// Posts a message; false when the reactor is gone.
     pub(super) fn post(&self, message: M) -> bool {
         let posted = self.messages.send(message).is_ok();
-        self.full.store(true, Ordering::Release);
-        // A counter that is full (nobody ever reads it) has rung often enough.
-        let _ = self.bell.write(1);
+        // A swap on either side: the flag is one thing after the other for both, however weak the machine.
+        self.full.swap(true, Ordering::Release);
+        self.bell.ring();
         posted
     }
 }
@@ -53,12 +47,14 @@ impl<M> Mailbox<M> {
 
     /// All messages at hand.
     pub(super) fn take(&self) -> Vec<M> {
-        // Cleared first: a message posted from here on sets it again.
-        self.full.store(false, Ordering::SeqCst);
+        // Cleared first: a message posted from here on sets it again. By a swap, which sees the messages of all who
+        // have set it up to here; a mere store could clear the flag of a message that is not visible yet.
+        self.full.swap(false, Ordering::AcqRel);
         self.messages.try_iter().collect()
     }
 
-    pub(super) fn bell(&self) -> BorrowedFd<'_> {
-        self.bell.as_fd()
+    /// What wakes the reactor. It is never silenced: each ring is one event to whoever watches it.
+    pub(super) fn bell(&self) -> &Bell {
+        &self.bell
     }
 }

@@ -1,5 +1,6 @@
 //! Reactors and the queues on them, seen from the control side.
 
+pub mod alarm;
 mod mailbox;
 pub mod pacing;
 pub mod placement;

@@ -3,13 +3,12 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use crossbeam::sync::WaitGroup;
-use nix::sys::eventfd::EventFd;
 use quanta::Clock;
 use tracing::{info, warn};
 
+use super::alarm::Alarm;
 use super::reactor::Io;
 use crate::fault_point::pass;
 use crate::memory::iotlb::{Miss, Revoked};
@@ -41,32 +40,6 @@ impl Request {
     #[inline]
     pub fn since(&self) -> u64 {
         self.since
-    }
-}
-
-/// Says that a queue broke, to the control thread that has to know: a flag, and the eventfd that it waits on.
-#[derive(Debug)]
-pub struct Alarm {
-    raised: AtomicBool,
-    bell: Arc<EventFd>,
-}
-
-impl Alarm {
-    /// An alarm that rings `bell`, which must be non-blocking.
-    pub fn new(bell: Arc<EventFd>) -> Alarm {
-        Alarm { raised: AtomicBool::new(false), bell }
-    }
-
-    /// Raises it.
-    pub fn raise(&self) {
-        self.raised.store(true, Ordering::Release);
-        // A full counter has rung.
-        let _ = self.bell.write(1);
-    }
-
-    /// Whether it was raised since this was last asked.
-    pub fn take(&self) -> bool {
-        self.raised.swap(false, Ordering::Acquire)
     }
 }
 

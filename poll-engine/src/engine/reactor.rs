@@ -370,7 +370,7 @@ impl Reactor {
         let nobody = TaskId { slot: 0, generation: 0 };
         if !self.watching_bell {
             self.watching_bell = true;
-            self.uring.watch(self.mailbox.bell(), label(Purpose::Bell, nobody, 0));
+            self.uring.watch(self.mailbox.bell().fd(), label(Purpose::Bell, nobody, 0));
         }
         for task in &mut self.tasks {
             if let (false, Some(kick)) = (task.watching_kick, &task.queue.notifier.kick) {

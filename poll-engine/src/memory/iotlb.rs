@@ -8,8 +8,8 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use crate::sync::Bell;
 use crossbeam::queue::ArrayQueue;
-use nix::sys::eventfd::EventFd;
 
 use super::map::{MemoryMap, Span};
 
@@ -65,12 +65,12 @@ pub struct Miss {
 #[derive(Debug)]
 pub struct Misses {
     posted: ArrayQueue<Miss>,
-    bell: Arc<EventFd>,
+    bell: Arc<Bell>,
 }
 
 impl Misses {
-    /// Misses that ring `bell`, which must be non-blocking.
-    pub fn new(bell: Arc<EventFd>) -> Misses {
+    /// Misses that ring `bell`.
+    pub fn new(bell: Arc<Bell>) -> Misses {
         Misses { posted: ArrayQueue::new(MAX_POSTED), bell }
     }
 
@@ -78,8 +78,7 @@ impl Misses {
     pub fn post(&self, misses: &[Miss]) {
         // What finds no room is posted again when something has been answered.
         let _ = misses.iter().try_for_each(|&miss| self.posted.push(miss));
-        // A full counter has rung.
-        let _ = self.bell.write(1);
+        self.bell.ring();
     }
 
     /// The next one.
@@ -308,7 +307,7 @@ mod tests {
     const SPACE: u64 = 256;
 
     fn misses() -> Arc<Misses> {
-        Arc::new(Misses::new(Arc::new(EventFd::new().unwrap())))
+        Arc::new(Misses::new(Arc::new(Bell::new().unwrap())))
     }
 
     /// Two regions, neighbours in the front end.

@@ -10,12 +10,12 @@ use std::os::fd::OwnedFd;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
-use crossbeam::sync::WaitGroup;
 use nix::sys::statfs::{HUGETLBFS_MAGIC, fstatfs};
 use serde::{Deserialize, Serialize};
 use vm_memory::{FileOffset, MmapRegion};
 
 use super::fault::Guard;
+use super::hold::Hold;
 use super::iotlb::{Access, Miss, Misses, each_missing};
 use super::slice::{GuestSlice, RawSlice};
 use super::stitch::{offset_in, stitch};
@@ -552,22 +552,5 @@ impl MemoryMap {
     }
 }
 
-/// A user's hold on a snapshot: cloned into each request that points into it. When the last clone of a queue's hold is
-/// gone, whoever changed the memory table may tell the front end so.
-#[derive(Clone, Debug)]
-pub struct MapHold(Arc<(Arc<MemoryMap>, WaitGroup)>);
-
-impl MapHold {
-    /// A hold on `map`; `released` is dropped with the last clone.
-    ///
-    /// One per queue, so that the count is touched by one reactor only.
-    pub fn new(map: Arc<MemoryMap>, released: WaitGroup) -> MapHold {
-        MapHold(Arc::new((map, released)))
-    }
-
-    /// The snapshot.
-    #[inline]
-    pub fn map(&self) -> &MemoryMap {
-        &self.0.0
-    }
-}
+/// A hold on a snapshot.
+pub type MapHold = Hold<MemoryMap>;

@@ -1,10 +1,11 @@
 //! Guest memory as the device sees it: mapped once, translated per request, dropped when nobody uses it.
 //!
 //! [`map`] turns what the front end shares into immutable snapshots, [`slice`](mod@slice) is the only way to touch
-//! guest bytes, [`ram`] is memory of our own in the same form, [`log`] tells which pages were written, [`iotlb`] what a
+//! guest bytes, [`hold`] keeps a snapshot for as long as a request needs it, [`ram`] is memory of our own in the same form, [`log`] tells which pages were written, [`iotlb`] what a
 //! device behind a vIOMMU may touch, and [`fault`] survives memory that is taken away.
 
 pub mod fault;
+pub mod hold;
 pub mod iotlb;
 pub mod log;
 pub mod map;

@@ -10,8 +10,8 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crate::sync::Bell;
 use crossbeam::sync::WaitGroup;
-use nix::sys::eventfd::EventFd;
 use nix::sys::socket::{MsgFlags, recv, send};
 use tracing::warn;
 
@@ -62,7 +62,7 @@ pub(super) struct Iommu {
 
 impl Iommu {
     /// Without any translation; misses ring `bell`.
-    pub(super) fn new(bell: Arc<EventFd>) -> Iommu {
+    pub(super) fn new(bell: Arc<Bell>) -> Iommu {
         let misses = Arc::new(Misses::new(bell));
         let view = Arc::new(Iotlb::default().snapshot(&MemoryMap::default(), &misses));
         Iommu {

@@ -18,7 +18,8 @@ use super::socket::{Connection, Incoming, SocketError};
 use super::state::{Action, Answer, Offer, Refused, Session};
 use super::wire::config_change;
 use crate::device::{Device, QueueHandler, features};
-use crate::engine::queue::{Alarm, Notifier, Queue};
+use crate::engine::alarm::Alarm;
+use crate::engine::queue::{Notifier, Queue};
 use crate::engine::reactor::NotifierChange;
 use crate::engine::{Engine, RunningQueue};
 use crate::memory::iotlb::IotlbError;
@@ -179,13 +180,15 @@ impl<'a> Served<'a> {
         while !control.is_stopping() {
             let channel = self.iommu.awaited(self.backend_channel.as_ref());
             let incoming = self.connection.receive_or(control.bell(), channel, self.iommu.patience())?;
+            if let Incoming::Rung = incoming {
+                control.heard();
+            }
             if self.alarm.take() && self.session.needs_reset() {
                 self.tell_config_changed();
             }
             match incoming {
                 Incoming::Closed => break,
                 Incoming::Rung => {
-                    control.heard();
                     self.attend_iommu();
                     if control.take_config_changed() {
                         self.tell_config_changed();

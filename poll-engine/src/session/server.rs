@@ -1,14 +1,13 @@
 //! The control thread of one device: one front end after another, and what the rest of the process asks of it.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, bounded, unbounded};
-use nix::sys::eventfd::{EfdFlags, EventFd};
 use tracing::{info, warn};
 
 use super::handover::served::Restored;
@@ -16,6 +15,7 @@ use super::handover::{Freeze, HandoverError, Parking, Snapshot};
 use super::listen::{Accepted, Listener};
 use super::serve::{Ended, Export, Served};
 use super::socket::{Connection, SocketError};
+use crate::sync::Bell;
 
 /// A control thread's stack: it parses small messages. Hundreds of these threads may exist.
 const STACK: usize = 128 << 10;
@@ -30,7 +30,7 @@ pub(super) struct Control {
 /// What is shared with it.
 #[derive(Debug)]
 struct Orders {
-    bell: Arc<EventFd>,
+    bell: Arc<Bell>,
     stop: AtomicBool,
     config_changed: AtomicBool,
 }
@@ -38,17 +38,17 @@ struct Orders {
 impl Control {
     /// Rings when there is anything to hear.
     pub(super) fn bell(&self) -> BorrowedFd<'_> {
-        self.orders.bell.as_fd()
+        self.orders.bell.fd()
     }
 
     /// To be rung by queues as well.
-    pub(super) fn shared_bell(&self) -> Arc<EventFd> {
+    pub(super) fn shared_bell(&self) -> Arc<Bell> {
         Arc::clone(&self.orders.bell)
     }
 
     /// The bell has been heard, and everything is looked at from now on.
     pub(super) fn heard(&self) {
-        let _ = self.orders.bell.read();
+        self.orders.bell.heard();
     }
 
     pub(super) fn is_stopping(&self) -> bool {
@@ -131,7 +131,7 @@ impl Server {
     }
 
     fn spawn(run: impl FnOnce(Control) + Send + 'static) -> io::Result<Server> {
-        let bell = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?);
+        let bell = Arc::new(Bell::new()?);
         let orders =
             Arc::new(Orders { bell, stop: AtomicBool::new(false), config_changed: AtomicBool::new(false) });
         let (parking, receiver) = unbounded();
@@ -168,8 +168,7 @@ impl Server {
     }
 
     fn ring(&self) {
-        // A full counter has rung.
-        let _ = self.orders.bell.write(1);
+        self.orders.bell.ring();
     }
 }
 
