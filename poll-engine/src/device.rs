@@ -80,6 +80,16 @@ pub trait Device: Send + Sync {
         }
     }
 
+    /// The first queue is about to run: what the device may not share with anybody must be its own from here on. The
+    /// session ends when that fails, so that the front end may try again.
+    fn acquire(&self) -> io::Result<()> {
+        Ok(())
+    }
+
+    /// The last queue has stopped in a guest that migrates: it may go on elsewhere from here on, or here again.
+    /// Everything written must be there for whoever comes next.
+    fn hand_over(&self) {}
+
     /// Makes the handler of a queue that is about to run, under the features that were negotiated.
     fn start_queue(&self, index: u16, features: u64, ring_size: u16) -> io::Result<Box<dyn QueueHandler>>;
 

@@ -1,5 +1,7 @@
 //! The virtual machine.
 
+pub mod migration;
+
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -16,9 +18,6 @@ use crate::wait;
 
 /// How long the guest may take from power-on to the agent's prompt.
 pub const BOOT_LIMIT: Duration = Duration::from_secs(60);
-
-/// How long a migration may take.
-const MIGRATION_LIMIT: Duration = Duration::from_secs(60);
 
 /// How long the guest may take to let go of a device.
 const UNPLUG_LIMIT: Duration = Duration::from_secs(40);
@@ -177,13 +176,13 @@ impl VmBuilder {
             None => accel::choose()?,
         };
         let deadline = Instant::now() + self.boot_limit;
-        let mut vm = self.spawn(scene, accel, None)?;
+        let mut vm = self.spawn(scene, accel, false)?;
         vm.agent.wait_ready(deadline.saturating_duration_since(Instant::now())).map_err(|e| vm.explain(e))?;
         Ok(vm)
     }
 
     /// Starts QEMU, for a guest that boots or for one that comes from elsewhere.
-    fn spawn(self, scene: &Scene, accel: Accel, incoming: Option<&Path>) -> Result<Vm> {
+    fn spawn(self, scene: &Scene, accel: Accel, incoming: bool) -> Result<Vm> {
         let kernel_log = scene.fresh_log("kernel");
         // Sockets next to the log, with the same number.
         let agent_path = kernel_log.with_extension("agent");
@@ -191,12 +190,9 @@ impl VmBuilder {
         let agent = Agent::listen(&agent_path)?;
         let qmp = Agent::listen(&qmp_path)?;
         let mut args = self.args(accel, &kernel_log, &agent_path, &qmp_path);
-        args.extend(
-            incoming
-                .map(|path| ["-incoming".to_owned(), format!("unix:{}", path.display())])
-                .into_iter()
-                .flatten(),
-        );
+        if incoming {
+            args.extend(["-incoming", "defer"].map(str::to_owned));
+        }
         let program = process::find_program(QEMU).with_context(|| format!("no {QEMU}"))?;
         let mut process = Process::spawn(scene, "qemu", &program, &args)?;
         let qmp = Qmp::new(accept(&qmp, &mut process)?)?;
@@ -364,30 +360,6 @@ impl Vm {
         Ok(())
     }
 
-    /// Migrates the guest to another QEMU on this host, live. When that fails, it goes on where it is, and why is the
-    /// error. What was plugged in since booting cannot come along.
-    pub fn migrate(&mut self, scene: &Scene) -> Result<()> {
-        // Asked first: the other QEMU would wait for back ends that serve this one.
-        let blocked = &self.qmp.execute("query-migrate", &json!({}))?["blocked-reasons"];
-        ensure!(blocked.is_null(), "migration is blocked: {blocked}");
-        let socket = scene.fresh_log("migration").with_extension("sock");
-        let mut there = self.builder.clone().spawn(scene, self.accel, Some(&socket))?;
-        self.qmp.execute("migrate", &json!({ "uri": format!("unix:{}", socket.display()) }))?;
-        wait::until("end of the migration", MIGRATION_LIMIT, || {
-            let state = self.qmp.execute("query-migrate", &json!({}))?;
-            match state["status"].as_str() {
-                Some("completed") => Ok(Some(())),
-                Some("failed" | "cancelled") => bail!("migration: {state}"),
-                _ => Ok(None),
-            }
-        })?;
-        there.agent.go_on_after(&self.agent);
-        there.tolerated.append(&mut self.tolerated);
-        // The old one holds a guest that must not run again.
-        *self = there;
-        Ok(())
-    }
-
     /// The memory the guest has, in KiB.
     pub fn memory_kib(&mut self) -> Result<u64> {
         Ok(self.check("awk '/^MemTotal/ { print $2 }' /proc/meminfo")?.parse()?)
@@ -470,7 +442,11 @@ pub fn expect_silence(who: &str, said: &str, bad: &[&str], tolerated: &[&str]) -
     }
 }
 
-fn accept(listener: &UnixListener, process: &mut Process) -> Result<std::os::unix::net::UnixStream> {
+/// The connection that QEMU makes when it starts.
+pub(crate) fn accept(
+    listener: &UnixListener,
+    process: &mut Process,
+) -> Result<std::os::unix::net::UnixStream> {
     wait::until("connection from QEMU", Duration::from_secs(20), || {
         if let Ok((stream, _)) = listener.accept() {
             return Ok(Some(stream));

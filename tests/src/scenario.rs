@@ -24,6 +24,7 @@ use anyhow::{Result, bail};
 use hdrhistogram::Histogram;
 
 use crate::bare::{self, Bare};
+use crate::qemu::migration::{Migrated, Migration};
 use crate::qemu::{self, Vm};
 use crate::scene::Scene;
 use crate::vmm;
@@ -461,8 +462,18 @@ pub trait Guest {
     fn reset(&mut self) -> Result<()>;
 
     /// Moves the guest to another machine on this host while it runs. If that fails, it goes on where it is.
-    fn migrate(&mut self, _scene: &Scene) -> Result<()> {
+    fn migrate(&mut self, _scene: &Scene, _how: &Migration) -> Result<Migrated> {
         bail!("this guest cannot be migrated")
+    }
+
+    /// Begins to move the guest and gives up; it goes on where it is.
+    fn cancel_migration(&mut self, _scene: &Scene, _how: &Migration) -> Result<()> {
+        bail!("this guest cannot be migrated")
+    }
+
+    /// Whether the load at hand is not over yet; true where that cannot be told.
+    fn is_at_work(&self) -> bool {
+        true
     }
 
     /// To be called when a back end was started again: connects to it, where the platform does not by itself.

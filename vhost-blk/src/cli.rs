@@ -41,13 +41,17 @@ pub struct Cli {
     pub backend: Option<Synthetic>,
 
     /// Serve a further disk; repeat for more. Keys: socket-path, blk-file, backend, serial, read-only,
-    /// record
+    /// incoming, record
     #[arg(long, value_name = "KEY=VALUE,...")]
     pub disk: Vec<ExtraDisk>,
 
     /// Refuse writes, and open the image for reading only
     #[arg(long)]
     pub read_only: bool,
+
+    /// Take over a guest that migrates: the image stays another daemon's until its first queue starts here
+    #[arg(long)]
+    pub incoming: bool,
 
     /// Record every request with its time to a new file (see vbench replay, vbench trace)
     #[arg(long, value_name = "FILE")]
@@ -172,6 +176,8 @@ pub struct ExtraDisk {
     pub serial: String,
     /// Refuse writes.
     pub read_only: bool,
+    /// Leave the image to another daemon until the guest arrives.
+    pub incoming: bool,
     /// Record requests here.
     pub record: Option<PathBuf>,
 }
@@ -189,16 +195,11 @@ impl FromStr for ExtraDisk {
                 "backend" => disk.backend = Some(value.parse()?),
                 "record" => disk.record = Some(value.into()),
                 "serial" => disk.serial = serial(value)?,
-                "read-only" => {
-                    disk.read_only = match value {
-                        "on" => true,
-                        "off" => false,
-                        other => return Err(format!("read-only is on or off, not '{other}'")),
-                    }
-                }
+                "read-only" => disk.read_only = on_off(key, value)?,
+                "incoming" => disk.incoming = on_off(key, value)?,
                 other => {
                     return Err(format!(
-                        "unknown key '{other}' (socket-path, blk-file, backend, serial, read-only, record)"
+                        "unknown key '{other}' (socket-path, blk-file, backend, serial, read-only, incoming, record)"
                     ));
                 }
             }
@@ -211,6 +212,14 @@ impl FromStr for ExtraDisk {
             (Some(_), Some(_)) => Err("blk-file and backend exclude each other".into()),
             _ => Ok(disk),
         }
+    }
+}
+
+fn on_off(key: &str, value: &str) -> Result<bool, String> {
+    match value {
+        "on" => Ok(true),
+        "off" => Ok(false),
+        other => Err(format!("{key} is on or off, not '{other}'")),
     }
 }
 

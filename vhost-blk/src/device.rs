@@ -153,6 +153,14 @@ impl Device for BlkDevice {
         Ok(())
     }
 
+    fn acquire(&self) -> io::Result<()> {
+        self.disk.acquire().map_err(io::Error::other)
+    }
+
+    fn hand_over(&self) {
+        self.disk.hand_over();
+    }
+
     fn start_queue(&self, index: u16, features: u64, ring_size: u16) -> io::Result<Box<dyn QueueHandler>> {
         let disk = Arc::clone(&self.disk);
         // 5.2.5.2: the mode is the guest's to set with CONFIG_WCE; without it a driver that knows FLUSH expects a

@@ -2,11 +2,16 @@
 
 use std::fs::File;
 use std::os::fd::AsFd;
-use std::sync::Arc;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
+use tracing::{info, warn};
 
 use poll_engine::memory::Ram;
 
+use crate::lock::{LockError, lock, release};
 use crate::open::{FileTraits, OpenError};
 
 /// Reading or writing.
@@ -56,6 +61,10 @@ pub struct Disk {
     /// The mode a reset goes back to.
     cache_writeback: bool,
     writeback: AtomicBool,
+    /// For what is said of it.
+    path: PathBuf,
+    /// Whether the image's lock is ours.
+    locked: Mutex<bool>,
 }
 
 /// How a disk is to be presented.
@@ -71,6 +80,10 @@ pub struct DiskConfig {
     pub writeback: bool,
     /// Largest ring a queue may have.
     pub ring_size: u16,
+    /// The image, for what is said of it.
+    pub path: PathBuf,
+    /// The image is not locked yet: it is another daemon's until the guest arrives.
+    pub incoming: bool,
 }
 
 impl Disk {
@@ -104,6 +117,44 @@ impl Disk {
             limits,
             cache_writeback: config.writeback,
             writeback: AtomicBool::new(config.writeback),
+            path: config.path.clone(),
+            locked: Mutex::new(!config.incoming),
+        }
+    }
+
+    /// Makes the image ours before its first queue runs, if it is not yet: it may have been another daemon's until now.
+    pub fn acquire(&self) -> Result<(), OpenError> {
+        let Storage::File(file, traits) = &self.storage else { return Ok(()) };
+        let mut locked = self.locked.lock().unwrap_or_else(PoisonError::into_inner);
+        if *locked {
+            return Ok(());
+        }
+        lock(file, !self.read_only).map_err(|error| OpenError::Lock { path: self.path.clone(), error })?;
+        *locked = true;
+        info!("{} is locked again: its guest runs here", self.path.display());
+        if !traits.direct && !traits.in_memory {
+            // What the page cache has of it may be from before another host wrote to it.
+            posix_fadvise(file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED)
+                .unwrap_or_else(|e| warn!("{}: the page cache may be stale: {e}", self.path.display()));
+        }
+        Ok(())
+    }
+
+    /// Makes everything written visible to whoever takes the image over, and gives up its lock. Where the former fails
+    /// the lock stays, so that nobody goes on with less than was written.
+    pub fn hand_over(&self) {
+        let Storage::File(file, _) = &self.storage else { return };
+        let mut locked = self.locked.lock().unwrap_or_else(PoisonError::into_inner);
+        if !*locked {
+            return;
+        }
+        let done = file.sync_data().map_err(LockError::from).and_then(|()| release(file));
+        match done {
+            Ok(()) => {
+                *locked = false;
+                info!("{} is unlocked: its guest may go on elsewhere", self.path.display());
+            }
+            Err(e) => warn!("{} stays locked, its guest cannot go on elsewhere: {e}", self.path.display()),
         }
     }
 

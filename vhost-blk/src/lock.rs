@@ -23,7 +23,10 @@ const NOT_SHARED: i64 = 200;
 #[derive(Debug, thiserror::Error)]
 pub enum LockError {
     /// Somebody else has it.
-    #[error("another process has it open for writing; stop that process, or use --read-only on both sides")]
+    #[error(
+        "another process has it open for writing; stop that process, use --read-only on both sides, or --incoming to \
+         take over the guest that it serves"
+    )]
     HeldByWriter,
     /// Somebody reads it who does not want it to change.
     #[error("another process reads it and does not allow writers; stop that process, or use --read-only")]
@@ -83,7 +86,8 @@ pub fn lock_beside(file: &File, writable: bool) -> Result<(), LockError> {
     take_all(file, writable)
 }
 
-fn release(file: &File) -> Result<(), LockError> {
+/// Lets go of all that [`lock`] has taken.
+pub fn release(file: &File) -> Result<(), LockError> {
     let mut all = flock(libc::F_UNLCK, IN_USE);
     all.l_len = NOT_SHARED + 64 - IN_USE;
     fcntl(file.as_fd(), FcntlArg::F_OFD_SETLK(&all)).map_err(io::Error::from)?;

@@ -30,7 +30,7 @@ use tracing_subscriber::EnvFilter;
 use vhost_blk::cli::{CacheMode, Cli, Fixed, Switch, Synthetic};
 use vhost_blk::device::BlkDevice;
 use vhost_blk::disk::{Disk, DiskConfig, Storage};
-use vhost_blk::open::open;
+use vhost_blk::open::{Owner, open};
 use vhost_blk::record::Recorder;
 use vhost_blk::report::report;
 use vhost_blk::takeover::{About, Inherited, Medium, PROGRAM, claim, fd_key, path_key};
@@ -104,6 +104,7 @@ struct Wanted {
     synthetic: Option<Synthetic>,
     serial: String,
     read_only: bool,
+    incoming: bool,
     record: Option<PathBuf>,
 }
 
@@ -311,6 +312,7 @@ fn wanted(cli: &Cli) -> Result<Vec<Wanted>> {
             synthetic: cli.backend,
             serial: cli.serial.clone(),
             read_only: cli.read_only,
+            incoming: cli.incoming,
             record: cli.record.clone(),
         }),
         (Some(_), false) => bail!("nothing to serve; name an image with --blk-file, or a --backend"),
@@ -329,6 +331,7 @@ fn wanted(cli: &Cli) -> Result<Vec<Wanted>> {
         synthetic: d.backend,
         serial: d.serial.clone(),
         read_only: d.read_only || cli.read_only,
+        incoming: d.incoming || cli.incoming,
         record: d.record.clone(),
     }));
     if all.is_empty() {
@@ -360,7 +363,12 @@ fn open_disk(wanted: &Wanted, cli: &Cli, other: Option<Inherited>) -> Result<Arc
         (Some(path), _) => {
             let beside = fd.map(File::from);
             let direct = cli.direct == Switch::On;
-            let (file, traits, size) = open(path, wanted.read_only, direct, cli.block_size, beside.as_ref())?;
+            let owner = match &beside {
+                _ if wanted.incoming => Owner::Another,
+                Some(theirs) => Owner::Beside(theirs),
+                None => Owner::Us,
+            };
+            let (file, traits, size) = open(path, wanted.read_only, direct, cli.block_size, owner)?;
             (Storage::File(file, traits), size)
         }
         (None, Some(Synthetic::Ram(size))) => {
@@ -386,6 +394,8 @@ fn open_disk(wanted: &Wanted, cli: &Cli, other: Option<Inherited>) -> Result<Arc
             serial: wanted.serial.clone(),
             writeback: cli.cache == CacheMode::Writeback,
             ring_size: cli.queue_size,
+            path: wanted.file.clone().unwrap_or_default(),
+            incoming: wanted.incoming,
         },
     )))
 }

@@ -89,14 +89,25 @@ pub fn size_of(fd: BorrowedFd<'_>) -> Result<u64, OpenError> {
     Ok(file.seek(SeekFrom::End(0))?)
 }
 
-/// Opens and locks the image at `path` for a disk with blocks of `block_size` bytes; its size comes with it. When we take
-/// over from another process, `beside` is that one's opening of the same image, with its locks.
+/// Whose an image is when it is opened.
+#[derive(Clone, Copy, Debug)]
+pub enum Owner<'a> {
+    /// Ours, by its lock.
+    Us,
+    /// Ours beside the process that we take over from: this is its opening of the same image, with its locks.
+    Beside(&'a File),
+    /// Another daemon's, until the guest arrives: it is not locked yet.
+    Another,
+}
+
+/// Opens the image at `path` for a disk with blocks of `block_size` bytes, and locks it if it is to be ours; its size
+/// comes with it.
 pub fn open(
     path: &Path,
     read_only: bool,
     direct: bool,
     block_size: u32,
-    beside: Option<&File>,
+    owner: Owner<'_>,
 ) -> Result<(File, FileTraits, u64), OpenError> {
     let with = |flags: i32| OpenOptions::new().read(true).write(!read_only).custom_flags(flags).open(path);
     // O_NONBLOCK keeps a named pipe from holding us up; files and block devices do not care.
@@ -138,10 +149,11 @@ pub fn open(
     if traits.offset_align > block_size {
         return Err(OpenError::Alignment { path: path.to_owned(), align: traits.offset_align });
     }
-    match beside {
-        None => lock(&file, !read_only),
-        Some(other) if is_same(&file, other)? => lock_beside(&file, !read_only),
-        Some(_) => return Err(OpenError::Other(path.to_owned())),
+    match owner {
+        Owner::Us => lock(&file, !read_only),
+        Owner::Beside(theirs) if is_same(&file, theirs)? => lock_beside(&file, !read_only),
+        Owner::Beside(_) => return Err(OpenError::Other(path.to_owned())),
+        Owner::Another => Ok(()),
     }
     .map_err(|error| OpenError::Lock { path: path.to_owned(), error })?;
     Ok((file, traits, size))

@@ -136,6 +136,8 @@ fn disk() -> Disk {
         serial: String::new(),
         writeback: true,
         ring_size: RING_SIZE,
+        path: std::path::PathBuf::new(),
+        incoming: false,
     };
     Disk::new(Storage::Null, DISK, &config)
 }

@@ -46,6 +46,8 @@ pub(super) enum ActionError {
     #[error(transparent)]
     Inflight(#[from] InflightError),
     #[error(transparent)]
+    Acquire(io::Error),
+    #[error(transparent)]
     Log(#[from] LogError),
     #[error("the descriptor for {0} is no eventfd")]
     NotEventfd(String),
@@ -210,7 +212,7 @@ impl<'a> Served<'a> {
                     };
                     let reply = match handled {
                         Ok((actions, answer)) => {
-                            let done = self.carry_out(actions);
+                            let done = self.carry_out(actions)?;
                             if let (false, Answer::Log { .. }) = (done, answer) {
                                 return Err(SocketError::Refused(header.request));
                             }
@@ -251,15 +253,20 @@ impl<'a> Served<'a> {
         }
     }
 
-    fn carry_out(&mut self, actions: Vec<Action>) -> bool {
+    fn carry_out(&mut self, actions: Vec<Action>) -> Result<bool, SocketError> {
         let mut done = true;
         for action in actions {
-            if let Err(e) = self.act(action) {
-                self.complain(&e);
-                done = false;
+            match self.act(action) {
+                Ok(()) => {}
+                // QEMU looks at no acknowledgement of a start. That its back end is gone it sees, and tries again.
+                Err(ActionError::Acquire(e)) => return Err(SocketError::Device(e)),
+                Err(e) => {
+                    self.complain(&e);
+                    done = false;
+                }
             }
         }
-        done
+        Ok(done)
     }
 
     fn act(&mut self, action: Action) -> Result<(), ActionError> {
@@ -285,6 +292,8 @@ impl<'a> Served<'a> {
                 }
                 self.adopt_logs();
             }
+            Action::Acquire => self.export.device.acquire().map_err(ActionError::Acquire)?,
+            Action::HandOver => self.export.device.hand_over(),
             Action::Start(index, config) => {
                 let config = RingConfig { base: self.session.base(index), ..config };
                 let translated = self.session.has_iotlb();

@@ -34,6 +34,9 @@ pub enum SocketError {
     /// A refusal that the protocol has no reply for.
     #[error("request {0} was refused and has no other way to say so")]
     Refused(u32),
+    /// The device belongs to somebody else.
+    #[error("queues cannot start: {0}")]
+    Device(io::Error),
     /// The socket fails.
     #[error("vhost-user socket: {0}")]
     Io(#[from] io::Error),

@@ -106,6 +106,10 @@ pub enum Action {
     LogFd(OwnedFd),
     /// What these queues are to log from now on; done when all that run do so.
     Log(Vec<(u16, Logging)>),
+    /// The first queue is going to run.
+    Acquire,
+    /// The last queue has stopped while writes were logged: the guest may have left.
+    HandOver,
     /// Run a queue.
     Start(u16, RingConfig),
     /// Stop a queue, finish what is in flight, and tell [`Session::stopped`] its base.
@@ -264,6 +268,7 @@ impl Session {
 
     /// Takes a request: what to do, in order, and what to answer then.
     pub fn handle(&mut self, request: Request, fds: Vec<OwnedFd>) -> Result<(Vec<Action>, Answer), Refusal> {
+        let was_running = self.is_running();
         let mut actions = Vec::new();
         let had_iotlb = self.has_iotlb();
         let answer = self.take(request, fds, &mut actions)?;
@@ -275,7 +280,10 @@ impl Session {
                 }
             }
         }
-        self.settle(&mut actions);
+        self.settle(was_running, &mut actions);
+        if was_running && !self.is_running() && self.logs_data() {
+            actions.push(Action::HandOver);
+        }
         Ok((actions, answer))
     }
 
@@ -460,7 +468,7 @@ impl Session {
     }
 
     /// Starts and stops queues so that what runs is what should.
-    fn settle(&mut self, actions: &mut Vec<Action>) {
+    fn settle(&mut self, mut acquired: bool, actions: &mut Vec<Action>) {
         self.settle_logging(actions);
         for index in 0..self.offer.num_queues {
             let wanted = self.wanted(index);
@@ -475,14 +483,25 @@ impl Session {
             }
             queue.running = wanted;
             if let Some(config) = wanted {
+                if !std::mem::replace(&mut acquired, true) {
+                    actions.push(Action::Acquire);
+                }
                 actions.push(Action::Start(index, config));
             }
         }
     }
 
+    fn is_running(&self) -> bool {
+        self.queues.iter().any(|q| q.running.is_some())
+    }
+
+    fn logs_data(&self) -> bool {
+        self.features.is_some_and(|bits| bits & F_LOG_ALL != 0)
+    }
+
     /// Logging is no part of how a ring runs: it is switched while rings go on.
     fn settle_logging(&mut self, actions: &mut Vec<Action>) {
-        let data = self.features.is_some_and(|bits| bits & F_LOG_ALL != 0);
+        let data = self.logs_data();
         let mut changes = Vec::new();
         for ((index, queue), told) in (0u16..).zip(&self.queues).zip(&mut self.logging) {
             let used = queue.addr.filter(|addr| addr.flags & VRING_F_LOG != 0).map(|addr| addr.log);

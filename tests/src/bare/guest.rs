@@ -7,9 +7,9 @@ use anyhow::{Context, Result, ensure};
 use hdrhistogram::Histogram;
 use kickless_guest::{Order, kind, op, verify, wait};
 
-use super::{Bare, Host, MEMORY, cmdline, lanes, program};
-use crate::process::{self, Process};
-use crate::qemu::QEMU;
+use super::microvm::Microvm;
+use super::{Bare, Host, MEMORY, Pages, cmdline, lanes, program};
+use crate::qemu::migration::{Migrated, Migration, expect_possible};
 use crate::scenario::{Expect, Guest, Load, Op, Outcome, Plan, Wait};
 use crate::scene::Scene;
 use crate::vmm;
@@ -21,6 +21,8 @@ use crate::vmm::memory::Backing;
 /// Where memory that is added later begins; every region has this much room.
 const ADDED: u64 = 1 << 30;
 const ADDED_ROOM: u64 = 256 << 20;
+
+const NO_QEMU: &str = "only guests of QEMU can be migrated";
 
 /// A bare-metal guest with the devices of a plan.
 #[derive(Debug)]
@@ -58,62 +60,10 @@ pub fn boot(plan: &Plan) -> Result<BareGuest> {
     BareGuest::meet(Box::new(machine), memory, plan)
 }
 
-/// Boots in QEMU's `microvm`, whose memory is a file that we see as well.
+/// Boots in QEMU's `microvm`.
 pub fn boot_microvm(plan: &Plan, scene: &Scene) -> Result<BareGuest> {
-    let kernel = program().context("kickless-guest is not built: cargo build --workspace --bins")?;
-    let memory_path = scene.path("microvm-memory");
-    let memory = File::options().read(true).write(true).create(true).truncate(true).open(&memory_path)?;
-    memory.set_len(MEMORY)?;
-    let serial = scene.fresh_log("microvm-serial");
-    let mut args: Vec<String> = Vec::new();
-    let mut add = |option: &str, value: String| args.extend([format!("-{option}"), value]);
-    let machine = "microvm,accel=kvm,acpi=off,pit=off,pic=off,rtc=off,isa-serial=on,x-option-roms=off";
-    add("machine", format!("{machine},memory-backend=mem"));
-    let (path, mib) = (memory_path.display(), MEMORY >> 20);
-    add("object", format!("memory-backend-file,id=mem,size={mib}M,mem-path={path},share=on"));
-    add("m", format!("{mib}M"));
-    add("cpu", "host".to_owned());
-    add("smp", plan.cpus.to_string());
-    add("global", "virtio-mmio.force-legacy=false".to_owned());
-    add("serial", format!("file:{}", serial.display()));
-    add("kernel", kernel.display().to_string());
-    add("append", cmdline(plan.cpus));
-    for (i, device) in plan.devices.iter().enumerate() {
-        ensure!(device.kind == vmm::backend::Kind::Block, "only disks in microvm so far");
-        add("chardev", format!("socket,id=c{i},path={},reconnect=1", device.socket.display()));
-        let (queues, size) = (device.queues, plan.ring_size);
-        add("device", format!("vhost-user-blk,chardev=c{i},num-queues={queues},queue-size={size}"));
-    }
-    args.extend(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"].map(str::to_owned));
-    let qemu = process::find_program(QEMU).with_context(|| format!("no {QEMU}"))?;
-    let process = Process::spawn(scene, "microvm", &qemu, &args)?;
-    BareGuest::meet(Box::new(Microvm { process, serial }), memory, plan)
-}
-
-struct Microvm {
-    process: Process,
-    serial: std::path::PathBuf,
-}
-
-impl Host for Microvm {
-    fn ring(&mut self) {}
-
-    fn failure(&mut self) -> Option<String> {
-        match self.process.poll_exit() {
-            Ok(None) => None,
-            Ok(Some(status)) => Some(format!("QEMU has ended ({status}): {}", self.process.stderr_tail())),
-            Err(error) => Some(error.to_string()),
-        }
-    }
-
-    fn stop(&mut self) -> String {
-        let _ = self.process.kill9();
-        self.process.stderr_tail()
-    }
-
-    fn serial(&mut self) -> String {
-        crate::scene::tail(&self.serial, 20)
-    }
+    let (microvm, memory) = Microvm::start(plan, scene, false)?;
+    BareGuest::meet(Box::new(microvm), memory, plan)
 }
 
 impl BareGuest {
@@ -130,6 +80,18 @@ impl BareGuest {
         };
         guest.attach()?;
         Ok(guest)
+    }
+
+    /// Another QEMU for the guest to move to.
+    fn destination(&mut self, scene: &Scene, how: &Migration) -> Result<(Microvm, File, Plan)> {
+        expect_possible(&mut self.bare.host().microvm().context(NO_QEMU)?.qmp)?;
+        let mut plan = self.plan.clone();
+        ensure!(plan.devices.len() == how.sockets.len(), "a back end for each disk");
+        for (device, socket) in plan.devices.iter_mut().zip(&how.sockets) {
+            device.socket.clone_from(socket);
+        }
+        let (there, memory) = Microvm::start(&plan, scene, true)?;
+        Ok((there, memory, plan))
     }
 
     fn attach(&mut self) -> Result<()> {
@@ -251,6 +213,28 @@ impl Guest for BareGuest {
         let all = (0..self.plan.devices.len()).fold(0, |all, i| all | 1 << i);
         self.bare.order(&Bare::blank(kind::RESET, all), Duration::from_secs(15))?;
         self.attach()
+    }
+
+    fn migrate(&mut self, scene: &Scene, how: &Migration) -> Result<Migrated> {
+        let (mut there, memory, plan) = self.destination(scene, how)?;
+        let here = self.bare.host().microvm().context(NO_QEMU)?;
+        let moved = how.run(&mut here.qmp, &mut there.qmp, scene)?;
+        // Not before all of it has come: a page that is touched earlier counts as there, and is never sent.
+        self.bare.pages = Pages::map(memory)?;
+        // The old one holds a guest that must not run again.
+        self.bare.host = Box::new(there);
+        self.plan = plan;
+        Ok(moved)
+    }
+
+    fn cancel_migration(&mut self, scene: &Scene, how: &Migration) -> Result<()> {
+        let (mut there, ..) = self.destination(scene, how)?;
+        let here = self.bare.host().microvm().context(NO_QEMU)?;
+        how.give_up(&mut here.qmp, &mut there.qmp, scene)
+    }
+
+    fn is_at_work(&self) -> bool {
+        !self.bare.has_answered()
     }
 
     fn reconnect(&mut self, device: usize) -> Result<()> {

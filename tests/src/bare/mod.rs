@@ -2,6 +2,7 @@
 #![allow(unsafe_code)] // pages shared with the guest
 
 pub mod guest;
+pub mod microvm;
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -59,6 +60,10 @@ pub trait Host {
     fn serial(&mut self) -> String;
     /// The machine, if it is one of ours.
     fn machine(&mut self) -> Option<&mut Machine> {
+        None
+    }
+    /// The machine, if it is one of QEMU's.
+    fn microvm(&mut self) -> Option<&mut microvm::Microvm> {
         None
     }
 }

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 
 use crate::agent::{Agent, Output, Shell};
+use crate::qemu::migration::{Migrated, Migration};
 use crate::qemu::{self, BOOT_LIMIT, Disk, KERNEL_ARGS, KERNEL_COMPLAINTS, Vm, guest_dir};
 use crate::scenario::{Guest, Load, Outcome, Plan};
 use crate::scene::Scene;
@@ -328,8 +329,12 @@ impl Guest for LinuxGuest {
         self.host.power_off()
     }
 
-    fn migrate(&mut self, scene: &Scene) -> Result<()> {
-        self.host.qemu()?.migrate(scene)
+    fn migrate(&mut self, scene: &Scene, how: &Migration) -> Result<Migrated> {
+        self.host.qemu()?.migrate(scene, how)
+    }
+
+    fn cancel_migration(&mut self, scene: &Scene, how: &Migration) -> Result<()> {
+        self.host.qemu()?.cancel_migration(scene, how)
     }
 
     fn qemu(&mut self) -> Result<&mut Vm> {

@@ -7,6 +7,7 @@ mod blocks;
 mod harness;
 mod interrupts;
 mod lifecycle;
+mod migration;
 mod net;
 mod ten_lines;
 mod tenants;
@@ -60,6 +61,7 @@ const ALL: &[(&str, Platform, Scenario)] = &[
     ("a_guest_that_hangs_meets_its_deadline", Bare, harness::hang),
     ("features_and_configuration_as_the_specification_has_them", Bare, harness::negotiation),
     ("a_disk_of_qemus_own", Microvm, harness::selftest),
+    ("a_guest_migrates_to_and_fro", Microvm, migration::before_its_memory),
     ("a_scenario_of_ten_lines", Bare, ten_lines::restart),
     ("a_scenario_of_ten_lines", Microvm, ten_lines::restart),
 ];

@@ -4,6 +4,7 @@ mod data;
 mod features;
 mod lifecycle;
 mod memory;
+mod migration;
 
 use std::time::Duration;
 
@@ -38,6 +39,7 @@ pub const ALL: &[(&str, Scenario)] = &[
     ("daemon_killed_under_load", lifecycle::daemon_killed),
     ("memory_plugged_and_unplugged_under_load", memory::hotplug),
     ("memory_in_many_regions", memory::many_regions),
+    ("migrates_to_and_fro_before_its_memory", migration::pre_copy),
 ];
 
 /// How long a run of fio may take.

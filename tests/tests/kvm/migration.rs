@@ -1,0 +1,99 @@
+//! Live migration of a guest that verifies what it reads, between two QEMUs and two daemons that share the image.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use kickless_tests::daemon::{Daemon, Kind, Options};
+use kickless_tests::image::{Image, MIB};
+use kickless_tests::qemu::migration::Migration;
+use kickless_tests::scenario::{Load, Op, Plan, Platform};
+use kickless_tests::scene::Scene;
+
+/// How often the guest moves in each way: `KICKLESS_MIGRATIONS`, or 3.
+fn rounds() -> Result<usize> {
+    match std::env::var("KICKLESS_MIGRATIONS") {
+        Ok(number) => number.parse().context("KICKLESS_MIGRATIONS is no number"),
+        Err(_) => Ok(3),
+    }
+}
+
+/// Bytes of a request: several pages.
+const BLOCK: u32 = 16384;
+
+/// What becomes of an attempt to move.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Way {
+    PreCopy,
+    PostCopy,
+    Cancelled,
+}
+
+/// Moves the guest to and fro in these ways, each under a load.
+fn to_and_fro(scene: &Scene, platform: Platform, ways: &[Way]) -> Result<Option<String>> {
+    if Kind::from_env() == Kind::Qsd {
+        return Ok(Some("qemu-storage-daemon cannot be migrated".to_owned()));
+    }
+    let image = Image::create(scene, "disk.img", 64 * MIB)?;
+    let mut daemons = [
+        Options::default().spawn(scene, "here", &image)?,
+        Options::default().args(&["--incoming"]).spawn(scene, "there", &image)?,
+    ];
+    let mut guest = Plan::new().cpus(2).disk(daemons[0].socket(), 4).boot(platform, scene)?;
+    let (mut at, mut downtimes) = (0, Vec::new());
+    for round in 0..rounds()? {
+        for &way in ways {
+            let context = || format!("round {round}, {way:?}");
+            let to = Migration::to(&[daemons[1 - at].socket()]);
+            let time = Duration::from_secs(if way == Way::PostCopy { 5 } else { 3 });
+            let load = Load::verified().block_size(BLOCK).flush_every(50).seed(round as u64 + 1);
+            let load = if round % 2 == 0 {
+                // Reads alone: buffers that the guest itself hardly ever writes, so that nobody but the daemon can
+                // tell that they have changed.
+                let written = load.clone().requests(load.span / u64::from(BLOCK));
+                guest
+                    .run(&Load { op: Op::Write, random: false, flush_every: 0, ..written })?
+                    .expect_clean()?;
+                Load { op: Op::Read, flush_every: 0, ..load }
+            } else {
+                load
+            };
+            guest.start(&load.time(time))?;
+            guest.after(1000)?;
+            match way {
+                Way::Cancelled => guest.cancel_migration(scene, &to).with_context(context)?,
+                Way::PreCopy | Way::PostCopy => {
+                    let to = if way == Way::PostCopy { to.post_copy() } else { to };
+                    let moved = guest.migrate(scene, &to).with_context(context)?;
+                    at = 1 - at;
+                    println!("round {round}, {way:?}: {moved:?}");
+                    ensure!(
+                        way != Way::PostCopy || moved.requested > 0,
+                        "no page was missing in {}",
+                        context()
+                    );
+                    downtimes.push(moved.downtime);
+                }
+            }
+            ensure!(guest.is_at_work(), "the load was over too early to prove anything ({})", context());
+            let seen = guest.progress()?;
+            guest.after(seen + 500).with_context(context)?;
+            guest.finish().with_context(context)?.expect_clean().with_context(context)?;
+            daemons.iter_mut().try_for_each(Daemon::expect_alive)?;
+        }
+    }
+    downtimes.sort();
+    if let (Some(least), Some(most)) = (downtimes.first(), downtimes.last()) {
+        let median = downtimes[downtimes.len() / 2];
+        println!("{} moves; downtime: least {least:?}, median {median:?}, most {most:?}", downtimes.len());
+    }
+    guest.power_off()?;
+    for mut daemon in daemons {
+        ensure!(daemon.stats()?.errors() == 0, "{}", daemon.stats()?.text());
+        daemon.terminate()?;
+    }
+    Ok(None)
+}
+
+pub fn before_its_memory(scene: &Scene, platform: Platform) -> Result<Option<String>> {
+    to_and_fro(scene, platform, &[Way::Cancelled, Way::PreCopy])
+}
