@@ -137,16 +137,21 @@ fn run(cli: &Cli) -> Result<()> {
     let (taker, offered) = Taker::connect(path, PROGRAM)?;
     let keys: Vec<_> = wanted.iter().map(|w| w.place.key()).collect();
     let claimed = claim(offered, &keys).map_err(anyhow::Error::from);
-    let outcome = claimed.and_then(|disks| serve(cli, wanted, Some((&taker, disks))));
-    if let Err(e) = &outcome {
-        // So that it goes on at once, and says why. It takes no notice once we serve.
+    let mut taker = Some(taker);
+    let outcome = claimed.and_then(|disks| serve(cli, wanted, Some((&mut taker, disks))));
+    if let (Err(e), Some(taker)) = (&outcome, taker) {
+        // So that it goes on at once, and says why.
         taker.give_up(&format!("{e:#}"));
     }
     outcome
 }
 
-/// Serves until told to stop; with `from`, in the place of another process.
-fn serve(cli: &Cli, wanted: Vec<Wanted>, from: Option<(&Taker, Vec<Option<Inherited>>)>) -> Result<()> {
+/// Serves until told to stop; with `from`, in the place of another process, which is done with then.
+fn serve(
+    cli: &Cli,
+    wanted: Vec<Wanted>,
+    from: Option<(&mut Option<Taker>, Vec<Option<Inherited>>)>,
+) -> Result<()> {
     // Everything that can be wrong is found out before anybody can connect, or the other process stops.
     let (taker, mut inherited) = match from {
         Some((taker, inherited)) => (Some(taker), inherited),
@@ -168,7 +173,8 @@ fn serve(cli: &Cli, wanted: Vec<Wanted>, from: Option<(&Taker, Vec<Option<Inheri
     let control = cli.control.as_deref().map(|path| listen_for_successor(path, cli)).transpose()?;
 
     // With another process: guests wait from here on.
-    let (snapshots, baton) = taker.map(Taker::ask).transpose()?.unzip();
+    let (snapshots, baton) =
+        taker.as_ref().and_then(|taker| taker.as_ref()).map(Taker::ask).transpose()?.unzip();
     let mut snapshots: Vec<_> = snapshots.unwrap_or_default().into_iter().map(Some).collect();
     let left = Arc::new(AtomicUsize::new(wanted.len()));
     let (mut served, mut prepared) = (Vec::new(), Vec::new());
@@ -213,10 +219,7 @@ fn serve(cli: &Cli, wanted: Vec<Wanted>, from: Option<(&Taker, Vec<Option<Inheri
         Served { name: wanted.name, key: wanted.place.key(), disk, stats, server, recorder }
     });
     let served: Vec<_> = served.collect();
-    if let Some(taker) = taker {
-        taker.running();
-        info!("taken over");
-    }
+    let taken_over = taker.and_then(Option::take).map(Taker::running).is_some();
     let given = Arc::new(OnceLock::new());
     let giver = control.and_then(|listener| {
         let (given, signals) = (Arc::clone(&given), signals.handle());
@@ -229,7 +232,7 @@ fn serve(cli: &Cli, wanted: Vec<Wanted>, from: Option<(&Taker, Vec<Option<Inheri
             .ok()
     });
     // Nobody to notify is the usual case. Taken over, the service has another main process now.
-    let main = taker.map(|_| NotifyState::MainPid(std::process::id()));
+    let main = taken_over.then(|| NotifyState::MainPid(std::process::id()));
     let _ = sd_notify::notify(&main.into_iter().chain([NotifyState::Ready]).collect::<Vec<_>>());
 
     for signal in signals.forever() {

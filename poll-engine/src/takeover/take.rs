@@ -79,12 +79,12 @@ impl Taker {
     }
 
     /// Says that this process serves. The other one may be gone.
-    pub fn running(&self) {
+    pub fn running(self) {
         let _ = self.channel.send(&Request::Running, &[], Instant::now() + GREETING);
     }
 
     /// Says why this process will not, and leaves the other one to it.
-    pub fn give_up(&self, why: &str) {
+    pub fn give_up(self, why: &str) {
         let _ = self.channel.send(&Request::Failed(why.to_owned()), &[], Instant::now() + GREETING);
     }
 }

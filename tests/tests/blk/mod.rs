@@ -20,7 +20,7 @@ use poll_engine::session::wire::F_LOG_ALL;
 use vhost::vhost_user::message::{VhostUserHeaderFlag, VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 pub const LIMIT: Duration = Duration::from_secs(15);
 pub const RING: u16 = 64;
@@ -163,7 +163,7 @@ impl Front {
 impl Lane {
     fn start(front: &mut Frontend, index: usize, ram: &mut Ram, features: u64) -> Lane {
         let config = DriverRing::lay_out(ram, RING, features).unwrap();
-        let event = || EventFd::new(EFD_NONBLOCK).unwrap();
+        let event = || EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).unwrap();
         let (kick, call, err) = (event(), event(), event());
         front.set_vring_num(index, RING).unwrap();
         // The crate knows the lower half of a packed ring's base only.

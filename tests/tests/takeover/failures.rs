@@ -1,0 +1,1 @@
+//! What goes wrong with the new daemon is no trouble of the guest's.
