@@ -37,21 +37,25 @@ pub struct Channel {
 }
 
 impl Channel {
-    /// Over `stream`, if its other end runs as our user or root.
-    pub fn new(stream: UnixStream) -> Result<Channel, TakeoverError> {
+    /// Over this stream.
+    pub fn new(stream: UnixStream) -> io::Result<Channel> {
         Self::with_format(stream, FORMAT)
     }
 
-    /// As [`new`](Self::new), for a peer of another age.
-    pub fn with_format(stream: UnixStream, format: u32) -> Result<Channel, TakeoverError> {
-        let theirs = getsockopt(&stream, sockopt::PeerCredentials).map_err(io::Error::from)?.uid();
-        let ours = geteuid().as_raw();
-        // We may be root ourselves and meet the process of a user; that one decides about us likewise.
-        if theirs != ours && theirs != 0 && ours != 0 {
-            return Err(TakeoverError::Peer { theirs, ours });
-        }
+    /// With another format in each header, and no other taken.
+    pub fn with_format(stream: UnixStream, format: u32) -> io::Result<Channel> {
         stream.set_nonblocking(true)?;
         Ok(Channel { stream, format })
+    }
+
+    /// Fails unless our user, or root, is at the other end. `or_we` says whether any may be, if we are root.
+    pub fn expect_user(&self, or_we: bool) -> Result<(), TakeoverError> {
+        let theirs = getsockopt(&self.stream, sockopt::PeerCredentials).map_err(io::Error::from)?.uid();
+        let ours = geteuid().as_raw();
+        if theirs == ours || theirs == 0 || (or_we && ours == 0) {
+            return Ok(());
+        }
+        Err(TakeoverError::Peer { theirs, ours })
     }
 
     /// Sends a message, with copies of these descriptors, before `until`.

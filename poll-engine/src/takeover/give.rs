@@ -118,7 +118,9 @@ fn give(
 ) -> Result<Result<(), TakeoverError>, TakeoverError> {
     let channel = Channel::new(stream)?;
     let lots: Vec<&Lot> = lots.iter().filter(|lot| !lot.server.has_ended()).collect();
-    let outcome = greet(&channel, program, &lots).and_then(|()| hand_over(&channel, &lots));
+    let allowed = channel.expect_user(false);
+    let greeted = allowed.and_then(|()| greet(&channel, program, &lots));
+    let outcome = greeted.and_then(|()| hand_over(&channel, &lots));
     if let Err(e) = &outcome {
         // The last message of all, to somebody who may be gone, or stuck.
         let _ = channel.send(&Answer::Refused(e.to_string()), &[], Instant::now());

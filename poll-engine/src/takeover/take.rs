@@ -40,6 +40,8 @@ impl Taker {
         let stream = UnixStream::connect(path)
             .map_err(|error| TakeoverError::Connect { path: path.to_owned(), error })?;
         let channel = Channel::new(stream)?;
+        // Root knows whose process it names.
+        channel.expect_user(true)?;
         let until = Instant::now() + GREETING;
         let (name, version) = (program.name.to_owned(), program.version.to_owned());
         channel.send(&Request::Hello { program: name, version }, &[], until)?;

@@ -74,15 +74,29 @@ impl Load {
         self.epoch.fetch_add(1, Ordering::Relaxed) + 1
     }
 
-    /// Waits until every queue is sure to have had some requests more.
+    /// Waits until there were some requests more.
     pub fn progress(&self) {
+        assert!(self.progress_unless(|| false));
+    }
+
+    /// As [`progress`](Self::progress), or until `over`; false then.
+    pub fn progress_unless(&self, mut over: impl FnMut() -> bool) -> bool {
         let want = self.completed.load(Ordering::Relaxed) + 40 * self.queues.len();
         let deadline = Instant::now() + LIMIT;
         while self.completed.load(Ordering::Relaxed) < want {
+            if over() {
+                return false;
+            }
             assert!(Instant::now() < deadline, "no progress");
             assert!(!self.queues.iter().any(JoinHandle::is_finished), "a queue has failed");
             std::thread::sleep(Duration::from_millis(1));
         }
+        true
+    }
+
+    /// Leaves it alone: nobody serves any more. Its threads find that out.
+    pub fn abandon(self) {
+        self.stop.store(true, Ordering::Relaxed);
     }
 
     /// Ends it: every request must come back.
