@@ -42,7 +42,7 @@ fn under_load_while(test: impl FnOnce(&mut Chain<'_>, &Load) -> bool) -> bool {
     let read_only = Image::filled(&scene, "c.img", 4 * MIB, 0x5c).unwrap();
     let mut chain = Chain::start(&scene, &three_disks(&scene, &image, &read_only));
     let [a, b, c] = ["a", "b", "c"].map(|name| scene.path(name));
-    let load = Load::start(&[(&a, None), (&b, None), (&c, Some(0x5c))], QUEUES);
+    let load = Load::start(&[(&a, None), (&b, None), (&c, Some(0x5c))], QUEUES, false);
     load.progress();
     load.next_epoch();
     if !test(&mut chain, &load) {

@@ -76,13 +76,22 @@ fn belongings(pid: nix::unistd::Pid) -> (Vec<String>, usize, usize) {
 }
 
 #[test]
-fn twenty_upgrades_under_load_lose_nothing() {
+fn twenty_upgrades_under_load_lose_nothing_on_split_rings() {
+    upgrades_under_load(false);
+}
+
+#[test]
+fn twenty_upgrades_under_load_lose_nothing_on_packed_rings() {
+    upgrades_under_load(true);
+}
+
+fn upgrades_under_load(packed: bool) {
     let scene = Scene::new().unwrap();
     let image = Image::create(&scene, "a.img", 16 * MIB).unwrap();
     let read_only = Image::filled(&scene, "c.img", 4 * MIB, 0x5c).unwrap();
     let mut chain = Chain::start(&scene, &three_disks(&scene, &image, &read_only));
     let [a, b, c] = ["a", "b", "c"].map(|name| scene.path(name));
-    let load = Load::start(&[(&a, None), (&b, None), (&c, Some(0x5c))], QUEUES);
+    let load = Load::start(&[(&a, None), (&b, None), (&c, Some(0x5c))], QUEUES, packed);
     load.progress();
     let fresh = belongings(chain.current.pid());
     for round in 0..rounds() {
