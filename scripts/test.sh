@@ -99,6 +99,12 @@ soak() {
     export PROPTEST_CASES=$cases
     # First, because whatever they leave of their half of the time is the randomised tests'.
     wakeups $limit || { echo "soak: the search for lost wake-ups FAILED after $((SECONDS - start)) s"; return 1; }
+    # Other sessions each time; a failure says which, to be repeated with KICKLESS_FUZZ_SEED.
+    local seed=$((RANDOM * 1000003)) sessions=${KICKLESS_FUZZ_SESSIONS:-50000}
+    echo "soak: $sessions random sessions from seed $seed"
+    cargo build -q -p vhost-blk &&
+        KICKLESS_FUZZ_SEED=$seed KICKLESS_FUZZ_SESSIONS=$sessions timeout --kill-after=10 1200 \
+            cargo test -q -p kickless-tests --test hostile_front_end random || return 1
     echo "soak: randomised tests with $cases cases each, for the rest of $minutes minutes"
     cargo test --workspace --exclude kickless-tests --exclude kickless-guest --lib --bins --tests --no-run || return 1
     while left=$((limit - (SECONDS - start))) && { [ "$left" -gt 0 ] || [ $round = 0 ]; }; do

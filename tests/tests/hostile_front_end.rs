@@ -336,6 +336,100 @@ fn sessions_in_a_row(two: &Two, count: u32) {
     }
 }
 
+/// Random numbers that come again with the same seed (SplitMix64).
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    fn below(&mut self, n: u64) -> u64 {
+        self.next() % n
+    }
+
+    /// A number as front ends get them wrong: small, at an edge, or any.
+    fn number(&mut self) -> u64 {
+        match self.below(8) {
+            0..=3 => self.below(4),
+            4 => 1 << self.below(64),
+            5 => (1 << self.below(64)) - 1,
+            6 => [0x10_0000, FAR, 4096, 1 << 20, 256, 0x100][self.below(6) as usize],
+            _ => self.next(),
+        }
+    }
+}
+
+/// One session: what an honest front end says, then messages of the right form with wrong numbers, and of wrong form.
+fn random_session(two: &Two, pool: &[OwnedFd], seed: u64) {
+    let random = &mut Random(seed);
+    let mut peer = two.connect();
+    let mut ring = Ring::new();
+    if random.below(8) > 0 {
+        peer.negotiate();
+        let all = peer.ask_number(15);
+        peer.send(16, false, &longs(&[all & (random.next() | random.next())]), &[]);
+    }
+    if random.below(4) > 0 && peer.try_send(&[], &[]).is_ok() {
+        // Without answers: REPLY_ACK may not be agreed on.
+        let (spec, fd) = ring.region();
+        peer.send(5, false, &[words(&[1, 0]), region(&spec)].concat(), &[fd]);
+        let c = &ring.config;
+        for (request, payload) in [
+            (8, words(&[0, c.size])),
+            (9, [words(&[0, 0]), longs(&[c.desc_addr, c.used_addr, c.avail_addr, 0])].concat()),
+            (12, longs(&[0x100])),
+            (18, words(&[0, 1])),
+        ] {
+            peer.send(request, false, &payload, &[]);
+        }
+        ring.driver.add(&[Buffer { addr: ring.data, len: 64, writable: true }]).unwrap();
+        ring.driver.publish();
+    }
+    for _ in 0..random.below(40) {
+        let request = if random.below(10) == 0 { random.next() as u32 } else { random.below(48) as u32 };
+        let long = [8, 8, 8, 40, 40, 16, 12, 32, 72, 0][random.below(10) as usize];
+        let mut payload: Vec<u8> = match random.below(4) {
+            // Two numbers of 32 bits, as many requests have them.
+            0 => (0..long / 4).flat_map(|_| (random.number() as u32).to_ne_bytes()).collect(),
+            1 if long >= 40 => [longs(&[1]), region(&ring.ram.spec())].concat(),
+            _ => (0..long / 8).flat_map(|_| random.number().to_ne_bytes()).collect(),
+        };
+        if random.below(8) == 0 {
+            payload.truncate(random.below(payload.len() as u64 + 1) as usize);
+        }
+        let said = if random.below(16) == 0 { random.number() as u32 } else { payload.len() as u32 };
+        let flags =
+            if random.below(16) == 0 { random.next() as u32 } else { 1 | (random.below(2) as u32) << 3 };
+        let fds: Vec<RawFd> = (0..random.below(4))
+            .map(|_| pool[random.below(pool.len() as u64) as usize].as_raw_fd())
+            .collect();
+        let fds = if random.below(2) == 0 { &[][..] } else { &fds };
+        let message = [words(&[request, flags, said]), payload].concat();
+        if peer.try_send(&message, fds).is_err() {
+            break;
+        }
+    }
+}
+
+/// As many as `KICKLESS_FUZZ_SESSIONS` says, from `KICKLESS_FUZZ_SEED` on.
+fn random_sessions(two: &Two) {
+    let from = |name: &str, else_: u64| std::env::var(name).map_or(else_, |n| n.parse().unwrap());
+    let seed = from("KICKLESS_FUZZ_SEED", 1);
+    let mut pool: Vec<OwnedFd> = zoo().into_iter().map(|(_, fd)| fd).collect();
+    pool.extend((0..6).map(|_| OwnedFd::from(eventfd())));
+    pool.extend((0..4).map(|_| memfd(1 << 20)));
+    for i in 0..from("KICKLESS_FUZZ_SESSIONS", 600) {
+        // The last one named is the one that did it.
+        std::fs::write(two.served.socket.with_extension("seed"), format!("{}", seed + i)).unwrap();
+        random_session(two, &pool, seed + i);
+    }
+}
+
 type Attack = fn(&Two);
 
 const ATTACKS: &[(&str, Attack)] = &[
@@ -365,6 +459,13 @@ fn attacks_on_a_spinning_reactor() {
 #[test]
 fn attacks_on_a_sleeping_reactor() {
     all_attacks("event");
+}
+
+#[test]
+fn random_messages_on_a_sleeping_reactor() {
+    let two = Two::start("event");
+    two.under(random_sessions);
+    two.end();
 }
 
 #[test]

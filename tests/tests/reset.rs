@@ -16,8 +16,7 @@ use kickless_tests::image::Image;
 use kickless_tests::scene::Scene;
 use nix::sys::eventfd::EventFd;
 use peer::{FEATURES, Peer, eventfd, longs, words};
-use poll_engine::device::features;
-use poll_engine::device::features::RING_RESET;
+use poll_engine::device::features::{RING_PACKED, RING_RESET};
 use poll_engine::memory::{MemoryMap, Ram};
 use poll_engine::ring::RingConfig;
 use poll_engine::ring::driver::{Buffer, DriverRing};
@@ -45,8 +44,8 @@ struct Area {
 }
 
 impl Area {
-    fn new(ram: &mut Ram) -> Area {
-        let config = DriverRing::lay_out(ram, RING, features::EVENT_IDX | features::INDIRECT_DESC).unwrap();
+    fn new(ram: &mut Ram, features: u64) -> Area {
+        let config = DriverRing::lay_out(ram, RING, features).unwrap();
         let places = ram.alloc(DEPTH * PLACE, 4096).unwrap();
         let start = config.desc_addr - ram.spec().user_addr + ram.spec().guest_addr;
         let len = (places + DEPTH * PLACE - start) as u32;
@@ -151,7 +150,8 @@ fn reset(peer: &mut Peer, how: Reset) -> Option<u32> {
     None
 }
 
-fn again_and_again(args: &[&str], ways: &[Reset]) {
+fn again_and_again(format: u64, args: &[&str], ways: &[Reset]) {
+    let features = FEATURES | RING_RESET | format;
     let scene = Scene::new().unwrap();
     let image = Image::filled(&scene, "disk.img", DISK, FILL).unwrap();
     let beside = scene.path("beside.sock");
@@ -162,10 +162,10 @@ fn again_and_again(args: &[&str], ways: &[Reset]) {
 
     let mut peer = Peer::new(UnixStream::connect(&served.socket).unwrap());
     peer.negotiate();
-    assert!(peer.ack(2, &longs(&[FEATURES | RING_RESET]), &[]));
+    assert!(peer.ack(2, &longs(&[features]), &[]));
     let mut ram = Ram::new(0x10_0000, 4 << 20, false).unwrap();
     // Two, in turn: while one is in use the other is watched.
-    let areas = [Area::new(&mut ram), Area::new(&mut ram)];
+    let areas = [Area::new(&mut ram, features), Area::new(&mut ram, features)];
     assert!(peer.mem_table(&[(ram.spec(), ram.fd().as_raw_fd())]));
     let (mut in_flight, mut cut_short, mut left) = (0, 0, 0);
     blk::beside(&mut neighbour.queues[0], |_| {
@@ -174,7 +174,7 @@ fn again_and_again(args: &[&str], ways: &[Reset]) {
             let (kick, call) = (eventfd(), eventfd());
             // Before anything is said of it: a queue that is still enabled starts with its kick descriptor.
             area.fill(0);
-            peer.set_ring(0, &area.config, 0);
+            peer.set_ring(0, &area.config, area.config.base);
             assert!(peer.ack(13, &longs(&[0]), &[call.as_raw_fd()]));
             assert!(peer.ack(12, &longs(&[0]), &[kick.as_raw_fd()]));
             assert!(peer.ack(18, &words(&[0, 1]), &[]));
@@ -185,7 +185,7 @@ fn again_and_again(args: &[&str], ways: &[Reset]) {
             let before = area.answered();
             let base = reset(&mut peer, ways[(round % ways.len() as u64) as usize]);
             let done = area.check(&mut driver, round);
-            if let Some(base) = base {
+            if let (Some(base), 0) = (base, format) {
                 assert_eq!(u64::from(base), done, "round {round}: taken, and given back");
             }
             in_flight += done - before;
@@ -212,10 +212,20 @@ fn again_and_again(args: &[&str], ways: &[Reset]) {
 
 #[test]
 fn a_queue_a_thousand_times() {
-    again_and_again(&["--direct=on", "--poll=adaptive"], &[Reset::GetVringBase, Reset::Disable]);
+    again_and_again(0, &["--direct=on", "--poll=adaptive"], &[Reset::GetVringBase, Reset::Disable]);
+}
+
+#[test]
+fn a_packed_queue_a_thousand_times() {
+    again_and_again(RING_PACKED, &["--direct=on", "--poll=event"], &[Reset::GetVringBase, Reset::Disable]);
 }
 
 #[test]
 fn a_device_a_thousand_times() {
-    again_and_again(&["--direct=on", "--poll=event"], &[Reset::Device, Reset::Status]);
+    again_and_again(0, &["--direct=on", "--poll=event"], &[Reset::Device, Reset::Status]);
+}
+
+#[test]
+fn a_device_with_packed_queues_a_thousand_times() {
+    again_and_again(RING_PACKED, &["--direct=on", "--poll=adaptive"], &[Reset::Device, Reset::Status]);
 }

@@ -199,7 +199,7 @@ pub enum RingError {
     /// Indirect where it must not be: not negotiated, nested, or with `NEXT` (2.7.5.3.1).
     #[error("indirect descriptor where the spec forbids one")]
     BadIndirect,
-    /// An indirect table that is empty or no multiple of 16 bytes.
+    /// An indirect table that is empty, no multiple of 16 bytes, or longer than its indices reach.
     #[error("indirect table of {0} bytes")]
     BadTable(u32),
     /// A descriptor with no bytes.

@@ -10,6 +10,9 @@ use crate::memory::slice::GuestSlice;
 /// anyone, so there are drivers that rely on it.
 pub(super) const MIN_CHAIN_LIMIT: u32 = 1024;
 
+/// More than a `next` of 16 bits can name are no table; Linux's vhost refuses them, too.
+const MAX_ENTRIES: u32 = 1 << 16;
+
 /// An indirect table.
 pub(super) struct Table<'a> {
     map: &'a MemoryMap,
@@ -23,7 +26,7 @@ impl<'a> Table<'a> {
     /// The table at `addr`; none of its descriptors is read yet.
     #[inline]
     pub(super) fn new(map: &'a MemoryMap, addr: u64, len: u32) -> Result<Table<'a>, RingError> {
-        if len == 0 || !len.is_multiple_of(DESC_SIZE) {
+        if len == 0 || !len.is_multiple_of(DESC_SIZE) || len / DESC_SIZE > MAX_ENTRIES {
             return Err(RingError::BadTable(len));
         }
         let whole = map.slice(addr, len).filter(|s| s.len() == len as usize);

@@ -56,11 +56,15 @@ impl Peer {
     }
 
     pub fn send_bytes(&self, bytes: &[u8], fds: &[RawFd]) {
+        assert_eq!(self.try_send(bytes, fds), Ok(bytes.len()));
+    }
+
+    /// As a front end that expects to be hung up on.
+    pub fn try_send(&self, bytes: &[u8], fds: &[RawFd]) -> nix::Result<usize> {
         let rights = [ControlMessage::ScmRights(fds)];
         let control = if fds.is_empty() { &[][..] } else { &rights[..] };
         let fd = self.stream.as_raw_fd();
-        let sent = sendmsg::<()>(fd, &[IoSlice::new(bytes)], control, MsgFlags::MSG_NOSIGNAL, None);
-        assert_eq!(sent, Ok(bytes.len()));
+        sendmsg::<()>(fd, &[IoSlice::new(bytes)], control, MsgFlags::MSG_NOSIGNAL, None)
     }
 
     pub fn send(&self, request: u32, need_reply: bool, payload: &[u8], fds: &[RawFd]) {
