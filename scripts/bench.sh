@@ -2,11 +2,12 @@
 # Rates, latencies and CPU time of the engine beside its peers, in the same run: vbench drives each back end in turn
 # through a real session, without a guest. How to read the figures: docs/performance.md.
 #
-#   scripts/bench.sh [null|ram|tmpfs|disk|pacing|idle|guest|ring|all]   BENCH_ROUNDS (5) and BENCH_SECONDS (2) for each run
+#   scripts/bench.sh [null|load|ram|tmpfs|disk|pacing|idle|guest|ring|all]   BENCH_ROUNDS (5) and BENCH_SECONDS (2) for each run
 #   What is compared with what is in bench/matrices. BENCH_PAGES: directory for a page and JSON of each comparison
 #   ring: nanoseconds of the steps of a request on the ring, on one CPU; not in "all" (ring FILTER: those so named)
 #   guest: with and without a virtual machine, BENCH_ROUNDS (11) of 200,000 requests; needs /dev/kvm
 #   BENCH_DISK: where the image for "disk" is made (default: /var/tmp), BENCH_FLOOR: another floor to run beside ours
+#   BENCH_SPDK: SPDK's vhost, to run beside us in "null"
 set -euo pipefail
 cd "$(dirname "$0")/.."
 what=${1:-all}
@@ -36,7 +37,10 @@ compare() { # NAME MATRIX OPTION...
 }
 
 if [ "$what" = null ] || [ "$what" = all ]; then
-    compare null null ${BENCH_FLOOR:+--backend "other=$BENCH_FLOOR {socket}"}
+    compare null null --workload "null disk" ${BENCH_SPDK:+--spdk "$BENCH_SPDK"} ${BENCH_FLOOR:+--backend "other=$BENCH_FLOOR {socket}"}
+fi
+if [ "$what" = load ] || [ "$what" = all ]; then
+    compare load null --workload load --only floor,qsd,qsd-iothread,busy,adaptive
 fi
 if [ "$what" = ram ] || [ "$what" = all ]; then
     compare ram ram

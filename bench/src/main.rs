@@ -108,6 +108,10 @@ pub struct Load {
     /// Jobs: one thread with one queue each
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub numjobs: u16,
+    /// Requests that arrive a second for each job, whatever the back end does; latency counts from the arrival
+    /// (default: the next when one is finished)
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..1 << 30))]
+    pub arrival_rate: Option<u64>,
     /// Seconds to measure
     #[arg(long, value_name = "SECONDS", default_value = "5", value_parser = seconds)]
     pub runtime: Duration,

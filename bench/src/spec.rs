@@ -141,6 +141,7 @@ impl Spec {
             rwmixread: load.rwmixread,
             sizes: [Sizes::one(load.bs), Sizes::one(load.bs)],
             iodepth: load.iodepth,
+            arrival_rate: load.arrival_rate,
             numjobs: load.numjobs,
             runtime: Some(load.runtime),
             time_based: true,

@@ -130,6 +130,10 @@ pub fn open(
     // Device nodes lie on a tmpfs too; what they stand for does not.
     let in_memory =
         kind.is_file() && rustix::fs::fstatfs(&file).map_err(io::Error::from)?.f_type == TMPFS_MAGIC;
+    if in_memory {
+        // A time that nobody asks for costs a read of it with each request. Only its owner may leave it alone.
+        let _ = rustix::fs::fcntl_setfl(&file, rustix::fs::OFlags::NOATIME | rustix::fs::OFlags::NONBLOCK);
+    }
     let buffered = FileTraits { direct: false, in_memory, mem_align: 1, offset_align: 512 };
     let (file, traits) = match (direct && !in_memory).then(|| with(libc::O_DIRECT)) {
         None => (file, buffered),

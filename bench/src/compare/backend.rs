@@ -22,6 +22,8 @@ pub struct Places {
     pub cpus: (String, Vec<usize>),
     /// `{image}`.
     pub image: Option<PathBuf>,
+    /// `{spdk}`.
+    pub spdk: Option<PathBuf>,
 }
 
 /// Whether a back end can be started.
@@ -40,11 +42,14 @@ impl Places {
         // Split first, so that a path with spaces stays one word.
         let words = shlex::split(command).context("a quote that is not closed")?;
         let image = self.image.as_deref().unwrap_or(Path::new(""));
+        let spdk = self.spdk.as_deref().unwrap_or(Path::new(""));
         let fill = |word: String| {
             word.replace("{socket}", &socket.display().to_string())
                 .replace("{socket2}", &socket2.display().to_string())
                 .replace("{bin}", &self.bin.display().to_string())
+                .replace("{dir}", &socket.parent().unwrap_or(Path::new("")).display().to_string())
                 .replace("{image}", &image.display().to_string())
+                .replace("{spdk}", &spdk.display().to_string())
                 .replace("{cpu}", &self.cpus.0)
         };
         Ok(words.into_iter().map(fill).collect())
@@ -57,6 +62,17 @@ impl Places {
             let missing = || Found::Missing(format!("there is no socket {}", socket.display()));
             return Ok(if socket.exists() { Found::Yes } else { missing() });
         };
+        if command.contains("{spdk}") {
+            match &self.spdk {
+                None => {
+                    return Ok(Found::NotInstalled("give --spdk PROGRAM, the path of SPDK's vhost".into()));
+                }
+                Some(path) if !path.is_file() => {
+                    return Ok(Found::Missing(format!("--spdk {} is no file", path.display())));
+                }
+                Some(_) => {}
+            }
+        }
         let words = self.words(command, [Path::new("socket"), Path::new("socket2")])?;
         let program = words.first().context("an empty command")?;
         // `taskset -c CPU PROGRAM` is found missing only when it runs, too late for a clear line.
@@ -190,11 +206,24 @@ mod tests {
     use super::*;
 
     fn places() -> Places {
-        Places { bin: "/a b".into(), cpus: ("0".into(), vec![0]), image: None }
+        Places { bin: "/a b".into(), cpus: ("0".into(), vec![0]), image: None, spdk: None }
     }
 
     fn command(command: &str) -> Backend {
         Backend { name: "x".into(), command: Some(command.into()), ..Backend::default() }
+    }
+
+    #[test]
+    fn spdk_runs_where_it_is_said_to_be() {
+        let backend = Backend { command: Some("sh -c 'exec {spdk} -S {dir}'".into()), ..Backend::default() };
+        let found = places().find(&backend).unwrap();
+        assert!(matches!(found, Found::NotInstalled(why) if why.contains("--spdk PROGRAM")));
+        let at = |path: &str| Places { spdk: Some(path.into()), ..places() };
+        assert!(matches!(at("/nonexistent").find(&backend).unwrap(), Found::Missing(_)));
+        assert_eq!(at("/bin/sh").find(&backend).unwrap(), Found::Yes);
+        let sockets = [Path::new("/run/x/socket"), Path::new("/run/x/socket2")];
+        let words = at("/bin/sh").words(backend.command.as_ref().unwrap(), sockets).unwrap();
+        assert_eq!(words[2], "exec /bin/sh -S /run/x");
     }
 
     #[test]

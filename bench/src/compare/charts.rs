@@ -142,7 +142,7 @@ pub fn latency(results: &Results, point: usize) -> Result<Option<String>> {
 /// A figure by what was swept: a line through the medians, and bars from the least to the greatest.
 pub fn against(
     results: &Results,
-    points: &[(u16, usize)],
+    points: &[(u64, usize)],
     x_name: &str,
     y_name: &str,
     of: fn(&Sample) -> Option<f64>,
@@ -183,7 +183,7 @@ pub fn against(
             .x_desc(x_name)
             .y_desc(y_name)
             .y_labels(8)
-            .x_label_formatter(&|x| points.get(*x as usize).map_or(String::new(), |(v, _)| v.to_string()))
+            .x_label_formatter(&|x| points.get(*x as usize).map_or(String::new(), |(v, _)| short(*v as f64)))
             .y_label_formatter(&|y| short(*y))
             .draw()?;
         for (index, line) in &lines {

@@ -73,6 +73,14 @@ impl Drive {
         }
     }
 
+    /// Requests that arrive a second for each queue, if that does not depend on the back end.
+    pub fn arrival_rate(&self) -> Option<u64> {
+        match self {
+            Drive::Block(load) => load.arrival_rate,
+            Drive::Net(_) => None,
+        }
+    }
+
     /// Queues, or queue pairs.
     pub fn queues(&self) -> u16 {
         match self {
@@ -84,9 +92,10 @@ impl Drive {
     /// In words.
     pub fn title(&self) -> String {
         let (what, depth) = match self {
-            Drive::Block(Load { bs, iodepth, rw, .. }) => {
+            Drive::Block(Load { bs, iodepth, rw, arrival_rate, .. }) => {
                 let rw = format!("{rw:?}").to_lowercase();
-                (format!("{rw}, {bs} bytes"), format!("depth {iodepth}"))
+                let rate = arrival_rate.map_or(String::new(), |n| format!(", {n} a second arrive"));
+                (format!("{rw}, {bs} bytes"), format!("depth {iodepth}{rate}"))
             }
             Drive::Net(load) => {
                 let direction = load.direction.map_or("echo", net::spec::Direction::name);

@@ -1,13 +1,13 @@
 //! A page that needs nothing but itself: tables, curves as inline SVG, no scripts. It is also well-formed XML.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 
 use anyhow::Result;
 
 use super::charts;
 use super::drive::Kind;
-use super::measure::{Results, Sample};
+use super::measure::{PointInfo, Results, Sample};
 use super::table::{self, Table};
 
 const STYLE: &str = "
@@ -127,40 +127,43 @@ fn head(out: &mut String, results: &Results) -> Result<()> {
     Ok(())
 }
 
+/// What can be swept: its name on an axis, its name where it is fixed, and its value.
+type Axis = (&'static str, &'static str, fn(&PointInfo) -> u64);
+const AXES: [Axis; 3] = [
+    ("queue depth", "depth", |p| u64::from(p.iodepth)),
+    ("queues", "queues", |p| u64::from(p.numjobs)),
+    ("load, requests a second that arrive for each queue", "load", |p| p.arrival_rate.unwrap_or(0)),
+];
+
 /// Curves over whatever a workload sweeps.
 fn sweeps(out: &mut String, results: &Results) -> Result<()> {
     let names: BTreeSet<&str> = results.points.iter().map(|p| p.workload.as_str()).collect();
     for name in names {
         let of_name = || results.points.iter().enumerate().filter(move |(_, p)| p.workload == name);
-        let jobs: BTreeSet<u16> = of_name().map(|(_, p)| p.numjobs).collect();
-        let depths: BTreeSet<u16> = of_name().map(|(_, p)| p.iodepth).collect();
-        if jobs.len() < 2 && depths.len() < 2 {
+        let values = AXES.map(|(_, _, of)| of_name().map(|(_, p)| of(p)).collect::<BTreeSet<u64>>());
+        if values.iter().all(|v| v.len() < 2) {
             continue;
         }
-        writeln!(out, "<section>\n<h2>{}: what changes with depth and queues</h2>", escape(name))?;
+        writeln!(out, "<section>\n<h2>{}: what changes with depth, queues and load</h2>", escape(name))?;
         legend(out, results)?;
         out.push_str("<div class=\"charts\">\n");
-        let mut swept = |fixed: String, axis: &str, points: &[(u16, usize)]| -> Result<()> {
-            for (name, unit, of) in figures(results.kind) {
-                let title = format!("{name} against {axis}{fixed}");
-                figure(out, &title, charts::against(results, points, axis, &unit, of)?)?;
+        for (at, (axis, _, of)) in AXES.iter().enumerate().filter(|(at, _)| values[*at].len() > 1) {
+            // One family of charts for each combination of the others.
+            let mut families: BTreeMap<Vec<u64>, Vec<(u64, usize)>> = BTreeMap::new();
+            for (i, point) in of_name() {
+                let others = (0..AXES.len()).filter(|o| *o != at).map(|o| AXES[o].2(point)).collect();
+                families.entry(others).or_default().push((of(point), i));
             }
-            Ok(())
-        };
-        if depths.len() > 1 {
-            for n in &jobs {
-                let points: Vec<_> =
-                    of_name().filter(|(_, p)| p.numjobs == *n).map(|(i, p)| (p.iodepth, i)).collect();
-                let fixed = if jobs.len() > 1 { format!(", queues: {n}") } else { String::new() };
-                swept(fixed, "queue depth", &points)?;
-            }
-        }
-        if jobs.len() > 1 {
-            for depth in &depths {
-                let points: Vec<_> =
-                    of_name().filter(|(_, p)| p.iodepth == *depth).map(|(i, p)| (p.numjobs, i)).collect();
-                let fixed = if depths.len() > 1 { format!(", depth {depth}") } else { String::new() };
-                swept(fixed, "queues", &points)?;
+            for (others, points) in families {
+                let other = (0..AXES.len()).filter(|o| *o != at).zip(others);
+                let mut fixed = String::new();
+                for (o, value) in other.filter(|(o, _)| values[*o].len() > 1) {
+                    write!(fixed, ", {} {value}", AXES[o].1)?;
+                }
+                for (name, unit, figure_of) in figures(results.kind) {
+                    let title = format!("{name} against {axis}{fixed}");
+                    figure(out, &title, charts::against(results, &points, axis, &unit, figure_of)?)?;
+                }
             }
         }
         out.push_str("</div>\n</section>\n");
@@ -268,6 +271,7 @@ mod tests {
             title: format!("w<1>: depth {depth}, {jobs} queues"),
             iodepth: depth,
             numjobs: jobs,
+            arrival_rate: None,
         };
         let backend = |name: &str| BackendInfo { name: name.into(), command: None, reference: name == "a&b" };
         let names = ["a&b", "c"];

@@ -111,6 +111,16 @@ impl Sweep {
     }
 }
 
+/// One rate or several.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(untagged, expecting = "expected a number of requests a second, or an array of them")]
+pub enum Rates {
+    /// One.
+    One(u64),
+    /// A sweep over several.
+    Many(Vec<u64>),
+}
+
 /// One word or several.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(untagged, expecting = "expected a string, or an array of them")]
@@ -121,7 +131,7 @@ pub enum Words {
     Many(Vec<String>),
 }
 
-/// `[[workload]]`: the options of `vbench run`, of which iodepth and numjobs may be swept; or, of kind net, those of
+/// `[[workload]]`: the options of `vbench run`, of which iodepth, numjobs and arrival_rate may be swept; or, of kind net, those of
 /// `vbench net`, of which iodepth, queue_pairs and size may be.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -136,6 +146,7 @@ pub struct Workload {
     bs: Option<String>,
     iodepth: Option<Sweep>,
     numjobs: Option<Sweep>,
+    arrival_rate: Option<Rates>,
     direction: Option<String>,
     size: Option<Words>,
     queue_pairs: Option<Sweep>,
@@ -214,11 +225,20 @@ impl Workload {
     fn block(&self) -> Result<Vec<Vec<String>>> {
         let foreign = self.direction.is_some() || self.size.is_some() || self.queue_pairs.is_some();
         ensure!(!foreign, "workload {}: direction, size and queue_pairs are of kind = \"net\"", self.name);
+        let rates = match &self.arrival_rate {
+            None => vec![None],
+            Some(Rates::One(rate)) => vec![Some(*rate)],
+            Some(Rates::Many(all)) => all.iter().copied().map(Some).collect(),
+        };
         let mut lines = Vec::new();
         for jobs in Sweep::values(self.numjobs.as_ref()) {
-            for depth in Sweep::values(self.iodepth.as_ref()) {
+            for (depth, rate) in Sweep::values(self.iodepth.as_ref())
+                .into_iter()
+                .flat_map(|d| rates.iter().map(move |r| (d, r)))
+            {
                 ensure!(jobs > 0 && depth > 0, "workload {}: iodepth and numjobs start at 1", self.name);
                 let mut line = vec![format!("--iodepth={depth}"), format!("--numjobs={jobs}")];
+                line.extend(rate.map(|v| format!("--arrival-rate={v}")));
                 line.extend(self.rw.as_ref().map(|v| format!("--rw={v}")));
                 line.extend(self.rwmixread.map(|v| format!("--rwmixread={v}")));
                 line.extend(self.bs.as_ref().map(|v| format!("--bs={v}")));
@@ -231,11 +251,14 @@ impl Workload {
 
     /// The command lines of a network's.
     fn net(&self) -> Result<Vec<Vec<String>>> {
-        let foreign =
-            self.rw.is_some() || self.rwmixread.is_some() || self.bs.is_some() || self.numjobs.is_some();
+        let foreign = self.rw.is_some()
+            || self.rwmixread.is_some()
+            || self.bs.is_some()
+            || self.numjobs.is_some()
+            || self.arrival_rate.is_some();
         ensure!(
             !foreign,
-            "workload {}: rw, rwmixread, bs and numjobs are of disks, not of kind = \"net\"",
+            "workload {}: rw, rwmixread, bs, numjobs and arrival_rate are of disks, not of kind = \"net\"",
             self.name
         );
         let sizes = match &self.size {
@@ -291,7 +314,9 @@ impl Matrix {
             let name = &backend.name;
             match (&backend.command, &backend.socket) {
                 (Some(command), None) => {
-                    ensure!(command.contains("{socket}"), "back end {name}: no {{socket}} in its command");
+                    // In the directory, it has to be called `socket`.
+                    let listens = command.contains("{socket}") || command.contains("{dir}");
+                    ensure!(listens, "back end {name}: no {{socket}} in its command");
                     ensure!(shlex::split(command).is_some(), "back end {name}: a quote that is not closed");
                     let image = self.options.image.is_some() || !command.contains("{image}");
                     ensure!(image, "back end {name}: {{image}} needs an image in [options]");
@@ -408,6 +433,11 @@ indirect = true
         assert_eq!((load.bs, load.rwmixread, load.indirect, load.no_event_idx), (8192, 70, true, false));
         assert_eq!(load.runtime, Duration::from_millis(500));
         assert!(matrix.backend[1].reference);
+        let text = GOOD.replace("numjobs = [1, 2]", "arrival_rate = [1000, 5_000_000]");
+        let points = Matrix::parse(&text, Path::new("m.toml")).unwrap().points().unwrap();
+        let swept: Vec<_> = points.iter().map(|p| (p.drive.iodepth(), p.drive.arrival_rate())).collect();
+        let rates = [Some(1000), Some(5_000_000)];
+        assert_eq!(swept, [(1, rates[0]), (1, rates[1]), (32, rates[0]), (32, rates[1])]);
         assert_eq!(matrix.backend[0].env["RUST_LOG"], "off");
     }
 

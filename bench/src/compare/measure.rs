@@ -63,6 +63,9 @@ pub struct PointInfo {
     pub iodepth: u16,
     /// Queues.
     pub numjobs: u16,
+    /// Requests that arrive a second for each queue, where that does not depend on the back end.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub arrival_rate: Option<u64>,
 }
 
 /// A back end as it is written out.
@@ -251,6 +254,7 @@ impl Runner<'_> {
             title: p.title(),
             iodepth: p.drive.iodepth(),
             numjobs: p.drive.queues(),
+            arrival_rate: p.drive.arrival_rate(),
         };
         Ok(Results {
             partial: true,

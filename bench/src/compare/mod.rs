@@ -61,6 +61,9 @@ pub struct Compare {
     /// Wait for the machine to be quiet for so long at most
     #[arg(long, value_name = "SECONDS", default_value_t = 0)]
     pub wait_quiet: u64,
+    /// SPDK's `vhost`: what `{spdk}` in commands stands for. Back ends that need it are left out without it
+    #[arg(long, value_name = "PROGRAM")]
+    pub spdk: Option<PathBuf>,
     /// Make the image of a matrix file in this directory instead of the one it names
     #[arg(long, value_name = "DIR")]
     pub image_dir: Option<PathBuf>,
@@ -87,6 +90,7 @@ pub fn compare(what: &Compare) -> Result<()> {
         bin: exe.parent().unwrap_or(Path::new(".")).to_owned(),
         cpus: (cpus.iter().map(ToString::to_string).collect::<Vec<_>>().join(","), cpus),
         image: image.as_deref().map(Path::to_owned),
+        spdk: what.spdk.clone(),
     };
     let runner = Runner { matrix: &matrix, points, places, generator_cpu, usable, interrupted: &interrupted };
     let results = runner.run(before)?;
