@@ -85,6 +85,7 @@ pub struct Options {
     poll: &'static str,
     read_only: bool,
     block_size: u32,
+    queue_size: u16,
     direct: bool,
     args: Vec<String>,
 }
@@ -96,6 +97,7 @@ impl Default for Options {
             poll: "adaptive",
             read_only: false,
             block_size: 512,
+            queue_size: 256,
             direct: true,
             args: Vec::new(),
         }
@@ -121,6 +123,13 @@ impl Options {
     #[must_use]
     pub fn block_size(mut self, bytes: u32) -> Self {
         self.block_size = bytes;
+        self
+    }
+
+    /// Sets the size of the largest ring.
+    #[must_use]
+    pub fn queue_size(mut self, descriptors: u16) -> Self {
+        self.queue_size = descriptors;
         self
     }
 
@@ -182,7 +191,7 @@ impl Options {
         let mut args = vec![
             format!("--direct={}", if direct { "on" } else { "off" }),
             "--num-queues=4".to_owned(),
-            "--queue-size=256".to_owned(),
+            format!("--queue-size={}", self.queue_size),
             format!("--poll={}", self.poll),
         ];
         for (i, (socket, disk)) in disks.iter().enumerate() {

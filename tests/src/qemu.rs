@@ -79,6 +79,12 @@ impl Disk {
         self
     }
 
+    /// Has it use I/O virtual addresses, where the machine has an IOMMU.
+    #[must_use]
+    pub fn behind_iommu(self) -> Self {
+        self.prop("iommu_platform", true).prop("ats", true).prop("disable-legacy", "on")
+    }
+
     fn chardev(&self) -> String {
         format!("chr-{}", self.id)
     }
@@ -98,6 +104,7 @@ pub struct VmBuilder {
     memory_mib: u64,
     dimms_mib: Vec<u64>,
     cpus: u32,
+    iommu: bool,
     disks: Vec<Disk>,
     kernel_args: String,
     accel: Option<Accel>,
@@ -110,6 +117,7 @@ impl Default for VmBuilder {
             memory_mib: 384,
             dimms_mib: Vec::new(),
             cpus: 4,
+            iommu: false,
             disks: Vec::new(),
             kernel_args: KERNEL_ARGS.to_owned(),
             accel: None,
@@ -137,6 +145,14 @@ impl VmBuilder {
     #[must_use]
     pub fn cpus(mut self, cpus: u32) -> Self {
         self.cpus = cpus;
+        self
+    }
+
+    /// Puts disks that ask for it ([`Disk::behind_iommu`]) behind an IOMMU. What the guest does with it is for its
+    /// command line to say.
+    #[must_use]
+    pub fn iommu(mut self) -> Self {
+        self.iommu = true;
         self
     }
 
@@ -211,7 +227,14 @@ impl VmBuilder {
         add("smp", self.cpus.to_string());
         add("m", format!("{}M,slots=8,maxmem=4G", self.memory_mib));
         add("object", format!("memory-backend-memfd,id=mem,size={}M,share=on", self.memory_mib));
-        add("machine", "pc,memory-backend=mem".to_owned());
+        if self.iommu {
+            // Before all that is to be behind it.
+            let irqchip = if accel == Accel::Kvm { ",kernel-irqchip=split" } else { "" };
+            add("machine", format!("q35,memory-backend=mem{irqchip}"));
+            add("device", "intel-iommu,intremap=on,device-iotlb=on".to_owned());
+        } else {
+            add("machine", "pc,memory-backend=mem".to_owned());
+        }
         for (n, mib) in self.dimms_mib.iter().enumerate() {
             add("object", format!("memory-backend-memfd,id=boot-mem{n},size={mib}M,share=on"));
             add("device", format!("pc-dimm,id=boot-dimm{n},memdev=boot-mem{n}"));

@@ -48,6 +48,12 @@ impl Stats {
         self.column("requests")
     }
 
+    /// How often queues have waited for an address to be translated.
+    pub fn iotlb_misses(&self) -> u64 {
+        let lines = self.text.lines().filter_map(|line| line.strip_prefix("iotlb misses "));
+        lines.filter_map(|count| count.parse::<u64>().ok()).sum()
+    }
+
     /// The requests that have failed, over all queues of all disks.
     pub fn errors(&self) -> u64 {
         self.disks().iter().flat_map(|disk| disk.column("errors").into_values()).sum()

@@ -1,4 +1,5 @@
-//! Statistics as text: a line for the disk, a line for each queue, and one for each kind of error that has happened.
+//! Statistics as text: a line for the disk, a line for each queue, one for each kind of error that has happened, and one
+//! for a disk behind a vIOMMU.
 
 use std::fmt::Write;
 use std::sync::Arc;
@@ -21,6 +22,11 @@ pub fn report(name: &str, capacity: u64, queues: &[Arc<QueueStats>]) -> String {
         if count > 0 {
             let _ = writeln!(out, "errors {name} {count}");
         }
+    }
+    // Times that a queue had to wait for an address to be translated.
+    let misses: u64 = queues.iter().map(|q| q.iotlb_misses.get()).sum();
+    if misses > 0 {
+        let _ = writeln!(out, "iotlb misses {misses}");
     }
     out
 }

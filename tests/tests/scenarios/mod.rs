@@ -2,6 +2,7 @@
 
 mod data;
 mod features;
+mod iommu;
 mod lifecycle;
 mod memory;
 mod migration;
@@ -31,6 +32,9 @@ pub const ALL: &[(&str, Scenario)] = &[
     ("disk_grows_online", features::growth),
     ("iommu_platform", features::iommu_platform),
     ("iommu_platform_with_bounce_buffers", features::swiotlb),
+    ("viommu_maps_and_unmaps_for_every_request", iommu::strict),
+    ("viommu_and_packed_rings", iommu::packed),
+    ("viommu_in_passthrough_mode", iommu::passthrough),
     ("guest_reboots", lifecycle::reboot),
     ("front_end_killed_under_load", lifecycle::front_end_killed),
     ("disk_unplugged_and_plugged_again", lifecycle::replug),
