@@ -50,6 +50,10 @@ pub fn ceiling(load: &NetLoad) -> Result<()> {
         let rate = pps(tally.rate(packets));
         if own {
             let alone = cpu - served as f64;
+            if alone <= 0.0 {
+                println!("{name}: {rate}; others had the CPU for too long to tell what the generator costs");
+                continue;
+            }
             println!(
                 "{name}: {rate}; {:.1} ns of CPU time per packet, of which the generator {:.1} ns: alone, {}",
                 each(cpu),

@@ -9,7 +9,7 @@ use poll_engine::ring::RingConfig;
 use poll_engine::ring::driver::{Buffer, DriverRing};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::frame::{Frames, MOST, Mark, VNET};
+use super::frame::{Frames, Head, MOST, Mark, VNET, WORDS};
 use super::spec::NetSpec;
 
 /// No slot.
@@ -136,8 +136,8 @@ pub struct MadeUp;
 pub struct Tx {
     queue: Queue,
     free: Vec<u16>,
-    /// Whether the bodies of all places are written.
-    filled: bool,
+    /// Which kind of frame is in each place.
+    kinds: Vec<u8>,
 }
 
 impl Tx {
@@ -145,21 +145,28 @@ impl Tx {
     pub fn new(spec: &NetSpec, features: Features, ram: &mut Ram, ring: (RingConfig, EventFd)) -> Option<Tx> {
         let size = VNET as u32 + spec.load.size.largest() + MOST as u32;
         let queue = Queue::new(spec, features, ram, ring, size)?;
-        Some(Tx { free: (0..spec.load.ring_size).rev().collect(), queue, filled: false })
+        let n = spec.load.ring_size;
+        Some(Tx { free: (0..n).rev().collect(), kinds: vec![0; n.into()], queue })
     }
 
-    /// Writes what does not change into all places.
+    /// Writes a frame into each place.
     pub fn fill(&mut self, map: &MemoryMap, frames: &Frames) {
-        self.filled = true;
-        // Of one kind, it is there for good. Of several, it has to be where each has it.
-        if let [only] = frames.kinds() {
-            for (slot, place) in self.queue.places.iter().enumerate() {
-                let body = frames.body(0, slot);
-                if let Some(to) = map.slice(place.data + only.before_body() as u64, body.len() as u32) {
-                    to.write(body);
-                }
-            }
+        for slot in 0..self.queue.places.len() {
+            self.write(map, frames, slot, 0);
         }
+    }
+
+    /// Writes what does not change from one frame of this kind to the next.
+    fn write(&mut self, map: &MemoryMap, frames: &Frames, slot: usize, kind: usize) -> Option<()> {
+        let (end, body) = (frames.kinds()[kind].before_body(), frames.body(kind, slot));
+        let to = map.slice(self.queue.places[slot].data, (end + body.len()) as u32)?;
+        for (i, word) in frames.head(kind, slot).iter().enumerate() {
+            // What is beyond the end is the body's.
+            to.part(8 * i, 8).write(&word.to_le_bytes());
+        }
+        to.part(end, body.len()).write(body);
+        self.kinds[slot] = kind as u8;
+        Some(())
     }
 
     /// Places that are free.
@@ -176,17 +183,21 @@ impl Tx {
     /// Adds a frame; false when there is no room.
     #[inline]
     pub fn send(&mut self, map: &MemoryMap, frames: &Frames, kind: usize, mark: &Mark) -> bool {
-        debug_assert!(self.filled, "bodies are written");
         let Some(&slot) = self.free.last() else { return false };
-        let place = self.queue.places[usize::from(slot)];
-        let mut head = [0; MOST];
-        let n = frames.head(kind, slot.into(), mark, &mut head);
-        let len = VNET as u32 + frames.kinds()[kind].size;
-        let Some(to) = map.slice(place.data, len) else { return false };
-        to.write(&head[..n]);
-        if frames.kinds().len() > 1 {
-            to.part(n, len as usize).write(frames.body(kind, slot.into()));
+        let at = usize::from(slot);
+        if usize::from(self.kinds[at]) != kind && self.write(map, frames, at, kind).is_none() {
+            return false;
         }
+        let (fields, this) = (frames.fields(kind, at, mark), frames.kinds()[kind]);
+        let (len, end) = (VNET as u32 + this.size, this.before_body());
+        let Some(to) = map.slice(self.queue.places[at].data, len) else { return false };
+        to.part(46, 2).write(&fields.port.to_le_bytes());
+        if this.gso_size.is_none() {
+            to.part(52, 2).write(&fields.csum.to_le_bytes());
+        }
+        to.part(end - 20, 8).write(&fields.number.to_le_bytes());
+        to.part(end - 12, 8).write(&fields.time.to_le_bytes());
+        to.part(end - 4, 4).write(&fields.check.to_le_bytes());
         if self.queue.add(map, slot, len, false).is_none() {
             return false;
         }
@@ -243,8 +254,8 @@ pub struct Rx {
 /// What is known of a packet before it is looked into.
 #[derive(Debug)]
 pub struct Packet<'a> {
-    /// The first bytes, the virtio-net header included.
-    pub head: [u8; MOST],
+    /// The first bytes, the virtio-net header included; what is beyond its end is not its own.
+    pub head: Head,
     /// Bytes of the frame, without that header; `None` if there is less than a header.
     pub len: Option<u32>,
     rest: Rest<'a>,
@@ -278,7 +289,8 @@ impl Rx {
     /// A ring whose buffers all wait for packets; they are shown by `start`.
     pub fn new(spec: &NetSpec, features: Features, ram: &mut Ram, ring: (RingConfig, EventFd)) -> Option<Rx> {
         let buffer = spec.rx_buffer(features.mergeable);
-        let mut queue = Queue::new(spec, features, ram, ring, buffer)?;
+        // What is read first is all there, however short a frame is.
+        let mut queue = Queue::new(spec, features, ram, ring, buffer.max(MOST as u32))?;
         for place in 0..spec.load.ring_size {
             queue.add(ram.map(), place, buffer, true)?;
         }
@@ -329,11 +341,13 @@ impl Rx {
         let Arrived { first, len } = batch[0];
         let data = self.queue.places[usize::from(first)].data;
         let len = len.min(self.buffer);
-        let mut head = [0; MOST];
-        if let Some(slice) = map.slice(data, self.buffer) {
-            slice.part(0, len as usize).read(&mut head);
+        let mut head: Head = [0; WORDS];
+        if let Some(slice) = map.slice(data, MOST as u32) {
+            for (i, pair) in head.chunks_exact_mut(2).enumerate() {
+                pair.copy_from_slice(&slice.part(16 * i, 16).read_pair_once().unwrap_or_default());
+            }
         }
-        let buffers = if self.mergeable { u16::from_le_bytes([head[10], head[11]]) } else { 1 };
+        let buffers = if self.mergeable { (head[1] >> 16) as u16 } else { 1 };
         if buffers <= 1 {
             let len = len.checked_sub(VNET as u32);
             return Ok((Packet { head, len, rest: Rest::Guest(map, data) }, 1));
@@ -356,9 +370,11 @@ impl Rx {
                 slice.read(&mut self.gathered[at..]);
             }
         }
-        let n = self.gathered.len().min(MOST);
-        head[..n].copy_from_slice(&self.gathered[..n]);
         let len = (self.gathered.len() as u32).checked_sub(VNET as u32);
+        self.gathered.resize(self.gathered.len().max(MOST), 0);
+        for (word, bytes) in head.iter_mut().zip(self.gathered.chunks_exact(8)) {
+            *word = bytes.first_chunk().map_or(0, |bytes| u64::from_le_bytes(*bytes));
+        }
         Ok((Packet { head, len, rest: Rest::Gathered(&self.gathered) }, buffers.into()))
     }
 

@@ -34,6 +34,8 @@ pub struct Side {
     pub foreign: u64,
     /// Nanoseconds from being sent, or due to be sent, to arriving.
     pub latency: Histogram<u64>,
+    /// A latency that is not in there yet, and how many times.
+    same: (u64, u64),
 }
 
 impl Side {
@@ -52,6 +54,27 @@ impl Side {
             first_corrupt: None,
             foreign: 0,
             latency: histogram(),
+            same: (0, 0),
+        }
+    }
+
+    /// Notes a latency. Packets of a burst often have the same.
+    #[inline]
+    pub fn record(&mut self, latency: u64) {
+        if self.same.0 != latency {
+            self.record_rest();
+            self.same.0 = latency;
+        }
+        self.same.1 += 1;
+    }
+
+    /// What was noted is in the histogram after this.
+    #[inline]
+    pub fn record_rest(&mut self) {
+        let (latency, n) = self.same;
+        if n > 0 {
+            self.latency.saturating_record_n(latency, n);
+            self.same.1 = 0;
         }
     }
 

@@ -10,7 +10,7 @@ use nix::errno::Errno;
 use quanta::Clock;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::frame::{Frames, Mark, VNET, Wrong};
+use super::frame::{Frames, Mark, PART, VNET, Wrong};
 use super::queue::{Arrived, BATCH, MadeUp, Port};
 use super::sequence::{Arrival, Flows};
 use super::spec::{Direction, NetSpec, Verify};
@@ -27,8 +27,6 @@ use crate::spec::Rate;
 
 /// How long nothing may arrive until what is under way is given up and others take its place.
 const GIVE_UP: u64 = 100_000_000;
-/// Bits of a token that say which part of the run it is.
-const PART: u32 = 0xff;
 
 /// What all threads of a run share.
 #[derive(Debug)]
@@ -392,6 +390,7 @@ impl Worker {
         if all > 0 {
             self.ports[at].rx.publish();
             self.last = now;
+            self.tally.sides[at].record_rest();
         }
         Ok(all)
     }
@@ -442,7 +441,7 @@ impl Worker {
                     }
                     side.received += 1;
                     side.received_bytes += u64::from(len);
-                    side.latency.saturating_record(now.saturating_sub(mark.time));
+                    side.record(now.saturating_sub(mark.time));
                 }
                 if self.spec.load.iodepth.is_some() {
                     shared.arrived[stream].fetch_add(1, Ordering::Relaxed);
@@ -454,7 +453,10 @@ impl Worker {
                 if let Some(from) = self.senders[self.spec.direction.to(at)].stream {
                     shared.arrived[usize::from(from)].fetch_add(1, Ordering::Relaxed);
                 }
-                side.first_corrupt.get_or_insert_with(|| packet.head[VNET..].to_vec());
+                side.first_corrupt.get_or_insert_with(|| {
+                    let bytes: Vec<u8> = packet.head.iter().flat_map(|w| w.to_le_bytes()).collect();
+                    bytes[VNET..].to_vec()
+                });
             }
             Err(Wrong::Foreign) => {
                 side.foreign += 1;
