@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
+use poll_engine::device::features::INDIRECT_DESC;
 use poll_engine::engine::placement::{pin_to, usable_cpus};
 use poll_engine::memory::MemoryMap;
 use poll_engine::ring::layout::{
@@ -14,7 +15,7 @@ use poll_engine::ring::layout::{
 use quanta::Clock;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::queue::{Features, Port, Rx, Tx, lay_out};
+use super::queue::{Port, Rx, Tx, lay_out};
 use super::report::pps;
 use super::spec::{Direction, NetLoad, NetSpec};
 use super::tally::Tally;
@@ -29,8 +30,11 @@ pub fn ceiling(load: &NetLoad) -> Result<()> {
     let ports = load.direction.map_or(1, Direction::ports);
     let spec = NetSpec::new((0..ports).map(|p| PathBuf::from(p.to_string())).collect(), false, &load);
     let spec = spec.map_err(|e| anyhow!(e))?;
-    if spec.base.interrupt || load.queue_pairs > 1 || spec.direction == Direction::Receive {
-        bail!("--ceiling hands packets over at once: no interrupts, no further queue pairs, not receive");
+    if spec.base.interrupt || spec.base.packed || load.queue_pairs > 1 || spec.direction == Direction::Receive
+    {
+        bail!(
+            "--ceiling hands packets over at once: no interrupts, no packed rings, no further queue pairs, not receive"
+        );
     }
     let given = load.shared.0.0.iter().any(|(name, _)| *name == "runtime");
     let runtime = spec.base.runtime.filter(|_| given).unwrap_or(Duration::from_secs(1));
@@ -69,7 +73,7 @@ pub fn ceiling(load: &NetLoad) -> Result<()> {
 
 /// What was counted, and nanoseconds that serving took in the generator's own thread.
 fn measure(spec: &Arc<NetSpec>, runtime: Duration, own: bool) -> Result<(Tally, u64)> {
-    let features = Features { mergeable: false, indirect: spec.base.indirect, event_idx: false };
+    let features = if spec.base.indirect { INDIRECT_DESC } else { 0 };
     let call = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
     let full = "guest memory is used up; lower --ring-size or --size";
     let (mut ports, mut rings, mut rams) = (Vec::new(), Vec::new(), Vec::new());

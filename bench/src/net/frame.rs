@@ -209,7 +209,8 @@ impl Frames {
             different |= (word ^ expected) & fixed;
         }
         // Neither VIRTIO_NET_HDR_F_NEEDS_CSUM nor F_DATA_VALID: the checksum at 52 is there.
-        if !gso && head[0] & 3 == 0 {
+        let flags = head[0] & 3;
+        if !gso && flags == 0 {
             let expected = csum(template.sum, number, time, found, port, who);
             different |= u64::from((head[6] >> 32) as u16 ^ expected);
         }

@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use anyhow::Context;
 use poll_engine::device::features;
 use poll_engine::engine::placement::pin_to;
+use vhost::vhost_user::Listener;
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use vhost_user_backend::{VhostUserBackendMut, VhostUserDaemon, VringRwLock, VringT};
 use virtio_queue::QueueOwnedT;
@@ -95,6 +96,8 @@ pub fn serve(what: &PlainNet) -> anyhow::Result<()> {
     let ports = what.socket_path.iter().enumerate().map(|(index, path)| {
         let (path, fault, client, inboxes) = (path.clone(), what.fault, what.client, Arc::clone(&inboxes));
         std::thread::spawn(move || -> anyhow::Result<()> {
+            // One for all: who comes between two sessions waits.
+            let mut listener = (!client).then(|| Listener::new(&path, true)).transpose()?;
             loop {
                 let memory = Memory::new(GuestMemoryMmap::new());
                 let port = Port {
@@ -108,16 +111,18 @@ pub fn serve(what: &PlainNet) -> anyhow::Result<()> {
                 };
                 let mut daemon = VhostUserDaemon::new("plain".into(), Arc::new(RwLock::new(port)), memory)
                     .map_err(|e| anyhow::anyhow!("cannot set the daemon up: {e}"))?;
-                let served = if client {
-                    daemon.start_client(&path.to_string_lossy()).and_then(|()| daemon.wait())
-                } else {
-                    daemon.serve(&path)
+                let served = match &mut listener {
+                    None => daemon.start_client(&path.to_string_lossy()).and_then(|()| daemon.wait()),
+                    Some(listener) => daemon.start(listener).and_then(|()| daemon.wait()),
                 };
-                let ended = |e| format!("serving {}: {e}", path.display());
-                match served.map_err(ended) {
-                    // Nobody would start it again.
-                    outcome if client => return outcome.map_err(anyhow::Error::msg),
-                    outcome => outcome.map_err(anyhow::Error::msg)?,
+                daemon.get_epoll_handlers().iter().for_each(|handler| handler.send_exit_event());
+                if let Err(e) = served {
+                    // Also how a session ends that is closed in the middle of something.
+                    eprintln!("vbench: serving {}: {e}", path.display());
+                }
+                if client {
+                    // Nobody would listen again.
+                    return Ok(());
                 }
                 lock(&inboxes[index]).running = None;
             }
@@ -282,10 +287,11 @@ impl VhostUserBackendMut for Port {
             return Err(other("an unexpected event"));
         }
         let [rx, tx] = vrings else { return Err(other("two queues")) };
+        // Whichever of them is kicked first: both are set up by then.
+        lock(&self.inboxes[self.index]).running.get_or_insert_with(|| (self.memory.clone(), rx.clone()));
         if queue == 0 {
             // There are buffers; further kicks for them are of no use.
             rx.disable_notification().map_err(other)?;
-            lock(&self.inboxes[self.index]).running = Some((self.memory.clone(), rx.clone()));
             return Ok(());
         }
         if !self.event_idx {

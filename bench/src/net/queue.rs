@@ -10,6 +10,7 @@ use poll_engine::ring::driver::{Buffer, DriverRing};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::frame::{Frames, Head, MOST, Mark, VNET, WORDS};
+use super::session::net_features::MRG_RXBUF;
 use super::spec::NetSpec;
 
 /// No slot.
@@ -17,22 +18,9 @@ const NONE: u16 = u16::MAX;
 /// Most buffers that are looked at together.
 pub const BATCH: usize = 32;
 
-/// Lays a ring out.
-pub fn lay_out(spec: &NetSpec, features: Features, ram: &mut Ram) -> Option<RingConfig> {
-    let bit = |on: bool, bit: u64| if on { bit } else { 0 };
-    let bits = bit(features.event_idx, features::EVENT_IDX) | bit(features.indirect, features::INDIRECT_DESC);
-    DriverRing::lay_out(ram, spec.load.ring_size, bits)
-}
-
-/// What was negotiated that the rings depend on.
-#[derive(Clone, Copy, Debug)]
-pub struct Features {
-    /// A packet may take several receive buffers.
-    pub mergeable: bool,
-    /// Indirect descriptors.
-    pub indirect: bool,
-    /// The event index.
-    pub event_idx: bool,
+/// Lays a ring out, with what was negotiated.
+pub fn lay_out(spec: &NetSpec, features: u64, ram: &mut Ram) -> Option<RingConfig> {
+    DriverRing::lay_out(ram, spec.load.ring_size, features)
 }
 
 /// A queue pair of one port.
@@ -67,7 +55,7 @@ struct Queue {
 impl Queue {
     fn new(
         spec: &NetSpec,
-        features: Features,
+        negotiated: u64,
         ram: &mut Ram,
         (config, kick): (RingConfig, EventFd),
         size: u32,
@@ -78,7 +66,7 @@ impl Queue {
             ring: DriverRing::new(&config, ram.map()).ok()?,
             kick,
             kicks: 0,
-            indirect: features.indirect,
+            indirect: negotiated & features::INDIRECT_DESC != 0,
             places: (0..spec.load.ring_size).map(|_| place(ram)).collect::<Option<_>>()?,
             by_head: vec![NONE; config.size as usize],
         })
@@ -142,7 +130,7 @@ pub struct Tx {
 
 impl Tx {
     /// A ring of which all is free.
-    pub fn new(spec: &NetSpec, features: Features, ram: &mut Ram, ring: (RingConfig, EventFd)) -> Option<Tx> {
+    pub fn new(spec: &NetSpec, features: u64, ram: &mut Ram, ring: (RingConfig, EventFd)) -> Option<Tx> {
         let size = VNET as u32 + spec.load.size.largest() + MOST as u32;
         let queue = Queue::new(spec, features, ram, ring, size)?;
         let n = spec.load.ring_size;
@@ -287,14 +275,15 @@ impl Packet<'_> {
 
 impl Rx {
     /// A ring whose buffers all wait for packets; they are shown by `start`.
-    pub fn new(spec: &NetSpec, features: Features, ram: &mut Ram, ring: (RingConfig, EventFd)) -> Option<Rx> {
-        let buffer = spec.rx_buffer(features.mergeable);
+    pub fn new(spec: &NetSpec, features: u64, ram: &mut Ram, ring: (RingConfig, EventFd)) -> Option<Rx> {
+        let mergeable = features & MRG_RXBUF != 0;
+        let buffer = spec.rx_buffer(mergeable);
         // What is read first is all there, however short a frame is.
         let mut queue = Queue::new(spec, features, ram, ring, buffer.max(MOST as u32))?;
         for place in 0..spec.load.ring_size {
             queue.add(ram.map(), place, buffer, true)?;
         }
-        Some(Rx { queue, mergeable: features.mergeable, buffer, gathered: Vec::new() })
+        Some(Rx { queue, mergeable, buffer, gathered: Vec::new() })
     }
 
     /// Shows the buffers that were added.

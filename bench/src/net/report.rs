@@ -96,7 +96,7 @@ impl Report {
             (Rate::Full, None) => "as fast as it goes".into(),
         };
         format!(
-            "{}: size {}, {rate}, {} queue pair{}, {} flow{}, ring {} split, burst {}, {}, mrg_rxbuf {}, event_idx {}, {}",
+            "{}: size {}, {rate}, {} queue pair{}, {} flow{}, ring {} {}, burst {}, {}, mrg_rxbuf {}, event_idx {}, {}",
             self.spec.direction.name(),
             load.size.text(),
             load.queue_pairs,
@@ -104,6 +104,7 @@ impl Report {
             load.flows,
             if load.flows == 1 { "" } else { "s" },
             load.ring_size,
+            if base.packed { "packed" } else { "split" },
             load.burst,
             if base.indirect { "indirect" } else { "direct" },
             on(MRG_RXBUF),
@@ -121,7 +122,7 @@ impl Report {
             "frame_bytes": load.size.kinds.iter().map(|k| k.size).collect::<Vec<_>>(),
             "flows": load.flows,
             "queue_pairs": load.queue_pairs,
-            "ring": "split",
+            "ring": if base.packed { "packed" } else { "split" },
             "ring_size": load.ring_size,
             "burst": load.burst,
             "iodepth": load.iodepth,

@@ -14,7 +14,7 @@ use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatu
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::queue::{Features, Port, Rx, Tx, lay_out};
+use super::queue::{Port, Rx, Tx, lay_out};
 use super::spec::NetSpec;
 use super::worker::{Shared, Worker};
 use crate::front_end::{Deadline, memory, reach, set_up, share};
@@ -130,17 +130,12 @@ impl Session {
         }
         let mut ram = memory(spec.memory(), spec.base.hugepages)?;
         share(&front, &ram).with_context(refused)?;
-        let features = Features {
-            mergeable: used & MRG_RXBUF != 0,
-            indirect: spec.base.indirect,
-            event_idx: used & features::EVENT_IDX != 0,
-        };
         let mut ports = Vec::new();
         for (pair, call) in calls.iter().enumerate() {
             let full = "guest memory is used up; lower --ring-size, --size or --queue-pairs";
             let mut rings = Vec::new();
             for ring in [pair * 2, pair * 2 + 1] {
-                let config = lay_out(spec, features, &mut ram).context(full)?;
+                let config = lay_out(spec, used, &mut ram).context(full)?;
                 let kick = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
                 // One call for all rings of a thread: it waits for all of them at once.
                 let events = (kick, call.try_clone()?);
@@ -150,8 +145,8 @@ impl Session {
                 rings.push((config, events.0));
             }
             let [rx, tx] = <[_; 2]>::try_from(rings).map_err(|_| anyhow!("two rings"))?;
-            let rx = Rx::new(spec, features, &mut ram, rx).context(full)?;
-            let tx = Tx::new(spec, features, &mut ram, tx).context(full)?;
+            let rx = Rx::new(spec, used, &mut ram, rx).context(full)?;
+            let tx = Tx::new(spec, used, &mut ram, tx).context(full)?;
             ports.push(Port { map: Arc::clone(ram.map()), rx, tx });
         }
         self.fronts.push(front);
@@ -173,6 +168,9 @@ fn choose(spec: &NetSpec, port: usize, offered: u64) -> Result<u64> {
     ];
     if spec.base.indirect {
         needed.push((features::INDIRECT_DESC, "VIRTIO_F_INDIRECT_DESC (--indirect)"));
+    }
+    if spec.base.packed {
+        needed.push((features::RING_PACKED, "VIRTIO_F_RING_PACKED (--packed)"));
     }
     if gso && direction.sends(port) {
         needed.push((CSUM, "VIRTIO_NET_F_CSUM (--size gso)"));

@@ -304,8 +304,6 @@ impl NetSpec {
             format!("--iodepth counts packets until they arrive, and in {} none do", direction.name())
         } else if load.packets.is_some() && direction == Direction::Receive {
             "--packets counts what is sent; receive goes by --runtime".into()
-        } else if base.packed {
-            "this vbench drives packets through split rings only; run without --packed".into()
         } else {
             return Ok(NetSpec { sockets, server, direction, load: load.clone(), base: Arc::new(base) });
         };

@@ -70,7 +70,7 @@ fn transmit_and_receive_need_no_answer() {
 }
 
 /// Packets that fit into the receive ring all at once: none is lost for want of a buffer.
-const FEW: [&str; 3] = ["--packets=800", "--ring-size=1024", "--json"];
+const FEW: [&str; 4] = ["--packets=800", "--ring-size=1024", "--drain-time=2s", "--json"];
 
 #[test]
 fn faults_are_counted_exactly() {
@@ -113,7 +113,7 @@ fn more_loss_than_allowed_is_a_failure() {
 fn the_search_finds_what_passes_or_that_nothing_does() {
     let search = ["--search", "--runtime=100ms", "--max-rate=1000", "--json"];
     let nic = Nic::plain(1, &["--fault=drop:2"]);
-    let outcome = nic.drive(&[&search[..], &["--max-loss=60"]].concat()).good();
+    let outcome = nic.drive(&[&search[..], &["--max-loss=100"]].concat()).good();
     let json = outcome.json();
     assert_eq!((json["trials"].as_array().unwrap().len(), &json["trials"][0]["passed"]), (1, &true.into()));
     assert!(json["result"]["loss_percent"].as_f64().unwrap() > 40.0);
@@ -140,8 +140,11 @@ fn what_cannot_be_sent_in_time_waits_and_the_wait_counts() {
     assert!(result["latency_ns"]["max"].as_f64().unwrap() > 250e6, "{result}");
     // A rate is kept, and not exceeded.
     for rate in ["--arrival-rate=500", "--rate-pps=500"] {
-        let sent = nic.good(&[rate, "--runtime=1"])["sent"].as_u64().unwrap();
-        assert!((250..=502).contains(&sent), "{rate}: {sent}");
+        let result = nic.good(&[rate, "--runtime=1"]);
+        let number = |name: &str| result[name].as_f64().unwrap();
+        // A loaded machine may stop it late.
+        let most = 500.0 * number("seconds") + 2.0;
+        assert!((250.0..=most).contains(&number("sent")), "{rate}: {result}");
     }
 }
 
@@ -155,11 +158,9 @@ fn what_cannot_begin_says_why() {
     let nic = Nic::plain(1, &[]);
     nic.drive(&["--size=gso"])
         .bad(1, "does not offer VIRTIO_NET_F_CSUM (--size gso) and VIRTIO_NET_F_HOST_TSO4");
+    nic.drive(&["--packed"]).bad(1, "does not offer VIRTIO_F_RING_PACKED (--packed)");
     nic.drive(&["--queue-pairs=4"]).bad(1, "has 2 queues, fewer than --queue-pairs 4");
-    // It ends when a session does not go well.
-    let nic = Nic::plain(1, &[]);
     nic.drive(&["--ring-size=2048"]).bad(1, "refused ring 0 of 2048 descriptors; lower --ring-size");
-    let nic = Nic::plain(1, &[]);
     nic.drive(&["--cpu=1000"]).bad(1, "cannot run on the CPU");
     // Somebody who listens and never answers.
     let silent = nic.path("silent").to_str().unwrap().to_owned();
@@ -213,13 +214,9 @@ fn usage_errors_are_one_line_and_exit_code_2() {
 #[test]
 fn the_generator_measures_itself() {
     let outcome = vbench(&["net", "--ceiling", "--runtime=200ms"]).good();
-    assert_eq!(outcome.out.matches(" of CPU time per packet").count(), 1, "{}", outcome.out);
-    assert_eq!(
-        outcome.out.matches(" ns of the generator's CPU time per packet").count(),
-        1,
-        "{}",
-        outcome.out
-    );
+    for how in ["served by the generator's own thread: ", "served by a second thread: "] {
+        assert!(outcome.out.contains(how), "{}", outcome.out);
+    }
     vbench(&["net", "--ceiling", "--direction=both", "--size=imix", "--indirect", "--runtime=100ms"]).good();
     vbench(&["net", "--ceiling", "--completion=interrupt"]).bad(1, "--ceiling");
 }

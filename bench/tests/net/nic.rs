@@ -36,7 +36,7 @@ impl Nic {
         }
     }
 
-    /// Waits until it listens. One of the vhost-user-backend crate makes its sockets anew for each front end.
+    /// Waits until it listens.
     pub fn listening(&self) {
         self.until("listen", || self.sockets.iter().all(|s| std::fs::exists(s).unwrap()));
     }

@@ -18,9 +18,10 @@ fn main() -> std::process::ExitCode {
     let mut args = Arguments::from_args();
     // They poll: at the same time they would take the CPUs from each other.
     args.test_threads.get_or_insert(1);
-    let tests: [(&str, fn()); 5] = [
+    let tests: [(&str, fn()); 6] = [
         ("testpmd_macswap_sends_everything_back", macswap),
         ("testpmd_has_several_queues", queues),
+        ("testpmd_has_packed_rings", packed),
         ("testpmd_io_forwards_between_two_ports", io),
         ("testpmd_sends_what_is_received_and_takes_what_is_sent", one_way),
         ("testpmd_may_connect_to_us", client),
@@ -71,6 +72,18 @@ fn macswap() {
         5000,
         &["--iodepth=16", "--size=imix", "--mrg-rxbuf=0", "--flows=16", "--completion=interrupt", RAMP],
     );
+}
+
+/// What is in packed rings.
+fn packed() {
+    let nic = testpmd(2, "io");
+    for more in [
+        &["--iodepth=32"][..],
+        &["--size=1518", "--indirect", "--iodepth=16"],
+        &["--completion=interrupt", "--iodepth=8"],
+    ] {
+        nic.lossless(5000, &[&["--packed", RAMP], more].concat());
+    }
 }
 
 /// What is sent by one queue comes back by the same.
