@@ -93,10 +93,21 @@ wakeups() {
     done
 }
 
+# The daemon killed under load: half of SOAK_KILLS (10,000) times with each ring format, about 20 minutes.
+kills() {
+    local kills=${SOAK_KILLS:-10000}
+    echo "soak: killing the daemon $kills times"
+    cargo build -q -p vhost-blk || return 1
+    KICKLESS_KILLS=$((kills / 2)) timeout --kill-after=10 $((kills + 600)) \
+        cargo test -q -p kickless-tests --test kill -- --nocapture killed_at_random
+}
+
 soak() {
     local minutes=${SOAK_MINUTES:-10} cases=${PROPTEST_CASES:-4096} start=$SECONDS round=0 tests=0 left code
     local limit=$((minutes * 60))
     export PROPTEST_CASES=$cases
+    kills || { echo "soak: killing the daemon FAILED after $((SECONDS - start)) s"; return 1; }
+    start=$SECONDS
     # First, because whatever they leave of their half of the time is the randomised tests'.
     wakeups $limit || { echo "soak: the search for lost wake-ups FAILED after $((SECONDS - start)) s"; return 1; }
     # Other sessions each time; a failure says which, to be repeated with KICKLESS_FUZZ_SEED.

@@ -22,6 +22,26 @@ pub const SPLIT: [&str; 13] = [
     "signal-begins",
     "signal-ends",
 ];
+/// Those on the way through a packed ring.
+pub const PACKED: [&str; 17] = [
+    "take-begins",
+    "take-counter",
+    "take-inflight",
+    "take-free-head",
+    "take-old-free-head",
+    "complete-begins",
+    "publish-begins",
+    "publish-next",
+    "publish-free-head",
+    "publish-used-idx",
+    "publish-shown",
+    "publish-clear",
+    "publish-cleared",
+    "publish-old-free-head",
+    "publish-noted",
+    "signal-begins",
+    "signal-ends",
+];
 /// The places of a recovery, which come up when requests were in flight.
 pub const RECOVER: [&str; 2] = ["recover-begins", "recover-taken"];
 

@@ -22,7 +22,7 @@ const QUEUE: u16 = 1;
 
 /// What a front end keeps: guest memory, and the record.
 struct Kept {
-    ram: Ram,
+    _ram: Ram,
     driver: DriverRing,
     config: RingConfig,
     map: Arc<MemoryMap>,
@@ -32,15 +32,17 @@ struct Kept {
 }
 
 impl Kept {
-    fn new() -> Kept {
+    fn new(format: RingFormat) -> Kept {
         let mut ram = Ram::new(0x10_0000, 1 << 20, false).unwrap();
-        let config = DriverRing::lay_out(&mut ram, SIZE, RING).unwrap();
+        let packed = if format == RingFormat::Packed { features::RING_PACKED } else { 0 };
+        let bits = features::EVENT_IDX | features::INDIRECT_DESC | packed;
+        let config = DriverRing::lay_out(&mut ram, SIZE, bits).unwrap();
         let map = Arc::clone(ram.map());
         let driver = DriverRing::new(&config, &map).unwrap();
         let data = ram.alloc(4096, 16).unwrap();
         let record = Ram::new(0, 4096, false).unwrap();
         let spec = InflightSpec { num_queues: QUEUES, queue_size: SIZE, ..InflightSpec::default() };
-        Kept { ram, driver, config, map, record, spec: spec.sized(RingFormat::Split), data }
+        Kept { _ram: ram, driver, config, map, record, spec: spec.sized(format), data }
     }
 
     fn region(&self) -> QueueRegion {
@@ -51,6 +53,11 @@ impl Kept {
 
     fn at(&self) -> u64 {
         self.spec.mmap_size / u64::from(QUEUES) * u64::from(QUEUE)
+    }
+
+    /// Where entry `i` lies; headers and entries are of the same size.
+    fn entry(&self, i: usize) -> usize {
+        (1 + i) * if self.config.format == RingFormat::Packed { 32 } else { 16 }
     }
 
     fn bytes(&self) -> Vec<u8> {
@@ -64,12 +71,20 @@ impl Kept {
         assert_eq!(self.record.map().slice(at, bytes.len() as u32).unwrap().write(bytes), bytes.len());
     }
 
-    /// A ring as a front end starts it whose back end has died: it knows where the used ring ends, and no more.
+    /// A ring as QEMU starts it whose back end has died: of a split ring it knows where the used ring ends, of a packed
+    /// one nothing.
     fn activate(&self) -> Ring {
-        let base = u32::from(self.driver.split().unwrap().used_idx());
-        let config = RingConfig { base, ..self.config };
+        let used_idx = self.driver.split().map(|ring| ring.used_idx().into());
+        let config = RingConfig { base: used_idx.unwrap_or(self.config.base), ..self.config };
         Ring::activate(&config, &self.map).unwrap().recover(self.region()).unwrap()
     }
+}
+
+/// A request and the how-manieth to be taken it was.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Taken {
+    nth: u64,
+    id: u16,
 }
 
 /// A driver, and back ends one after the other.
@@ -80,22 +95,38 @@ struct Pair {
     /// Shown to the device and not taken.
     shown: VecDeque<u16>,
     /// Taken and not completed, in the order they were taken first.
-    taken: Vec<(u16, Option<Token>)>,
+    taken: Vec<(Taken, Option<Token>)>,
+    nth: u64,
     /// Completed and not published, as the driver will see them.
-    completed: VecDeque<u16>,
+    completed: VecDeque<Taken>,
+    added: usize,
 }
 
 impl Pair {
-    fn new() -> Pair {
-        let kept = Kept::new();
+    fn new(format: RingFormat) -> Pair {
+        let kept = Kept::new(format);
         let (ring, chain) = (kept.activate(), Chain::default());
-        Pair { kept, ring, chain, shown: VecDeque::new(), taken: Vec::new(), completed: VecDeque::new() }
+        Pair {
+            kept,
+            ring,
+            chain,
+            shown: VecDeque::new(),
+            taken: Vec::new(),
+            nth: 0,
+            completed: VecDeque::new(),
+            added: 0,
+        }
     }
 
+    /// Chains of one, two and three descriptors.
     fn add(&mut self) {
-        if let Some(head) = self.kept.driver.add(&[Buffer { addr: self.kept.data, len: 8, writable: true }]) {
+        self.added += 1;
+        let buffers: Vec<_> = (0..=self.added as u64 % 3)
+            .map(|i| Buffer { addr: self.kept.data + 16 * i, len: 8, writable: i > 0 })
+            .collect();
+        if let Some(id) = self.kept.driver.add(&buffers) {
             self.kept.driver.publish();
-            self.shown.push_back(head);
+            self.shown.push_back(id);
         }
     }
 
@@ -105,12 +136,13 @@ impl Pair {
             return;
         }
         let token = self.ring.take(&self.kept.map, &mut self.chain).unwrap();
-        if let Some((head, left)) = self.taken.iter_mut().find(|(_, token)| token.is_none()) {
-            assert_eq!(token.id(), *head, "resubmitted out of order");
+        if let Some((taken, left)) = self.taken.iter_mut().find(|(_, token)| token.is_none()) {
+            assert_eq!(token.id(), taken.id, "resubmitted out of order");
             *left = Some(token);
         } else {
             assert_eq!(Some(token.id()), self.shown.pop_front());
-            self.taken.push((token.id(), Some(token)));
+            self.taken.push((Taken { nth: self.nth, id: token.id() }, Some(token)));
+            self.nth += 1;
         }
     }
 
@@ -119,45 +151,47 @@ impl Pair {
         if here.is_empty() {
             return;
         }
-        let (head, token) = self.taken.remove(here[which % here.len()]);
+        let (taken, token) = self.taken.remove(here[which % here.len()]);
         self.ring.complete(token.unwrap(), 8);
-        self.completed.push_back(head);
+        self.completed.push_back(taken);
     }
 
-    /// Publishes; the back end is killed when the used index is raised and `clears` entries are cleared, if told to be.
+    /// Publishes; the back end is killed when the driver can see it and `clears` entries are cleared, if told to be.
     fn publish(&mut self, dies: Option<usize>) {
         let before = self.kept.bytes();
         self.ring.publish();
-        let mut batch: Vec<u16> = self.completed.drain(..).collect();
-        for &head in &batch {
-            assert_eq!(self.kept.driver.collect(), Some((head, 8)), "what was completed is seen, in order");
+        for taken in self.completed.drain(..) {
+            assert_eq!(
+                self.kept.driver.collect(),
+                Some((taken.id, 8)),
+                "what was completed is seen, in order"
+            );
         }
         assert_eq!(self.kept.driver.collect(), None);
         if let Some(cleared) = dies {
             let after = self.kept.bytes();
-            self.kept.set_bytes(0, &before[..16]);
-            batch.drain(..cleared.min(batch.len()));
-            for head in batch {
-                let at = 16 + 16 * usize::from(head);
-                assert_eq!((before[at], after[at]), (1, 0));
-                self.kept.set_bytes(at, &[1]);
+            if self.kept.config.format == RingFormat::Packed {
+                // The old fields.
+                for old in [14..16, 18..20, 21..22] {
+                    self.kept.set_bytes(old.start, &before[old]);
+                }
+            } else {
+                self.kept.set_bytes(14, &before[14..16]);
             }
+            let of_batch = |&i: &usize| before[i] == 1 && after[i] == 0;
+            let entries = (0..usize::from(SIZE)).map(|i| self.kept.entry(i)).filter(of_batch);
+            entries.skip(cleared).for_each(|at| self.kept.set_bytes(at, &[1]));
             self.die();
         }
     }
 
     /// Killed: nothing is told to anybody. What was completed and not published is in flight still.
     fn die(&mut self) {
-        assert!(self.completed.is_empty() || self.ring.in_flight() < SIZE);
-        let order = |kept: &Kept, head: u16| {
-            let at = 16 + 16 * usize::from(head) + 8;
-            u64::from_ne_bytes(kept.bytes()[at..at + 8].try_into().unwrap())
-        };
-        self.taken.extend(self.completed.drain(..).map(|head| (head, None)));
+        self.taken.extend(self.completed.drain(..).map(|taken| (taken, None)));
         for (_, token) in &mut self.taken {
             std::mem::forget(token.take());
         }
-        self.taken.sort_by_key(|&(head, _)| order(&self.kept, head));
+        self.taken.sort_by_key(|&(taken, _)| taken);
         self.ring = self.kept.activate();
         assert_eq!(usize::from(self.ring.resubmits()), self.taken.len());
         assert_eq!(self.ring.wants_interrupt(), Some(true), "the interrupt may have died with the back end");
@@ -173,9 +207,14 @@ impl Pair {
         }
         self.publish(None);
         assert_eq!((self.ring.in_flight(), self.ring.resubmits()), (0, 0));
-        assert_eq!(self.ring.base(), u32::from(self.kept.driver.split().unwrap().used_idx()));
+        let base = self.ring.base();
+        match self.kept.driver.split() {
+            Some(ring) => assert_eq!(base, u32::from(ring.used_idx())),
+            None => assert_eq!(base >> 16, base & 0xffff, "used behind available"),
+        }
         let idle = self.kept.bytes();
-        assert!((0..usize::from(SIZE)).all(|i| idle[16 + 16 * i] == 0), "still said to be in flight");
+        let in_flight = (0..usize::from(SIZE)).filter(|&i| idle[self.kept.entry(i)] != 0).count();
+        assert_eq!(in_flight, 0, "still said to be in flight");
         assert_eq!(self.kept.driver.free(), usize::from(SIZE));
     }
 }
@@ -202,8 +241,8 @@ fn op() -> impl Strategy<Value = Op> {
 
 proptest! {
     #[test]
-    fn back_ends_that_die_lose_and_double_nothing(ops in prop::collection::vec(op(), 0..400)) {
-        let mut pair = Pair::new();
+    fn back_ends_that_die_lose_and_double_nothing(ops in prop::collection::vec(op(), 0..400), packed: bool) {
+        let mut pair = Pair::new(if packed { RingFormat::Packed } else { RingFormat::Split });
         for op in ops {
             match op {
                 Op::Add => pair.add(),
@@ -218,19 +257,29 @@ proptest! {
 
     #[test]
     fn no_record_makes_a_ring_panic_or_loop(
-        bytes in prop::collection::vec(any::<u8>(), 192),
+        noise in prop::collection::vec((0usize..288, any::<u8>()), 0..40),
+        whole in any::<bool>(),
         sane in any::<[bool; 4]>(),
-        added in 0usize..8,
+        added in 0usize..4,
+        packed: bool,
     ) {
-        let mut pair = Pair::new();
+        let mut pair = Pair::new(if packed { RingFormat::Packed } else { RingFormat::Split });
         (0..added).for_each(|_| pair.add());
-        pair.kept.set_bytes(0, &bytes);
+        (0..added / 2).for_each(|_| pair.take());
+        if whole {
+            pair.kept.set_bytes(0, &noise.iter().map(|(at, byte)| byte ^ *at as u8).cycle().take(192).collect::<Vec<_>>());
+        }
+        let room = pair.kept.bytes().len();
+        for (at, byte) in noise {
+            pair.kept.set_bytes(at % room, &[byte % 10]);
+        }
         // Most random headers are refused at once: get some of them past that.
         let sane_at: [(usize, &[u8]); 4] =
             [(0, &[0; 8]), (8, &1u16.to_ne_bytes()), (10, &SIZE.to_ne_bytes()), (14, &[0, 0])];
         for ((at, value), _) in sane_at.iter().zip(sane).filter(|(_, sane)| *sane) {
             pair.kept.set_bytes(*at, value);
         }
+        pair.taken.drain(..).for_each(std::mem::forget);
         let ring = Ring::activate(&pair.kept.config, &pair.kept.map).unwrap();
         if let Ok(mut ring) = ring.recover(pair.kept.region()) {
             prop_assert!(ring.resubmits() <= SIZE);
@@ -249,13 +298,13 @@ proptest! {
 
 #[test]
 fn the_layout_is_that_of_the_document() {
-    let mut pair = Pair::new();
+    let mut pair = Pair::new(RingFormat::Split);
     assert_eq!(pair.kept.spec.mmap_size, 2 * 192, "16 + 8 * 16 bytes, to the next multiple of 64");
     let half = |pair: &Pair, at: usize| u16::from_ne_bytes(pair.kept.bytes()[at..at + 2].try_into().unwrap());
     assert_eq!([8, 10, 12, 14].map(|at| half(&pair, at)), [1, SIZE, 0, 0]);
     (0..3).for_each(|_| pair.add());
     (0..3).for_each(|_| pair.take());
-    let heads: Vec<u16> = pair.taken.iter().map(|(head, _)| *head).collect();
+    let heads: Vec<u16> = pair.taken.iter().map(|(taken, _)| taken.id).collect();
     for (counter, head) in heads.iter().enumerate() {
         let entry = &pair.kept.bytes()[16 + 16 * usize::from(*head)..][..16];
         assert_eq!(entry[0], 1, "inflight");
@@ -275,7 +324,7 @@ fn the_layout_is_that_of_the_document() {
 
 #[test]
 fn records_of_other_rings_are_refused() {
-    let kept = Kept::new();
+    let kept = Kept::new(RingFormat::Split);
     drop(kept.activate());
     let refused = |what: &str| {
         let ring = Ring::activate(&kept.config, &kept.map).unwrap();
@@ -302,13 +351,12 @@ fn records_of_other_rings_are_refused() {
     let config = DriverRing::lay_out(&mut ram, 2 * SIZE, RING).unwrap();
     let larger = Ring::activate(&config, ram.map()).unwrap();
     assert!(larger.recover(kept.region()).is_err());
-    let _ = &kept.ram;
 }
 
 /// A ring that is laid out anew and keeps a record in which nothing is in flight begins where the driver does.
 #[test]
 fn an_idle_record_outlives_a_reset_of_the_ring() {
-    let mut pair = Pair::new();
+    let mut pair = Pair::new(RingFormat::Split);
     for _ in 0..20 {
         pair.add();
         pair.take();

@@ -9,6 +9,8 @@
 #![allow(unsafe_code)] // records at raw addresses in memory that is shared
 
 use std::fs::File;
+pub(super) mod packed;
+
 use std::os::fd::OwnedFd;
 use std::ptr::NonNull;
 use std::sync::Arc;
@@ -88,6 +90,14 @@ impl InflightMemory {
         (self.spec, self.map.regions().first().and_then(|region| region.file()))
     }
 
+    /// Forgets what was in flight in any queue: the device has been reset, and it is nobody's any more.
+    pub fn forget(&self, format: RingFormat) -> Result<(), MemoryError> {
+        for index in 0..self.spec.num_queues {
+            self.queue(index, format)?.iter().for_each(QueueRegion::forget);
+        }
+        Ok(())
+    }
+
     /// The region of queue `index`; `None` when the record has none, and the queue goes untracked.
     pub fn queue(&self, index: u16, format: RingFormat) -> Result<Option<QueueRegion>, MemoryError> {
         if index >= self.spec.num_queues {
@@ -98,7 +108,12 @@ impl InflightMemory {
         if !at.host.addr().get().is_multiple_of(8) {
             return Err(MemoryError::Map { guest_addr: 0, reason: "its offset is no multiple of 8".into() });
         }
-        Ok(Some(QueueRegion { at, map: Arc::clone(&self.map), desc_num: self.spec.queue_size }))
+        Ok(Some(QueueRegion {
+            at,
+            map: Arc::clone(&self.map),
+            desc_num: self.spec.queue_size,
+            base_is_known: false,
+        }))
     }
 }
 
@@ -109,6 +124,24 @@ pub struct QueueRegion {
     map: Arc<MemoryMap>,
     /// Entries.
     desc_num: u16,
+    /// The front end has been told where the queue has stopped.
+    base_is_known: bool,
+}
+
+impl QueueRegion {
+    /// Makes it one that nobody has used.
+    fn forget(&self) {
+        // SAFETY: the version is at 8 in the region of either format, which is aligned to 8 and kept mapped; access is
+        // atomic.
+        let version: &AtomicU16 = unsafe { self.at.host.add(8).cast().as_ref() };
+        version.store(0, Ordering::Release);
+    }
+
+    /// The front end knows where the ring stands: it has been told so in this session. Otherwise the region knows better.
+    #[must_use]
+    pub fn with_known_base(self, base_is_known: bool) -> QueueRegion {
+        QueueRegion { base_is_known, ..self }
+    }
 }
 
 /// A split queue's region, `QueueRegionSplit`:

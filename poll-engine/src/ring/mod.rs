@@ -231,11 +231,19 @@ pub(crate) struct Used {
     len: u16,
     /// Bytes that could be written.
     writable: u32,
+    /// Where a packed ring has recorded it.
+    entry: u16,
 }
 
 impl Token {
     pub(crate) fn new(id: u16, len: u16, writable: u32) -> Token {
-        Token(Used { id, len, writable })
+        Token(Used { id, len, writable, entry: 0 })
+    }
+
+    #[inline]
+    fn recorded(mut self, entry: u16) -> Token {
+        self.0.entry = entry;
+        self
     }
 
     /// Names the chain while it is in flight: the head's index in a split ring, the buffer ID in a packed one.
@@ -292,26 +300,19 @@ impl Ring {
     pub fn recover(self, region: QueueRegion) -> Result<Ring, RingError> {
         Ok(match self {
             Ring::Split(ring) => Ring::Split(ring.recover(region)?),
-            // No record is kept of packed rings yet.
-            Ring::Packed(ring) => Ring::Packed(ring),
+            Ring::Packed(ring) => Ring::Packed(ring.recover(region)?),
         })
     }
 
     /// Chains in flight that an earlier back end had taken and that are to be taken again.
     #[inline]
     pub fn resubmits(&self) -> u16 {
-        match self {
-            Ring::Split(r) => r.resubmits(),
-            Ring::Packed(_) => 0,
-        }
+        each_format!(self, r => r.resubmits())
     }
 
     /// Whether the front end has taken the memory of the in-flight record away.
     pub fn has_faulted(&self) -> bool {
-        match self {
-            Ring::Split(r) => r.has_faulted(),
-            Ring::Packed(_) => false,
-        }
+        each_format!(self, r => r.has_faulted())
     }
 
     /// Number of descriptors.

@@ -17,9 +17,12 @@ use std::sync::atomic::{Ordering, fence};
 use vring::packed::{EVENT_SIZE, Event, PackedDesc, Position, Rest};
 
 use super::chain::Chain;
+use super::inflight::QueueRegion;
+use super::inflight::packed::{Notes, PackedInflight};
 use super::layout::{DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, DESC_SIZE, Desc, PackedLayout};
 use super::table::{MIN_CHAIN_LIMIT, Table};
 use super::{MAX_SURVEYED, RingConfig, RingError, Token, Used, survey_desc};
+use crate::fault_point::pass;
 use crate::memory::iotlb::Miss;
 use crate::memory::log::{LoggedPart, QueueLog};
 use crate::memory::map::MemoryMap;
@@ -57,6 +60,12 @@ pub struct PackedRing {
     notify: bool,
     /// While the front end wants to know of writes to the ring.
     log: Option<Logged>,
+    /// The record of what is in flight, if the front end keeps one.
+    inflight: Option<PackedInflight>,
+    /// Entries of the record with chains an earlier back end had taken, to be taken again; the first one last.
+    resubmits: Vec<u16>,
+    /// The driver is owed an interrupt, whatever it says it wants: the one of an earlier back end may have been lost.
+    overdue: bool,
 }
 
 /// The parts of the ring that the device writes, in a dirty log.
@@ -107,9 +116,50 @@ impl PackedRing {
             unsignalled: 0,
             notify: true,
             log: None,
+            inflight: None,
+            resubmits: Vec::new(),
+            overdue: false,
         };
         ring.disable_notification();
         Ok(ring)
+    }
+
+    pub(super) fn recover(mut self, region: QueueRegion) -> Result<PackedRing, RingError> {
+        let size = self.size();
+        let flags_at = |index| self.layout.rest(index).flags();
+        let (inflight, left) = PackedInflight::recover(region, size, self.next_used, flags_at)?;
+        self.inflight = Some(inflight);
+        if let Some(left) = left {
+            (self.next_used, self.shown, self.next_avail) = (left.used, left.used, left.avail);
+            self.held = left.avail.since(left.used, size) as u16;
+            self.ready = 0;
+            // All but the first of the used descriptors that the last back end had not shown yet are written: the driver
+            // must not come upon them behind one of ours.
+            let mut at = left.used;
+            for _ in 0..self.held {
+                if at.is_used(self.layout.rest(at.index).flags()) {
+                    self.layout.set_rest(at.index, Rest::taken(at));
+                    pass("recover-erased");
+                }
+                at = at.advance(1, size);
+            }
+            fence(Ordering::Release);
+            self.resubmits = left.chains;
+            self.overdue = true;
+            // Follows next_avail.
+            self.notify = true;
+            self.disable_notification();
+        }
+        Ok(self)
+    }
+
+    #[inline]
+    pub(super) fn resubmits(&self) -> u16 {
+        self.resubmits.len() as u16
+    }
+
+    pub(super) fn has_faulted(&self) -> bool {
+        self.inflight.as_ref().is_some_and(PackedInflight::has_faulted)
     }
 
     #[inline]
@@ -128,6 +178,9 @@ impl PackedRing {
 
     #[inline]
     pub(super) fn available(&mut self) -> u16 {
+        if !self.resubmits.is_empty() {
+            return self.resubmits();
+        }
         if self.ready > 0 {
             return self.ready;
         }
@@ -157,7 +210,7 @@ impl PackedRing {
     #[inline]
     pub(super) fn prefetch(&mut self, count: u16, map: &MemoryMap) {
         // One chain has nothing to overlap with: a prefetch would only add to its latency.
-        if count < 2 {
+        if count < 2 || !self.resubmits.is_empty() {
             return;
         }
         let size = self.size();
@@ -180,11 +233,15 @@ impl PackedRing {
 
     #[inline]
     pub(super) fn take(&mut self, map: &MemoryMap, chain: &mut Chain) -> Result<Token, RingError> {
-        debug_assert_ne!(self.ready, 0, "take without available");
         chain.clear();
+        if let Some(&entry) = self.resubmits.last() {
+            return self.take_again(entry, map, chain);
+        }
+        debug_assert_ne!(self.ready, 0, "take without available");
         let first = self.layout.desc(self.next_avail.index);
+        let mut notes = self.inflight.as_ref().map(PackedInflight::notes);
         let (id, count) = if first.flags & DESC_F_INDIRECT == 0 {
-            self.walk(first, map, chain)?
+            self.walk(first, map, chain, notes.as_mut())?
         } else {
             // 2.8.19: no "direct descriptors with DESC_F_INDIRECT set in a scatter-gather list linked by NEXT".
             if !self.indirect || first.flags & DESC_F_NEXT != 0 {
@@ -194,14 +251,44 @@ impl PackedRing {
                 return Err(RingError::TooManyInFlight);
             }
             self.walk_table(first, map, chain)?;
+            if let Some(notes) = &mut notes {
+                notes.note(&first)?;
+            }
             (first.id, 1)
         };
+        let last = notes.map_or(0, |notes| notes.last());
         // Commit: from here on the chain is ours.
         self.next_avail = self.next_avail.advance(count, self.size());
         self.ready -= 1;
         self.held += count;
         self.in_flight += 1;
-        Ok(Token::new(id, count, chain.writable_len()))
+        let token = Token::new(id, count, chain.writable_len());
+        Ok(match &mut self.inflight {
+            Some(inflight) => token.recorded(inflight.taken(count, last)),
+            None => token,
+        })
+    }
+
+    /// Takes a chain that an earlier back end had taken, as the record has it: in the ring it may be written over.
+    #[cold]
+    fn take_again(&mut self, entry: u16, map: &MemoryMap, chain: &mut Chain) -> Result<Token, RingError> {
+        let Some(inflight) = &self.inflight else { unreachable!("chains are taken again from a record") };
+        let (count, descs) = inflight.chain(entry);
+        let mut id = 0;
+        for desc in descs {
+            if desc.flags & DESC_F_INDIRECT == 0 {
+                chain.push(map, desc.addr, desc.len, desc.flags & DESC_F_WRITE != 0)?;
+            } else if self.indirect && count == 1 && desc.flags & DESC_F_NEXT == 0 {
+                self.walk_table(desc, map, chain)?;
+            } else {
+                return Err(RingError::BadIndirect);
+            }
+            id = desc.id;
+        }
+        self.resubmits.pop();
+        self.in_flight += 1;
+        pass("recover-taken");
+        Ok(Token::new(id, count, chain.writable_len()).recorded(entry))
     }
 
     /// Looks for what the available chains name and `map` does not translate, until `found` returns false. Nothing is
@@ -233,6 +320,7 @@ impl PackedRing {
         mut desc: PackedDesc,
         map: &MemoryMap,
         chain: &mut Chain,
+        mut notes: Option<&mut Notes<'_>>,
     ) -> Result<(u16, u16), RingError> {
         let size = self.size();
         let mut index = self.next_avail.index;
@@ -242,6 +330,9 @@ impl PackedRing {
                 return Err(RingError::BadIndirect);
             }
             chain.push(map, desc.addr, desc.len, desc.flags & DESC_F_WRITE != 0)?;
+            if let Some(notes) = &mut notes {
+                notes.note(&desc)?;
+            }
             if desc.flags & DESC_F_NEXT == 0 {
                 return Ok((desc.id, count));
             }
@@ -274,6 +365,9 @@ impl PackedRing {
         self.held -= used.len;
         self.in_flight -= 1;
         self.unpublished += u32::from(used.len);
+        if let Some(inflight) = &mut self.inflight {
+            inflight.completed(used.entry);
+        }
         if self.in_order {
             self.join(at, used, written);
         } else {
@@ -316,7 +410,14 @@ impl PackedRing {
         if let Some(log) = &self.log {
             self.log_used(log);
         }
+        pass("publish-begins");
+        if let Some(inflight) = &mut self.inflight {
+            inflight.showing(self.next_used);
+        }
         self.layout.show(index, rest);
+        if let Some(inflight) = &mut self.inflight {
+            inflight.shown();
+        }
         if let Some(log) = &self.log {
             log.descs.wrote(u64::from(DESC_SIZE) * u64::from(index), DESC_SIZE.into());
         }
@@ -357,12 +458,15 @@ impl PackedRing {
 
     #[inline]
     pub(super) fn wants_interrupt(&mut self) -> Option<bool> {
-        if self.unsignalled == 0 {
+        if self.unsignalled == 0 && !self.overdue {
             return None;
         }
         // The used descriptors must be visible before we look at what the driver wants, or both sides miss it (2.8.22).
         fence(Ordering::SeqCst);
         let count = std::mem::take(&mut self.unsignalled);
+        if std::mem::take(&mut self.overdue) {
+            return Some(true);
+        }
         Some(self.layout.driver_event().wants(self.shown, count, self.size(), self.event_idx))
     }
 
@@ -373,7 +477,7 @@ impl PackedRing {
         // 2.8.21.3.1: look again after asking, or a chain made available in between is never heard of.
         fence(Ordering::SeqCst);
         let flags = self.layout.rest(self.next_avail.index).flags();
-        self.next_avail.is_available(flags)
+        self.next_avail.is_available(flags) || !self.resubmits.is_empty()
     }
 
     #[inline]

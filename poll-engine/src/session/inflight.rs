@@ -45,6 +45,14 @@ impl Inflight {
         Ok(())
     }
 
+    /// The device has been reset.
+    pub fn forget(&self, format: RingFormat) -> Result<(), InflightError> {
+        if let Inflight::On(memory) = self {
+            memory.forget(format)?;
+        }
+        Ok(())
+    }
+
     /// The part of queue `index`, which has a ring of this format; `None` when it goes unrecorded.
     pub fn region(&self, index: u16, format: RingFormat) -> Result<Option<QueueRegion>, InflightError> {
         match self {

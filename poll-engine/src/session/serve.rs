@@ -82,6 +82,8 @@ pub(super) struct Slot {
     pub(super) call: Option<OwnedFd>,
     pub(super) err: Option<OwnedFd>,
     pub(super) running: Option<(RunningQueue, RingConfig)>,
+    /// It has been stopped in this session: the front end knows where it stands.
+    pub(super) base_is_known: bool,
     /// A ring that the front end has not yet translated, or not again: its queue runs, but leaves it alone, or is to be
     /// started with it.
     pub(super) unmapped: Option<RingConfig>,
@@ -313,6 +315,7 @@ impl<'a> Served<'a> {
                 if let Some((queue, _)) = self.slot(index).running.take() {
                     let base = queue.stop().map_err(|e| ActionError::Queue(index, e))?;
                     self.session.stopped(index, base);
+                    self.slot(index).base_is_known = true;
                 }
                 if self.slots.iter().all(|s| s.running.is_none() && s.unmapped.is_none()) {
                     self.iommu.clear(&self.map);
@@ -330,7 +333,10 @@ impl<'a> Served<'a> {
             Action::AllocateInflight(spec) => {
                 self.reply_fd = Some(inflight::allocate(&spec)?);
             }
-            Action::SetInflight(spec, fd) => self.inflight.set(spec, fd)?,
+            Action::SetInflight(spec, fd) => {
+                self.slots.iter_mut().for_each(|slot| slot.base_is_known = false);
+                self.inflight.set(spec, fd)?;
+            }
             Action::BackendChannel(fd) => {
                 self.backend_channel = Some(fd);
                 self.iommu.channel_changed();
@@ -340,6 +346,7 @@ impl<'a> Served<'a> {
                 // What broke has been stopped before this, and is forgotten.
                 self.alarm.take();
                 self.export.device.reset();
+                self.inflight.forget(self.session.format())?;
             }
         }
         Ok(())
@@ -374,7 +381,8 @@ impl<'a> Served<'a> {
     pub(super) fn queue_parts(&mut self, index: u16, config: &RingConfig) -> Result<QueueParts, ActionError> {
         let features = self.session.features();
         let alarm = Arc::clone(&self.alarm);
-        let region = self.inflight.region(index, config.format)?;
+        let base_is_known = self.slot(index).base_is_known;
+        let region = self.inflight.region(index, config.format)?.map(|r| r.with_known_base(base_is_known));
         let size = config.checked_size().map_err(|e| ActionError::Ring(index, e))?;
         let slot = self.slot(index);
         let notifier = Notifier {

@@ -433,7 +433,8 @@ impl Session {
         self.queues.get_mut(index as usize).ok_or(Refusal::Queue { index, queues })
     }
 
-    fn format(&self) -> RingFormat {
+    /// The format of the rings.
+    pub fn format(&self) -> RingFormat {
         if self.features() & features::RING_PACKED == 0 { RingFormat::Split } else { RingFormat::Packed }
     }
 

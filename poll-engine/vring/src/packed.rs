@@ -155,6 +155,12 @@ impl Rest {
         Rest(PackedDesc { addr: 0, len: written, id, flags }.rest())
     }
 
+    /// What a descriptor at `at` looks like that is neither used nor to be read again.
+    #[inline]
+    pub fn taken(at: Position) -> Rest {
+        Rest(PackedDesc { addr: 0, len: 0, id: 0, flags: at.available() }.rest())
+    }
+
     /// `DESC_F_*`.
     #[inline]
     pub fn flags(self) -> u16 {

@@ -8,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 use kickless_tests::image::Image;
 use kickless_tests::process;
 use kickless_tests::scene::Scene;
-use poll_engine::fault_point::RECOVER;
+use poll_engine::fault_point::{PACKED, RECOVER, SPLIT};
 
 use crate::daemon::{Daemon, Killer};
 use crate::front::{BLOCKS, End, Front};
@@ -29,9 +29,10 @@ pub fn missing() -> Option<String> {
 }
 
 /// Has daemons die at each of `places`, the first time they pass it and later, and at the places of a recovery.
-pub fn at_each(scene: &Scene, places: &[&str]) -> Result<()> {
+pub fn at_each(scene: &Scene, packed: bool) -> Result<()> {
+    let places = if packed { &PACKED[..] } else { &SPLIT[..] };
     let image = Image::create(scene, "disk.img", (BLOCKS * BLOCK) as u64)?;
-    let mut front = Front::new(1);
+    let mut front = Front::new(1, packed);
     let begun = Instant::now();
     let mut deaths = 0;
     for place in places.iter().chain(&RECOVER) {

@@ -77,6 +77,10 @@ pub struct Front {
     /// Whether it asks for a record at all.
     pub tracks: bool,
     session: Option<Frontend>,
+    /// `RING_PACKED`, or nothing.
+    packed: u64,
+    /// When the first answer of this back end came.
+    pub answered: Option<Instant>,
     pub model: Model,
     random: Random,
 }
@@ -91,12 +95,14 @@ pub enum End {
 }
 
 impl Front {
-    pub fn new(seed: u64) -> Front {
+    pub fn new(seed: u64, packed: bool) -> Front {
+        let packed = if packed { features::RING_PACKED } else { 0 };
         let mut ram = Ram::new(0x10_0000, 4 << 20, false).unwrap();
         let map = Arc::clone(ram.map());
         let lanes = (0..QUEUES).map(|_| {
             let config =
-                DriverRing::lay_out(&mut ram, RING, features::INDIRECT_DESC | features::EVENT_IDX).unwrap();
+                DriverRing::lay_out(&mut ram, RING, features::INDIRECT_DESC | features::EVENT_IDX | packed)
+                    .unwrap();
             let slot = |ram: &mut Ram| Slot {
                 header: ram.alloc(64, 64).unwrap(),
                 data: ram.alloc((MAX_BLOCKS * BLOCK) as u64, 4096).unwrap(),
@@ -119,6 +125,8 @@ impl Front {
             record: None,
             tracks: true,
             session: None,
+            packed,
+            answered: None,
             model: Model::new(BLOCKS),
             random: Random(seed),
         }
@@ -127,10 +135,11 @@ impl Front {
     /// A session with the back end at `socket`, set up anew from what was kept. An error means that it is gone.
     pub fn connect(&mut self, socket: &Path) -> Result<()> {
         self.session = None;
+        self.answered = None;
         let mut front = Frontend::connect(socket, QUEUES as u64)?;
         front.set_owner()?;
         let offered = front.get_features()?;
-        let mut wanted = features::VERSION_1 | features::INDIRECT_DESC | features::EVENT_IDX;
+        let mut wanted = features::VERSION_1 | features::INDIRECT_DESC | features::EVENT_IDX | self.packed;
         wanted |= VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
         // FLUSH.
         wanted |= 1 << 9;
@@ -228,6 +237,9 @@ impl Front {
                 }
             }
         }
+        if count > 0 && self.answered.is_none() {
+            self.answered = Some(Instant::now());
+        }
         Ok(count)
     }
 
@@ -316,10 +328,15 @@ impl Front {
 }
 
 impl Lane {
-    /// Tells the back end about the queue. It has died, so all that is known is where the used ring ends.
+    /// Tells the back end about the queue. It has died, so all that is known is where the used ring ends; of a packed ring
+    /// QEMU tells what it knew last, which is where it began.
     fn start(&self, front: &mut Frontend, index: usize) -> Result<()> {
         front.set_vring_num(index, RING)?;
-        front.set_vring_base(index, self.driver.split().context("a split ring")?.used_idx())?;
+        let base = match self.driver.split() {
+            Some(ring) => ring.used_idx(),
+            None => 1 << 15,
+        };
+        front.set_vring_base(index, base)?;
         let addresses = VringConfigData {
             queue_max_size: RING,
             queue_size: RING,

@@ -18,12 +18,11 @@ use kickless_tests::random::Random;
 use kickless_tests::runner::{self, Test};
 use kickless_tests::scene::Scene;
 use model::BLOCK;
-use poll_engine::fault_point;
 
 /// How often the daemon is killed.
 fn kills() -> usize {
     let wanted = std::env::var("KICKLESS_KILLS").ok().and_then(|n| n.parse().ok());
-    wanted.unwrap_or(120)
+    wanted.unwrap_or(110)
 }
 
 fn seed() -> u64 {
@@ -34,15 +33,17 @@ fn seed() -> u64 {
 }
 
 /// Kills daemons while they come up, recover, are checked, and work.
-fn killed_at_random(scene: &Scene, kills: usize, args: &[&str]) -> Result<()> {
+fn killed_at_random(scene: &Scene, packed: bool, kills: usize, args: &[&str]) -> Result<()> {
     let seed = seed();
     let image = Image::create(scene, "disk.img", (BLOCKS * BLOCK) as u64)?;
-    let mut front = Front::new(seed);
+    let mut front = Front::new(seed, packed);
     let mut random = Random(seed ^ 0x6b69_6c6c);
     let (mut checked, mut left) = (0, 0);
+    let mut pauses = Vec::new();
     let begun = Instant::now();
     for kill in 0..kills {
         let poll = ["--poll=adaptive", "--poll=busy", "--poll=event"][random.below(3)];
+        let started = Instant::now();
         let mut daemon = Daemon::start(scene, &image, &[args, &[poll]].concat())?;
         // One in four is killed before it has got far; the others after a check of all that came before.
         let early = random.below(4) == 0;
@@ -64,6 +65,7 @@ fn killed_at_random(scene: &Scene, kills: usize, args: &[&str]) -> Result<()> {
         assert_eq!(end, End::Gone);
         killer.context("nobody to kill it")?.join();
         daemon.expect_killed()?;
+        pauses.extend(front.answered.map(|at| at.duration_since(started)));
         left += front.in_flight();
     }
     let mut daemon = Daemon::start(scene, &image, args)?;
@@ -71,6 +73,12 @@ fn killed_at_random(scene: &Scene, kills: usize, args: &[&str]) -> Result<()> {
     ensure!(front.load(|| true)? == End::Done);
     ensure!(front.check()? == End::Done);
     front.check_image(&image.read(0, BLOCKS * BLOCK)?)?;
+    pauses.sort();
+    let (fastest, median, slowest) = (pauses.first(), pauses.get(pauses.len() / 2), pauses.last());
+    println!(
+        "from the start of a daemon to its first answer: {median:?} ({fastest:?} to {slowest:?}) of {}",
+        pauses.len()
+    );
     let model = &front.model;
     println!(
         "{kills} kills in {:.1} s, {checked} of them followed by a check of everything, {:.1} requests in flight at \
@@ -92,13 +100,16 @@ type Body = fn(&Scene) -> Result<()>;
 
 const TESTS: &[(&str, Body)] = &[
     ("what_is_lost_torn_or_undone_is_found", |_| model::self_test()),
-    ("killed_at_random_split", |scene| killed_at_random(scene, kills(), &["--direct=on"])),
+    ("killed_at_random_split", |scene| killed_at_random(scene, false, kills(), &["--direct=on"])),
+    ("killed_at_random_packed", |scene| killed_at_random(scene, true, kills(), &["--direct=on"])),
     // Writes into the page cache: those that a killed daemon had begun go on in workers of the kernel.
-    ("killed_at_random_buffered", |scene| killed_at_random(scene, kills() / 4, &["--direct=off"])),
+    ("killed_at_random_buffered", |scene| killed_at_random(scene, false, kills() / 4, &["--direct=off"])),
 ];
 
-const FAULTS: &[(&str, Body)] =
-    &[("killed_between_any_two_steps_split", |scene| faults::at_each(scene, &fault_point::SPLIT))];
+const FAULTS: &[(&str, Body)] = &[
+    ("killed_between_any_two_steps_split", |scene| faults::at_each(scene, false)),
+    ("killed_between_any_two_steps_packed", |scene| faults::at_each(scene, true)),
+];
 
 fn main() -> std::process::ExitCode {
     let test = |&(name, body): &(&str, Body), needs: fn() -> Option<String>| Test {

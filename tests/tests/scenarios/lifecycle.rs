@@ -120,6 +120,11 @@ pub fn daemon_killed(scene: &Scene) -> Result<Option<String>> {
     killed(scene, false)
 }
 
+/// The same with packed rings, of which QEMU itself knows nothing but where they began.
+pub fn daemon_killed_packed(scene: &Scene) -> Result<Option<String>> {
+    killed(scene, true)
+}
+
 fn killed(scene: &Scene, packed: bool) -> Result<Option<String>> {
     if Kind::from_env() == Kind::Qsd {
         return Ok(Some("qemu-storage-daemon keeps no record of requests in flight".to_owned()));

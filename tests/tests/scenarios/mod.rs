@@ -41,6 +41,7 @@ pub const ALL: &[(&str, Scenario)] = &[
     ("disk_unplugged_under_load", lifecycle::unplug_under_load),
     ("daemon_restarted_under_load", lifecycle::daemon_restarted),
     ("daemon_killed_under_load", lifecycle::daemon_killed),
+    ("daemon_killed_under_load_packed", lifecycle::daemon_killed_packed),
     ("memory_plugged_and_unplugged_under_load", memory::hotplug),
     ("memory_in_many_regions", memory::many_regions),
     ("migrates_to_and_fro_before_its_memory", migration::pre_copy),

@@ -103,7 +103,7 @@ impl Served<'_> {
         let (stream, Partial { bytes, fds: partial_fds }) = connection.parts();
         let no_file = || io::Error::other("shared memory without a file");
         let slot = |fds: &mut Descriptors, slot: &Slot| {
-            let Slot { kick, call, err, running: _, unmapped: _ } = slot;
+            let Slot { kick, call, err, running: _, unmapped: _, base_is_known: _ } = slot;
             let (kick, call) = (fds.put_opt(kick.as_ref())?, fds.put_opt(call.as_ref())?);
             io::Result::Ok(SlotState { kick, call, err: fds.put_opt(err.as_ref())? })
         };
@@ -248,7 +248,7 @@ fn served<'a>(
     for (slot, state) in served.slots.iter_mut().zip(slots) {
         let SlotState { kick, call, err } = state;
         let (kick, call, err) = (fds.take_opt(kick)?, fds.take_opt(call)?, fds.take_opt(err)?);
-        *slot = Slot { kick, call, err, running: None, unmapped: None };
+        *slot = Slot { kick, call, err, ..Slot::default() };
     }
     served.inflight = match inflight {
         InflightState::Off => Inflight::Off,
