@@ -116,6 +116,10 @@ soak() {
     cargo build -q -p vhost-blk &&
         KICKLESS_FUZZ_SEED=$seed KICKLESS_FUZZ_SESSIONS=$sessions timeout --kill-after=10 1200 \
             cargo test -q -p kickless-tests --test hostile_front_end random || return 1
+    echo "soak: 500 hand-overs from daemon to daemon, split and packed"
+    cargo build -q -p vhost-blk || return 1
+    KICKLESS_TAKEOVERS=500 timeout --kill-after=10 1200 cargo test -q -p kickless-tests --test takeover twenty -- \
+        --nocapture --test-threads=1 || { echo "soak: hand-overs FAILED after $((SECONDS - start)) s"; return 1; }
     echo "soak: randomised tests with $cases cases each, for the rest of $minutes minutes"
     cargo test --workspace --exclude kickless-tests --exclude kickless-guest --lib --bins --tests --no-run || return 1
     while left=$((limit - (SECONDS - start))) && { [ "$left" -gt 0 ] || [ $round = 0 ]; }; do
