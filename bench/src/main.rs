@@ -92,6 +92,7 @@ enum Command {
 
 /// What to drive a back end with; names and meanings are fio's.
 #[derive(Clone, Debug, clap::Args)]
+#[allow(clippy::struct_excessive_bools)] // options
 pub struct Load {
     /// Access pattern
     #[arg(long, value_enum, default_value_t = Pattern::Randread)]
@@ -127,6 +128,12 @@ pub struct Load {
     /// Do without the event index, which is used where it is offered
     #[arg(long)]
     pub no_event_idx: bool,
+    /// Use packed rings
+    #[arg(long)]
+    pub packed: bool,
+    /// Have requests answered in order, which back ends offer that cannot help it
+    #[arg(long)]
+    pub in_order: bool,
 }
 
 /// Access patterns.

@@ -149,6 +149,8 @@ impl Spec {
             cpu: load.cpu,
             indirect: load.indirect,
             no_event_idx: load.no_event_idx,
+            packed: load.packed,
+            in_order: load.in_order,
             norandommap: true,
             spread: true,
             ..Spec::default()

@@ -89,10 +89,14 @@ impl Disk {
         format!("chr-{}", self.id)
     }
 
-    fn device(&self) -> Value {
+    /// As it is plugged into a machine whose disks have packed rings, or not.
+    fn device(&self, packed: bool) -> Value {
         let mut device = json!({ "driver": "vhost-user-blk-pci", "id": self.id, "chardev": self.chardev() });
         for (name, value) in &self.props {
             device[name] = value.clone();
+        }
+        if packed {
+            device["packed"] = true.into();
         }
         device
     }
@@ -103,6 +107,7 @@ impl Disk {
 pub struct VmBuilder {
     memory_mib: u64,
     dimms_mib: Vec<u64>,
+    packed: bool,
     cpus: u32,
     iommu: bool,
     disks: Vec<Disk>,
@@ -115,6 +120,7 @@ impl Default for VmBuilder {
     fn default() -> Self {
         Self {
             memory_mib: 384,
+            packed: false,
             dimms_mib: Vec::new(),
             cpus: 4,
             iommu: false,
@@ -198,7 +204,8 @@ impl VmBuilder {
     }
 
     /// Starts QEMU, for a guest that boots or for one that comes from elsewhere.
-    fn spawn(self, scene: &Scene, accel: Accel, incoming: bool) -> Result<Vm> {
+    fn spawn(mut self, scene: &Scene, accel: Accel, incoming: bool) -> Result<Vm> {
+        self.packed = scene.packed();
         let kernel_log = scene.fresh_log("kernel");
         // Sockets next to the log, with the same number.
         let agent_path = kernel_log.with_extension("agent");
@@ -251,7 +258,7 @@ impl VmBuilder {
         for disk in &self.disks {
             let socket = disk.socket.display();
             add("chardev", format!("socket,id={},path={socket},reconnect=1", disk.chardev()));
-            add("device", disk.device().to_string());
+            add("device", disk.device(self.packed).to_string());
         }
         args.extend(["-nodefaults", "-display", "none"].map(str::to_owned));
         args
@@ -349,7 +356,7 @@ impl Vm {
         let backend =
             json!({ "type": "socket", "data": { "addr": address, "server": false, "reconnect": 1 } });
         self.qmp.execute("chardev-add", &json!({ "id": disk.chardev(), "backend": backend }))?;
-        self.qmp.execute("device_add", &disk.device())?;
+        self.qmp.execute("device_add", &disk.device(self.builder.packed))?;
         self.wait_disk_count(before + 1)
     }
 

@@ -23,6 +23,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, bail};
 use hdrhistogram::Histogram;
 
+use poll_engine::device::features::{IN_ORDER, RING_PACKED};
+
 use crate::bare::{self, Bare};
 use crate::qemu::migration::{Migrated, Migration};
 use crate::qemu::{self, Vm};
@@ -166,11 +168,12 @@ impl Plan {
 
     /// Starts the guest, and waits until it takes loads.
     pub fn boot(&self, platform: Platform, scene: &Scene) -> Result<Box<dyn Guest>> {
+        let plan = &self.clone().without(if scene.packed() { 0 } else { RING_PACKED | IN_ORDER });
         match platform {
-            Platform::Bare => Ok(Box::new(bare::guest::boot(self)?)),
-            Platform::Microvm => Ok(Box::new(bare::guest::boot_microvm(self, scene)?)),
-            Platform::LinuxKvm => crate::linux::boot_kvm(self, scene),
-            Platform::LinuxQemu => crate::linux::boot_qemu(self, scene),
+            Platform::Bare => Ok(Box::new(bare::guest::boot(plan)?)),
+            Platform::Microvm => Ok(Box::new(bare::guest::boot_microvm(plan, scene)?)),
+            Platform::LinuxKvm => crate::linux::boot_kvm(plan, scene),
+            Platform::LinuxQemu => crate::linux::boot_qemu(plan, scene),
         }
     }
 }

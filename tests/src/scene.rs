@@ -3,6 +3,7 @@
 use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result};
 use tempfile::TempDir;
@@ -14,6 +15,7 @@ const TAIL_LINES: usize = 25;
 #[derive(Debug)]
 pub struct Scene {
     dir: TempDir,
+    packed: AtomicBool,
 }
 
 impl Scene {
@@ -24,7 +26,17 @@ impl Scene {
             dir.disable_cleanup(true);
             eprintln!("keeping {}", dir.path().display());
         }
-        Ok(Self { dir })
+        Ok(Self { dir, packed: AtomicBool::new(false) })
+    }
+
+    /// Has guests of this test drive packed rings, and rings in order, wherever they are offered.
+    pub fn use_packed(&self) {
+        self.packed.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether guests of this test drive packed rings.
+    pub fn packed(&self) -> bool {
+        self.packed.load(Ordering::Relaxed)
     }
 
     /// The path of a file in the directory.

@@ -9,10 +9,18 @@ use kickless_tests::qemu;
 use kickless_tests::runner::{self, Test};
 
 fn main() -> std::process::ExitCode {
-    let tests = scenarios::ALL.iter().map(|&(name, scenario)| Test {
+    let split = scenarios::ALL.iter().map(|&(name, scenario)| Test {
         name: name.to_owned(),
         needs: Box::new(qemu::missing_needs),
         run: Box::new(scenario),
     });
-    runner::run(tests.collect(), "KICKLESS_REQUIRE_QEMU")
+    let packed = scenarios::PACKED.iter().map(|&(name, scenario)| Test {
+        name: format!("packed::{name}"),
+        needs: Box::new(qemu::missing_needs),
+        run: Box::new(move |scene| {
+            scene.use_packed();
+            scenario(scene)
+        }),
+    });
+    runner::run(split.chain(packed).collect(), "KICKLESS_REQUIRE_QEMU")
 }

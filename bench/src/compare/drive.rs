@@ -6,6 +6,7 @@ use std::sync::Arc;
 use anyhow::{Result, anyhow};
 use serde::{Deserialize, Serialize};
 
+use super::matrix::RingKind;
 use crate::net::spec::{NetLoad, NetSpec};
 use crate::report::Summary;
 use crate::{Load, front_end, net};
@@ -117,6 +118,16 @@ impl Drive {
                 load.shared.0.0.push(("cpu", cpu.to_string()));
                 Drive::Net(load)
             }
+        }
+    }
+
+    /// The same through rings of this kind.
+    #[must_use]
+    pub fn through(&self, ring: RingKind) -> Drive {
+        let (packed, in_order) = ring.traits();
+        match self {
+            Drive::Block(load) => Drive::Block(Load { packed, in_order, ..load.clone() }),
+            Drive::Net(load) => Drive::Net(load.clone()),
         }
     }
 

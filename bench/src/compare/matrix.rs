@@ -70,12 +70,40 @@ pub struct Backend {
     pub socket2: Option<PathBuf>,
     /// Seconds from when its sockets are there until it is ready, where that is not at once.
     pub settle: Option<f64>,
+    /// The ring that it is driven through, where that is not the workload's: split, packed, split,in-order or
+    /// packed,in-order.
+    pub ring: Option<RingKind>,
     /// Environment of the command.
     #[serde(default)]
     pub env: BTreeMap<String, String>,
     /// Whether ratios are to this one; without, the first is it.
     #[serde(default)]
     pub reference: bool,
+}
+
+/// A kind of ring.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+pub enum RingKind {
+    /// Split.
+    #[serde(rename = "split")]
+    Split,
+    /// Split, with `IN_ORDER`.
+    #[serde(rename = "split,in-order")]
+    SplitInOrder,
+    /// Packed.
+    #[serde(rename = "packed")]
+    Packed,
+    /// Packed, with `IN_ORDER`.
+    #[serde(rename = "packed,in-order")]
+    PackedInOrder,
+}
+
+impl RingKind {
+    /// Whether it is packed, and whether it is in order.
+    pub fn traits(self) -> (bool, bool) {
+        let packed = matches!(self, RingKind::Packed | RingKind::PackedInOrder);
+        (packed, matches!(self, RingKind::SplitInOrder | RingKind::PackedInOrder))
+    }
 }
 
 impl FromStr for Backend {

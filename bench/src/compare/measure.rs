@@ -278,7 +278,11 @@ impl Runner<'_> {
         let device = self.places.cpus.1.first().copied().unwrap_or(0);
         let round_trip_ns = round_trip::median_ns(self.generator_cpu, device);
         let mut started = Started::new(backend, &self.places, self.interrupted)?;
-        let (drive, cpus) = self.place(&self.points[point].drive);
+        let drive = &self.points[point].drive;
+        let (drive, cpus) = match backend.ring {
+            Some(ring) => self.place(&drive.through(ring)),
+            None => self.place(drive),
+        };
         let (sockets, pid) = (started.sockets().to_owned(), started.pid());
         // The jobs' threads are started by this one, and inherit its CPUs.
         let running = spawn_on(&cpus, move || {

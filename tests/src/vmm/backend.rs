@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use poll_engine::device::features::ACCESS_PLATFORM;
 use vhost::vhost_user::message::{
     VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserInflight, VhostUserProtocolFeatures as Protocol,
     VhostUserVirtioFeatures,
@@ -329,7 +330,10 @@ fn negotiate(
     }
     // What is between the two of us, and not for the driver.
     let mut features = offered
-        & !(VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() | VhostUserVirtioFeatures::LOG_ALL.bits());
+        & !(VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits()
+            | VhostUserVirtioFeatures::LOG_ALL.bits()
+            // There is no IOMMU to translate for the back end.
+            | ACCESS_PLATFORM);
     let config = match kind {
         Kind::Block => read_config(&mut front)?,
         Kind::Net => {

@@ -10,6 +10,9 @@ use vhost::VhostUserMemoryRegionInfo;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use poll_engine::device::features::RING_PACKED;
+use poll_engine::ring::RingFormat;
+
 use super::acpi;
 use super::backend::{Backend, Kind, QueueSetup};
 use super::lock;
@@ -141,7 +144,11 @@ impl Device {
             Effect::Start => {
                 let queues: Vec<usize> =
                     (0..state.registers.queues.len()).filter(|&i| state.registers.queues[i].ready).collect();
-                self.start_queues(&mut state, &queues, |_, _| Ok(0))
+                // The lower half of a base is all that the `vhost` crate passes on, and enough where nothing is in
+                // flight.
+                let packed = state.registers.features() & RING_PACKED != 0;
+                let base = if packed { RingFormat::Packed } else { RingFormat::Split }.initial_base() as u16;
+                self.start_queues(&mut state, &queues, |_, _| Ok(base))
             }
             Effect::Reset => {
                 state.stop_queues();

@@ -9,7 +9,7 @@ use kickless_tests::bare::{Bare, program};
 use kickless_tests::image::{Image, MIB};
 use kickless_tests::process::{self, Process};
 use kickless_tests::qemu::QEMU;
-use kickless_tests::scenario::{Load, Op, Platform};
+use kickless_tests::scenario::{Load, Op, Plan, Platform};
 use kickless_tests::scene::Scene;
 use kickless_tests::wait;
 use poll_engine::device::features;
@@ -102,6 +102,16 @@ pub fn negotiation(scene: &Scene, platform: Platform) -> Result<Option<String>> 
     ensure!((known.features, known.queues) == (features::VERSION_1, 1), "{known:?}");
     one.guest.reset()?;
     one.guest.run(&Load::verified())?.expect_clean()?;
+    one.finish()?;
+    Ok(None)
+}
+
+/// A guest that drives packed rings, of a size that only they may have.
+pub fn packed(scene: &Scene, platform: Platform) -> Result<Option<String>> {
+    let mut one = OneDisk::boot_with(scene, platform, &|disk| Plan::new().disk(disk, 2).ring_size(100))?;
+    let known = one.guest.bare()?.device(0);
+    ensure!(known.features & features::RING_PACKED != 0, "features {:#x}", known.features);
+    one.guest.run(&Load::verified().requests(2000))?.expect_clean()?;
     one.finish()?;
     Ok(None)
 }

@@ -66,13 +66,44 @@ const ALL: &[(&str, Platform, Scenario)] = &[
     ("a_scenario_of_ten_lines", Microvm, ten_lines::restart),
 ];
 
+/// What is run with packed rings, too, in the machine of ours.
+const PACKED: &[(&str, Scenario)] = &[
+    ("verified_random_io_on_four_queues", blocks::four_queues),
+    ("requests_of_all_sizes", blocks::sizes),
+    ("what_is_written_is_read_back_and_is_in_the_image", blocks::two_passes),
+    ("discarded_and_zeroed_blocks_are_zeroes", blocks::discard),
+    ("direct_descriptors_and_small_rings", blocks::small_rings),
+    ("without_event_index_and_indirect_descriptors", blocks::few_features),
+    ("two_cpus_share_a_disk", blocks::two_cpus),
+    ("disk_grows_online", lifecycle::growth),
+    ("memory_comes_and_goes_under_load", lifecycle::memory),
+    ("device_reset_again_and_again", lifecycle::resets),
+    ("interrupts_are_those_the_ring_asked_for", interrupts::counted),
+    ("no_interrupts_for_a_driver_that_polls", interrupts::suppressed),
+    ("no_wake_up_is_lost_adaptive", interrupts::wake_ups_adaptive),
+    ("no_wake_up_is_lost_event", interrupts::wake_ups_event),
+    ("a_million_requests_without_a_doorbell", interrupts::doorbells),
+    ("packets_come_back", net::echo),
+    ("every_misdeed_costs_its_queue_only", tenants::misdeeds),
+    ("a_guest_that_resets_in_flight", tenants::resets),
+    ("rings_are_packed_where_the_guest_wants_it", harness::packed),
+];
+
 fn main() -> std::process::ExitCode {
-    let tests = ALL.iter().map(|&(name, platform, scenario)| Test {
+    let split = ALL.iter().map(|&(name, platform, scenario)| Test {
         name: format!("{platform}::{name}"),
         needs: Box::new(move || platform.missing_needs()),
         run: Box::new(move |scene| scenario(scene, platform)),
     });
-    runner::run(tests.collect(), "KICKLESS_REQUIRE_KVM")
+    let packed = PACKED.iter().map(|&(name, scenario)| Test {
+        name: format!("packed::{name}"),
+        needs: Box::new(move || Bare.missing_needs()),
+        run: Box::new(move |scene| {
+            scene.use_packed();
+            scenario(scene, Bare)
+        }),
+    });
+    runner::run(split.chain(packed).collect(), "KICKLESS_REQUIRE_KVM")
 }
 
 /// A guest with one disk of 64 MiB.

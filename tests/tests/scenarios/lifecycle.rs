@@ -6,6 +6,7 @@ use kickless_tests::fio::Fio;
 use kickless_tests::image::{Image, MIB};
 use kickless_tests::qemu::{Disk, Vm};
 use kickless_tests::scene::Scene;
+use serde_json::json;
 
 use super::{FIO_LIMIT, OneDisk, expect_output, populate, verify};
 
@@ -26,6 +27,25 @@ pub fn reboot(scene: &Scene) -> Result<Option<String>> {
     one.vm.check("mount /dev/vda /mnt && rm -f /mnt/load && umount /mnt")?;
     verify(&mut one.vm, "vda", &sums)?;
     one.finish()?.fsck()?;
+    Ok(None)
+}
+
+/// The machine is stopped, which has QEMU take the rings' bases, and continued, which has it give them back.
+pub fn stop_and_continue(scene: &Scene) -> Result<Option<String>> {
+    let mut one = OneDisk::new(scene)?;
+    let packed = if scene.packed() { "1" } else { "0" };
+    // VIRTIO_F_RING_PACKED is number 34.
+    expect_output(&mut one.vm, "cut -c35 /sys/block/vda/device/features", packed)?;
+    let fio = Fio::new("load", "/dev/vda").arg("rw=randrw").arg("bs=4k").jobs(4, 4);
+    fio.start_loop(&mut one.vm)?;
+    for _ in 0..5 {
+        fio.wait_busy(&mut one.vm, "vda")?;
+        one.vm.qmp(&json!({ "execute": "stop" }))?;
+        one.vm.qmp(&json!({ "execute": "cont" }))?;
+    }
+    fio.wait_busy(&mut one.vm, "vda")?;
+    fio.finish(&mut one.vm, FIO_LIMIT)?;
+    one.finish()?;
     Ok(None)
 }
 

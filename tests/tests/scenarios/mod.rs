@@ -36,6 +36,7 @@ pub const ALL: &[(&str, Scenario)] = &[
     ("viommu_and_packed_rings", iommu::packed),
     ("viommu_in_passthrough_mode", iommu::passthrough),
     ("guest_reboots", lifecycle::reboot),
+    ("machine_stopped_and_continued_under_load", lifecycle::stop_and_continue),
     ("front_end_killed_under_load", lifecycle::front_end_killed),
     ("disk_unplugged_and_plugged_again", lifecycle::replug),
     ("disk_unplugged_under_load", lifecycle::unplug_under_load),
@@ -45,6 +46,15 @@ pub const ALL: &[(&str, Scenario)] = &[
     ("memory_plugged_and_unplugged_under_load", memory::hotplug),
     ("memory_in_many_regions", memory::many_regions),
     ("migrates_to_and_fro_before_its_memory", migration::pre_copy),
+];
+
+/// Those that are run with packed rings, too.
+pub const PACKED: &[(&str, Scenario)] = &[
+    ("verified_random_io_on_four_queues", data::four_queues),
+    ("guest_reboots", lifecycle::reboot),
+    ("machine_stopped_and_continued_under_load", lifecycle::stop_and_continue),
+    ("disk_unplugged_and_plugged_again", lifecycle::replug),
+    ("memory_plugged_and_unplugged_under_load", memory::hotplug),
 ];
 
 /// How long a run of fio may take.
