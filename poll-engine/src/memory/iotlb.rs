@@ -504,6 +504,8 @@ mod tests {
         for page in [9, 4, 5] {
             ram.map().slice(at + page * PAGE, PAGE as u32).unwrap().fill(page as u8);
         }
+        assert_eq!(map.physical(0xabc_e010), Some(at + 4 * PAGE + 0x10), "what the dirty log is told");
+        assert_eq!(map.physical(0xabc_c000), None);
         let ring = map.ring_address(0xabc_d800, 2 * PAGE + 16, true).unwrap();
         let host = ring.region.host_addr();
         assert_eq!(host, ring.host.as_ptr());

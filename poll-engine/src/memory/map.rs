@@ -484,6 +484,12 @@ impl MemoryMap {
         Some(unsafe { RawSlice { host: span.host.add(offset as usize), len }.in_map(self) })
     }
 
+    /// The guest-physical address of one that chains name.
+    pub fn physical(&self, addr: u64) -> Option<u64> {
+        let span = self.span(addr, Access::READ).or_else(|| self.span(addr, Access::WRITE))?;
+        self.guest_addr(span.host.wrapping_add((addr - span.addr) as usize))
+    }
+
     /// The guest-physical address of a host address inside one of the regions, however it was found: the way back for
     /// the dirty log, which knows no other addresses.
     pub fn guest_addr(&self, host: *const u8) -> Option<u64> {

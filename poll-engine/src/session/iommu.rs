@@ -20,6 +20,7 @@ use super::serve::{ActionError, Served};
 use super::wire::{IOTLB_REPLY_LEN, iotlb, iotlb_message, iotlb_reply};
 use crate::engine::queue::MapChange;
 use crate::memory::iotlb::{Iotlb, Mapping, Miss, Misses, Revoked, inclusive};
+use crate::memory::log::QueueLog;
 use crate::memory::map::{MapHold, MemoryError, MemoryMap};
 use crate::ring::{RingConfig, RingError};
 
@@ -132,6 +133,15 @@ impl Served<'_> {
         if self.session.has_iotlb() { &self.iommu.view } else { &self.map }
     }
 
+    /// What queue `index` logs. With an IOTLB the used ring's address is I/O virtual, and the log is of physical pages.
+    pub(super) fn log_of(&self, index: u16) -> Option<QueueLog> {
+        let mut log = self.logs.of(index)?;
+        if self.session.has_iotlb() {
+            log.used = log.used.and_then(|iova| self.view().physical(iova));
+        }
+        Some(log)
+    }
+
     /// Takes a translation.
     pub(super) fn map_iova(&mut self, mapping: &Mapping) -> Result<(), ActionError> {
         let revoked = self.iommu.iotlb.update(mapping, &self.map)?;
@@ -231,7 +241,9 @@ impl Served<'_> {
         }
         self.slot(index).unmapped = None;
         let hold = MapHold::new(Arc::clone(self.view()), self.released.clone());
-        if let Some((queue, _)) = &self.slot(index).running {
+        if let Some((queue, _)) = &self.slots[usize::from(index)].running {
+            // First: the ring may be elsewhere now, and nothing is written to it yet.
+            queue.set_log(self.log_of(index), WaitGroup::new());
             queue.set_map(MapChange { hold, ring: Some(config), revoked: None, adopted: WaitGroup::new() });
             return Ok(());
         }

@@ -410,7 +410,7 @@ impl<'a> Served<'a> {
         if let Some(region) = parts.region {
             queue = queue.recover(region).map_err(|e| ActionError::Ring(index, e))?;
         }
-        queue.set_log(self.logs.of(index));
+        queue.set_log(self.log_of(index));
         let running = export.engine.run_queue(queue, parts.handler);
         self.slot(index).running = Some((running.map_err(|e| ActionError::Queue(index, e))?, config));
         Ok(())
@@ -434,7 +434,7 @@ impl<'a> Served<'a> {
         let adopted = WaitGroup::new();
         for (index, slot) in (0u16..).zip(&self.slots) {
             if let Some((queue, _)) = &slot.running {
-                queue.set_log(self.logs.of(index), adopted.clone());
+                queue.set_log(self.log_of(index), adopted.clone());
             }
         }
         adopted.wait();
