@@ -93,8 +93,20 @@ pub trait Device: Send + Sync {
     /// Makes the handler of a queue that is about to run, under the features that were negotiated.
     fn start_queue(&self, index: u16, features: u64, ring_size: u16) -> io::Result<Box<dyn QueueHandler>>;
 
-    /// Back to the state of a device nobody has driven yet. No queue runs.
+    /// The device is reset, or its front end is gone. No queue runs. A front end that keeps a copy of configuration space
+    /// (QEMU does) shows that to its guest afterwards as well, and resets at times when the guest does not know of it: what
+    /// a driver relies on in there must hold.
     fn reset(&self);
+
+    /// What the process that comes after this one if it is killed has to know of what the driver has set. It is kept in
+    /// the record of requests in flight; 0 is nothing.
+    fn memento(&self) -> u8 {
+        0
+    }
+
+    /// A queue is about to run whose record holds this [`memento`](Self::memento), of this process or an earlier one. The
+    /// front end may have written it.
+    fn recall(&self, _memento: u8) {}
 }
 
 /// The device's side of one running queue. It lives on one reactor and is never called concurrently.

@@ -52,7 +52,7 @@ impl Kept {
     }
 
     fn at(&self) -> u64 {
-        self.spec.mmap_size / u64::from(QUEUES) * u64::from(QUEUE)
+        self.spec.regions_bytes(self.config.format) / u64::from(QUEUES) * u64::from(QUEUE)
     }
 
     /// Where entry `i` lies; headers and entries are of the same size.
@@ -61,7 +61,7 @@ impl Kept {
     }
 
     fn bytes(&self) -> Vec<u8> {
-        let mut bytes = vec![0; (self.spec.mmap_size / u64::from(QUEUES)) as usize];
+        let mut bytes = vec![0; (self.spec.regions_bytes(self.config.format) / u64::from(QUEUES)) as usize];
         self.record.map().slice(self.at(), bytes.len() as u32).unwrap().read(&mut bytes);
         bytes
     }
@@ -299,7 +299,12 @@ proptest! {
 #[test]
 fn the_layout_is_that_of_the_document() {
     let mut pair = Pair::new(RingFormat::Split);
-    assert_eq!(pair.kept.spec.mmap_size, 2 * 192, "16 + 8 * 16 bytes, to the next multiple of 64");
+    assert_eq!(
+        pair.kept.spec.regions_bytes(RingFormat::Split),
+        2 * 192,
+        "16 + 8 * 16 bytes, to the next multiple of 64"
+    );
+    assert_eq!(pair.kept.spec.mmap_size, 2 * 192 + 64, "and the memento");
     let half = |pair: &Pair, at: usize| u16::from_ne_bytes(pair.kept.bytes()[at..at + 2].try_into().unwrap());
     assert_eq!([8, 10, 12, 14].map(|at| half(&pair, at)), [1, SIZE, 0, 0]);
     (0..3).for_each(|_| pair.add());

@@ -144,7 +144,11 @@ fn records_that_do_not_fit_are_refused() {
     let fds = [fd.as_raw_fd(), fd.as_raw_fd()];
     assert!(!peer.ack(32, &payload(&good), &[]));
     assert!(!peer.ack(32, &payload(&good), &fds));
-    assert!(!set(&mut peer, &InflightSpec { mmap_size: good.mmap_size - 1, ..good }, &fd));
+    assert!(!set(
+        &mut peer,
+        &InflightSpec { mmap_size: good.regions_bytes(RingFormat::Split) - 1, ..good },
+        &fd
+    ));
     assert!(!peer.ack(32, &payload(&good)[..19], &fds[..1]));
     peer.expect_alive();
 
@@ -185,7 +189,7 @@ fn a_record_of_nonsense_costs_its_queue() {
     let back = Back::start(Pacing::Adaptive);
     let mut peer = back.front();
     let (spec, fd) = get(&mut peer);
-    let region = spec.mmap_size / 2;
+    let region = spec.regions_bytes(RingFormat::Split) / 2;
     // Queue 0 gets a version from the future; queue 1 claims that descriptors are in flight that nobody made available.
     nix::sys::uio::pwrite(&fd, &7u16.to_ne_bytes(), 8).unwrap();
     nix::sys::uio::pwrite(&fd, &[1, 0, 16, 0], region as i64 + 8).unwrap();

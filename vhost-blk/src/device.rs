@@ -118,6 +118,10 @@ impl Device for BlkDevice {
         let n = from.len().min(into.len());
         into[..n].copy_from_slice(&from[..n]);
         into[n..].fill(0);
+        let writeback = (CONFIG_WRITEBACK as usize).checked_sub(offset as usize);
+        if let Some(byte) = writeback.and_then(|at| into.get_mut(at)) {
+            *byte = self.disk.tell_writeback().into();
+        }
     }
 
     fn write_config(&self, offset: u32, bytes: &[u8]) -> Result<(), ConfigRefused> {
@@ -163,13 +167,16 @@ impl Device for BlkDevice {
 
     fn start_queue(&self, index: u16, features: u64, ring_size: u16) -> io::Result<Box<dyn QueueHandler>> {
         let disk = Arc::clone(&self.disk);
-        // 5.2.5.2: the mode is the guest's to set with CONFIG_WCE; without it a driver that knows FLUSH expects a
-        // cache, and one that does not would never flush it.
-        let cache = match (features & F_CONFIG_WCE != 0, features & F_FLUSH != 0) {
-            (true, _) => Cache::AsConfigured,
-            (false, true) => Cache::Fixed(disk.default_writeback()),
-            (false, false) => Cache::Fixed(false),
+        // 5.2.5.1: a driver that does not know FLUSH never flushes; one that does expects a cache, or sets the mode if it
+        // has CONFIG_WCE as well.
+        let cache = match (features & F_FLUSH != 0, features & F_CONFIG_WCE != 0) {
+            (false, _) => Cache::Fixed(false),
+            (true, false) => Cache::Fixed(disk.default_writeback()),
+            (true, true) => Cache::AsConfigured,
         };
+        if let (Cache::AsConfigured, Storage::File(..)) = (cache, disk.storage()) {
+            disk.settle_writeback();
+        }
         let tap = self.recorder.as_ref().and_then(|r| r.tap(index));
         Ok(match disk.storage() {
             Storage::Null => Box::new(BlkQueue::new(disk, Null, tap)),
@@ -190,7 +197,15 @@ impl Device for BlkDevice {
     }
 
     fn reset(&self) {
-        self.disk.set_writeback(self.disk.default_writeback());
+        self.disk.reset_writeback();
+    }
+
+    fn memento(&self) -> u8 {
+        self.disk.mode_memento()
+    }
+
+    fn recall(&self, memento: u8) {
+        self.disk.recall_mode(memento);
     }
 }
 

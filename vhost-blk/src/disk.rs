@@ -14,6 +14,11 @@ use poll_engine::memory::Ram;
 use crate::lock::{LockError, lock, release};
 use crate::open::{FileTraits, OpenError};
 
+/// A memento of write-through: every write is durable.
+const MODE_WRITETHROUGH: u8 = 1;
+/// A memento of write-back: writes are durable after a flush.
+const MODE_WRITEBACK: u8 = 2;
+
 /// Reading or writing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {
@@ -58,9 +63,11 @@ pub struct Disk {
     read_only: bool,
     serial: String,
     limits: Limits,
-    /// The mode a reset goes back to.
+    /// The mode that was configured.
     cache_writeback: bool,
     writeback: AtomicBool,
+    /// Whether anybody knows the mode from this process.
+    mode_told: AtomicBool,
     /// For what is said of it.
     path: PathBuf,
     /// Whether the image's lock is ours.
@@ -117,6 +124,7 @@ impl Disk {
             limits,
             cache_writeback: config.writeback,
             writeback: AtomicBool::new(config.writeback),
+            mode_told: AtomicBool::new(false),
             path: config.path.clone(),
             locked: Mutex::new(!config.incoming),
         }
@@ -203,6 +211,12 @@ impl Disk {
         self.writeback.load(Ordering::Relaxed)
     }
 
+    /// The mode, for somebody who will rely on it.
+    pub fn tell_writeback(&self) -> bool {
+        self.mode_told.store(true, Ordering::Relaxed);
+        self.writeback()
+    }
+
     /// Whether the write cache is on to begin with.
     pub fn default_writeback(&self) -> bool {
         self.cache_writeback
@@ -211,6 +225,40 @@ impl Disk {
     /// The guest turns the write cache on or off.
     pub fn set_writeback(&self, on: bool) {
         self.writeback.store(on, Ordering::Relaxed);
+        self.mode_told.store(true, Ordering::Relaxed);
+    }
+
+    /// A reset turns the cache off if it was so to begin with, and never on. Virtio 1.3, 5.2.5: "The cache mode after reset
+    /// can be either writeback or writethrough", and a driver reads it. But QEMU answers from what it has read or written
+    /// last, also after a reset, and resets us when its machine is only stopped: a guest that believes the cache is off
+    /// does not flush.
+    pub fn reset_writeback(&self) {
+        self.writeback.fetch_and(self.cache_writeback, Ordering::Relaxed);
+    }
+
+    /// A queue is about to run that keeps to the mode. Whoever was never told it by us knows it from an earlier process,
+    /// and may have turned the cache off there.
+    pub fn settle_writeback(&self) {
+        if !self.mode_told.swap(true, Ordering::Relaxed) && self.writeback.swap(false, Ordering::Relaxed) {
+            info!(
+                "{}: its front end knows the write-cache mode from an earlier process; going on with write-through",
+                self.path.display()
+            );
+        }
+    }
+
+    /// The mode as the next process is to find it.
+    pub fn mode_memento(&self) -> u8 {
+        if self.writeback() { MODE_WRITEBACK } else { MODE_WRITETHROUGH }
+    }
+
+    /// The mode as another process has left it. It turns the cache on only when nothing better is known.
+    pub fn recall_mode(&self, memento: u8) {
+        match memento {
+            MODE_WRITETHROUGH => self.set_writeback(false),
+            MODE_WRITEBACK if !self.mode_told.load(Ordering::Relaxed) => self.set_writeback(true),
+            _ => {}
+        }
     }
 
     /// Goes on with the size and the write cache that a guest has seen of the same disk in another process. A file that

@@ -61,6 +61,18 @@ impl Inflight {
             Inflight::Lost => Err(InflightError::Lost),
         }
     }
+
+    /// What the device's process has left in there.
+    pub fn memento(&self, format: RingFormat) -> u8 {
+        if let Inflight::On(memory) = self { memory.memento(format) } else { 0 }
+    }
+
+    /// Leaves it to the next.
+    pub fn set_memento(&self, format: RingFormat, memento: u8) {
+        if let Inflight::On(memory) = self {
+            memory.set_memento(format, memento);
+        }
+    }
 }
 
 /// Memory for a new record: a file of zeros that nobody can make shorter.

@@ -341,7 +341,11 @@ impl<'a> Served<'a> {
                 self.backend_channel = Some(fd);
                 self.iommu.channel_changed();
             }
-            Action::WriteConfig(offset, bytes) => self.export.device.write_config(offset, &bytes)?,
+            Action::WriteConfig(offset, bytes) => {
+                let device = &self.export.device;
+                device.write_config(offset, &bytes)?;
+                self.inflight.set_memento(self.session.format(), device.memento());
+            }
             Action::ResetDevice => {
                 // What broke has been stopped before this, and is forgotten.
                 self.alarm.take();
@@ -391,7 +395,10 @@ impl<'a> Served<'a> {
             err: copy_of(index, slot.err.as_ref())?,
             alarm: Some(alarm),
         };
-        let handler = self.export.device.start_queue(index, features, size);
+        let device = &self.export.device;
+        device.recall(self.inflight.memento(config.format));
+        let handler = device.start_queue(index, features, size);
+        self.inflight.set_memento(config.format, device.memento());
         Ok(QueueParts { notifier, region, handler: handler.map_err(|e| ActionError::Queue(index, e))? })
     }
 

@@ -407,7 +407,7 @@ impl Session {
             }
             Request::SetInflightFd(spec) => {
                 let fd = one(fds)?;
-                if self.checked(spec)?.sized(self.format()).mmap_size > spec.mmap_size {
+                if self.checked(spec)?.regions_bytes(self.format()) > spec.mmap_size {
                     return Err(Refusal::OutOfRange("the size of the in-flight record"));
                 }
                 // Whatever runs has its record elsewhere: it begins anew with this one.
