@@ -30,6 +30,9 @@ use crate::memory::map::MemoryMap;
 /// How many chains are looked ahead for: as many as a queue takes in a round.
 const LOOK_AHEAD: u16 = 16;
 
+/// Descriptors in a cache line.
+const DESCS_A_LINE: usize = 4;
+
 /// The running device side of a packed ring.
 #[derive(Debug)]
 #[allow(clippy::struct_excessive_bools)] // each of its own meaning
@@ -42,6 +45,10 @@ pub struct PackedRing {
     next_avail: Position,
     /// Chains known to be available from there on.
     ready: u16,
+    /// The first descriptors of the chains that were found available together, how many chains and descriptors.
+    heads: [u16; LOOK_AHEAD as usize],
+    found: u16,
+    found_descs: u16,
     /// Where the next used descriptor belongs.
     next_used: Position,
     /// Descriptors from `next_used` to `next_avail`: those of chains taken and not completed.
@@ -106,6 +113,9 @@ impl PackedRing {
             in_order: config.in_order,
             next_avail,
             ready: 0,
+            heads: [0; LOOK_AHEAD as usize],
+            found: 0,
+            found_descs: 0,
             next_used,
             held: held as u16,
             in_flight: 0,
@@ -186,25 +196,28 @@ impl PackedRing {
         }
         let size = self.size();
         let mut at = self.next_avail;
-        while self.ready < LOOK_AHEAD {
+        let (mut found, mut descs) = (0, 0);
+        for head in &mut self.heads {
             let mut flags = self.layout.rest(at.index).flags();
             if !at.is_available(flags) {
                 break;
             }
-            self.ready += 1;
-            let mut len = 1;
-            // 2.8.6: a list is available as a whole. One that is too long ends the look; `take` finds it.
-            while flags & DESC_F_NEXT != 0 {
-                if len == size {
-                    return self.ready;
-                }
-                len += 1;
-                at = at.advance(1, size);
-                flags = self.layout.rest(at.index).flags();
-            }
+            *head = at.index;
+            found += 1;
+            descs += 1;
             at = at.advance(1, size);
+            // 2.8.6: a list is available as a whole. One that is too long ends the look; `take` finds it.
+            while flags & DESC_F_NEXT != 0 && descs < size {
+                flags = self.layout.rest(at.index).flags();
+                descs += 1;
+                at = at.advance(1, size);
+            }
+            if descs >= size {
+                break;
+            }
         }
-        self.ready
+        (self.ready, self.found, self.found_descs) = (found, found, descs);
+        found
     }
 
     #[inline]
@@ -213,21 +226,18 @@ impl PackedRing {
         if count < 2 || !self.resubmits.is_empty() {
             return;
         }
+        // Used descriptors will be written over these, once the first of them is complete; the driver waits for that.
         let size = self.size();
-        let mut at = self.next_avail;
-        for _ in 0..count {
-            // The guest's values are used as hints only; `take` reads and checks them again.
-            let mut desc = self.layout.desc(at.index);
-            if let Some(first) = map.slice(desc.addr, DESC_SIZE) {
-                first.prefetch();
+        for i in (0..self.found_descs).step_by(DESCS_A_LINE) {
+            self.layout.prefetch_write(self.next_used.advance(i.min(size), size).index);
+        }
+        let from = usize::from(self.found - self.ready);
+        for &head in self.heads.iter().skip(from).take(count.into()) {
+            // The guest's values are used as hints only; `take` reads and checks them again. To be written: drivers have
+            // what a device answers beside what it is asked.
+            if let Some(first) = map.slice(self.layout.addr(head), DESC_SIZE) {
+                first.prefetch_write();
             }
-            let mut len = 1;
-            while desc.flags & DESC_F_NEXT != 0 && len < size {
-                len += 1;
-                at = at.advance(1, size);
-                desc = self.layout.desc(at.index);
-            }
-            at = at.advance(1, size);
         }
     }
 

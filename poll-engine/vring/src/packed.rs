@@ -13,7 +13,7 @@
 use core::ptr::NonNull;
 use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
-use crate::layout::{DESC_F_WRITE, prefetch};
+use crate::layout::{DESC_F_WRITE, prefetch_write};
 
 /// `VIRTQ_DESC_F_AVAIL`: available when it matches the driver's wrap counter and [`DESC_F_USED`] does not.
 pub const DESC_F_AVAIL: u16 = 1 << 7;
@@ -322,10 +322,16 @@ impl PackedLayout {
         self.halves(index).1.store(rest.0.to_le(), Ordering::Release);
     }
 
-    /// Asks the CPU to fetch a descriptor.
+    /// The address in a descriptor, as a hint of what will be read.
     #[inline]
-    pub fn prefetch(&self, index: u16) {
-        prefetch(core::ptr::from_ref(self.halves(index).0).cast());
+    pub fn addr(&self, index: u16) -> u64 {
+        u64::from_le(self.halves(index).0.load(Ordering::Relaxed))
+    }
+
+    /// Asks the CPU to fetch a descriptor, to be written.
+    #[inline]
+    pub fn prefetch_write(&self, index: u16) {
+        prefetch_write(core::ptr::from_ref(self.halves(index).0).cast());
     }
 
     #[inline]
