@@ -8,7 +8,7 @@ use vring::driver::{Buffer, DriverRing};
 
 use crate::arena::{Arena, Piece};
 use crate::cpu;
-use crate::transport::Transport;
+use crate::transport::{Place, Transport};
 
 const SECTOR: u64 = 512;
 const STATUS_OK: u8 = 0;
@@ -62,6 +62,9 @@ const STATUS: usize = 128;
 /// requests in flight meet, and what a read must find is always known.
 pub struct BlockLane {
     ring: DriverRing,
+    place: Place,
+    /// Requests that had been issued at the last reset of the queue.
+    reset_at: u64,
     transport: Transport,
     order: Order,
     slots: Vec<Slot>,
@@ -83,7 +86,7 @@ pub struct BlockLane {
 impl BlockLane {
     /// Prepares lane `index` of the order. The ring comes back by [`BlockLane::end`].
     pub fn new(
-        ring: DriverRing,
+        (ring, place): (DriverRing, Place),
         transport: Transport,
         features: u64,
         order: &Order,
@@ -91,6 +94,9 @@ impl BlockLane {
         arena: &mut Arena,
         (device, queue): (u32, u32),
     ) -> Result<BlockLane, u32> {
+        if order.reset_every != 0 && !Transport::has_ring_reset(features) {
+            return Err(failure::FEATURES);
+        }
         let size = usize::from(ring.size());
         let indirect = order.indirect != 0 && Transport::has_indirect(features);
         let per_request = if indirect { 1 } else { 3 };
@@ -109,6 +115,8 @@ impl BlockLane {
         let verified = if order.verify == verify::STAMPS { blocks_each as usize * depth } else { 0 };
         Ok(BlockLane {
             ring,
+            place,
+            reset_at: 0,
             transport,
             order: *order,
             free: (0..depth as u16).rev().collect(),
@@ -173,7 +181,38 @@ impl BlockLane {
             self.transport.notify(self.report.queue);
             self.report.kicks += 1;
         }
+        let every = u64::from(self.order.reset_every);
+        if issued && every != 0 && self.issued - self.reset_at >= every {
+            completed += self.reset();
+        }
         (issued || completed != 0).then_some(completed)
+    }
+
+    /// Resets the queue with requests in flight, and goes on with what the device had not taken. The number of completions.
+    fn reset(&mut self) -> u64 {
+        let queue = self.report.queue;
+        self.reset_at = self.issued;
+        self.transport.reset_queue(queue);
+        let mut open = vec![true; self.slots.len()];
+        let mut drained = 0;
+        let now = cpu::ticks();
+        while let Some((head, _)) = self.ring.collect() {
+            self.complete(self.by_head[usize::from(head)], now);
+            drained += 1;
+        }
+        self.free.iter().for_each(|&slot| open[usize::from(slot)] = false);
+        self.ring = self.transport.restart_queue(queue, &self.place);
+        self.begin();
+        self.report.resets += 1;
+        self.report.drained += drained;
+        for slot in (0..self.slots.len() as u16).filter(|&slot| open[usize::from(slot)]) {
+            self.report.untaken += 1;
+            self.submit(slot);
+        }
+        if self.ring.publish() {
+            self.transport.notify(queue);
+        }
+        drained
     }
 
     fn next_random(&mut self) -> u64 {
@@ -213,27 +252,35 @@ impl BlockLane {
         slot.control.put(HEADER + 4, 0u32);
         slot.control.put(HEADER + 8, if op == op::FLUSH { 0 } else { sector.to_le() });
         slot.control.put(STATUS, 0xffu8);
-        let len = match op {
-            op::FLUSH => 0,
-            op::DISCARD | op::WRITE_ZEROES => {
-                slot.data.put(0, sector.to_le());
-                slot.data.put(8, (self.order.block_size / SECTOR as u32).to_le());
-                slot.data.put(12, 0u32);
-                16
-            }
-            _ => self.order.block_size,
-        };
+        if matches!(op, op::DISCARD | op::WRITE_ZEROES) {
+            slot.data.put(0, sector.to_le());
+            slot.data.put(8, (self.order.block_size / SECTOR as u32).to_le());
+            slot.data.put(12, 0u32);
+        }
         if op == op::WRITE {
             self.writes_since_flush += 1;
             if self.order.verify == verify::STAMPS {
                 let generation = &mut self.generations[block as usize];
                 *generation = generation.checked_add(1).unwrap_or(1);
-                stamp(&slot.data, len, sector, self.order.seed, *generation);
+                stamp(&slot.data, self.order.block_size, sector, self.order.seed, *generation);
             }
         } else if op == op::READ && self.order.verify != verify::NONE {
             // What is found must come from the disk, not from an earlier request.
             slot.data.put(0, !0u64);
         }
+        self.submit(index);
+        self.issued += 1;
+    }
+
+    /// Puts a slot's request on the ring.
+    fn submit(&mut self, index: u16) {
+        let slot = &mut self.slots[usize::from(index)];
+        let op = slot.op;
+        let len = match op {
+            op::FLUSH => 0,
+            op::DISCARD | op::WRITE_ZEROES => 16,
+            _ => self.order.block_size,
+        };
         let at = |offset: usize| slot.control.address() + offset as u64;
         let mut buffers = [
             Buffer { addr: at(HEADER), len: 16, writable: false },
@@ -253,7 +300,6 @@ impl BlockLane {
         };
         let head = head.expect("slots are as many as the ring has room for");
         self.by_head[usize::from(head)] = index;
-        self.issued += 1;
     }
 
     fn complete(&mut self, index: u16, now: u64) {

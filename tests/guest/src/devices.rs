@@ -9,7 +9,7 @@ use crate::arena::Arena;
 use crate::cpu::{self, Counters, LINES};
 use crate::mailbox::Inbox;
 use crate::misbehave::misbehave;
-use crate::transport::{CONFIG_CHANGE, Transport};
+use crate::transport::{CONFIG_CHANGE, Place, Transport};
 
 /// Virtio device type of a network card.
 pub const NET: u32 = 1;
@@ -22,6 +22,8 @@ pub struct Device {
     pub info: DeviceInfo,
     /// The rings that run, by queue; those under load are elsewhere meanwhile.
     pub rings: Vec<DriverRing>,
+    /// Where they lie.
+    pub places: Vec<Place>,
     /// The order by which it was attached.
     pub attached: Order,
 }
@@ -45,7 +47,8 @@ impl Devices {
         let device = |(base, line)| {
             let (transport, id) = Transport::probe(base, line)?;
             let info = DeviceInfo { id, config: transport.config(), ..DeviceInfo::default() };
-            Some(Device { transport, info, rings: Vec::new(), attached: Order::default() })
+            let (rings, places) = (Vec::new(), Vec::new());
+            Some(Device { transport, info, rings, places, attached: Order::default() })
         };
         Devices(places.filter(|&(_, line)| line < LINES).filter_map(device).take(MAX_DEVICES).collect())
     }
@@ -141,7 +144,8 @@ impl Device {
         self.info.features = self.transport.negotiate(order.features)?;
         self.info.config = self.transport.config();
         self.route(cpus);
-        self.rings = self.transport.start(self.info.features, order.queues, order.ring_size, &mut arena)?;
+        let started = self.transport.start(self.info.features, order.queues, order.ring_size, &mut arena)?;
+        (self.rings, self.places) = started.into_iter().unzip();
         self.info.queues = self.rings.len() as u32;
         Ok(())
     }

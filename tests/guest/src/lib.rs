@@ -173,6 +173,9 @@ pub struct Order {
     pub samples_each: u32,
     /// One of [`misdeed`].
     pub misdeed: u32,
+    /// Not 0: after so many requests a queue is reset, with others in flight, set up anew, and those that the device had
+    /// not taken are submitted again.
+    pub reset_every: u32,
 }
 
 /// Why an order was not carried out: [`Report::failure`].
@@ -219,6 +222,12 @@ pub struct LaneReport {
     pub samples: u64,
     /// First sector (or packet) with an error or a mismatch.
     pub first_bad: u64,
+    /// Resets of the queue.
+    pub resets: u64,
+    /// Requests that were finished between the begin and the end of a reset.
+    pub drained: u64,
+    /// Requests that a reset found not taken.
+    pub untaken: u64,
 }
 
 /// What has come of an order.

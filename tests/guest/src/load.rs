@@ -241,6 +241,7 @@ fn prepare(
             // Each queue has a part of the disk to itself.
             let own = Order { offset: order.offset + u64::from(queue) * order.span, ..*order };
             let who = (index as u32, queue);
+            let ring = (ring, device.places[queue as usize]);
             Lane::Block(BlockLane::new(ring, transport, info.features, &own, number, arena, who)?)
         } else {
             let transmit = rings.next().ok_or(failure::QUEUE)?;

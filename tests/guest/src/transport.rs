@@ -7,7 +7,7 @@ use vring::driver::{DriverRing, Layout, Negotiated};
 use vring::layout::{RingFormat, SplitLayout};
 use vring::packed::PackedLayout;
 
-use crate::arena::Arena;
+use crate::arena::{Arena, Piece};
 use crate::cpu::{mmio_read, mmio_write};
 
 const MAGIC: usize = 0x000;
@@ -28,6 +28,7 @@ const STATUS: usize = 0x070;
 const QUEUE_DESC: usize = 0x080;
 const QUEUE_DRIVER: usize = 0x090;
 const QUEUE_DEVICE: usize = 0x0a0;
+const QUEUE_RESET: usize = 0x0c0;
 const CONFIG_GENERATION: usize = 0x0fc;
 const CONFIG: usize = 0x100;
 
@@ -42,6 +43,7 @@ const F_EVENT_IDX: u64 = 1 << 29;
 const F_VERSION_1: u64 = 1 << 32;
 const F_RING_PACKED: u64 = 1 << 34;
 const F_IN_ORDER: u64 = 1 << 35;
+const F_RING_RESET: u64 = 1 << 40;
 
 /// `InterruptStatus`: the configuration has changed.
 pub const CONFIG_CHANGE: u32 = 2;
@@ -52,6 +54,15 @@ pub struct Transport {
     base: usize,
     /// Its line at the I/O APIC.
     pub line: u32,
+}
+
+/// Memory of a ring, and what its queue is set up with.
+#[derive(Clone, Copy)]
+pub struct Place {
+    parts: [Piece; 3],
+    size: u16,
+    format: RingFormat,
+    negotiated: Negotiated,
 }
 
 impl Transport {
@@ -112,7 +123,7 @@ impl Transport {
         queues: u32,
         ring_size: u32,
         arena: &mut Arena,
-    ) -> Result<Vec<DriverRing>, u32> {
+    ) -> Result<Vec<(DriverRing, Place)>, u32> {
         let format = if features & F_RING_PACKED == 0 { RingFormat::Split } else { RingFormat::Packed };
         if !format.allows_size(ring_size) {
             return Err(failure::ORDER);
@@ -126,29 +137,12 @@ impl Transport {
             }
             let size = ring_size.min(most).min(1 << 15) as u16;
             let (desc, driver, device) = format.bytes(size);
-            let mut part = |len: u64| {
-                let piece = arena.take(len as usize, 4096).ok_or(failure::MEMORY)?;
-                piece.clear();
-                Ok::<_, u32>(piece)
-            };
-            let (desc, driver, device) = (part(desc)?, part(driver)?, part(device)?);
-            self.write(QUEUE_NUM, u32::from(size));
-            self.write_wide(QUEUE_DESC, desc.address());
-            self.write_wide(QUEUE_DRIVER, driver.address());
-            self.write_wide(QUEUE_DEVICE, device.address());
-            self.write(QUEUE_READY, 1);
-            // SAFETY: the pieces are as long as the parts and at pages of their own; they stay ours as long as the
-            // device is attached, since the harness gives every order an arena of its own.
-            let layout = unsafe {
-                let (desc, driver, device) = (desc.pointer(), driver.pointer(), device.pointer());
-                match format {
-                    RingFormat::Split => Layout::Split(SplitLayout::at(desc, driver, device, size)),
-                    RingFormat::Packed => Layout::Packed(PackedLayout::at(desc, driver, device, size)),
-                }
-            };
+            let mut part = |len: u64| arena.take(len as usize, 4096).ok_or(failure::MEMORY);
+            let parts = [part(desc)?, part(driver)?, part(device)?];
             let negotiated =
                 Negotiated { event_idx: features & F_EVENT_IDX != 0, in_order: features & F_IN_ORDER != 0 };
-            rings.push(DriverRing::new(layout, format.initial_base(), negotiated));
+            let place = Place { parts, size, format, negotiated };
+            rings.push((self.set_up(index, &place), place));
         }
         self.write(STATUS, ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK);
         let ready = self.read(STATUS);
@@ -156,6 +150,51 @@ impl Transport {
             return Err(failure::NEEDS_RESET);
         }
         if rings.is_empty() { Err(failure::QUEUE) } else { Ok(rings) }
+    }
+
+    /// An empty ring at `place`, told to the device (4.2.3.2).
+    fn set_up(&self, index: u32, place: &Place) -> DriverRing {
+        let Place { parts, size, format, negotiated } = *place;
+        parts.iter().for_each(Piece::clear);
+        let [desc, driver, device] = parts;
+        self.write(QUEUE_SEL, index);
+        self.write(QUEUE_NUM, u32::from(size));
+        self.write_wide(QUEUE_DESC, desc.address());
+        self.write_wide(QUEUE_DRIVER, driver.address());
+        self.write_wide(QUEUE_DEVICE, device.address());
+        self.write(QUEUE_READY, 1);
+        // SAFETY: the pieces are as long as the parts and at pages of their own; they stay ours as long as the
+        // device is attached, since the harness gives every order an arena of its own.
+        let layout = unsafe {
+            let (desc, driver, device) = (desc.pointer(), driver.pointer(), device.pointer());
+            match format {
+                RingFormat::Split => Layout::Split(SplitLayout::at(desc, driver, device, size)),
+                RingFormat::Packed => Layout::Packed(PackedLayout::at(desc, driver, device, size)),
+            }
+        };
+        DriverRing::new(layout, format.initial_base(), negotiated)
+    }
+
+    /// Resets one queue and waits until it is (2.6.1). What was used before that can be collected from the ring's memory.
+    pub fn reset_queue(&self, index: u32) {
+        self.write(QUEUE_SEL, index);
+        self.write(QUEUE_RESET, 1);
+        while self.read(QUEUE_RESET) != 0 {
+            core::hint::spin_loop();
+        }
+        assert!(self.read(QUEUE_READY) == 0, "a queue that was reset is ready");
+    }
+
+    /// Sets a queue up again after [`reset_queue`](Self::reset_queue).
+    pub fn restart_queue(&self, index: u32, place: &Place) -> DriverRing {
+        let ring = self.set_up(index, place);
+        assert!(self.read(STATUS) & NEEDS_RESET == 0, "a queue does not start again");
+        ring
+    }
+
+    /// Whether queues can be reset alone.
+    pub fn has_ring_reset(features: u64) -> bool {
+        features & F_RING_RESET != 0
     }
 
     /// Whether indirect descriptors are among the features.

@@ -195,19 +195,24 @@ impl Backend {
         self.front.set_inflight_fd(spec, file.as_raw_fd())
     }
 
-    /// Starts queues: `(index, setup, host address of a guest address, first available index)`.
-    pub fn start(
-        &mut self,
-        features: u64,
-        queues: &[(usize, QueueSetup, u16)],
-        host: impl Fn(u64) -> Result<u64>,
-    ) -> Result<()> {
-        let largest = queues.iter().map(|(_, setup, _)| setup.size).max().unwrap_or_default();
+    /// Agrees on features, and on the record for queues of at most `ring_size` descriptors, before the first starts.
+    pub fn begin(&mut self, features: u64, ring_size: u16) -> Result<()> {
         let stream = self.stream.try_clone()?;
         within(&stream, || {
             self.front
                 .set_features(features & self.offered | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits())?;
-            self.record(largest)?;
+            Ok(self.record(ring_size)?)
+        })
+    }
+
+    /// Starts queues: `(index, setup, host address of a guest address, first available index)`.
+    pub fn start(
+        &mut self,
+        queues: &[(usize, QueueSetup, u16)],
+        host: impl Fn(u64) -> Result<u64>,
+    ) -> Result<()> {
+        let stream = self.stream.try_clone()?;
+        within(&stream, || {
             for &(index, setup, base) in queues {
                 self.front.set_vring_num(index, setup.size)?;
                 self.front.set_vring_base(index, base)?;

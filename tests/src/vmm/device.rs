@@ -144,12 +144,13 @@ impl Device {
             Effect::Start => {
                 let queues: Vec<usize> =
                     (0..state.registers.queues.len()).filter(|&i| state.registers.queues[i].ready).collect();
-                // The lower half of a base is all that the `vhost` crate passes on, and enough where nothing is in
-                // flight.
-                let packed = state.registers.features() & RING_PACKED != 0;
-                let base = if packed { RingFormat::Packed } else { RingFormat::Split }.initial_base() as u16;
-                self.start_queues(&mut state, &queues, |_, _| Ok(base))
+                self.start_anew(&mut state, &queues)
             }
+            Effect::ResetQueue(index) => {
+                state.running.retain(|&i| i != index);
+                state.backend.stop(index).map(|_| ())
+            }
+            Effect::StartQueue(index) => self.start_anew(&mut state, &[index]),
             Effect::Reset => {
                 state.stop_queues();
                 state.backend.forget();
@@ -164,6 +165,15 @@ impl Device {
         state.note(result);
     }
 
+    /// Starts queues from the beginning of their rings.
+    fn start_anew(&self, state: &mut State, queues: &[usize]) -> Result<()> {
+        // The lower half of a base is all that the `vhost` crate passes on, and enough where nothing is in flight.
+        let packed = state.registers.features() & RING_PACKED != 0;
+        let base = if packed { RingFormat::Packed } else { RingFormat::Split }.initial_base() as u16;
+        self.start_queues(state, queues, |_, _| Ok(base))
+    }
+
+    /// Starts queues: the first of a device, or one that was reset beside others that run.
     fn start_queues(
         &self,
         state: &mut State,
@@ -180,9 +190,12 @@ impl Device {
             let host = memory.map().get_host_address(GuestAddress(address));
             Ok(host.with_context(|| format!("a ring at {address:#x}"))? as u64)
         };
-        let features = state.registers.features();
-        state.backend.start(features, &setups, host)?;
-        state.running = queues.to_vec();
+        if state.running.is_empty() {
+            let largest = setups.iter().map(|(_, setup, _)| setup.size).max().unwrap_or_default();
+            state.backend.begin(state.registers.features(), largest)?;
+        }
+        state.backend.start(&setups, host)?;
+        state.running.extend(queues);
         Ok(())
     }
 

@@ -1,11 +1,16 @@
 //! The registers of a virtio-mmio device, version 2 (virtio 1.3, 4.2.2), as a state machine without I/O.
 
+use poll_engine::device::features::RING_RESET;
+
 use super::backend::QueueSetup;
 
 /// Bytes of address space a device takes.
 pub const SIZE: u64 = 0x1000;
 /// Offset of `QueueNotify`, which KVM watches by itself.
 pub const QUEUE_NOTIFY: u64 = 0x050;
+const QUEUE_READY: u64 = 0x044;
+/// `QueueReset`: reads as 0, for the queue has been reset when the write is over.
+const QUEUE_RESET: u64 = 0x0c0;
 const CONFIG: u64 = 0x100;
 
 const MAGIC: u32 = 0x7472_6976;
@@ -39,6 +44,10 @@ pub enum Effect {
     Start,
     /// Status 0 was written: stop everything.
     Reset,
+    /// `QueueReset` was written: stop this queue (2.6.1).
+    ResetQueue(usize),
+    /// A queue that was reset is ready again, in a device that runs.
+    StartQueue(usize),
     /// `QueueNotify` was written and KVM did not catch it.
     Notify(u32),
     /// The configuration space was written.
@@ -120,7 +129,7 @@ impl Registers {
             0x00c => VENDOR,
             0x010 => Self::half(self.offered, self.device_features_sel),
             0x034 => self.queue().map_or(0, |_| u32::from(self.max_size)),
-            0x044 => self.queue().map_or(0, |queue| u32::from(queue.ready)),
+            QUEUE_READY => self.queue().map_or(0, |queue| u32::from(queue.ready)),
             0x060 => self.interrupts | if self.is_running() { INT_VRING } else { 0 },
             0x070 => self.status,
             0x0fc => self.generation,
@@ -148,6 +157,20 @@ impl Registers {
             QUEUE_NOTIFY => return Effect::Notify(value),
             0x064 => self.interrupts &= !value,
             0x070 => return self.set_status(value),
+            QUEUE_RESET if value == 1 && self.features() & RING_RESET != 0 => {
+                let index = self.queue_sel as usize;
+                if let Some(queue) = self.queues.get_mut(index) {
+                    *queue = Queue::default();
+                    return Effect::ResetQueue(index);
+                }
+            }
+            QUEUE_READY => {
+                let was_ready = self.queue().is_none_or(|queue| queue.ready);
+                self.set_queue(offset, value);
+                if !was_ready && value & 1 != 0 && self.is_running() {
+                    return Effect::StartQueue(self.queue_sel as usize);
+                }
+            }
             _ => self.set_queue(offset, value),
         }
         Effect::None
@@ -178,7 +201,7 @@ impl Registers {
         let setup = &mut queue.setup;
         match offset {
             0x038 if value <= max => setup.size = value as u16,
-            0x044 => queue.ready = value & 1 != 0,
+            QUEUE_READY => queue.ready = value & 1 != 0,
             0x080 => setup.desc = low(setup.desc),
             0x084 => setup.desc = high(setup.desc),
             0x090 => setup.driver = low(setup.driver),

@@ -1,6 +1,10 @@
 //! What changes while the guest runs.
 
+use std::time::Duration;
+
 use anyhow::{Result, ensure};
+use kickless_guest::{LaneReport, Order, kind, misdeed, op, verify, wait};
+use kickless_tests::bare::{Bare, lanes};
 use kickless_tests::daemon::Options;
 use kickless_tests::image::MIB;
 use kickless_tests::scenario::{Expect, Load, Op, Platform};
@@ -54,6 +58,62 @@ pub fn resets(scene: &Scene, platform: Platform) -> Result<Option<String>> {
         one.guest.run(&Load::verified().requests(50).seed(seed))?.expect_clean()?;
         one.guest.reset()?;
     }
+    one.finish()?;
+    Ok(None)
+}
+
+/// Queues are reset one by one through their registers, with requests in flight; each goes on with what the device had
+/// not taken, and everything read is what was written.
+pub fn queue_resets(scene: &Scene, platform: Platform) -> Result<Option<String>> {
+    let mut one = OneDisk::boot(scene, platform, 3)?;
+    let order = Order {
+        op: op::MIX,
+        verify: verify::STAMPS,
+        wait: wait::SLEEP,
+        block_size: 4096,
+        write_percent: 50,
+        random: 1,
+        depth: 32,
+        indirect: 1,
+        requests: 4000,
+        span: 4 * MIB,
+        seed: 9,
+        reset_every: 100,
+        ..Bare::blank(kind::BLOCK, 1)
+    };
+    let report = one.guest.bare()?.order(&order, Duration::from_secs(60))?;
+    let lanes = lanes(&report);
+    ensure!(lanes.len() == 3, "{} queues", lanes.len());
+    for lane in lanes {
+        ensure!(lane.requests == 4000 && lane.errors + lane.mismatches == 0, "{lane:?}");
+        ensure!(lane.resets >= 30 && lane.drained > lane.resets, "nothing in flight: {lane:?}");
+    }
+    let sum = |of: fn(&LaneReport) -> u64| lanes.iter().map(of).sum::<u64>();
+    println!(
+        "{} resets, {} requests finished by them, {} not taken before",
+        sum(|l| l.resets),
+        sum(|l| l.drained),
+        sum(|l| l.untaken)
+    );
+    one.guest.run(&Load::verified())?.expect_clean()?;
+    ensure!(one.daemon.stats()?.errors() == 0, "{}", one.daemon.stats()?.text());
+    one.finish()?;
+    Ok(None)
+}
+
+/// The device is reset with 32 requests in flight on each queue, and set up anew: what was written before is there.
+pub fn device_resets_in_flight(scene: &Scene, platform: Platform) -> Result<Option<String>> {
+    let mut one = OneDisk::boot(scene, platform, 2)?;
+    let blocks = 512;
+    let pass =
+        |op| Load::new(op).expect(Expect::Written).requests(blocks).span(blocks * 4096).depth(16).seed(3);
+    one.guest.run(&pass(Op::Write))?.expect_clean()?;
+    let resets = Order { misdeed: misdeed::RESET_IN_FLIGHT, requests: 20, ..Bare::blank(kind::MISBEHAVE, 1) };
+    for _ in 0..5 {
+        one.guest.bare()?.order(&resets, Duration::from_secs(60))?;
+        one.guest.run(&pass(Op::Read))?.expect_clean()?;
+    }
+    ensure!(one.daemon.stats()?.errors() == 0, "{}", one.daemon.stats()?.text());
     one.finish()?;
     Ok(None)
 }

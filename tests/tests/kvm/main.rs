@@ -43,6 +43,8 @@ const ALL: &[(&str, Platform, Scenario)] = &[
     ("disk_grows_online", Bare, lifecycle::growth),
     ("memory_comes_and_goes_under_load", Bare, lifecycle::memory),
     ("device_reset_again_and_again", Bare, lifecycle::resets),
+    ("queues_reset_in_flight", Bare, lifecycle::queue_resets),
+    ("device_reset_in_flight", Bare, lifecycle::device_resets_in_flight),
     ("daemon_restarted_under_load", Bare, lifecycle::restarted),
     ("daemon_killed_between_requests", Bare, lifecycle::killed),
     ("daemon_killed_under_load", Bare, lifecycle::killed_under_load),
@@ -68,6 +70,8 @@ const ALL: &[(&str, Platform, Scenario)] = &[
 
 /// What is run with packed rings, too, in the machine of ours.
 const PACKED: &[(&str, Scenario)] = &[
+    ("queues_reset_in_flight", lifecycle::queue_resets),
+    ("device_reset_in_flight", lifecycle::device_resets_in_flight),
     ("verified_random_io_on_four_queues", blocks::four_queues),
     ("requests_of_all_sizes", blocks::sizes),
     ("what_is_written_is_read_back_and_is_in_the_image", blocks::two_passes),

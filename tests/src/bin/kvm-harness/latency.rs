@@ -139,7 +139,8 @@ fn drive(socket: &Path, requests: u32) -> Result<Histogram<u64>> {
         device: config.used_addr,
     };
     // The ring's addresses are ours already.
-    backend.start(FEATURES, &[(0, setup, 0)], Ok)?;
+    backend.begin(FEATURES, setup.size)?;
+    backend.start(&[(0, setup, 0)], Ok)?;
     // A cache line each, as in the guest.
     let status_at = control + 128;
     let header = ram.map().slice(control, 16).context(full)?;
