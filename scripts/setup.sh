@@ -11,6 +11,7 @@ dash the shell of the guest
 fio verified load inside the guest
 dpdk-dev testpmd, a peer of the network devices
 librte-net-vhost23 the vhost-user ports of testpmd
+librte-net-virtio23 a driver of network devices in testpmd
 librte-mempool-ring23 the packet buffers of testpmd
 e2fsprogs file systems in the guest, and checking them from outside
 util-linux setpriv, blkdiscard and blockdev

@@ -12,6 +12,7 @@
 //! | [`qmp`]     | QEMU's control socket                                                          |
 //! | [`fio`]     | verified load inside the guest                                                 |
 //! | [`linux`]   | Linux as one of the guests of [`scenario`]s, in QEMU and in a machine of ours  |
+//! | [`echo`]    | a network card that is connected to itself                                     |
 //! | [`image`]   | disk images as the host sees them                                              |
 //!
 //! Everything that waits has a deadline, and nothing outlives the test that started it.
@@ -20,6 +21,7 @@ pub mod accel;
 pub mod agent;
 pub mod bare;
 pub mod daemon;
+pub mod echo;
 pub mod fio;
 pub mod image;
 pub mod linux;
