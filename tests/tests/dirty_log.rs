@@ -15,13 +15,15 @@ use blk::{Front, LIMIT, Lane, OK, RAM_SIZE, RAM_START, READ, RING, Served, WRITE
 use kickless_tests::image::{Image, MIB};
 use kickless_tests::scene::Scene;
 use kickless_tests::wait;
+use poll_engine::device::features;
 use poll_engine::memory::log::LOG_PAGE;
 use poll_engine::memory::{MemoryMap, Ram};
 use poll_engine::ring::driver::Buffer;
-use poll_engine::ring::layout::split_bytes;
+use poll_engine::ring::{RingConfig, RingFormat};
 use poll_engine::session::wire::{F_LOG_ALL, VRING_F_LOG};
 use vhost::{VhostBackend, VhostUserDirtyLogRegion};
 
+const FORMATS: [u64; 2] = [0, features::RING_PACKED];
 const DISK: u64 = 2 * MIB;
 /// Requests in flight; each has three descriptors at least.
 const DEPTH: u64 = 12;
@@ -95,17 +97,17 @@ impl Areas {
 }
 
 /// Keeps requests in flight until told to stop; what is unanswered then stays so. The lane comes back with the slots
-/// that are in flight, by their heads.
+/// that are in flight, by their heads, as it was given.
 fn load(
     mut lane: Lane,
+    mut busy: Vec<(u16, u64)>,
     areas: Areas,
     seed: u64,
     stop: &AtomicBool,
     done: &AtomicU64,
 ) -> (Lane, Vec<(u16, u64)>) {
     let mut rng = Rng(seed);
-    let mut free: Vec<u64> = (0..DEPTH).collect();
-    let mut busy = Vec::new();
+    let mut free: Vec<u64> = (0..DEPTH).filter(|slot| busy.iter().all(|b| b.1 != *slot)).collect();
     while !stop.load(Ordering::Acquire) {
         while let Some(slot) = free.pop() {
             let buffers = areas.request(&lane.map, &mut rng, slot);
@@ -187,27 +189,44 @@ fn copy(map: &MemoryMap, pages: &BTreeSet<u64>, to: &mut [u8]) {
     }
 }
 
+/// The pages of a ring that the device writes: those that the driver writes as well, and the others.
+fn ring_pages(front: &Front, lane: &Lane) -> [BTreeSet<u64>; 2] {
+    let format = RingConfig::new(RING.into(), [0; 3], front.features).format;
+    let (descs, _, device) = format.bytes(RING);
+    let shared = match format {
+        RingFormat::Split => BTreeSet::new(),
+        RingFormat::Packed => pages(physical(front, lane.addresses.desc_table_addr), descs).collect(),
+    };
+    [shared, pages(physical(front, lane.addresses.used_ring_addr), device).collect()]
+}
+
+/// The guest-physical address of one of ours.
+fn physical(front: &Front, user: u64) -> u64 {
+    let spec = front.ram.spec();
+    user - spec.user_addr + spec.guest_addr
+}
+
 #[allow(clippy::too_many_lines)] // one migration, from beginning to end
-fn log_is_complete_and_exact(args: &[&str]) {
+fn log_is_complete_and_exact(args: &[&str], format: u64) {
     let scene = Scene::new().unwrap();
     let served = Served::start(&scene, args);
-    let mut front = Front::connect(&served.socket, 1);
+    let mut front = Front::with(&served.socket, 1, format);
     let lane = front.queues.remove(0);
     let map = Arc::clone(front.ram.map());
     let areas = Areas::new(&mut front.ram);
-    let spec = front.ram.spec();
-    let used = lane.addresses.used_ring_addr - spec.user_addr + spec.guest_addr;
-    let used_pages: BTreeSet<u64> = pages(used, split_bytes(RING).2).collect();
+    let used = physical(&front, lane.addresses.used_ring_addr);
+    let [shared_pages, used_pages] = ring_pages(&front, &lane);
+    let ring_pages: BTreeSet<u64> = shared_pages.union(&used_pages).copied().collect();
     let written: BTreeSet<u64> = pages(areas.target, TARGET)
         .chain(pages(areas.statuses, DEPTH * LOG_PAGE))
-        .chain(used_pages.iter().copied())
+        .chain(ring_pages.iter().copied())
         .collect();
     let addresses = lane.addresses;
 
     // A migration: requests are in flight when it begins and when it ends.
     let (stop, done) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
     let (their_stop, their_done) = (Arc::clone(&stop), Arc::clone(&done));
-    let worker = std::thread::spawn(move || load(lane, areas, 1, &their_stop, &their_done));
+    let worker = std::thread::spawn(move || load(lane, Vec::new(), areas, 1, &their_stop, &their_done));
     let after = |n: u64| {
         let target = done.load(Ordering::Acquire) + n;
         wait::until("the load", LIMIT, || Ok((done.load(Ordering::Acquire) >= target).then_some(())))
@@ -238,6 +257,10 @@ fn log_is_complete_and_exact(args: &[&str]) {
     let last = log.take();
     copy(&map, &last, &mut there);
     marked.extend(last);
+    stop.store(true, Ordering::Release);
+    let (mut lane, mut busy) = worker.join().unwrap();
+    // What the driver writes is known from elsewhere.
+    copy(&map, &shared_pages, &mut there);
     assert_eq!(
         marked.difference(&written).collect::<Vec<_>>(),
         Vec::<&u64>::new(),
@@ -248,12 +271,10 @@ fn log_is_complete_and_exact(args: &[&str]) {
         let range = bytes_of(page);
         assert!(here[range.clone()] == there[range], "page {page:#x} is another one at the destination");
     }
-    stop.store(true, Ordering::Release);
-    let (mut lane, mut busy) = worker.join().unwrap();
 
     // The queue goes on where it was, and what was left over is answered.
     let restart = |lane: &Lane, base: u32| {
-        front.session.set_vring_base(0, base as u16).unwrap();
+        front.set_base(0, base);
         front.session.set_vring_kick(0, &lane.kick).unwrap();
     };
     restart(&lane, base);
@@ -274,7 +295,7 @@ fn log_is_complete_and_exact(args: &[&str]) {
         log.take();
         let before = memory(&map);
         restart(&lane, base);
-        let mut allowed = used_pages.clone();
+        let mut allowed = ring_pages.clone();
         for slot in 0..=rng.below(4) {
             let buffers = areas.request(&map, &mut rng, slot);
             allowed
@@ -283,7 +304,7 @@ fn log_is_complete_and_exact(args: &[&str]) {
         }
         lane.publish();
         answered(&mut lane, &mut busy);
-        let base = front.session.get_vring_base(0).unwrap();
+        let base = front.base(0);
         let dirty = log.take();
         let after = memory(&map);
         for &page in &written {
@@ -324,7 +345,10 @@ fn of_io_uring_with_direct_io() {
     let scene = Scene::new().unwrap();
     let image = Image::create(&scene, "disk.img", DISK).unwrap();
     let file = format!("--blk-file={}", image.path().display());
-    log_is_complete_and_exact(&[&file, "--direct=on", "--fixed-buffers=on", "--poll=adaptive"]);
+    for format in FORMATS {
+        let args = [&file, "--direct=on", "--fixed-buffers=on", "--poll=adaptive"];
+        log_is_complete_and_exact(&args, format);
+    }
 }
 
 #[test]
@@ -332,18 +356,111 @@ fn of_io_uring_through_the_page_cache() {
     let scene = Scene::new().unwrap();
     let image = Image::create(&scene, "disk.img", DISK).unwrap();
     let file = format!("--blk-file={}", image.path().display());
-    log_is_complete_and_exact(&[&file, "--direct=off", "--poll=event"]);
+    for format in FORMATS {
+        log_is_complete_and_exact(&[&file, "--direct=off", "--poll=event"], format);
+    }
 }
 
 #[test]
 fn of_a_file_in_memory() {
     let (_dir, file) = image(Path::new("/dev/shm"));
-    log_is_complete_and_exact(&[&file, "--poll=busy"]);
+    for format in FORMATS {
+        log_is_complete_and_exact(&[&file, "--poll=busy"], format);
+    }
 }
 
 #[test]
 fn of_memory() {
-    log_is_complete_and_exact(&["--backend=ram:2M", "--poll=adaptive"]);
+    for format in FORMATS {
+        log_is_complete_and_exact(&["--backend=ram:2M", "--poll=adaptive"], format);
+    }
+}
+
+/// A guest under load goes to and fro between two daemons, with nothing of its memory but what was copied, and with
+/// requests that nobody has taken. Packed rings pass through the end of the ring in between: their base tells by 32 bits
+/// where both sides are.
+#[test]
+fn guests_arrive_with_what_was_copied() {
+    for format in FORMATS {
+        let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+        let path = dir.path().join("disk.img");
+        std::fs::File::create(&path).unwrap().set_len(DISK).unwrap();
+        let file = format!("--blk-file={}", path.display());
+        let scenes = [Scene::new().unwrap(), Scene::new().unwrap()];
+        let daemons = [
+            Served::start(&scenes[0], &[&file, "--poll=adaptive"]),
+            Served::start(&scenes[1], &[&file, "--poll=adaptive", "--incoming"]),
+        ];
+        let mut front = Front::with(&daemons[0].socket, 1, format);
+        let mut lane = front.queues.remove(0);
+        let map = Arc::clone(front.ram.map());
+        let areas = Areas::new(&mut front.ram);
+        let addresses = lane.addresses;
+        let used = physical(&front, addresses.used_ring_addr);
+        let [shared, used_pages] = ring_pages(&front, &lane);
+        let devices: BTreeSet<u64> = pages(areas.target, TARGET)
+            .chain(pages(areas.statuses, DEPTH * LOG_PAGE))
+            .chain(used_pages)
+            .collect();
+        let drivers: BTreeSet<u64> = pages(areas.headers, LOG_PAGE)
+            .chain(pages(physical(&front, addresses.avail_ring_addr), LOG_PAGE))
+            .chain(pages(physical(&front, addresses.desc_table_addr), LOG_PAGE))
+            .chain(shared)
+            .collect();
+        let (mut busy, mut left, mut halves) = (Vec::new(), 0, BTreeSet::new());
+        let mut hops = 0;
+        while hops < 6 || (format != 0 && halves.len() < 2) {
+            hops += 1;
+            assert!(hops < 60, "the ring ends at {halves:x?} only");
+            let log = Log::new();
+            front.session.set_log_base(0, Some(log.region())).unwrap();
+            switch(&front, 0, true, used, &addresses);
+            let (stop, done) = (AtomicBool::new(false), AtomicU64::new(0));
+            let mut there = vec![0; 0];
+            let mut base = 0;
+            (lane, busy) = std::thread::scope(|scope| {
+                let worker = scope.spawn(|| load(lane, busy, areas, hops, &stop, &done));
+                there = memory(&map);
+                for round in 1..6 {
+                    let enough = || Ok((done.load(Ordering::Acquire) >= 15 * round).then_some(()));
+                    wait::until("the load", LIMIT, enough).unwrap();
+                    copy(&map, &log.take(), &mut there);
+                }
+                base = front.base(0);
+                stop.store(true, Ordering::Release);
+                worker.join().unwrap()
+            });
+            copy(&map, &log.take(), &mut there);
+            copy(&map, &drivers, &mut there);
+            left += busy.len();
+            halves.insert([base as u16 & 0x8000, (base >> 16) as u16 & 0x8000]);
+            let here = memory(&map);
+            for page in devices.iter().map(|&page| bytes_of(page)) {
+                assert!(here[page.clone()] == there[page.clone()], "{page:x?} is another one there");
+            }
+            // Elsewhere is other memory: what was not copied is not there.
+            let Front { session, ram, .. } = front;
+            drop(session);
+            map.slice(RAM_START, RAM_SIZE as u32).unwrap().write(&there);
+            let next = &daemons[hops as usize % 2];
+            front = Front::arriving(&next.socket, format, ram, vec![(lane, base)]);
+            lane = front.queues.remove(0);
+        }
+        assert!(left > 0, "nothing was in flight at any time");
+        let (mut free, done) = (Vec::new(), AtomicU64::new(0));
+        lane.publish();
+        wait::until("answers", LIMIT, || {
+            collect(&mut lane, areas, &mut busy, &mut free, &done);
+            Ok(busy.is_empty().then_some(()))
+        })
+        .unwrap();
+        lane.verified_io(1, 7);
+        drop((front, lane));
+        for daemon in daemons {
+            assert_eq!(daemon.errors("memory"), 0);
+            daemon.terminate();
+        }
+    }
 }
 
 /// A log that the front end takes away stops the queues that use it; the guest beside it goes on.

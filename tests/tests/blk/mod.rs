@@ -13,6 +13,7 @@ use kickless_tests::process::Process;
 use kickless_tests::scene::Scene;
 use kickless_tests::wait;
 use nix::sys::signal::Signal;
+use nix::sys::socket::{MsgFlags, recv, send};
 use poll_engine::device::features;
 use poll_engine::memory::{MemoryMap, Ram};
 use poll_engine::ring::driver::{Buffer, DriverRing};
@@ -123,7 +124,27 @@ impl Front {
         Front::with(socket, queues, features::RING_PACKED)
     }
 
-    fn with(socket: &Path, queues: usize, format: u64) -> Front {
+    /// With split rings, or (`features::RING_PACKED`) packed ones.
+    pub fn with(socket: &Path, queues: usize, format: u64) -> Front {
+        let ram = Ram::new(RAM_START, RAM_SIZE, false).unwrap();
+        let mut front = Front::negotiate(socket, queues, format, ram);
+        let lanes = (0..queues).map(|i| Lane::start(&mut front, i));
+        front.queues = lanes.collect();
+        front
+    }
+
+    /// A guest that has run elsewhere: its memory, and its queues with where they go on.
+    pub fn arriving(socket: &Path, format: u64, ram: Ram, lanes: Vec<(Lane, u32)>) -> Front {
+        let mut front = Front::negotiate(socket, lanes.len(), format, ram);
+        for (index, (lane, base)) in lanes.iter().enumerate() {
+            lane.set_up(&front, index, *base);
+        }
+        front.queues = lanes.into_iter().map(|(lane, _)| lane).collect();
+        front
+    }
+
+    /// All but the queues.
+    fn negotiate(socket: &Path, queues: usize, format: u64, ram: Ram) -> Front {
         let mut front = Frontend::connect(socket, queues as u64).unwrap();
         front.set_owner().unwrap();
         let protocol_bit = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
@@ -141,7 +162,6 @@ impl Front {
         assert!(front.get_protocol_features().unwrap().contains(protocol));
         front.set_protocol_features(protocol).unwrap();
         front.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
-        let mut ram = Ram::new(RAM_START, RAM_SIZE, false).unwrap();
         let spec = ram.spec();
         let info = VhostUserMemoryRegionInfo {
             guest_phys_addr: spec.guest_addr,
@@ -151,23 +171,35 @@ impl Front {
             mmap_handle: ram.fd().as_raw_fd(),
         };
         front.set_mem_table(&[info]).unwrap();
-        let queues = (0..queues).map(|i| Lane::start(&mut front, i, &mut ram, wanted)).collect();
-        Front { session: front, features: wanted, ram, queues }
+        Front { session: front, features: wanted, ram, queues: Vec::new() }
     }
 
     pub fn base(&self, index: usize) -> u32 {
         self.session.get_vring_base(index).unwrap()
     }
+
+    fn enable(&self, index: usize) {
+        let mut session = self.session.clone();
+        session.set_vring_enable(index, true).unwrap();
+    }
+
+    /// Both halves of a base: the crate has a message for the lower one, which is all that a split ring has.
+    pub fn set_base(&self, index: usize, base: u32) {
+        let words = |words: &[u32]| words.iter().flat_map(|w| w.to_ne_bytes()).collect::<Vec<_>>();
+        // A version 1 request that wants an acknowledgement.
+        let message = words(&[10, 1 | 8, 8, index as u32, base]);
+        let fd = self.session.as_raw_fd();
+        assert_eq!(send(fd, &message, MsgFlags::MSG_NOSIGNAL), Ok(message.len()));
+        let mut reply = [0xff; 20];
+        assert_eq!(recv(fd, &mut reply, MsgFlags::MSG_WAITALL), Ok(reply.len()));
+        assert_eq!(reply[..], words(&[10, 1 | 4, 8, 0, 0]), "base {base:#x} was not taken");
+    }
 }
 
 impl Lane {
-    fn start(front: &mut Frontend, index: usize, ram: &mut Ram, features: u64) -> Lane {
-        let config = DriverRing::lay_out(ram, RING, features).unwrap();
+    fn start(front: &mut Front, index: usize) -> Lane {
+        let config = DriverRing::lay_out(&mut front.ram, RING, front.features).unwrap();
         let event = || EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).unwrap();
-        let (kick, call, err) = (event(), event(), event());
-        front.set_vring_num(index, RING).unwrap();
-        // The crate knows the lower half of a packed ring's base only.
-        front.set_vring_base(index, config.base as u16).unwrap();
         let addresses = VringConfigData {
             queue_max_size: RING,
             queue_size: RING,
@@ -177,15 +209,24 @@ impl Lane {
             avail_ring_addr: config.avail_addr,
             log_addr: None,
         };
-        front.set_vring_addr(index, &addresses).unwrap();
-        front.set_vring_call(index, &call).unwrap();
-        front.set_vring_err(index, &err).unwrap();
-        front.set_vring_kick(index, &kick).unwrap();
-        front.set_vring_enable(index, true).unwrap();
-        let driver = DriverRing::new(&config, ram.map()).unwrap();
-        let area = ram.alloc(64 << 10, 4096).unwrap();
-        let more = ram.alloc(1 << 20, 4096).unwrap();
-        Lane { driver, map: Arc::clone(ram.map()), kick, call, err, addresses, area, more }
+        let driver = DriverRing::new(&config, front.ram.map()).unwrap();
+        let area = front.ram.alloc(64 << 10, 4096).unwrap();
+        let more = front.ram.alloc(1 << 20, 4096).unwrap();
+        let map = Arc::clone(front.ram.map());
+        let lane = Lane { driver, map, kick: event(), call: event(), err: event(), addresses, area, more };
+        lane.set_up(front, index, config.base);
+        lane
+    }
+
+    fn set_up(&self, front: &Front, index: usize, base: u32) {
+        let session = &front.session;
+        session.set_vring_num(index, RING).unwrap();
+        front.set_base(index, base);
+        session.set_vring_addr(index, &self.addresses).unwrap();
+        session.set_vring_call(index, &self.call).unwrap();
+        session.set_vring_err(index, &self.err).unwrap();
+        session.set_vring_kick(index, &self.kick).unwrap();
+        front.enable(index);
     }
 
     pub fn put(&self, at: u64, bytes: &[u8]) {
