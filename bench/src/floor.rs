@@ -57,6 +57,7 @@ pub fn serve(path: &Path, cpu: Option<usize>, copy: bool) -> Result<()> {
             features: features::VERSION_1 | features::INDIRECT_DESC,
             num_queues: 1,
             max_ring_size: 1024,
+            has_state: false,
         };
         let mut session = Session::new(offer);
         let mut map = Arc::new(MemoryMap::default());

@@ -39,6 +39,11 @@ pub struct ConfigRefused {
     pub end: u32,
 }
 
+/// Why a state is not taken.
+#[derive(Debug, thiserror::Error)]
+#[error("the state that came with the guest is not this device's: {0}")]
+pub struct StateRefused(pub String);
+
 /// A virtio device.
 pub trait Device: Send + Sync {
     /// The device's own feature bits; the transport adds those of the rings.
@@ -78,6 +83,19 @@ pub trait Device: Send + Sync {
             }
             None => Ok(()),
         }
+    }
+
+    /// What a device of another host needs, besides the guest's memory and its queues, to go on as this one: a few bytes
+    /// (4096 at most), whose form is the device's own and has a version. `None`: nothing. It stays as it is here, for the
+    /// guest may come back.
+    fn save_state(&self) -> Option<Vec<u8>> {
+        None
+    }
+
+    /// Goes on with what [`save_state`](Self::save_state) has given at the source; anything else, which may be any bytes,
+    /// is refused and changes nothing. No queue runs.
+    fn load_state(&self, _state: &[u8]) -> Result<(), StateRefused> {
+        Err(StateRefused("it has none".into()))
     }
 
     /// The first queue is about to run: what the device may not share with anybody must be its own from here on. The

@@ -3,7 +3,7 @@
 use std::io;
 use std::sync::Arc;
 
-use poll_engine::device::{ConfigRefused, Device, QueueHandler};
+use poll_engine::device::{ConfigRefused, Device, QueueHandler, StateRefused};
 
 use crate::backend::null::Null;
 use crate::backend::ram::RamBackend;
@@ -32,6 +32,10 @@ pub const F_WRITE_ZEROES: u64 = 1 << 14;
 
 /// Bytes of `struct virtio_blk_config` up to and with the write-zeroes fields.
 pub const CONFIG_LEN: usize = 60;
+/// What a guest takes along: this, the version, and the write-cache mode (1 is write-back).
+const STATE: [u8; 4] = *b"kblk";
+const STATE_VERSION: u8 = 1;
+
 /// Offset of the `writeback` byte, the only writable one.
 const CONFIG_WRITEBACK: u32 = 32;
 
@@ -155,6 +159,24 @@ impl Device for BlkDevice {
         }
         self.disk.adopt(sectors * 512, theirs[CONFIG_WRITEBACK as usize] == 1);
         Ok(())
+    }
+
+    fn save_state(&self) -> Option<Vec<u8>> {
+        Some([&STATE[..], &[STATE_VERSION, self.disk.writeback().into()]].concat())
+    }
+
+    fn load_state(&self, state: &[u8]) -> Result<(), StateRefused> {
+        match state.strip_prefix(&STATE) {
+            Some([STATE_VERSION, mode @ 0..=1]) => {
+                self.disk.set_writeback(*mode == 1);
+                Ok(())
+            }
+            Some([version, ..]) if *version != STATE_VERSION => Err(StateRefused(format!(
+                "it has version {version} and this program knows {STATE_VERSION}: use the same release at both ends"
+            ))),
+            Some(_) => Err(StateRefused("it is cut short or damaged".into())),
+            None => Err(StateRefused(format!("its {} bytes are no disk's", state.len()))),
+        }
     }
 
     fn acquire(&self) -> io::Result<()> {

@@ -360,6 +360,7 @@ fn sessions(path: &Path, index: usize, ports: &Ports) -> Result<()> {
             features: features::VERSION_1 | features::INDIRECT_DESC | net,
             num_queues: 2,
             max_ring_size: 32768,
+            has_state: false,
         };
         let mut session = Session::new(offer);
         while let Ok(Incoming::Message(header, Ok(request), fds)) = connection.receive(bell.as_fd()) {

@@ -1,9 +1,10 @@
 //! The vhost-user session: a codec ([`wire`]), a state machine without I/O ([`state`], with the device's
 //! [`status`]), a socket ([`socket`]), the place where front ends connect ([`listen`]), what is logged while a guest
-//! migrates ([`logging`]), the control thread of a device ([`server`]) and what it does for each front end ([`serve`]),
+//! migrates ([`logging`]) and what its device takes along ([`device_state`]), the control thread of a device ([`server`]) and what it does for each front end ([`serve`]),
 //! with the translations of a device behind a vIOMMU (`iommu`), or with each when another process takes over
 //! ([`handover`]).
 
+pub mod device_state;
 pub mod handover;
 pub mod inflight;
 mod iommu;

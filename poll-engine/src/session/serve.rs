@@ -9,6 +9,7 @@ use crossbeam::sync::WaitGroup;
 use nix::sys::socket::{MsgFlags, send};
 use tracing::{debug, warn};
 
+use super::device_state::{StateError, Transfer};
 use super::inflight::{self, Inflight, InflightError};
 use super::iommu::Iommu;
 use super::listen::Listener;
@@ -51,6 +52,8 @@ pub(super) enum ActionError {
     Log(#[from] LogError),
     #[error("the descriptor for {0} is no eventfd")]
     NotEventfd(String),
+    #[error(transparent)]
+    State(#[from] StateError),
     #[error(transparent)]
     Config(#[from] crate::device::ConfigRefused),
 }
@@ -98,6 +101,7 @@ impl Export {
             features: (device.features() | features::ENGINE | in_order) & !device.withheld_features(),
             num_queues: device.num_queues(),
             max_ring_size: device.max_ring_size(),
+            has_state: device.save_state().is_some(),
         }
     }
 }
@@ -136,6 +140,7 @@ pub(super) struct Served<'a> {
     pub(super) reply_fd: Option<OwnedFd>,
     pub(super) logs: Logs,
     pub(super) backend_channel: Option<OwnedFd>,
+    pub(super) transfer: Transfer,
     pub(super) complaints: u32,
 }
 
@@ -155,6 +160,7 @@ impl<'a> Served<'a> {
             reply_fd: None,
             logs: Logs::default(),
             backend_channel: None,
+            transfer: Transfer::None,
             complaints: 0,
         }
     }
@@ -182,8 +188,8 @@ impl<'a> Served<'a> {
     fn converse(&mut self, control: &Control, listener: &Listener) -> Result<Ended, SocketError> {
         // Looked at each time: a front end that sends without end is to be stopped as well.
         while !control.is_stopping() {
-            let channel = self.iommu.awaited(self.backend_channel.as_ref());
-            let incoming = self.connection.receive_or(control.bell(), channel, self.iommu.patience())?;
+            let also = [self.iommu.awaited(self.backend_channel.as_ref()), self.transfer.awaited()];
+            let incoming = self.connection.receive_or(control.bell(), also, self.iommu.patience())?;
             if let Incoming::Rung = incoming {
                 control.heard();
             }
@@ -194,6 +200,7 @@ impl<'a> Served<'a> {
                 Incoming::Closed => break,
                 Incoming::Rung => {
                     self.attend_iommu();
+                    self.attend_transfer();
                     if control.take_config_changed() {
                         self.tell_config_changed();
                     }
@@ -346,6 +353,13 @@ impl<'a> Served<'a> {
                 device.write_config(offset, &bytes)?;
                 self.inflight.set_memento(self.session.format(), device.memento());
             }
+            Action::TransferState(direction, fd) => {
+                self.transfer = Transfer::begin(direction, fd, &*self.export.device)?;
+            }
+            Action::CheckState => {
+                self.attend_transfer();
+                self.transfer.check()?;
+            }
             Action::ResetDevice => {
                 // What broke has been stopped before this, and is forgotten.
                 self.alarm.take();
@@ -354,6 +368,11 @@ impl<'a> Served<'a> {
             }
         }
         Ok(())
+    }
+
+    fn attend_transfer(&mut self) {
+        let slots = &self.slots;
+        self.transfer.attend(&*self.export.device, || slots.iter().any(|s| s.running.is_some()));
     }
 
     pub(super) fn slot(&mut self, index: u16) -> &mut Slot {

@@ -89,15 +89,15 @@ impl Connection {
 
     /// Waits for a message, or for `bell` (an eventfd) to ring.
     pub fn receive(&mut self, bell: BorrowedFd<'_>) -> Result<Incoming, SocketError> {
-        self.receive_or(bell, None, None)
+        self.receive_or(bell, [None; 2], None)
     }
 
-    /// Waits for a message, or for `bell` (an eventfd) to ring, `also` to be readable, or `limit` to be over. What has come
+    /// Waits for a message, or for `bell` (an eventfd) to ring, one of `also` to be readable, or `limit` to be over. What has come
     /// of a message by then is kept for the next call.
     pub fn receive_or(
         &mut self,
         bell: BorrowedFd<'_>,
-        also: Option<BorrowedFd<'_>>,
+        also: [Option<BorrowedFd<'_>>; 2],
         limit: Option<Duration>,
     ) -> Result<Incoming, SocketError> {
         let limit = limit.map_or(PollTimeout::NONE, |l| PollTimeout::try_from(l).unwrap_or(PollTimeout::MAX));
@@ -116,7 +116,7 @@ impl Connection {
                     }
                 }
             };
-            let mut waits = [self.stream.as_fd(), bell, also.unwrap_or(bell)]
+            let mut waits = [self.stream.as_fd(), bell, also[0].unwrap_or(bell), also[1].unwrap_or(bell)]
                 .map(|fd| PollFd::new(fd, PollFlags::POLLIN));
             match poll(&mut waits, limit) {
                 Ok(0) => return Ok(Incoming::Rung),
@@ -124,8 +124,8 @@ impl Connection {
                 Err(nix::Error::EINTR) => continue,
                 Err(e) => return Err(io::Error::from(e).into()),
             }
-            let [readable, rung, also] = waits.map(|w| w.any().unwrap_or(false));
-            if rung || also {
+            let [readable, rung @ ..] = waits.map(|w| w.any().unwrap_or(false));
+            if rung.contains(&true) {
                 return Ok(Incoming::Rung);
             }
             if readable && self.receive_some(missing)? == 0 {

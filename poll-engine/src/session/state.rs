@@ -5,6 +5,7 @@ use std::os::fd::OwnedFd;
 
 use serde::{Deserialize, Serialize};
 
+use super::device_state::Direction;
 use super::logging::Logging;
 use super::status::Status;
 use super::wire::{F_LOG_ALL, F_PROTOCOL_FEATURES, Reply, Request, VRING_F_LOG, VringAddr, iotlb, protocol};
@@ -15,8 +16,8 @@ use crate::memory::map::MAX_REGIONS;
 use crate::ring::inflight::InflightSpec;
 use crate::ring::{MAX_RING_SIZE, RingConfig, RingFormat};
 
-/// Protocol features of every session.
-pub const PROTOCOL_FEATURES: u64 = protocol::MQ
+/// Protocol features of every session; [`Offer::protocol_features`] has those of its device.
+const PROTOCOL_FEATURES: u64 = protocol::MQ
     | protocol::LOG_SHMFD
     | protocol::REPLY_ACK
     | protocol::BACKEND_REQ
@@ -31,6 +32,9 @@ pub(super) const TRANSPORT_FEATURES: u64 = F_PROTOCOL_FEATURES | F_LOG_ALL;
 
 /// Most queues the protocol can name: indices of kick and call messages have 8 bits.
 pub const MAX_QUEUES: u16 = 256;
+
+/// In the answer to `SET_DEVICE_STATE_FD`: no descriptor goes with it, the front end's is used.
+const STATE_NO_FD: u64 = 1 << 8;
 
 /// Configuration space has at most this many bytes (`VHOST_USER_MAX_CONFIG_SIZE`).
 const CONFIG_SPACE: u32 = 256;
@@ -63,6 +67,9 @@ pub enum Refusal {
     /// A number beyond its field.
     #[error("{0} is out of range")]
     OutOfRange(&'static str),
+    /// The device's state is asked for, or given, while it changes.
+    #[error("the device's state cannot be transferred while its queues run")]
+    Running,
     /// Descriptors missing or too many.
     #[error("{sent} descriptors where {wanted} belong")]
     Descriptors {
@@ -82,6 +89,15 @@ pub struct Offer {
     pub num_queues: u16,
     /// Largest ring.
     pub max_ring_size: u16,
+    /// Whether it has a state that goes with a guest that migrates.
+    pub has_state: bool,
+}
+
+impl Offer {
+    /// Protocol features of a session with this device.
+    pub fn protocol_features(&self) -> u64 {
+        PROTOCOL_FEATURES | if self.has_state { protocol::DEVICE_STATE } else { 0 }
+    }
 }
 
 /// What the state machine wants done, in order.
@@ -130,6 +146,10 @@ pub enum Action {
     WriteConfig(u32, Vec<u8>),
     /// Bring the device back to its initial state.
     ResetDevice,
+    /// Transfer the device's state through this pipe.
+    TransferState(Direction, OwnedFd),
+    /// Say how that went.
+    CheckState,
     /// Take a translation.
     MapIova(Mapping),
     /// Forget the translations of some addresses, once nothing in flight points there.
@@ -150,6 +170,10 @@ pub enum Answer {
     Done,
     /// A number.
     Number(u64),
+    /// The front end's channel for the device's state is taken, or not.
+    StateChannel,
+    /// The device's state was transferred, or not.
+    StateChecked,
     /// The base of a queue.
     Base(u16),
     /// An in-flight record, with its descriptor.
@@ -307,10 +331,11 @@ impl Session {
             Request::SetOwner => {}
             // "Recommended that back-ends either ignore this message, or use it to disable all rings."
             Request::ResetOwner => self.queues.iter_mut().for_each(|q| q.enabled = false),
-            Request::GetProtocolFeatures => return Ok(Answer::Number(PROTOCOL_FEATURES)),
+            Request::GetProtocolFeatures => return Ok(Answer::Number(self.offer.protocol_features())),
             Request::SetProtocolFeatures(bits) => {
-                if bits & !PROTOCOL_FEATURES != 0 {
-                    return Err(Refusal::Features(bits & !PROTOCOL_FEATURES));
+                let beyond = bits & !self.offer.protocol_features();
+                if beyond != 0 {
+                    return Err(Refusal::Features(beyond));
                 }
                 self.protocol = bits;
             }
@@ -423,6 +448,27 @@ impl Session {
                 }
             }
             Request::GetStatus => return Ok(Answer::Number(self.status.bits().into())),
+            Request::SetDeviceStateFd { .. } | Request::CheckDeviceState
+                if self.protocol & protocol::DEVICE_STATE == 0 =>
+            {
+                return Err(Refusal::Unsupported(42));
+            }
+            Request::SetDeviceStateFd { direction, phase } => {
+                let direction = match (direction, phase) {
+                    (0, 0) => Direction::Save,
+                    (1, 0) => Direction::Load,
+                    _ => return Err(Refusal::OutOfRange("the direction or phase of a state's transfer")),
+                };
+                if self.is_running() {
+                    return Err(Refusal::Running);
+                }
+                actions.push(Action::TransferState(direction, one(fds)?));
+                return Ok(Answer::StateChannel);
+            }
+            Request::CheckDeviceState => {
+                actions.push(Action::CheckState);
+                return Ok(Answer::StateChecked);
+            }
             Request::Other(number) => return Err(Refusal::Unsupported(number)),
         }
         Ok(Answer::Ack)
@@ -566,6 +612,8 @@ impl Session {
     ) -> Option<Reply> {
         match answer {
             Answer::Number(n) => Some(Reply::Number(n)),
+            Answer::StateChannel => Some(Reply::Number(STATE_NO_FD | u64::from(!done))),
+            Answer::StateChecked => Some(Reply::Number(u64::from(!done))),
             Answer::Base(index) => Some(Reply::VringState(index.into(), self.base(index))),
             Answer::Log { size, offset } => Some(Reply::Log(size, offset)),
             Answer::Config { start, size, offset, flags } => {
@@ -589,6 +637,8 @@ impl Session {
             // "Zero length of payload to indicate an error."
             24 => Refused::Reply(Reply::Config { offset: 0, flags: 0, bytes: Vec::new() }),
             31 => Refused::Reply(Reply::Inflight(InflightSpec::default())),
+            42 => Refused::Reply(Reply::Number(STATE_NO_FD | 1)),
+            43 => Refused::Reply(Reply::Number(1)),
             // It is owed a ring's base, and there is none.
             11 => Refused::End,
             22 if need_reply => Refused::Reply(Reply::Number(1)),

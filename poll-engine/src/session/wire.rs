@@ -41,6 +41,8 @@ pub mod protocol {
     pub const CONFIGURE_MEM_SLOTS: u64 = 1 << 15;
     /// `SET_STATUS`, `GET_STATUS`.
     pub const STATUS: u64 = 1 << 16;
+    /// `SET_DEVICE_STATE_FD`, `CHECK_DEVICE_STATE`.
+    pub const DEVICE_STATE: u64 = 1 << 19;
 }
 
 /// `VHOST_F_LOG_ALL`, in the place of a virtio feature bit: on while what is written to buffers is to be logged.
@@ -179,6 +181,11 @@ pub enum Request {
     RemMemReg(RegionSpec),
     SetStatus(u64),
     GetStatus,
+    SetDeviceStateFd {
+        direction: u32,
+        phase: u32,
+    },
+    CheckDeviceState,
     /// A translation, or the end of some: `struct vhost_iotlb_msg`.
     Iotlb {
         iova: u64,
@@ -292,6 +299,8 @@ impl Request {
             38 => Request::RemMemReg(region_at(b, 8)?),
             39 => Request::SetStatus(number()?),
             40 => Request::GetStatus,
+            42 => state().map(|(direction, phase)| Request::SetDeviceStateFd { direction, phase })?,
+            43 => Request::CheckDeviceState,
             other => Request::Other(other),
         })
     }

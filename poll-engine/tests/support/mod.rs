@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use nix::sys::eventfd::EventFd;
-use poll_engine::device::{ConfigRefused, Device, QueueHandler};
+use poll_engine::device::{ConfigRefused, Device, QueueHandler, StateRefused};
 use poll_engine::engine::pacing::Pacing;
 use poll_engine::engine::queue::{Queue, Request};
 use poll_engine::engine::reactor::Io;
@@ -35,6 +35,8 @@ pub struct Echo {
     pub resets: AtomicUsize,
     pub hold: AtomicBool,
     pub held: Arc<AtomicUsize>,
+    /// What it takes along, if it offers that.
+    pub state: Mutex<Option<Vec<u8>>>,
     gate: EventFd,
 }
 
@@ -75,6 +77,16 @@ impl Device for Shared {
         // The second half is writable.
         let room = config.get_mut(start..end).filter(|_| start >= 32);
         room.map(|to| to.copy_from_slice(bytes)).ok_or(ConfigRefused { offset, end: end as u32 })
+    }
+    fn save_state(&self) -> Option<Vec<u8>> {
+        self.0.state.lock().unwrap().clone()
+    }
+    fn load_state(&self, state: &[u8]) -> Result<(), StateRefused> {
+        if !state.starts_with(b"echo") {
+            return Err(StateRefused("no echo".into()));
+        }
+        *self.0.state.lock().unwrap() = Some(state.to_vec());
+        Ok(())
     }
     fn start_queue(&self, _: u16, _: u64, _: u16) -> std::io::Result<Box<dyn QueueHandler>> {
         let gate = self.0.gate.as_fd().try_clone_to_owned()?;
@@ -152,6 +164,7 @@ impl Back {
             resets: AtomicUsize::new(0),
             hold: AtomicBool::new(false),
             held: Arc::default(),
+            state: Mutex::default(),
             gate: eventfd(),
         });
         let stats: Vec<Arc<QueueStats>> = (0..QUEUES).map(|_| Arc::default()).collect();

@@ -21,9 +21,7 @@ use crate::session::logging::{Logging, Logs};
 use crate::session::serve::{Export, QueueParts, Served, Slot};
 use crate::session::server::Control;
 use crate::session::socket::{Connection, Partial};
-use crate::session::state::{
-    Offer, PROTOCOL_FEATURES, QueueState, Session, SessionState, TRANSPORT_FEATURES,
-};
+use crate::session::state::{Offer, QueueState, Session, SessionState, TRANSPORT_FEATURES};
 
 /// Bytes of configuration space that are compared: all that the protocol can show.
 const CONFIG_SPACE: usize = 256;
@@ -48,8 +46,9 @@ impl Session {
     fn restore(offer: Offer, state: SessionState) -> Result<Session, HandoverError> {
         let SessionState { features, protocol, has_channel, status, mut queues, mut logging } = state;
         let beyond = features.unwrap_or(0) & !(offer.features | TRANSPORT_FEATURES);
-        if beyond | (protocol & !PROTOCOL_FEATURES) != 0 {
-            return Err(HandoverError::Features(beyond | (protocol & !PROTOCOL_FEATURES)));
+        let beyond = beyond | protocol & !offer.protocol_features();
+        if beyond != 0 {
+            return Err(HandoverError::Features(beyond));
         }
         let most = [
             ("queues", queues.len() as u64, u64::from(offer.num_queues)),
@@ -97,6 +96,8 @@ impl Served<'_> {
             reply_fd: _,
             logs: Logs { log, call: log_call, queues: logging },
             backend_channel,
+            // The front end hears that it failed, and its guest stays where it is.
+            transfer: _,
             complaints,
         } = self;
         let mut fds = Descriptors::default();
