@@ -109,6 +109,38 @@ pub fn unplug_under_load(scene: &Scene) -> Result<Option<String>> {
     Ok(None)
 }
 
+/// The guest takes its driver off the disk in the middle of a load and puts it back, which resets the device: what was
+/// written before is there, and the disk works.
+pub fn driver_rebound(scene: &Scene) -> Result<Option<String>> {
+    let mut one = OneDisk::new(scene)?;
+    let kept =
+        Fio::new("kept", "/dev/vda").arg("rw=randwrite").arg("bs=64k").arg("offset=32m").arg("size=8m");
+    kept.run(&mut one.vm, FIO_LIMIT)?;
+    let sum = "dd if=/dev/vda bs=64k skip=512 count=128 2>/dev/null | sha256sum";
+    let written = one.vm.check(sum)?;
+    let device = one.vm.check("basename $(readlink -f /sys/block/vda/device)")?;
+    let driver = "/sys/bus/virtio/drivers/virtio_blk";
+    one.vm.tolerate("I/O error");
+    for _ in 0..3 {
+        let doomed =
+            Fio::new("doomed", "/dev/vda").arg("rw=randrw").arg("bs=4k").arg("loops=1000").jobs(4, 4);
+        doomed.start(&mut one.vm)?;
+        doomed.wait_busy(&mut one.vm, "vda")?;
+        one.vm.check(&format!("echo {} >{driver}/unbind", device.trim()))?;
+        let output = one.vm.join("doomed", FIO_LIMIT)?;
+        ensure!(output.code != 0, "fio has not noticed that its disk is gone");
+        expect_output(&mut one.vm, "ls /sys/block", "")?;
+        one.vm.check(&format!("echo {} >{driver}/bind", device.trim()))?;
+        one.vm.check_soon("test -b /dev/vda", FIO_LIMIT)?;
+        expect_output(&mut one.vm, sum, written.trim())?;
+    }
+    Fio::new("load", "/dev/vda").arg("rw=randrw").arg("bs=4k").jobs(4, 4).run(&mut one.vm, FIO_LIMIT)?;
+    let stats = one.daemon.stats()?;
+    ensure!(stats.errors() == 0, "the daemon has seen\n{}", stats.text());
+    one.finish()?;
+    Ok(None)
+}
+
 /// The daemon goes away and another one takes its place, while the guest is writing. QEMU reconnects, and the
 /// guest notices nothing but a pause.
 pub fn daemon_restarted(scene: &Scene) -> Result<Option<String>> {

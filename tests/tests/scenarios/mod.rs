@@ -40,6 +40,7 @@ pub const ALL: &[(&str, Scenario)] = &[
     ("front_end_killed_under_load", lifecycle::front_end_killed),
     ("disk_unplugged_and_plugged_again", lifecycle::replug),
     ("disk_unplugged_under_load", lifecycle::unplug_under_load),
+    ("driver_unbound_and_bound_under_load", lifecycle::driver_rebound),
     ("daemon_restarted_under_load", lifecycle::daemon_restarted),
     ("daemon_killed_under_load", lifecycle::daemon_killed),
     ("daemon_killed_under_load_packed", lifecycle::daemon_killed_packed),
@@ -53,6 +54,7 @@ pub const PACKED: &[(&str, Scenario)] = &[
     ("verified_random_io_on_four_queues", data::four_queues),
     ("guest_reboots", lifecycle::reboot),
     ("machine_stopped_and_continued_under_load", lifecycle::stop_and_continue),
+    ("driver_unbound_and_bound_under_load", lifecycle::driver_rebound),
     ("disk_unplugged_and_plugged_again", lifecycle::replug),
     ("memory_plugged_and_unplugged_under_load", memory::hotplug),
 ];
