@@ -4,7 +4,7 @@
 
 mod support;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{ErrorKind as Io, Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
@@ -18,7 +18,7 @@ use poll_engine::engine::pacing::Pacing;
 use poll_engine::memory::{MemoryMap, Ram, RegionSpec};
 use poll_engine::ring::RingConfig;
 use poll_engine::ring::driver::{Buffer, DriverRing};
-use poll_engine::session::wire::protocol;
+use poll_engine::session::wire::{F_LOG_ALL, VRING_F_LOG, protocol};
 use poll_engine::stats::ErrorKind;
 use support::{Back, FEATURES, LIMIT, Peer, QUEUES, eventfd, longs, readable_within, words};
 
@@ -246,6 +246,15 @@ impl IoQueue {
 
     fn start(&self, front: &mut FrontEnd) {
         self.start_at(front, 0);
+    }
+
+    /// Again, with writes to the used ring logged.
+    fn start_logging(&self, front: &mut FrontEnd, base: u32) {
+        let (peer, i, c) = (&front.peer, self.index, &self.told);
+        peer.send(10, false, &words(&[i, base]), &[]);
+        let addresses = longs(&[c.desc_addr, c.used_addr, c.avail_addr, c.used_addr]);
+        peer.send(9, false, &[words(&[i, VRING_F_LOG]), addresses].concat(), &[]);
+        peer.send(12, false, &longs(&[i.into()]), &[self.kick.as_raw_fd()]);
     }
 
     fn stop(&self, front: &mut FrontEnd) -> u32 {
@@ -941,4 +950,49 @@ fn without_a_channel_addresses_are_physical() {
     assert_eq!(miss[12..20], guest.config.desc_addr.to_ne_bytes());
     assert_eq!(guest.stop(&mut peer), 10);
     assert_eq!(u32::from(QUEUES), 2);
+}
+
+/// The pages that are marked in `log`; none is afterwards. The device is not writing.
+fn take_marks(log: &Ram) -> BTreeSet<u64> {
+    let marks = bytes(log.map(), 0, 4096);
+    log.map().slice(0, 4096).unwrap().fill(0);
+    let bits =
+        |(i, byte): (u64, u8)| (0..8).filter(move |b| byte & 1 << b != 0).map(move |b| (8 * i + b) * PAGE);
+    (0..).zip(marks).flat_map(bits).collect()
+}
+
+/// The dirty log is of guest-physical pages, wherever a driver behind a vIOMMU has them, its used ring among them.
+#[test]
+fn the_dirty_log_is_told_physical_pages() {
+    let back = Back::start(Pacing::Busy);
+    let mut front = FrontEnd::with(&back, PROTOCOL | protocol::LOG_SHMFD);
+    let mut queue = IoQueue::new(&mut front, 0);
+    let [_, into] = data(&mut front, DATA);
+    let used = front.table[&ring_iova(0, 2)].0;
+    queue.start(&mut front);
+    queue.round_trip(&mut front, DATA);
+
+    let log = Ram::new(0, 4096, false).unwrap();
+    front.peer.send(6, false, &longs(&[4096, 0]), &[log.fd().as_raw_fd()]);
+    assert_eq!(front.peer.reply(6), Some(longs(&[4096, 0])));
+    assert!(front.peer.ack(2, &longs(&[FEATURES | features::ACCESS_PLATFORM | F_LOG_ALL]), &[]));
+    // As QEMU has it: the log's address is the used ring's, an I/O virtual one.
+    let c = queue.told;
+    let addresses = longs(&[c.desc_addr, c.used_addr, c.avail_addr, c.used_addr]);
+    assert!(front.peer.ack(9, &[words(&[0, VRING_F_LOG]), addresses].concat(), &[]));
+    let round = |front: &mut FrontEnd, queue: &mut IoQueue| {
+        take_marks(&log);
+        queue.round_trip(front, DATA);
+        // Stopped, it has told everything.
+        let base = queue.stop(front);
+        let marks = take_marks(&log);
+        queue.start_logging(front, base);
+        marks
+    };
+    assert_eq!(round(&mut front, &mut queue), BTreeSet::from([into, used]));
+    // The same I/O address, and other memory.
+    let elsewhere = front.page();
+    assert!(front.invalidate(DATA + PAGE, PAGE));
+    front.map(DATA + PAGE, elsewhere, RW);
+    assert_eq!(round(&mut front, &mut queue), BTreeSet::from([elsewhere, used]));
 }
