@@ -87,6 +87,7 @@ pub struct Options {
     block_size: u32,
     queue_size: u16,
     direct: bool,
+    control: bool,
     args: Vec<String>,
 }
 
@@ -99,6 +100,7 @@ impl Default for Options {
             block_size: 512,
             queue_size: 256,
             direct: true,
+            control: false,
             args: Vec::new(),
         }
     }
@@ -140,6 +142,13 @@ impl Options {
         self
     }
 
+    /// Has others able to take over from it: [`Daemon::upgrade`].
+    #[must_use]
+    pub fn upgradable(mut self) -> Self {
+        self.control = true;
+        self
+    }
+
     /// Adds arguments of `vhost-blk` that have no counterpart in other back ends.
     #[must_use]
     pub fn args(mut self, args: &[&str]) -> Self {
@@ -169,20 +178,25 @@ impl Options {
         }
         ensure!(!served.is_empty(), "a back end without a disk");
         let program = self.kind.program().context("no back end to test")?;
-        let args = match self.kind {
+        let mut args = match self.kind {
             Kind::VhostBlk => self.vhost_blk_args(&served),
             Kind::Qsd => self.qsd_args(&served)?,
         };
+        let control = self.control.then(|| scene.path(&format!("{name}.control")));
+        args.extend(control.iter().map(|path| format!("--control={}", path.display())));
         let mut process = Process::spawn(scene, name, &program, &args)?;
         let sockets: Vec<PathBuf> = served.into_iter().map(|(socket, _)| socket).collect();
+        // The control socket is there before anybody is heard on it.
+        let all: Vec<&PathBuf> = sockets.iter().chain(&control).collect();
         wait::until("the daemon's sockets", LIMIT, || {
             if let Some(status) = process.poll_exit()? {
                 bail!("the daemon has ended at once ({status}): {}", process.stderr_tail());
             }
-            let there = |socket| std::fs::metadata(socket).is_ok_and(|meta| meta.file_type().is_socket());
-            Ok(sockets.iter().all(there).then_some(()))
+            let there =
+                |socket: &&PathBuf| std::fs::metadata(socket).is_ok_and(|meta| meta.file_type().is_socket());
+            Ok(all.iter().all(there).then_some(()))
         })?;
-        Ok(Daemon { process, sockets })
+        Ok(Daemon { process, sockets, control, program, args })
     }
 
     fn vhost_blk_args(&self, disks: &[(PathBuf, Medium<'_>)]) -> Vec<String> {
@@ -241,6 +255,9 @@ impl Options {
 pub struct Daemon {
     process: Process,
     sockets: Vec<PathBuf>,
+    control: Option<PathBuf>,
+    program: PathBuf,
+    args: Vec<String>,
 }
 
 impl Daemon {
@@ -291,6 +308,30 @@ impl Daemon {
         let said = self.process.stderr();
         ensure!(!said.contains("panicked"), "a thread of the daemon has panicked:\n{said}");
         Ok(())
+    }
+
+    /// Has another daemon with the same options, or these in their place, take over from this one while guests run. This one must
+    /// leave in good order; the other one is in its place then.
+    pub fn upgrade(&mut self, scene: &Scene, further: &[&str]) -> Result<()> {
+        let control = self.control.as_ref().context("not one to take over from")?;
+        let mut args = self.args.clone();
+        let option = |arg: &str| arg.split_once('=').map(|(name, _)| name.to_owned());
+        args.retain(|arg| option(arg).is_none() || !further.iter().any(|new| option(new) == option(arg)));
+        args.extend(further.iter().map(|&arg| arg.to_owned()));
+        args.push(format!("--takeover={}", control.display()));
+        let next = Process::spawn(scene, "upgraded", &self.program, &args)?;
+        let mut old = std::mem::replace(&mut self.process, next);
+        let status = old.wait_exit(LIMIT).with_context(|| self.process.stderr_tail())?;
+        let said = old.stderr();
+        ensure!(
+            status.success() && said.contains("handed over") && !said.contains("panicked"),
+            "the old daemon: {status}\n{said}\nthe new one:\n{}",
+            self.process.stderr_tail()
+        );
+        // It is heard on the control socket only when it is in place.
+        let beside = control.with_extension("control.new");
+        wait::until("the control socket", LIMIT, || Ok((!beside.exists()).then_some(())))?;
+        self.expect_alive()
     }
 
     /// Kills the daemon with `SIGKILL`.

@@ -12,6 +12,9 @@ use kickless_tests::scene::Scene;
 
 use crate::OneDisk;
 
+/// Upgrades of one guest's daemon.
+const UPGRADES: u64 = 6;
+
 /// The image grows, an interrupt says so, and what lies beyond the old end can be used.
 pub fn growth(scene: &Scene, platform: Platform) -> Result<Option<String>> {
     let mut one = OneDisk::boot(scene, platform, 1)?;
@@ -131,6 +134,35 @@ pub fn restarted(scene: &Scene, platform: Platform) -> Result<Option<String>> {
     let outcome = one.guest.finish()?;
     outcome.expect_clean()?;
     ensure!(outcome.requests == 40_000, "{outcome:?}");
+    one.finish()?;
+    Ok(None)
+}
+
+/// Newer daemons take over, one from the other, in the middle of a load each: the driver sees nothing but a pause, which is
+/// the longest of its requests then.
+pub fn upgraded(scene: &Scene, platform: Platform) -> Result<Option<String>> {
+    let mut one = OneDisk::boot_as(scene, platform, &Options::default().upgradable(), 2)?;
+    let load = || Load::verified().requests(10_000);
+    let undisturbed = one.guest.run(&load())?.longest;
+    let mut pauses = Vec::new();
+    for round in 0..UPGRADES {
+        one.guest.start(&load().seed(round))?;
+        one.guest.after(1000)?;
+        one.daemon.upgrade(scene, &[["--poll=adaptive", "--poll=event"][round as usize % 2]])?;
+        let before = one.guest.progress()?;
+        ensure!(before < 20_000, "the load was over before the new daemon ran");
+        let outcome = one.guest.finish()?;
+        outcome.expect_clean()?;
+        ensure!(outcome.requests == 20_000, "{outcome:?}");
+        pauses.push(outcome.longest);
+    }
+    one.guest.run(&Load::verified().seed(UPGRADES))?.expect_clean()?;
+    pauses.sort();
+    println!(
+        "longest request in each load with an upgrade: p50 {:.1?}, max {:.1?} of {UPGRADES}; without one {undisturbed:.1?}",
+        pauses[pauses.len() / 2],
+        pauses[pauses.len() - 1]
+    );
     one.finish()?;
     Ok(None)
 }

@@ -46,6 +46,8 @@ const ALL: &[(&str, Platform, Scenario)] = &[
     ("queues_reset_in_flight", Bare, lifecycle::queue_resets),
     ("device_reset_in_flight", Bare, lifecycle::device_resets_in_flight),
     ("daemon_restarted_under_load", Bare, lifecycle::restarted),
+    ("daemon_upgraded_under_load", Bare, lifecycle::upgraded),
+    ("daemon_upgraded_under_load", Microvm, lifecycle::upgraded),
     ("daemon_killed_between_requests", Bare, lifecycle::killed),
     ("daemon_killed_under_load", Bare, lifecycle::killed_under_load),
     ("daemon_killed_under_load", Microvm, lifecycle::killed_under_load),
@@ -82,6 +84,7 @@ const PACKED: &[(&str, Scenario)] = &[
     ("disk_grows_online", lifecycle::growth),
     ("memory_comes_and_goes_under_load", lifecycle::memory),
     ("device_reset_again_and_again", lifecycle::resets),
+    ("daemon_upgraded_under_load", lifecycle::upgraded),
     ("interrupts_are_those_the_ring_asked_for", interrupts::counted),
     ("no_interrupts_for_a_driver_that_polls", interrupts::suppressed),
     ("no_wake_up_is_lost_adaptive", interrupts::wake_ups_adaptive),
@@ -123,8 +126,22 @@ impl OneDisk {
     }
 
     fn boot_with(scene: &Scene, platform: Platform, plan: &dyn Fn(&Path) -> Plan) -> Result<Self> {
+        Self::make(scene, platform, &Options::default(), plan)
+    }
+
+    /// With a daemon that has these options.
+    fn boot_as(scene: &Scene, platform: Platform, options: &Options, queues: usize) -> Result<Self> {
+        Self::make(scene, platform, options, &|disk| Plan::new().disk(disk, queues))
+    }
+
+    fn make(
+        scene: &Scene,
+        platform: Platform,
+        options: &Options,
+        plan: &dyn Fn(&Path) -> Plan,
+    ) -> Result<Self> {
         let image = Image::create(scene, "disk.img", 64 * MIB)?;
-        let daemon = Options::default().spawn(scene, "daemon", &image)?;
+        let daemon = options.spawn(scene, "daemon", &image)?;
         let guest = plan(daemon.socket()).boot(platform, scene)?;
         Ok(Self { image, daemon, guest })
     }

@@ -201,6 +201,27 @@ fn killed(scene: &Scene, packed: bool) -> Result<Option<String>> {
     Ok(None)
 }
 
+/// Newer daemons take over, one from the other, while the guest is writing. It notices a pause, and QEMU nothing.
+pub fn daemon_upgraded(scene: &Scene) -> Result<Option<String>> {
+    if Kind::from_env() == Kind::Qsd {
+        return Ok(Some("qemu-storage-daemon has nobody take over from it".to_owned()));
+    }
+    let mut one = OneDisk::with(scene, &Options::default().upgradable())?;
+    let packed = if scene.packed() { "1" } else { "0" };
+    expect_output(&mut one.vm, "cut -c35 /sys/block/vda/device/features", packed)?;
+    let fio = Fio::new("load", "/dev/vda").arg("rw=randrw").arg("bs=4k").jobs(4, 4);
+    fio.start_loop(&mut one.vm)?;
+    for further in [&["--poll=event"][..], &["--cpus=0", "--fixed-buffers=off"], &[]] {
+        fio.wait_busy(&mut one.vm, "vda")?;
+        one.daemon.upgrade(scene, further)?;
+    }
+    fio.wait_busy(&mut one.vm, "vda")?;
+    fio.finish(&mut one.vm, FIO_LIMIT)?;
+    // Neither the guest nor QEMU may have said anything of it: QEMU would, had it lost its back end.
+    one.finish()?;
+    Ok(None)
+}
+
 /// Mounts the file system and starts a load on a file of its own in it.
 fn file_load(vm: &mut Vm) -> Result<Fio> {
     vm.check("mount /dev/vda /mnt")?;

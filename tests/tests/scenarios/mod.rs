@@ -42,6 +42,7 @@ pub const ALL: &[(&str, Scenario)] = &[
     ("disk_unplugged_under_load", lifecycle::unplug_under_load),
     ("driver_unbound_and_bound_under_load", lifecycle::driver_rebound),
     ("daemon_restarted_under_load", lifecycle::daemon_restarted),
+    ("daemon_upgraded_under_load", lifecycle::daemon_upgraded),
     ("daemon_killed_under_load", lifecycle::daemon_killed),
     ("daemon_killed_under_load_packed", lifecycle::daemon_killed_packed),
     ("memory_plugged_and_unplugged_under_load", memory::hotplug),
@@ -56,6 +57,7 @@ pub const PACKED: &[(&str, Scenario)] = &[
     ("machine_stopped_and_continued_under_load", lifecycle::stop_and_continue),
     ("driver_unbound_and_bound_under_load", lifecycle::driver_rebound),
     ("disk_unplugged_and_plugged_again", lifecycle::replug),
+    ("daemon_upgraded_under_load", lifecycle::daemon_upgraded),
     ("memory_plugged_and_unplugged_under_load", memory::hotplug),
 ];
 
