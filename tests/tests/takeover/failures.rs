@@ -75,8 +75,7 @@ fn fails(mut process: Process, why: &str) {
     assert!(!said.contains("panicked"), "{said}");
 }
 
-#[test]
-fn a_bad_configuration_is_refused_before_anything_stops() {
+pub fn bad_configuration() {
     under_load(|chain, load| {
         let without =
             |what: &str| chain.args.iter().filter(|a| !a.contains(what)).cloned().collect::<Vec<_>>();
@@ -113,8 +112,7 @@ fn a_bad_configuration_is_refused_before_anything_stops() {
     });
 }
 
-#[test]
-fn it_may_die_at_any_step() {
+pub fn dies_at_any_step() {
     under_load(|chain, load| {
         // Before a word.
         drop(UnixStream::connect(&chain.control).unwrap());
@@ -157,11 +155,10 @@ fn it_may_die_at_any_step() {
     });
 }
 
-#[test]
-fn it_may_be_killed_at_any_time() {
+pub fn killed_at_any_time() {
     let mut killed = 0;
     // Killed between taking over and being heard of, it takes everything with it, as at any time after: that is what
-    // records of requests in flight are for. Then there is nothing left to go on with here.
+    // records of requests in flight are for, and this front end keeps none.
     while killed < 20 {
         let last = under_load_while(|chain, load| {
             // From before it has begun to about when it serves: a start takes some ten milliseconds.
@@ -174,9 +171,12 @@ fn it_may_be_killed_at_any_time() {
                     next.kill9().unwrap();
                     killed += 1;
                 }
-                if !load.progress_unless(|| chain.current.poll_exit().unwrap().is_some()) {
+                let ended = "the new process died in taking over";
+                let over =
+                    || chain.current.poll_exit().unwrap().is_some() || chain.current.stderr().contains(ended);
+                if !load.progress_unless(over) {
                     let said = chain.current.stderr();
-                    assert!(said.contains("handed over"), "{said}");
+                    assert!(said.contains("handed over:") || said.contains(ended), "{said}");
                     return false;
                 }
             }
@@ -189,8 +189,7 @@ fn it_may_be_killed_at_any_time() {
     }
 }
 
-#[test]
-fn a_new_one_that_stands_still_is_not_waited_for() {
+pub fn stands_still() {
     under_load(|chain, load| {
         let (taker, _) = Taker::connect(&chain.control, PROGRAM).unwrap();
         let (_, baton) = taker.ask().unwrap();
@@ -226,8 +225,7 @@ fn a_new_one_that_stands_still_is_not_waited_for() {
     });
 }
 
-#[test]
-fn programs_of_another_age_refuse_each_other() {
+pub fn another_age() {
     under_load(|chain, _| {
         // A newer one, to the running one.
         let stream = UnixStream::connect(&chain.control).unwrap();
@@ -269,12 +267,7 @@ fn programs_of_another_age_refuse_each_other() {
     assert!(!scene.path("s").exists());
 }
 
-#[test]
-fn nobody_but_its_user_may_take_over() {
-    if !nix::unistd::geteuid().is_root() {
-        eprintln!("ignored: it takes root to be another user");
-        return;
-    }
+pub fn another_user() {
     under_load(|chain, _| {
         let mode = std::fs::metadata(&chain.control).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o600);

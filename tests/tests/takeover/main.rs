@@ -13,10 +13,38 @@ use std::time::Duration;
 use blk::Front;
 use chain::Chain;
 use kickless_tests::image::{Image, MIB};
+use kickless_tests::runner::{self, Test};
 use kickless_tests::scene::Scene;
 use load::{BLOCK, Load, SPAN, Tally, content};
 
 const QUEUES: usize = 2;
+
+const TESTS: &[(&str, fn())] = &[
+    ("twenty_upgrades_under_load_lose_nothing_on_split_rings", || upgrades_under_load(false)),
+    ("twenty_upgrades_under_load_lose_nothing_on_packed_rings", || upgrades_under_load(true)),
+    ("disks_may_be_added_and_options_changed_that_no_guest_sees", disks_may_be_added),
+    ("a_bad_configuration_is_refused_before_anything_stops", failures::bad_configuration),
+    ("it_may_die_at_any_step", failures::dies_at_any_step),
+    ("it_may_be_killed_at_any_time", failures::killed_at_any_time),
+    ("a_new_one_that_stands_still_is_not_waited_for", failures::stands_still),
+    ("programs_of_another_age_refuse_each_other", failures::another_age),
+    (OTHER_USER, failures::another_user),
+];
+const OTHER_USER: &str = "nobody_but_its_user_may_take_over";
+
+fn main() -> std::process::ExitCode {
+    let not_root =
+        || (!nix::unistd::geteuid().is_root()).then(|| "it takes root to be another user".to_owned());
+    let test = |&(name, body): &(&'static str, fn())| Test {
+        name: name.to_owned(),
+        needs: Box::new(move || if name == OTHER_USER { not_root() } else { None }),
+        run: Box::new(move |_| {
+            body();
+            Ok(None)
+        }),
+    };
+    runner::run(TESTS.iter().map(test).collect(), "KICKLESS_REQUIRE_ROOT")
+}
 
 /// Hand-overs of the long test: `KICKLESS_TAKEOVERS`, or 20.
 fn rounds() -> usize {
@@ -75,16 +103,6 @@ fn belongings(pid: nix::unistd::Pid) -> (Vec<String>, usize, usize) {
     )
 }
 
-#[test]
-fn twenty_upgrades_under_load_lose_nothing_on_split_rings() {
-    upgrades_under_load(false);
-}
-
-#[test]
-fn twenty_upgrades_under_load_lose_nothing_on_packed_rings() {
-    upgrades_under_load(true);
-}
-
 fn upgrades_under_load(packed: bool) {
     let scene = Scene::new().unwrap();
     let image = Image::create(&scene, "a.img", 16 * MIB).unwrap();
@@ -133,8 +151,7 @@ fn upgrades_under_load(packed: bool) {
     assert!(!a.exists() && !b.exists() && !c.exists(), "sockets are still there");
 }
 
-#[test]
-fn disks_may_be_added_and_options_changed_that_no_guest_sees() {
+fn disks_may_be_added() {
     let scene = Scene::new().unwrap();
     let args = [format!("--disk=socket-path={},backend=ram:4M", scene.path("a").display())];
     let mut chain = Chain::start(&scene, &args);
