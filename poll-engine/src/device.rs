@@ -108,6 +108,12 @@ pub trait Device: Send + Sync {
     /// Everything written must be there for whoever comes next.
     fn hand_over(&self) {}
 
+    /// A process that had gone on with this device in our place has died. Returns once nothing that it had begun can touch
+    /// the device or guest memory any more; an error means that this cannot be known.
+    fn reclaim(&self) -> io::Result<()> {
+        Ok(())
+    }
+
     /// Makes the handler of a queue that is about to run, under the features that were negotiated.
     fn start_queue(&self, index: u16, features: u64, ring_size: u16) -> io::Result<Box<dyn QueueHandler>>;
 

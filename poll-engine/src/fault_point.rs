@@ -45,6 +45,28 @@ pub const PACKED: [&str; 17] = [
 /// The places of a recovery, which come up when requests were in flight.
 pub const RECOVER: [&str; 2] = ["recover-begins", "recover-taken"];
 
+/// The places of a process that is taken over from, in order.
+pub const GIVER: [&str; 7] = [
+    "giver-greeted",
+    "giver-parked",
+    "giver-drained",
+    "giver-sent-one",
+    "giver-sent-all",
+    "giver-heard",
+    "giver-left",
+];
+/// Those of one that takes over.
+pub const TAKER: [&str; 8] = [
+    "taker-begins",
+    "taker-greeted",
+    "taker-asked",
+    "taker-has-all",
+    "taker-prepared",
+    "taker-has-baton",
+    "taker-serves",
+    "taker-said",
+];
+
 /// One of the places.
 #[cfg(not(feature = "fault-points"))]
 #[inline(always)]

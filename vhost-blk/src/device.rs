@@ -187,6 +187,10 @@ impl Device for BlkDevice {
         self.disk.hand_over();
     }
 
+    fn reclaim(&self) -> io::Result<()> {
+        self.disk.reclaim().map_err(io::Error::other)
+    }
+
     fn start_queue(&self, index: u16, features: u64, ring_size: u16) -> io::Result<Box<dyn QueueHandler>> {
         let disk = Arc::clone(&self.disk);
         // 5.2.5.1: a driver that does not know FLUSH never flushes; one that does expects a cache, or sets the mode if it

@@ -11,7 +11,7 @@ use tracing::{info, warn};
 
 use poll_engine::memory::Ram;
 
-use crate::lock::{LockError, lock, release};
+use crate::lock::{LockError, lock, outlast, release};
 use crate::open::{FileTraits, OpenError};
 
 /// A memento of write-through: every write is durable.
@@ -146,6 +146,13 @@ impl Disk {
                 .unwrap_or_else(|e| warn!("{}: the page cache may be stale: {e}", self.path.display()));
         }
         Ok(())
+    }
+
+    /// Waits for the end of all that another process, which has died, had begun.
+    pub fn reclaim(&self) -> Result<(), OpenError> {
+        // What is done in memory ends with the thread that does it.
+        let Storage::File(file, _) = &self.storage else { return Ok(()) };
+        outlast(file).map_err(|error| OpenError::Lock { path: self.path.clone(), error })
     }
 
     /// Makes everything written visible to whoever takes the image over, and gives up its lock. Where the former fails

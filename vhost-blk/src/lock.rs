@@ -31,6 +31,9 @@ pub enum LockError {
     /// Somebody reads it who does not want it to change.
     #[error("another process reads it and does not allow writers; stop that process, or use --read-only")]
     HeldByReader,
+    /// Another opening of it has not gone away.
+    #[error("another process still has it open")]
+    HeldBySomebody,
     /// The file system has no such locks.
     #[error("cannot lock: {0}")]
     Io(#[from] io::Error),
@@ -84,6 +87,19 @@ pub fn lock(file: &File, writable: bool) -> Result<(), LockError> {
 /// take over from. They last when that one is closed.
 pub fn lock_beside(file: &File, writable: bool) -> Result<(), LockError> {
     take_all(file, writable)
+}
+
+/// Waits until nobody else holds locks of `file`: the process that had them beside us is dead, and loses them after the
+/// last of its operations.
+pub fn outlast(file: &File) -> Result<(), LockError> {
+    let begun = Instant::now();
+    while is_held(file, IN_USE + CONSISTENT_READ)? {
+        if begun.elapsed() > PATIENCE {
+            return Err(LockError::HeldBySomebody);
+        }
+        std::thread::sleep(LOOK);
+    }
+    Ok(())
 }
 
 /// Lets go of all that [`lock`] has taken.
@@ -142,6 +158,8 @@ mod tests {
         assert!(matches!(lock(&open(image.path()), false), Err(LockError::HeldByWriter)));
         drop(writer);
         assert!(matches!(lock(&open(image.path()), true), Err(LockError::HeldByWriter)));
+        assert!(matches!(outlast(&open(image.path())), Err(LockError::HeldBySomebody)));
+        outlast(&successor).unwrap();
         drop(successor);
         lock(&open(image.path()), true).unwrap();
     }

@@ -115,6 +115,7 @@ struct Served {
     disk: Arc<Disk>,
     stats: Vec<Arc<QueueStats>>,
     server: Arc<Server>,
+    device: Arc<BlkDevice>,
     /// After the server: with it gone, nothing is noted any more.
     recorder: Option<Arc<Recorder>>,
 }
@@ -180,11 +181,11 @@ fn serve(
     let (mut served, mut prepared) = (Vec::new(), Vec::new());
     for (((wanted, disk), recorder), source) in wanted.into_iter().zip(disks).zip(recorders).zip(listeners) {
         let withheld = if cli.packed == Switch::Off { features::RING_PACKED } else { 0 };
-        let device = BlkDevice::new(Arc::clone(&disk), cli.num_queues, cli.queue_size, recorder.clone())
-            .without(withheld);
+        let device = BlkDevice::new(Arc::clone(&disk), cli.num_queues, cli.queue_size, recorder.clone());
+        let device = Arc::new(device.without(withheld));
         let stats: Vec<_> = std::iter::repeat_with(Arc::default).take(cli.num_queues.into()).collect();
         let (name, engine) = (wanted.name.clone(), Arc::clone(&engine));
-        let export = Export { name, device: Arc::new(device), stats: stats.clone(), engine };
+        let export = Export { name, device: Arc::clone(&device) as _, stats: stats.clone(), engine };
         let (left, signals) = (Arc::clone(&left), signals.handle());
         let ended = move || {
             // A connected --fd has had its one front end.
@@ -200,23 +201,23 @@ fn serve(
             }
         };
         prepared.push(server.context("cannot start a control thread")?);
-        served.push((wanted, disk, stats, recorder));
+        served.push((wanted, disk, stats, device, recorder));
     }
     let until = Instant::now() + READY;
     for (server, (wanted, ..)) in prepared.iter().zip(&served) {
         server.wait_ready(until).with_context(|| wanted.place.key())?;
     }
-    if baton.is_some_and(|baton| !baton.take()) {
-        return Err(TakeoverError::TooLate.into());
+    if let (Some(taker), Some(baton)) = (taker.as_ref().and_then(|taker| taker.as_ref()), baton) {
+        taker.seize(baton)?;
     }
     // Nobody else serves now, so nothing may fail any more.
     let servers: Vec<_> = prepared.into_iter().map(|server| Arc::new(server.go())).collect();
-    let served = served.into_iter().zip(servers).map(|((wanted, disk, stats, recorder), server)| {
+    let served = served.into_iter().zip(servers).map(|((wanted, disk, stats, device, recorder), server)| {
         info!("serving {}, {} bytes", wanted.name, disk.capacity());
         if let Some(recorder) = &recorder {
             recorder.keep();
         }
-        Served { name: wanted.name, key: wanted.place.key(), disk, stats, server, recorder }
+        Served { name: wanted.name, key: wanted.place.key(), disk, stats, server, device, recorder }
     });
     let served: Vec<_> = served.collect();
     let taken_over = taker.and_then(Option::take).map(Taker::running).is_some();
@@ -293,8 +294,13 @@ fn wait_for_successor(
     }
     let lot = |s: &Served| {
         let (about, fd) = About::disk(&s.disk)?;
-        let (key, server) = (s.key.clone(), Arc::clone(&s.server));
-        anyhow::Ok(Lot { key, about: serde_json::to_value(about)?, fds: fd.into_iter().collect(), server })
+        anyhow::Ok(Lot {
+            key: s.key.clone(),
+            about: serde_json::to_value(about)?,
+            fds: fd.into_iter().collect(),
+            server: Arc::clone(&s.server),
+            device: Arc::clone(&s.device) as _,
+        })
     };
     let lots = served.iter().map(lot).collect::<Result<_>>()?;
     Ok(Giver::start(listener, PROGRAM, lots, given)?)

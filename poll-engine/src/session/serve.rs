@@ -10,6 +10,7 @@ use nix::sys::socket::{MsgFlags, send};
 use tracing::{debug, warn};
 
 use super::device_state::{StateError, Transfer};
+use super::handover::Then;
 use super::inflight::{self, Inflight, InflightError};
 use super::iommu::Iommu;
 use super::listen::Listener;
@@ -120,6 +121,8 @@ pub(super) enum Ended {
     Over,
     /// Another process goes on with it.
     HandedOver,
+    /// Another process has gone on with it, and has died.
+    Lost,
 }
 
 /// One session being served.
@@ -205,10 +208,11 @@ impl<'a> Served<'a> {
                         self.tell_config_changed();
                     }
                     if let Some(parking) = control.take_parking() {
-                        if parking.follow(|| self.save(listener)) {
-                            return Ok(Ended::HandedOver);
+                        match parking.follow(|| self.save(listener)) {
+                            Then::GoOn => self.go_on(),
+                            Then::Leave => return Ok(Ended::HandedOver),
+                            Then::StartOver => return Ok(Ended::Lost),
                         }
-                        self.go_on();
                     }
                 }
                 Incoming::Message(header, request, fds) => {

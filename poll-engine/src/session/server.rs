@@ -11,7 +11,7 @@ use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, bounded, unbounded}
 use tracing::{info, warn};
 
 use super::handover::served::Restored;
-use super::handover::{Freeze, HandoverError, Parking, Snapshot};
+use super::handover::{Freeze, HandoverError, Parking, Snapshot, Then};
 use super::listen::{Accepted, Listener};
 use super::serve::{Ended, Export, Served};
 use super::socket::{Connection, SocketError};
@@ -214,6 +214,7 @@ fn serve<'a>(export: &'a Export, mut listener: Listener, mut served: Option<Serv
             match session.run(control, &listener) {
                 Ok(Ended::Over) => info!("{}: front end gone", export.name),
                 Ok(Ended::HandedOver) => return listener.own(None),
+                Ok(Ended::Lost) => warn!("{}: session ended: the front end must connect again", export.name),
                 Err(e) => warn!("{}: session ended: {e}", export.name),
             }
             export.device.reset();
@@ -232,7 +233,7 @@ fn serve<'a>(export: &'a Export, mut listener: Listener, mut served: Option<Serv
                 // Nobody to tell that configuration space has changed.
                 control.take_config_changed();
                 if let Some(parking) = control.take_parking()
-                    && parking.follow(|| Snapshot::idle(&listener))
+                    && parking.follow(|| Snapshot::idle(&listener)) == Then::Leave
                 {
                     return listener.own(None);
                 }

@@ -8,12 +8,17 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::socket::{getsockopt, sockopt};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use tracing::{info, warn};
 
 use super::baton::Baton;
 use super::channel::Channel;
 use super::{Answer, Request, TakeoverError};
+use crate::device::Device;
+use crate::fault_point;
 use crate::session::handover::{Freeze, Snapshot};
 use crate::session::listen::{Accepted, Listener};
 use crate::session::server::Server;
@@ -30,8 +35,10 @@ const DRAIN: Duration = Duration::from_secs(5);
 /// How long the new process may take to receive all and to run. A few milliseconds is usual.
 const TAKE: Duration = Duration::from_secs(5);
 
+/// How long the kernel may take to end a process that has closed its end of the socket.
+const DEATH: Duration = Duration::from_secs(5);
+
 /// Something that is served, and can be handed over.
-#[derive(Debug)]
 pub struct Lot {
     /// Where it is served: what the new process knows it by.
     pub key: String,
@@ -41,6 +48,14 @@ pub struct Lot {
     pub fds: Vec<OwnedFd>,
     /// What serves it.
     pub server: Arc<Server>,
+    /// What is served.
+    pub device: Arc<dyn Device>,
+}
+
+impl std::fmt::Debug for Lot {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Lot").field("key", &self.key).field("about", &self.about).finish_non_exhaustive()
+    }
 }
 
 /// What the program calls itself.
@@ -116,11 +131,12 @@ fn give(
     program: Program,
     lots: &[Lot],
 ) -> Result<Result<(), TakeoverError>, TakeoverError> {
+    let peer = Peer::of(&stream);
     let channel = Channel::new(stream)?;
     let lots: Vec<&Lot> = lots.iter().filter(|lot| !lot.server.has_ended()).collect();
     let allowed = channel.expect_user(false);
     let greeted = allowed.and_then(|()| greet(&channel, program, &lots));
-    let outcome = greeted.and_then(|()| hand_over(&channel, &lots));
+    let outcome = greeted.and_then(|()| hand_over(&channel, &peer, &lots));
     if let Err(e) = &outcome {
         // The last message of all, to somebody who may be gone, or stuck.
         let _ = channel.send(&Answer::Refused(e.to_string()), &[], Instant::now());
@@ -143,10 +159,15 @@ fn greet(channel: &Channel, program: Program, lots: &[&Lot]) -> Result<(), Takeo
         let export = Answer::Export { key: lot.key.clone(), about: lot.about.clone() };
         channel.send(&export, &fds, until)?;
     }
+    fault_point::pass("giver-greeted");
     Ok(())
 }
 
-fn hand_over(channel: &Channel, lots: &[&Lot]) -> Result<Result<(), TakeoverError>, TakeoverError> {
+fn hand_over(
+    channel: &Channel,
+    peer: &Peer,
+    lots: &[&Lot],
+) -> Result<Result<(), TakeoverError>, TakeoverError> {
     let (ready, _) = channel.receive(Instant::now() + START, "start")?;
     let Request::Ready = ready else { return Err(unexpected(ready)) };
     let failed = |lot: &Lot, e| TakeoverError::Session(lot.key.clone(), e);
@@ -157,6 +178,7 @@ fn hand_over(channel: &Channel, lots: &[&Lot]) -> Result<Result<(), TakeoverErro
     for (freeze, lot) in &frozen {
         freeze.wait_parked(until).map_err(|e| failed(lot, e))?;
     }
+    fault_point::pass("giver-parked");
     let begun = Instant::now();
     for (freeze, _) in &frozen {
         freeze.stop();
@@ -165,17 +187,30 @@ fn hand_over(channel: &Channel, lots: &[&Lot]) -> Result<Result<(), TakeoverErro
     let snapshots = frozen.iter().map(|(freeze, lot)| freeze.snapshot(until).map_err(|e| failed(lot, e)));
     let snapshots = snapshots.collect::<Result<Vec<_>, _>>()?;
     let drained = begun.elapsed();
+    fault_point::pass("giver-drained");
 
     let baton = Baton::new()?;
     let heard = send_all(channel, snapshots, &baton);
     match heard {
         // Not heard of, so perhaps not begun: whoever takes the baton serves.
         Err(e) if baton.take() => return Err(e),
+        // It had begun, and nobody serves any more.
+        Err(TakeoverError::Gone) => match peer.has_died().and_then(|()| reclaim(lots)) {
+            Ok(()) => {
+                for (freeze, _) in frozen {
+                    freeze.start_over();
+                }
+                return Err(TakeoverError::Died);
+            }
+            Err(e) => warn!("cannot go on in the place of the new process: {e}"),
+        },
         _ => {}
     }
+    fault_point::pass("giver-heard");
     for (freeze, _) in frozen {
         freeze.leave();
     }
+    fault_point::pass("giver-left");
     info!("handed over: drained in {drained:.1?}, the new process runs after {:.1?}", begun.elapsed());
     Ok(heard)
 }
@@ -187,11 +222,49 @@ fn send_all(channel: &Channel, snapshots: Vec<Snapshot>, baton: &Baton) -> Resul
         let (state, fds) = snapshot.into_parts();
         let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
         channel.send(&Answer::Server(Box::new(state)), &fds, until)?;
+        fault_point::pass("giver-sent-one");
     }
     channel.send(&Answer::Baton, &[baton.as_fd()], until)?;
+    fault_point::pass("giver-sent-all");
     match channel.receive(until, "run")?.0 {
         Request::Running => Ok(()),
         other => Err(unexpected(other)),
+    }
+}
+
+/// Has all that a dead process has begun come to an end.
+fn reclaim(lots: &[&Lot]) -> io::Result<()> {
+    let one =
+        |lot: &&Lot| lot.device.reclaim().map_err(|e| io::Error::new(e.kind(), format!("{}: {e}", lot.key)));
+    lots.iter().try_for_each(one)
+}
+
+/// The process at the other end of a socket.
+struct Peer(io::Result<OwnedFd>);
+
+impl Peer {
+    fn of(stream: &UnixStream) -> Peer {
+        let find = || {
+            let pid = getsockopt(stream, sockopt::PeerCredentials)?.pid();
+            // Of another namespace it is 0.
+            let pid = Pid::from_raw(pid).ok_or(nix::Error::ESRCH)?;
+            io::Result::Ok(pidfd_open(pid, PidfdFlags::empty())?)
+        };
+        Peer(find())
+    }
+
+    /// Waits for its end: until then it may still serve, whatever has become of its socket.
+    fn has_died(&self) -> io::Result<()> {
+        let fd = self
+            .0
+            .as_ref()
+            .map_err(|e| io::Error::new(e.kind(), format!("unknown whether it lives: {e}")))?;
+        // Readable when all of its threads are gone (pidfd_open(2)).
+        let mut wait = [PollFd::new(fd.as_fd(), PollFlags::POLLIN)];
+        match poll(&mut wait, PollTimeout::try_from(DEATH).unwrap_or(PollTimeout::MAX))? {
+            0 => Err(io::Error::other("it still lives")),
+            _ => Ok(()),
+        }
     }
 }
 

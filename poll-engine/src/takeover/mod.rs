@@ -19,6 +19,11 @@
 //! neither read from a socket nor written to guest memory, so the old one goes on as if nothing had happened. An old one
 //! that dies after it has sent everything has lost nothing either.
 //!
+//! A new one that dies between taking the baton and `Running` may have served requests, and read from sockets. The old one
+//! makes sure that it is dead and that nothing that it had begun still runs, and then starts over: sessions end as by a
+//! crash, and front ends that connect again find it. If it cannot be sure, it leaves, as it does when the other one lives
+//! and says nothing; then the next daemon recovers.
+//!
 //! [`channel`] carries the messages. Both sides check the [`FORMAT`] of each, so that programs that do not know each
 //! other's state refuse each other before anything has stopped.
 
@@ -143,6 +148,11 @@ pub enum TakeoverError {
     /// A session cannot be handed over.
     #[error("{0}: {1}")]
     Session(String, HandoverError),
+    /// The new one has taken over and died before it was heard of.
+    #[error(
+        "the new process died in taking over; front ends must connect again, and resume what was in flight by their record"
+    )]
+    Died,
     /// The other one was faster.
     #[error("the running process has gone on by itself: this one was too slow, or has failed")]
     TooLate,

@@ -9,6 +9,7 @@ use super::baton::Baton;
 use super::channel::Channel;
 use super::give::Program;
 use super::{Answer, Request, TakeoverError};
+use crate::fault_point;
 use crate::session::handover::Snapshot;
 
 /// How long the running process may take to greet, and to receive what it is told. It may be busy with another one.
@@ -44,7 +45,8 @@ impl Taker {
         channel.expect_user(true)?;
         let until = Instant::now() + GREETING;
         let (name, version) = (program.name.to_owned(), program.version.to_owned());
-        channel.send(&Request::Hello { program: name, version }, &[], until)?;
+        fault_point::pass("taker-begins");
+        unless_gone(channel.send(&Request::Hello { program: name, version }, &[], until))?;
         let exports = match channel.receive(until, "greet")?.0 {
             Answer::Hello { program: theirs, exports, .. } if theirs == program.name => exports,
             Answer::Hello { program: theirs, .. } => {
@@ -59,6 +61,7 @@ impl Taker {
                 (other, _) => return Err(unexpected(other)),
             }
         }
+        fault_point::pass("taker-greeted");
         Ok((Taker { channel, exports: offered.len() }, offered))
     }
 
@@ -66,7 +69,8 @@ impl Taker {
     /// is to be taken before any of them is used.
     pub fn ask(&self) -> Result<(Vec<Snapshot>, Baton), TakeoverError> {
         let until = Instant::now() + SEND;
-        self.channel.send(&Request::Ready, &[], until)?;
+        unless_gone(self.channel.send(&Request::Ready, &[], until))?;
+        fault_point::pass("taker-asked");
         let mut snapshots = Vec::new();
         for _ in 0..self.exports {
             match self.channel.receive(until, "stop")? {
@@ -75,19 +79,44 @@ impl Taker {
             }
         }
         match self.channel.receive(until, "send everything")? {
-            (Answer::Baton, mut fds) if fds.len() == 1 => Ok((snapshots, Baton::received(fds.remove(0)))),
+            (Answer::Baton, mut fds) if fds.len() == 1 => {
+                fault_point::pass("taker-has-all");
+                Ok((snapshots, Baton::received(fds.remove(0))))
+            }
             (other, _) => Err(unexpected(other)),
         }
     }
 
+    /// Takes the baton, once nothing can fail any more: this process serves from here on.
+    pub fn seize(&self, baton: Baton) -> Result<(), TakeoverError> {
+        fault_point::pass("taker-prepared");
+        let won = baton.take();
+        drop(baton);
+        if !won {
+            return Err(TakeoverError::TooLate);
+        }
+        fault_point::pass("taker-has-baton");
+        Ok(())
+    }
+
     /// Says that this process serves. The other one may be gone.
     pub fn running(self) {
+        fault_point::pass("taker-serves");
         let _ = self.channel.send(&Request::Running, &[], Instant::now() + GREETING);
+        fault_point::pass("taker-said");
     }
 
     /// Says why this process will not, and leaves the other one to it.
     pub fn give_up(self, why: &str) {
         let _ = self.channel.send(&Request::Failed(why.to_owned()), &[], Instant::now() + GREETING);
+    }
+}
+
+/// Whoever refuses without having listened has said why, which is still there to be received.
+fn unless_gone(sent: Result<(), TakeoverError>) -> Result<(), TakeoverError> {
+    match sent {
+        Err(TakeoverError::Gone) => Ok(()),
+        sent => sent,
     }
 }
 

@@ -18,7 +18,7 @@ use crate::model::BLOCK;
 const LIMIT: Duration = Duration::from_secs(20);
 
 /// The daemon that is built with fault points; it lies beside the one that is not.
-fn program() -> Option<PathBuf> {
+pub fn program() -> Option<PathBuf> {
     let plain = process::built("vhost-blk")?;
     Some(plain.parent()?.parent()?.join("fault-points/vhost-blk")).filter(|path| path.is_file())
 }

@@ -6,6 +6,7 @@
 mod daemon;
 mod faults;
 mod front;
+mod handover;
 mod model;
 
 use std::time::{Duration, Instant};
@@ -109,6 +110,8 @@ const TESTS: &[(&str, Body)] = &[
 const FAULTS: &[(&str, Body)] = &[
     ("killed_between_any_two_steps_split", |scene| faults::at_each(scene, false)),
     ("killed_between_any_two_steps_packed", |scene| faults::at_each(scene, true)),
+    ("killed_at_any_step_of_a_hand_over_split", |scene| handover::at_each(scene, false)),
+    ("killed_at_any_step_of_a_hand_over_packed", |scene| handover::at_each(scene, true)),
 ];
 
 fn main() -> std::process::ExitCode {

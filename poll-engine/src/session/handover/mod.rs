@@ -210,6 +210,18 @@ impl Snapshot {
 enum Step {
     Stop,
     Leave,
+    StartOver,
+}
+
+/// What becomes of a control thread that was parked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Then {
+    /// It goes on as before.
+    GoOn,
+    /// It leaves everything to another process.
+    Leave,
+    /// It ends its session, of which another process may have served a part, and waits for the next front end.
+    StartOver,
 }
 
 enum Told {
@@ -268,11 +280,17 @@ impl Freeze {
     pub fn leave(self) {
         let _ = self.step.send(Step::Leave);
     }
+
+    /// Has the thread end its session, as if this process had died and were started again: the one that had the snapshot
+    /// is dead, and how much of the session it has served is known to the guest and its record of requests in flight alone.
+    pub fn start_over(self) {
+        let _ = self.step.send(Step::StartOver);
+    }
 }
 
 impl Parking {
-    /// Does as it is told, and makes the snapshot by `save` when told to. True to leave, false to go on as before.
-    pub(super) fn follow(self, mut save: impl FnMut() -> io::Result<Snapshot>) -> bool {
+    /// Does as it is told, and makes the snapshot by `save` when told to.
+    pub(super) fn follow(self, mut save: impl FnMut() -> io::Result<Snapshot>) -> Then {
         // Whoever has given up is noticed by the step that does not come.
         let _ = self.told.send(Told::Parked);
         loop {
@@ -280,8 +298,9 @@ impl Parking {
                 Ok(Step::Stop) => {
                     let _ = self.told.send(Told::Stopped(save().map(Box::new)));
                 }
-                Ok(Step::Leave) => return true,
-                Err(_) => return false,
+                Ok(Step::Leave) => return Then::Leave,
+                Ok(Step::StartOver) => return Then::StartOver,
+                Err(_) => return Then::GoOn,
             }
         }
     }
