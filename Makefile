@@ -20,7 +20,7 @@ demo-kvm: ## Boot 8 guests without an operating system on one daemon under KVM (
 test: setup ## Every test tier; ends with one line of totals
 	@scripts/test.sh
 
-soak: ## The daemon killed 10,000 times (SOAK_KILLS), lost wake-ups and randomised tests for SOAK_MINUTES (10), PROPTEST_CASES (4096) each
+soak: ## Kills, migrations, upgrades, random sessions by count, wake-ups and randomised tests by time (CONTRIBUTING.md)
 	@scripts/test.sh soak
 
 bench: ## Rates and latencies of the engine on this machine

@@ -2,8 +2,8 @@
 # Every test tier, to the end whatever fails on the way. The last line counts what passed, failed and was skipped.
 #
 #   scripts/test.sh                all of it
-#   scripts/test.sh soak           the search for lost wake-ups, then the randomised tests again and again, for
-#                                  SOAK_MINUTES (default 10) in all
+#   scripts/test.sh soak           what takes too long for every day: kills, migrations, upgrades, random sessions, lost
+#                                  wake-ups, randomised tests (CONTRIBUTING.md has the numbers)
 #   scripts/test.sh summary LOG    what the end of a run looks like, for a log of cargo test
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
@@ -79,66 +79,92 @@ summary() {
         }'
 }
 
-# SECONDS: a quarter of them for each way of waiting, one request at a time under KVM, until there were ten million of
-# each. Where a run stops, the next one goes on.
+# NAME LIMIT COMMAND...: one part of a soak, with a line that says what became of it. What it printed is shown if it
+# failed. Tests of which none ran have not passed.
+part() {
+    local from=$SECONDS code ran why
+    echo "soak: $1 ..."
+    timeout --kill-after=10 "$2" "${@:3}" >"$tmp/part" 2>&1
+    code=$?
+    ran=$(awk '/^test result: / { n += $4; any = 1 } END { print any ? n + 0 : "none" }' "$tmp/part")
+    why=$(sed -n 's/.*ignored[, ]*(*\(.*[^)]\))*$/\1/p' "$tmp/part" | grep -v 'measured' | head -n 1)
+    if [ $code = 0 ] && [ "$ran" = 0 ] && [ -n "$why" ]; then
+        note "skipped $1: $why"
+    elif [ $code = 0 ] && [ "$ran" != 0 ]; then
+        note "passed $1, in $((SECONDS - from)) s"
+    else
+        cat "$tmp/part"
+        [ $code != 124 ] || echo "soak: it was not over after $2 s"
+        [ "$ran" != 0 ] || echo "soak: no test has run"
+        note "failed $1, after $((SECONDS - from)) s"
+        return 1
+    fi
+}
+
+# SECONDS: half of them for each way of waiting, one request at a time under KVM, until there were ten million of each.
+# Where a run stops, the next one goes on.
 wakeups() {
     local state=${CARGO_TARGET_DIR:-target}/soak/wakeups poll
-    echo "soak: looking for lost wake-ups; target: 10,000,000 requests each, kept in $state"
+    if [ ! -w /dev/kvm ]; then
+        note "skipped the search for lost wake-ups: no /dev/kvm"
+        return
+    fi
     cargo build -q --release -p vhost-blk -p kickless-guest -p kickless-tests --bins || return 1
     mkdir -p "${state%/*}"
     for poll in adaptive event; do
         # The harness has deadlines of its own; this one is for the harness.
-        timeout --kill-after=10 $(($1 / 4 + 300)) "${CARGO_TARGET_DIR:-target}/release/kvm-harness" wakeups \
-            --poll $poll --requests 10000000 --state "$state" --seconds $(($1 / 4)) || return 1
+        part "lost wake-ups, --poll=$poll, towards 10,000,000 requests (kept in $state)" $(($1 / 2 + 300)) \
+            "${CARGO_TARGET_DIR:-target}/release/kvm-harness" wakeups \
+            --poll $poll --requests 10000000 --state "$state" --seconds $(($1 / 2)) || return 1
     done
 }
 
-# The daemon killed under load: half of SOAK_KILLS (10,000) times with each ring format, about 20 minutes.
-kills() {
-    local kills=${SOAK_KILLS:-10000}
-    echo "soak: killing the daemon $kills times"
-    cargo build -q -p vhost-blk || return 1
-    KICKLESS_KILLS=$((kills / 2)) timeout --kill-after=10 $((kills + 600)) \
-        cargo test -q -p kickless-tests --test kill -- --nocapture killed_at_random
+# SECONDS: all that is made of proptest, again and again; at least once.
+randomised() {
+    local tests=(--workspace --exclude kickless-tests --exclude kickless-guest --lib --bins --tests)
+    local start=$SECONDS round=0 left
+    cargo test "${tests[@]}" --no-run || return 1
+    while left=$(($1 - (SECONDS - start))) && { [ "$left" -gt 0 ] || [ $round = 0 ]; }; do
+        round=$((round + 1))
+        # A round that is still running long after its time hangs.
+        part "randomised tests, $PROPTEST_CASES cases each, round $round" $((left + 600)) cargo test -q "${tests[@]}" ||
+            return 1
+    done
 }
 
 soak() {
-    local minutes=${SOAK_MINUTES:-10} cases=${PROPTEST_CASES:-4096} start=$SECONDS round=0 tests=0 left code
-    local limit=$((minutes * 60))
-    export PROPTEST_CASES=$cases
-    kills || { echo "soak: killing the daemon FAILED after $((SECONDS - start)) s"; return 1; }
-    start=$SECONDS
-    # First, because whatever they leave of their half of the time is the randomised tests'.
-    wakeups $limit || { echo "soak: the search for lost wake-ups FAILED after $((SECONDS - start)) s"; return 1; }
-    # Other sessions each time; a failure says which, to be repeated with KICKLESS_FUZZ_SEED.
-    local seed=$((RANDOM * 1000003)) sessions=${KICKLESS_FUZZ_SESSIONS:-50000}
-    echo "soak: $sessions random sessions from seed $seed"
-    cargo build -q -p vhost-blk &&
-        KICKLESS_FUZZ_SEED=$seed KICKLESS_FUZZ_SESSIONS=$sessions timeout --kill-after=10 1200 \
-            cargo test -q -p kickless-tests --test hostile_front_end random || return 1
-    echo "soak: 500 hand-overs from daemon to daemon, split and packed"
-    cargo build -q -p vhost-blk || return 1
-    KICKLESS_TAKEOVERS=500 timeout --kill-after=10 1200 cargo test -q -p kickless-tests --test takeover twenty -- \
-        --nocapture --test-threads=1 || { echo "soak: hand-overs FAILED after $((SECONDS - start)) s"; return 1; }
-    echo "soak: randomised tests with $cases cases each, for the rest of $minutes minutes"
-    cargo test --workspace --exclude kickless-tests --exclude kickless-guest --lib --bins --tests --no-run || return 1
-    while left=$((limit - (SECONDS - start))) && { [ "$left" -gt 0 ] || [ $round = 0 ]; }; do
-        # A round that is still running long after its time hangs.
-        timeout --kill-after=10 $((left + 600)) \
-            cargo test -q --workspace --exclude kickless-tests --exclude kickless-guest --lib --bins --tests >"$tmp/round" 2>&1
-        code=$?
-        round=$((round + 1))
-        if [ $code != 0 ]; then
-            cat "$tmp/round"
-            [ $code != 124 ] || echo "soak: round $round did not end in time"
-            echo "soak: round $round FAILED after $((SECONDS - start)) s (proptest has written how to repeat it)"
-            return 1
-        fi
-        tests=$((tests + $(awk '/^test result:/ { n += $4 } END { print n + 0 }' "$tmp/round")))
-        if [ "$tests" = 0 ]; then echo "soak: there are no tests"; return 1; fi
-        echo "soak: round $round passed, $tests tests in $((SECONDS - start)) s so far"
-    done
-    echo "soak: $round rounds, $tests tests passed, 0 failed, in $((SECONDS - start)) s"
+    local minutes=${SOAK_MINUTES:-10} seed=$((RANDOM * 1000003)) start=$SECONDS
+    local kills=${SOAK_KILLS:-10000} moves=${SOAK_MIGRATIONS:-100}
+    local upgrades=${SOAK_UPGRADES:-500} sessions=${SOAK_SESSIONS:-50000}
+    local limit=$((minutes * 60)) tests=(cargo test -p kickless-tests --test)
+    export PROPTEST_CASES=${PROPTEST_CASES:-4096}
+    {
+        cargo build -q -p vhost-blk -p kickless-guest -p kickless-tests --bins && "${tests[@]}" kill --no-run
+    } || { echo "soak: does not build"; return 1; }
+
+    # By count; 0 leaves a part out. One that fails does not keep the others from running.
+    [ "$kills" = 0 ] || part "the daemon killed $kills times, half of them with packed rings" $((kills + 600)) \
+        env KICKLESS_KILLS=$((kills / 2)) "${tests[@]}" kill -- --nocapture killed_at_random
+    [ "$moves" = 0 ] || part "a guest moved $moves times under load" $((moves * 60 + 600)) \
+        env KICKLESS_MIGRATIONS="$moves" "${tests[@]}" kvm -- --nocapture migrates_to_and_fro
+    [ "$upgrades" = 0 ] || part "$upgrades live upgrades, with split rings and with packed ones" $((upgrades * 4 + 600)) \
+        env KICKLESS_TAKEOVERS="$upgrades" "${tests[@]}" takeover -- --nocapture --test-threads=1 twenty
+    # Others each time; a failure says which, to be repeated.
+    [ "$sessions" = 0 ] || part "$sessions random sessions (KICKLESS_FUZZ_SEED=$seed)" $((sessions / 20 + 600)) \
+        env KICKLESS_FUZZ_SEED=$seed KICKLESS_FUZZ_SESSIONS="$sessions" "${tests[@]}" hostile_front_end random
+
+    # By time: half of it, or less when there is nothing left to count; then whatever remains.
+    local timed=$SECONDS
+    if [ "$limit" != 0 ]; then
+        wakeups $((limit / 2)) || note "failed the search for lost wake-ups"
+        randomised $((limit - (SECONDS - timed))) || note "failed randomised tests (proptest has written how to repeat it)"
+    fi
+
+    echo
+    sed 's/^/soak: /' "$tmp/steps"
+    if grep -q '^failed ' "$tmp/steps"; then echo "soak: FAILED"; return 1; fi
+    if ! grep -q '^passed ' "$tmp/steps"; then echo "soak: nothing has run"; return 1; fi
+    echo "soak: all passed, in $((SECONDS - start)) s"
 }
 
 case ${1:-all} in
