@@ -17,7 +17,9 @@ use poll_engine::device::features;
 use poll_engine::memory::Ram;
 use poll_engine::ring::RingConfig;
 use poll_engine::ring::driver::DriverRing;
-use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserProtocolFeatures, VhostUserVirtioFeatures};
+use vhost::vhost_user::message::{
+    VhostUserConfigFlags, VhostUserInflight, VhostUserProtocolFeatures, VhostUserVirtioFeatures,
+};
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use vhost_blk::device::F_RO;
@@ -89,7 +91,12 @@ impl Session {
         }
         front.set_features(wanted).with_context(refused)?;
         let protocol = front.get_protocol_features().with_context(refused)?;
-        let use_protocol = protocol & (VhostUserProtocolFeatures::MQ | VhostUserProtocolFeatures::CONFIG);
+        let inflight = any(|s| s.inflight);
+        if inflight && !protocol.contains(VhostUserProtocolFeatures::INFLIGHT_SHMFD) {
+            bail!("{path} does not offer INFLIGHT_SHMFD; run without --inflight");
+        }
+        let mut use_protocol = protocol & (VhostUserProtocolFeatures::MQ | VhostUserProtocolFeatures::CONFIG);
+        use_protocol.set(VhostUserProtocolFeatures::INFLIGHT_SHMFD, inflight);
         front.set_protocol_features(use_protocol).with_context(refused)?;
         let mq = use_protocol.contains(VhostUserProtocolFeatures::MQ);
         let queues = if mq { front.get_queue_num().with_context(refused)? } else { 1 };
@@ -107,6 +114,10 @@ impl Session {
 
         let mut ram = memory(specs.iter().map(|s| s.memory()).sum(), any(|s| s.hugepages))?;
         share(&front, &ram).with_context(refused)?;
+        if inflight {
+            let largest = specs.iter().map(|s| s.ring_size()).max().unwrap_or_default();
+            record(&mut front, jobs as u16, largest).with_context(refused)?;
+        }
         let mut session = Session { front, jobs: Vec::new() };
         for (at, (spec, index, region)) in regions.into_iter().enumerate() {
             let full = "guest memory is used up; lower iodepth, bs or numjobs";
@@ -188,6 +199,12 @@ pub fn share(front: &Frontend, ram: &Ram) -> vhost::Result<()> {
         mmap_handle: ram.fd().as_raw_fd(),
     }])?;
     Ok(())
+}
+
+/// Has requests in flight recorded, in memory that the back end makes and keeps mapped.
+fn record(front: &mut Frontend, queues: u16, ring_size: u16) -> vhost::Result<()> {
+    let (made, file) = front.get_inflight_fd(&VhostUserInflight::new(0, 0, queues, ring_size))?;
+    front.set_inflight_fd(&made, file.as_raw_fd())
 }
 
 /// Connects, but does not wait for ever for a listener that does not accept.

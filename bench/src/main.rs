@@ -134,6 +134,9 @@ pub struct Load {
     /// Have requests answered in order, which back ends offer that cannot help it
     #[arg(long)]
     pub in_order: bool,
+    /// Have the back end record its requests in flight, for the next one should it be killed
+    #[arg(long)]
+    pub inflight: bool,
 }
 
 /// Access patterns.

@@ -234,6 +234,15 @@ pub const OPTIONS: &[Opt] = &[
             Ok(())
         },
     ),
+    opt(
+        "inflight",
+        "",
+        "Have the back end record its requests in flight, for the next one should it be killed",
+        |s, v| {
+            s.inflight = switch(v)?;
+            Ok(())
+        },
+    ),
     opt("hugepages", "", "Guest memory in 2 MiB pages", |s, v| {
         s.hugepages = switch(v)?;
         Ok(())

@@ -82,6 +82,8 @@ pub struct Spec {
     pub packed: bool,
     /// Have the device answer in order, and tell of several answers at once.
     pub in_order: bool,
+    /// Have requests in flight recorded (`INFLIGHT_SHMFD`).
+    pub inflight: bool,
     /// CPU of the first job; the next for the next.
     pub cpu: Option<usize>,
     /// CPUs for all jobs.
@@ -124,6 +126,7 @@ impl Default for Spec {
             hugepages: false,
             packed: false,
             in_order: false,
+            inflight: false,
             cpu: None,
             cpus_allowed: None,
             stonewall: false,
@@ -151,6 +154,7 @@ impl Spec {
             no_event_idx: load.no_event_idx,
             packed: load.packed,
             in_order: load.in_order,
+            inflight: load.inflight,
             norandommap: true,
             spread: true,
             ..Spec::default()

@@ -180,7 +180,9 @@ fn a_back_end_that_dies_is_noticed_at_once() {
 #[test]
 fn packed_rings_and_rings_in_order_carry_what_split_ones_do() {
     let daemon = Daemon::ram();
-    for ring in ["--packed", "--in-order", "--packed --in-order", "--packed --no-event-idx --indirect"] {
+    let recorded = ["--inflight", "--inflight --packed --in-order"];
+    let rings = ["--packed", "--in-order", "--packed --in-order", "--packed --no-event-idx --indirect"];
+    for ring in rings.into_iter().chain(recorded) {
         for completion in ["poll", "interrupt"] {
             let load = "--rw=randrw --bs=4k --size=16m --verify=crc32c --json --iodepth=8 --completion";
             let args = [load, completion, ring].join(" ");

@@ -131,6 +131,15 @@ impl Drive {
         }
     }
 
+    /// The same with requests in flight recorded; packets are not.
+    #[must_use]
+    pub fn recorded(&self) -> Drive {
+        match self {
+            Drive::Block(load) => Drive::Block(Load { inflight: true, ..load.clone() }),
+            Drive::Net(load) => Drive::Net(load.clone()),
+        }
+    }
+
     /// What is wrong with it, if something is.
     pub fn check(&self) -> Result<()> {
         match self {

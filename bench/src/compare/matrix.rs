@@ -73,6 +73,9 @@ pub struct Backend {
     /// The ring that it is driven through, where that is not the workload's: split, packed, split,in-order or
     /// packed,in-order.
     pub ring: Option<RingKind>,
+    /// Whether it records its requests in flight.
+    #[serde(default)]
+    pub inflight: bool,
     /// Environment of the command.
     #[serde(default)]
     pub env: BTreeMap<String, String>,

@@ -279,10 +279,8 @@ impl Runner<'_> {
         let round_trip_ns = round_trip::median_ns(self.generator_cpu, device);
         let mut started = Started::new(backend, &self.places, self.interrupted)?;
         let drive = &self.points[point].drive;
-        let (drive, cpus) = match backend.ring {
-            Some(ring) => self.place(&drive.through(ring)),
-            None => self.place(drive),
-        };
+        let drive = backend.ring.map_or_else(|| drive.clone(), |ring| drive.through(ring));
+        let (drive, cpus) = self.place(&if backend.inflight { drive.recorded() } else { drive });
         let (sockets, pid) = (started.sockets().to_owned(), started.pid());
         // The jobs' threads are started by this one, and inherit its CPUs.
         let running = spawn_on(&cpus, move || {
