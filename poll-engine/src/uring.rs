@@ -2,18 +2,16 @@
 #![allow(unsafe_code)] // submission entries carry raw addresses; registration takes raw buffers
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
 use io_uring::{EnterFlags, IoUring, opcode, squeue, types};
-use tracing::{debug, info, warn};
+use tracing::{info, warn};
 
 use crate::memory::map::{MemoryMap, Region};
 use crate::memory::slice::GuestSlice;
 
-/// Registered files a reactor can hold; more are used unregistered.
-const FILE_SLOTS: u32 = 4096;
 /// Registered pieces of guest memory a reactor can hold.
 const BUFFER_SLOTS: u32 = 1024;
 /// io_uring takes fixed buffers of up to 1 GiB each.
@@ -28,15 +26,6 @@ pub struct Completion {
     pub result: i32,
     /// A multishot operation goes on.
     pub more: bool,
-}
-
-/// A file as submissions name it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum FileRef {
-    /// Slot of the registered-file table.
-    Fixed(u32),
-    /// Plain descriptor.
-    Plain(RawFd),
 }
 
 /// Which guest memory is registered with io_uring. Registering pins it, so that the kernel need not look pages up for
@@ -60,13 +49,13 @@ struct Piece {
     region: Arc<Region>,
 }
 
-/// An io_uring with its tables of files and buffers.
+/// An io_uring with its table of buffers. It has none of files: one that is registered stays open until the whole ring is
+/// taken down, which the kernel does up to 0.1 s after the process was killed, and the next process waits for its locks.
 pub struct Uring {
     ring: IoUring,
     queued: u32,
     /// Operations that will complete: while there are any, the kernel may have work for us to run.
     outstanding: usize,
-    free_files: Vec<u32>,
     free_buffers: Vec<u32>,
     pieces: Vec<Piece>,
     buffers_refused: bool,
@@ -76,13 +65,6 @@ impl Uring {
     /// Sets a ring up for the calling thread, which must be the only one to use it.
     pub fn new(entries: u32) -> io::Result<Uring> {
         let ring = Self::set_up(entries)?;
-        let free_files = match ring.submitter().register_files_sparse(FILE_SLOTS) {
-            Ok(()) => (0..FILE_SLOTS).rev().collect(),
-            Err(e) => {
-                info!("io_uring takes no registered files here ({e}); plain descriptors are used");
-                Vec::new()
-            }
-        };
         let free_buffers = match ring.submitter().register_buffers_sparse(BUFFER_SLOTS) {
             Ok(()) => (0..BUFFER_SLOTS).rev().collect(),
             Err(e) => {
@@ -94,7 +76,6 @@ impl Uring {
             ring,
             queued: 0,
             outstanding: 0,
-            free_files,
             free_buffers,
             pieces: Vec::new(),
             buffers_refused: false,
@@ -213,30 +194,6 @@ impl Uring {
             let more = io_uring::cqueue::more(cqe.flags());
             self.outstanding -= usize::from(!more);
             into.push(Completion { user_data: cqe.user_data(), result: cqe.result(), more });
-        }
-    }
-
-    /// Names `fd` in the registered-file table, or as it is when the table is full or missing.
-    pub fn register_file(&mut self, fd: BorrowedFd<'_>) -> FileRef {
-        let raw = fd.as_raw_fd();
-        let Some(slot) = self.free_files.pop() else { return FileRef::Plain(raw) };
-        match self.ring.submitter().register_files_update(slot, &[raw]) {
-            Ok(_) => FileRef::Fixed(slot),
-            Err(e) => {
-                debug!("file not registered: {e}");
-                self.free_files.push(slot);
-                FileRef::Plain(raw)
-            }
-        }
-    }
-
-    /// Forgets a registered file; the kernel keeps it until operations on it have completed.
-    pub fn unregister_file(&mut self, file: FileRef) {
-        if let FileRef::Fixed(slot) = file {
-            match self.ring.submitter().register_files_update(slot, &[-1]) {
-                Ok(_) => self.free_files.push(slot),
-                Err(e) => warn!("registered file {slot} not released: {e}"),
-            }
         }
     }
 

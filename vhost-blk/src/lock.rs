@@ -55,8 +55,11 @@ fn is_held(file: &File, byte: i64) -> Result<bool, LockError> {
     Ok(i32::from(probe.l_type) != libc::F_UNLCK)
 }
 
-/// How long a holder may take to let go. The kernel closes the files of a killed process's io_uring a moment after the
-/// process is gone, and a restart must not fail for that.
+/// How long a holder may take to let go. What a killed process had given to io_uring keeps its file open for a moment after
+/// the process is gone, and a restart must not fail for that. Had the file been registered with the ring, it would stay
+/// open until the kernel has taken the ring down: io_uring/io_uring.c, `io_ring_exit_work`, looks every HZ / 20 whether
+/// something was left, and needs two such looks for a ring with deferred task work. A request's own reference, taken when
+/// it is submitted and dropped when it has ended, keeps the promise below just as well.
 ///
 /// More than that rests on it: what a killed process had given to io_uring goes on without it, and a write that reached
 /// the image late could undo what the next process has written since, as a late read could overwrite guest memory that

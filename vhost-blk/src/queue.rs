@@ -69,9 +69,7 @@ impl<B: Backend> BlkQueue<B> {
 }
 
 impl<B: Backend> QueueHandler for BlkQueue<B> {
-    fn attach(&mut self, io: &mut Io<'_>) {
-        self.backend.attach(io);
-    }
+    fn attach(&mut self, _: &mut Io<'_>) {}
 
     #[inline]
     fn poll(&mut self, queue: &mut Queue, io: &mut Io<'_>) -> usize {
@@ -97,9 +95,7 @@ impl<B: Backend> QueueHandler for BlkQueue<B> {
         });
     }
 
-    fn detach(&mut self, io: &mut Io<'_>) {
-        self.backend.detach(io);
-    }
+    fn detach(&mut self, _: &mut Io<'_>) {}
 
     fn uses_fixed_buffers(&self) -> bool {
         self.backend.uses_fixed_buffers()

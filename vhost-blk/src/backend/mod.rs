@@ -58,12 +58,6 @@ pub enum Begun {
 
 /// A back end of one queue.
 pub trait Backend: Send + 'static {
-    /// Called once on the reactor.
-    fn attach(&mut self, _io: &mut Io<'_>) {}
-
-    /// Called once on the reactor, with nothing pending.
-    fn detach(&mut self, _io: &mut Io<'_>) {}
-
     /// Begins the request whose chain the queue has just taken. Never [`Operation::GetId`].
     fn begin(&mut self, request: Request, operation: Operation, queue: &mut Queue, io: &mut Io<'_>) -> Begun;
 

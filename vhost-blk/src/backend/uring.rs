@@ -7,14 +7,13 @@
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
 use io_uring::{opcode, squeue, types};
 use poll_engine::engine::queue::{Queue, Request};
 use poll_engine::engine::reactor::Io;
 use poll_engine::ring::chain::{ChainView, HeldChain, Slices};
-use poll_engine::uring::FileRef;
 
 use super::{Backend, Begun, Failure, Outcome};
 use crate::device::Cache;
@@ -74,7 +73,6 @@ unsafe impl Send for Slot {}
 /// The io_uring back end of one queue.
 pub struct UringBackend {
     file: File,
-    fd: FileRef,
     traits: FileTraits,
     disk: Arc<Disk>,
     cache: Cache,
@@ -105,7 +103,6 @@ impl UringBackend {
         let size = u32::from(ring_size);
         UringBackend {
             file,
-            fd: FileRef::Plain(-1),
             traits,
             disk,
             cache,
@@ -124,24 +121,17 @@ impl UringBackend {
         }
     }
 
-    fn push(&self, io: &mut Io<'_>, tag: u32, entry: squeue::Entry) {
-        let entry = match self.fd {
-            FileRef::Fixed(_) => entry.flags(squeue::Flags::FIXED_FILE),
-            FileRef::Plain(_) => entry,
-        };
+    fn push(io: &mut Io<'_>, tag: u32, entry: squeue::Entry) {
         let entry = entry.user_data(io.label(tag));
         // SAFETY: the entry points into guest memory held by the slot, to the slot's iovecs, to its bounce buffer or to
-        // static zeros. The slot keeps all of them, unchanged, until the completion with this tag. The file stays open
-        // until `detach`, which is called with nothing pending.
+        // static zeros. The slot keeps all of them, unchanged, until the completion with this tag. The file is open
+        // for as long as this is, which outlives what is pending (`QueueHandler::detach`).
         unsafe { io.uring().push(&entry) };
     }
 
-    /// The descriptor as entries carry it: slot number or plain, told apart by the flag that `push` sets.
+    /// The plain descriptor, not a registered file: see `Uring`.
     fn target(&self) -> types::Fd {
-        match self.fd {
-            FileRef::Fixed(slot) => types::Fd(slot as i32),
-            FileRef::Plain(fd) => types::Fd(fd),
-        }
+        types::Fd(self.file.as_raw_fd())
     }
 
     fn rw_flags(&self, access: Access) -> i32 {
@@ -183,7 +173,7 @@ impl UringBackend {
                 Access::Write => opcode::Writev::new(fd, iovecs, n).offset(at).rw_flags(flags).build(),
             }
         };
-        self.push(io, tag, entry);
+        Self::push(io, tag, entry);
         Step::Going
     }
 
@@ -210,7 +200,7 @@ impl UringBackend {
                 opcode::Write::new(fd, host, n).offset(at).rw_flags(flags).build()
             }
         };
-        self.push(io, tag, entry);
+        Self::push(io, tag, entry);
         Step::Going
     }
 
@@ -226,7 +216,7 @@ impl UringBackend {
 
     fn sync(&self, io: &mut Io<'_>, tag: u32) -> Step {
         let entry = opcode::Fsync::new(self.target()).flags(types::FsyncFlags::DATASYNC).build();
-        self.push(io, tag, entry);
+        Self::push(io, tag, entry);
         Step::Going
     }
 
@@ -247,7 +237,7 @@ impl UringBackend {
             .offset(range.offset)
             .mode(mode | libc::FALLOC_FL_KEEP_SIZE)
             .build();
-        self.push(io, tag, entry);
+        Self::push(io, tag, entry);
         Step::Going
     }
 
@@ -260,7 +250,7 @@ impl UringBackend {
         slot.phase = Some(Phase::Zeros(i, done));
         let n = (range.len - done).min(ZEROS as u64) as u32;
         let entry = opcode::Write::new(self.target(), ZERO.0.as_ptr(), n).offset(range.offset + done).build();
-        self.push(io, tag, entry);
+        Self::push(io, tag, entry);
         Step::Going
     }
 
@@ -340,14 +330,6 @@ impl UringBackend {
 }
 
 impl Backend for UringBackend {
-    fn attach(&mut self, io: &mut Io<'_>) {
-        self.fd = io.uring().register_file(self.file.as_fd());
-    }
-
-    fn detach(&mut self, io: &mut Io<'_>) {
-        io.uring().unregister_file(self.fd);
-    }
-
     fn begin(&mut self, request: Request, operation: Operation, queue: &mut Queue, io: &mut Io<'_>) -> Begun {
         // The ring lets no more chains be in flight than it has descriptors, and there is a slot for each.
         let Some(tag) = self.free.pop() else { unreachable!("more requests than ring slots") };
