@@ -58,6 +58,7 @@ pub fn serve(path: &Path, cpu: Option<usize>, copy: bool) -> Result<()> {
             num_queues: 1,
             max_ring_size: 1024,
             has_state: false,
+            postcopy: false,
         };
         let mut session = Session::new(offer);
         let mut map = Arc::new(MemoryMap::default());

@@ -299,6 +299,11 @@ impl Daemon {
         }
     }
 
+    /// How often the daemon has said this.
+    pub fn times_said(&self, what: &str) -> usize {
+        self.process.stderr().matches(what).count()
+    }
+
     /// Sends `SIGTERM` and expects the daemon to end well, and to have had no panic on the way.
     pub fn terminate(mut self) -> Result<()> {
         self.expect_alive()?;

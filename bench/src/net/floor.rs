@@ -361,6 +361,7 @@ fn sessions(path: &Path, index: usize, ports: &Ports) -> Result<()> {
             num_queues: 2,
             max_ring_size: 32768,
             has_state: false,
+            postcopy: false,
         };
         let mut session = Session::new(offer);
         while let Ok(Incoming::Message(header, Ok(request), fds)) = connection.receive(bell.as_fd()) {

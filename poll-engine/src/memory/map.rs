@@ -9,6 +9,7 @@ use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::ptr::NonNull;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::sys::statfs::{HUGETLBFS_MAGIC, fstatfs};
 use serde::{Deserialize, Serialize};
@@ -19,6 +20,7 @@ use super::hold::Hold;
 use super::iotlb::{Access, Miss, Misses, each_missing};
 use super::slice::{GuestSlice, RawSlice};
 use super::stitch::{offset_in, stitch};
+use super::userfault::Userfault;
 
 /// Most regions a session may have: what QEMU's `VHOST_USER_MAX_RAM_SLOTS` on x86 (512) leaves, and what KVM offers.
 pub const MAX_REGIONS: usize = 509;
@@ -119,6 +121,8 @@ pub struct Region {
     spec: RegionSpec,
     host: NonNull<u8>,
     huge: bool,
+    /// Pages may be missing, and come when they are touched.
+    late: AtomicBool,
     /// Before the mapping: it is given up first.
     guard: Guard,
     mapping: MmapRegion,
@@ -161,7 +165,7 @@ impl Region {
             .ok_or_else(|| fail("mapped at address zero".into()))?;
         let guard = Guard::new(mapping.as_ptr().addr(), len)
             .ok_or_else(|| fail("this process has as many regions as it can watch over".into()))?;
-        Ok(Region { spec, host, huge, guard, mapping })
+        Ok(Region { spec, host, huge, late: AtomicBool::new(false), guard, mapping })
     }
 
     /// A ring's pages side by side: `mapping`, in which `first` begins after `skip` bytes.
@@ -171,7 +175,7 @@ impl Region {
         let host = NonNull::new(mapping.as_ptr().wrapping_add(skip))?;
         let guard = Guard::new(mapping.as_ptr().addr(), len)?;
         let spec = RegionSpec { guest_addr, size: (len - skip) as u64, user_addr: 0, mmap_offset: 0 };
-        Some(Region { spec, host, huge: false, guard, mapping })
+        Some(Region { spec, host, huge: false, late: AtomicBool::new(false), guard, mapping })
     }
 
     /// The file behind a host address inside the region, and where in it that is.
@@ -193,6 +197,44 @@ impl Region {
     /// Whether the front end has taken some of this memory away.
     pub fn has_faulted(&self) -> bool {
         self.guard.has_faulted()
+    }
+
+    /// Has whoever touches a missing page wait for the front end to bring it.
+    pub fn come_late(&self, faults: &Userfault) -> std::io::Result<()> {
+        let pages = self.pages();
+        // A huge page would be there as a whole, with zeros for what has not come. Without such pages it is refused.
+        // SAFETY: advice about a mapping of our own, which changes no byte.
+        unsafe {
+            libc::madvise(self.mapping.as_ptr().cast(), pages.len(), libc::MADV_NOHUGEPAGE);
+        }
+        faults.register(self)?;
+        self.late.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    /// All pages have come. Whoever still waits for one finds zeros.
+    pub fn has_come(&self, faults: &Userfault) -> std::io::Result<()> {
+        self.late.store(false, Ordering::Release);
+        faults.unregister(self)
+    }
+
+    /// Takes the memory away from everybody, those included who wait for its pages: see
+    /// [`Guard`](super::fault::Guard). The queues that use it break.
+    pub fn give_up(&self, faults: &Userfault) -> std::io::Result<()> {
+        let file = self.mapping.file_offset().ok_or(std::io::ErrorKind::Unsupported)?;
+        self.guard.take_away(file)?;
+        faults.wake(self)
+    }
+
+    /// Whether pages may be missing that only come when they are touched here.
+    pub(super) fn is_late(&self) -> bool {
+        self.late.load(Ordering::Acquire)
+    }
+
+    /// The whole mapping, in pages.
+    pub(super) fn pages(&self) -> Range<usize> {
+        let start = self.mapping.as_ptr().addr();
+        start..start + self.mapping.size().next_multiple_of(4096)
     }
 
     /// Whether the memory is in huge pages (hugetlbfs), which are never swapped or moved.
@@ -371,9 +413,9 @@ impl MemoryMap {
     }
 
     /// This map and one region more.
-    pub fn with(&self, region: Region) -> Result<MemoryMap, MemoryError> {
+    pub fn with(&self, region: impl Into<Arc<Region>>) -> Result<MemoryMap, MemoryError> {
         let mut regions = self.regions.clone();
-        regions.push(Arc::new(region));
+        regions.push(region.into());
         MemoryMap::new(regions)
     }
 

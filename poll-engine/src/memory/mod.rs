@@ -2,7 +2,8 @@
 //!
 //! [`map`] turns what the front end shares into immutable snapshots, [`slice`](mod@slice) is the only way to touch
 //! guest bytes, [`hold`] keeps a snapshot for as long as a request needs it, [`ram`] is memory of our own in the same form, [`log`] tells which pages were written, [`iotlb`] what a
-//! device behind a vIOMMU may touch, and [`fault`] survives memory that is taken away.
+//! device behind a vIOMMU may touch, [`fault`] survives memory that is taken away, and
+//! [`userfault`] waits for memory that comes late.
 
 pub mod fault;
 pub mod hold;
@@ -12,6 +13,7 @@ pub mod map;
 pub mod ram;
 pub mod slice;
 mod stitch;
+pub mod userfault;
 
 pub use iotlb::{Access, Miss, Misses};
 pub use map::{MapHold, MemoryError, MemoryMap, Region, RegionSpec, RingAddress};

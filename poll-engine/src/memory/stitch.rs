@@ -26,6 +26,13 @@ pub(super) fn stitch(pieces: &[Span], memory: &MemoryMap) -> Result<Region, Memo
     for (i, piece) in pieces.iter().enumerate() {
         let region = memory.find_host(&piece.host_range()).ok_or_else(scattered)?;
         let (file, offset) = region.file_at(piece.host).ok_or_else(scattered)?;
+        if region.is_late() {
+            // Not to be found by way of another mapping.
+            for at in (0..piece.size() as usize).step_by(PAGE) {
+                // SAFETY: inside the span, which is inside a region that is mapped; what is read does not matter.
+                unsafe { piece.host.add(at).read_volatile() };
+            }
+        }
         // All but the first begin with a page, all but the last end with one.
         let before = if i == 0 { skip } else { 0 };
         let bytes = before + piece.size() as usize;

@@ -15,10 +15,11 @@ use super::inflight::{self, Inflight, InflightError};
 use super::iommu::Iommu;
 use super::listen::Listener;
 use super::logging::Logs;
-use super::server::Control;
+use super::postcopy::{PostCopy, PostCopyError};
+use super::server::{Control, Orders};
 use super::socket::{Connection, Incoming, SocketError};
 use super::state::{Action, Answer, Offer, Refused, Session};
-use super::wire::config_change;
+use super::wire::{Reply, config_change};
 use crate::device::{Device, QueueHandler, features};
 use crate::engine::alarm::Alarm;
 use crate::engine::queue::{Notifier, Queue};
@@ -26,7 +27,8 @@ use crate::engine::reactor::NotifierChange;
 use crate::engine::{Engine, RunningQueue};
 use crate::memory::iotlb::IotlbError;
 use crate::memory::log::LogError;
-use crate::memory::map::{MapHold, MemoryError, MemoryMap, Region};
+use crate::memory::map::{MapHold, MemoryError, MemoryMap, Region, RegionSpec};
+use crate::memory::userfault;
 use crate::ring::inflight::QueueRegion;
 use crate::ring::{RingConfig, RingError};
 use crate::stats::QueueStats;
@@ -51,6 +53,8 @@ pub(super) enum ActionError {
     Acquire(io::Error),
     #[error(transparent)]
     Log(#[from] LogError),
+    #[error(transparent)]
+    PostCopy(#[from] PostCopyError),
     #[error("the descriptor for {0} is no eventfd")]
     NotEventfd(String),
     #[error(transparent)]
@@ -103,6 +107,7 @@ impl Export {
             num_queues: device.num_queues(),
             max_ring_size: device.max_ring_size(),
             has_state: device.save_state().is_some(),
+            postcopy: userfault::is_available(),
         }
     }
 }
@@ -145,6 +150,11 @@ pub(super) struct Served<'a> {
     pub(super) backend_channel: Option<OwnedFd>,
     pub(super) transfer: Transfer,
     pub(super) complaints: u32,
+    pub(super) orders: Arc<Orders>,
+    /// While a guest comes before its memory.
+    pub(super) postcopy: Option<PostCopy>,
+    /// Where new memory is mapped, to be the next reply.
+    pub(super) mapped: Vec<RegionSpec>,
 }
 
 impl<'a> Served<'a> {
@@ -165,6 +175,9 @@ impl<'a> Served<'a> {
             backend_channel: None,
             transfer: Transfer::None,
             complaints: 0,
+            orders: control.orders(),
+            postcopy: None,
+            mapped: Vec::new(),
         }
     }
 
@@ -182,6 +195,9 @@ impl<'a> Served<'a> {
     /// Serves until the front end leaves or we are to stop. Queues are stopped, with nothing in flight, in any case.
     pub(super) fn run(mut self, control: &Control, listener: &Listener) -> Result<Ended, SocketError> {
         let outcome = self.converse(control, listener);
+        if !control.is_stopping() {
+            self.give_up_pages();
+        }
         for slot in &mut self.slots {
             slot.running = None;
         }
@@ -226,13 +242,15 @@ impl<'a> Served<'a> {
                     let reply = match handled {
                         Ok((actions, answer)) => {
                             let done = self.carry_out(actions)?;
-                            if let (false, Answer::Log { .. }) = (done, answer) {
+                            if !done
+                                && matches!(
+                                    answer,
+                                    Answer::Log { .. } | Answer::Listening | Answer::Mapped { .. }
+                                )
+                            {
                                 return Err(SocketError::Refused(header.request));
                             }
-                            let device = &self.export.device;
-                            self.session.reply(answer, header.need_reply, done, |at, into| {
-                                device.read_config(at, into);
-                            })
+                            self.reply(answer, header.need_reply, done)
                         }
                         Err(why) => {
                             self.complain(&format_args!("request {} refused: {why}", header.request));
@@ -251,6 +269,18 @@ impl<'a> Served<'a> {
             }
         }
         Ok(Ended::Over)
+    }
+
+    fn reply(&mut self, answer: Answer, need_reply: bool, done: bool) -> Option<Reply> {
+        let mapped = std::mem::take(&mut self.mapped);
+        match answer {
+            Answer::Mapped { whole: true } => Some(Reply::MemTable(mapped)),
+            Answer::Mapped { whole: false } => mapped.first().copied().map(Reply::MemReg),
+            _ => {
+                let config = |at, into: &mut [u8]| self.export.device.read_config(at, into);
+                self.session.reply(answer, need_reply, done, config)
+            }
+        }
     }
 
     fn tell_config_changed(&self) {
@@ -286,11 +316,15 @@ impl<'a> Served<'a> {
         match action {
             Action::SetMemory(regions) => {
                 let mapped = regions.into_iter().map(|(spec, fd)| Region::map(spec, fd).map(Arc::new));
-                let map = MemoryMap::new(mapped.collect::<Result<_, _>>()?)?;
-                self.replace_memory(map);
+                self.set_memory(mapped.collect::<Result<_, _>>()?)?;
             }
-            Action::AddMemory(spec, fd) => self.extend_memory(self.map.with(Region::map(spec, fd)?)?),
+            Action::AddMemory(spec, fd) => self.add_memory(Arc::new(Region::map(spec, fd)?))?,
+            Action::RemoveMemory(spec) if self.postcopy.is_some() => self.remove_late_memory(&spec)?,
             Action::RemoveMemory(spec) => self.replace_memory(self.map.without(&spec)?),
+            Action::Advise => self.advise()?,
+            Action::Listen => self.listen()?,
+            Action::Adopt => self.adopt_pending(),
+            Action::EndPostcopy => self.end_postcopy()?,
             Action::LogBase { offset, size, fd } => {
                 self.logs.set_base(fd, offset, size, &self.map)?;
                 self.adopt_logs();
@@ -379,6 +413,24 @@ impl<'a> Served<'a> {
         self.transfer.attend(&*self.export.device, || slots.iter().any(|s| s.running.is_some()));
     }
 
+    fn set_memory(&mut self, mapped: Vec<Arc<Region>>) -> Result<(), ActionError> {
+        if self.expect_pages(&mapped)? {
+            self.set_pending(MemoryMap::new(mapped)?);
+        } else {
+            self.replace_memory(MemoryMap::new(mapped)?);
+        }
+        Ok(())
+    }
+
+    fn add_memory(&mut self, region: Arc<Region>) -> Result<(), ActionError> {
+        if self.expect_pages(std::slice::from_ref(&region))? {
+            self.set_pending(self.next_map().with(region)?);
+        } else {
+            self.extend_memory(self.map.with(region)?);
+        }
+        Ok(())
+    }
+
     pub(super) fn slot(&mut self, index: u16) -> &mut Slot {
         &mut self.slots[usize::from(index)]
     }
@@ -441,7 +493,7 @@ impl<'a> Served<'a> {
             queue = queue.recover(region).map_err(|e| ActionError::Ring(index, e))?;
         }
         queue.set_log(self.log_of(index));
-        let running = export.engine.run_queue(queue, parts.handler);
+        let running = self.engine().run_queue(queue, parts.handler);
         self.slot(index).running = Some((running.map_err(|e| ActionError::Queue(index, e))?, config));
         Ok(())
     }
@@ -472,7 +524,7 @@ impl<'a> Served<'a> {
 
     /// Moves every running queue to `map`, in which nothing that was there is missing. Returns when all have gone over:
     /// from the acknowledgement on, the guest may use what is new.
-    fn extend_memory(&mut self, map: MemoryMap) {
+    pub(super) fn extend_memory(&mut self, map: MemoryMap) {
         self.map = Arc::new(map);
         self.iommu.set_memory(&self.map);
         let adopted = WaitGroup::new();
@@ -483,7 +535,7 @@ impl<'a> Served<'a> {
 
     /// Moves every running queue to `map`, and returns when nothing points into any earlier one: only then may the
     /// front end take removed memory for its own.
-    fn replace_memory(&mut self, map: MemoryMap) {
+    pub(super) fn replace_memory(&mut self, map: MemoryMap) {
         if self.session.has_iotlb() {
             // Those in memory that stays go on at once.
             self.park_rings(|_| true);

@@ -15,6 +15,7 @@ use super::handover::{Freeze, HandoverError, Parking, Snapshot, Then};
 use super::listen::{Accepted, Listener};
 use super::serve::{Ended, Export, Served};
 use super::socket::{Connection, SocketError};
+use crate::memory::userfault;
 use crate::sync::Bell;
 
 /// A control thread's stack: it parses small messages. Hundreds of these threads may exist.
@@ -29,13 +30,23 @@ pub(super) struct Control {
 
 /// What is shared with it.
 #[derive(Debug)]
-struct Orders {
+pub(super) struct Orders {
     bell: Arc<Bell>,
     stop: AtomicBool,
     config_changed: AtomicBool,
 }
 
+impl Orders {
+    pub(super) fn is_stopping(&self) -> bool {
+        self.stop.load(Ordering::Acquire)
+    }
+}
+
 impl Control {
+    pub(super) fn orders(&self) -> Arc<Orders> {
+        Arc::clone(&self.orders)
+    }
+
     /// Rings when there is anything to hear.
     pub(super) fn bell(&self) -> BorrowedFd<'_> {
         self.orders.bell.fd()
@@ -52,7 +63,7 @@ impl Control {
     }
 
     pub(super) fn is_stopping(&self) -> bool {
-        self.orders.stop.load(Ordering::Acquire)
+        self.orders.is_stopping()
     }
 
     pub(super) fn take_config_changed(&self) -> bool {
@@ -131,6 +142,8 @@ impl Server {
     }
 
     fn spawn(run: impl FnOnce(Control) + Send + 'static) -> io::Result<Server> {
+        // Said at the start, not when the first front end comes.
+        userfault::is_available();
         let bell = Arc::new(Bell::new()?);
         let orders =
             Arc::new(Orders { bell, stop: AtomicBool::new(false), config_changed: AtomicBool::new(false) });

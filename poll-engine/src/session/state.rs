@@ -27,6 +27,18 @@ const PROTOCOL_FEATURES: u64 = protocol::MQ
     | protocol::CONFIGURE_MEM_SLOTS
     | protocol::STATUS;
 
+/// How far a guest is that comes before its memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Postcopy {
+    /// None does.
+    #[default]
+    Off,
+    /// One may.
+    Advised,
+    /// It is here, or will be next.
+    Listening,
+}
+
 /// What the protocol puts among virtio's feature bits.
 pub(super) const TRANSPORT_FEATURES: u64 = F_PROTOCOL_FEATURES | F_LOG_ALL;
 
@@ -91,12 +103,15 @@ pub struct Offer {
     pub max_ring_size: u16,
     /// Whether it has a state that goes with a guest that migrates.
     pub has_state: bool,
+    /// Whether guests may come before their memory.
+    pub postcopy: bool,
 }
 
 impl Offer {
     /// Protocol features of a session with this device.
     pub fn protocol_features(&self) -> u64 {
-        PROTOCOL_FEATURES | if self.has_state { protocol::DEVICE_STATE } else { 0 }
+        let state = if self.has_state { protocol::DEVICE_STATE } else { 0 };
+        PROTOCOL_FEATURES | state | if self.postcopy { protocol::PAGEFAULT } else { 0 }
     }
 }
 
@@ -109,6 +124,14 @@ pub enum Action {
     AddMemory(RegionSpec, OwnedFd),
     /// Unmap a region, once nothing in flight points into it.
     RemoveMemory(RegionSpec),
+    /// Have a userfaultfd ready, whose descriptor goes with the answer.
+    Advise,
+    /// Memory mapped from now on comes late.
+    Listen,
+    /// The front end sees to the faults of all memory that it has been told of: it may be used.
+    Adopt,
+    /// All memory has come.
+    EndPostcopy,
     /// Log to this memory from now on.
     LogBase {
         /// Where the log begins in the shared file.
@@ -178,6 +201,17 @@ pub enum Answer {
     Base(u16),
     /// An in-flight record, with its descriptor.
     Inflight(InflightSpec),
+    /// A userfaultfd.
+    Userfault,
+    /// As [`Done`](Self::Done), but a failure ends the session.
+    Listening,
+    /// Where new memory is mapped: the whole table, or one region. A failure ends the session.
+    Mapped {
+        /// The whole table.
+        whole: bool,
+    },
+    /// An acknowledgement, asked for or not.
+    Ended,
     /// A log was taken; one that was not ends the session, for the protocol has no word for it.
     Log {
         /// As asked.
@@ -249,6 +283,8 @@ pub struct Session {
     pub(super) queues: Vec<QueueState>,
     /// What each queue logs, as last told by [`Action::Log`].
     pub(super) logging: Vec<Logging>,
+    /// No part of what is handed over.
+    pub(super) postcopy: Postcopy,
 }
 
 impl Session {
@@ -264,6 +300,7 @@ impl Session {
             status: Status::default(),
             queues,
             logging,
+            postcopy: Postcopy::Off,
         }
     }
 
@@ -341,18 +378,31 @@ impl Session {
             }
             Request::GetQueueNum => return Ok(Answer::Number(self.offer.num_queues.into())),
             Request::GetMaxMemSlots => return Ok(Answer::Number(MAX_REGIONS as u64)),
+            Request::SetMemTable(regions)
+                if regions.is_empty() && fds.is_empty() && self.postcopy == Postcopy::Listening =>
+            {
+                actions.push(Action::Adopt);
+            }
             Request::SetMemTable(regions) => {
                 if fds.len() != regions.len() {
                     return Err(Refusal::Descriptors { sent: fds.len(), wanted: regions.len() });
                 }
                 actions.push(Action::SetMemory(regions.into_iter().zip(fds).collect()));
+                if self.postcopy == Postcopy::Listening {
+                    return Ok(Answer::Mapped { whole: true });
+                }
             }
             Request::SetLogBase { size, offset } => {
                 actions.push(Action::LogBase { offset, size, fd: one(fds)? });
                 return Ok(Answer::Log { size, offset });
             }
             Request::SetLogFd => actions.push(Action::LogFd(one(fds)?)),
-            Request::AddMemReg(region) => actions.push(Action::AddMemory(region, one(fds)?)),
+            Request::AddMemReg(region) => {
+                actions.push(Action::AddMemory(region, one(fds)?));
+                if self.postcopy == Postcopy::Listening {
+                    return Ok(Answer::Mapped { whole: false });
+                }
+            }
             // Some front ends send the region's descriptor along; it is closed.
             Request::RemMemReg(region) => actions.push(Action::RemoveMemory(region)),
             Request::SetVringNum { index, num } => {
@@ -425,6 +475,32 @@ impl Session {
             Request::SetConfig { offset, bytes, .. } => {
                 actions.push(Action::WriteConfig(device_offset(offset), bytes));
             }
+            Request::PostcopyAdvise => {
+                let negotiated = self.protocol & protocol::PAGEFAULT != 0;
+                if !negotiated || self.postcopy == Postcopy::Listening {
+                    return Err(Refusal::Unsupported(28));
+                }
+                self.postcopy = Postcopy::Advised;
+                actions.push(Action::Advise);
+                return Ok(Answer::Userfault);
+            }
+            Request::PostcopyListen => {
+                if self.postcopy != Postcopy::Advised {
+                    return Err(Refusal::OutOfRange("listening without advice"));
+                }
+                self.postcopy = Postcopy::Listening;
+                actions.push(Action::Listen);
+                return Ok(Answer::Listening);
+            }
+            Request::PostcopyEnd => {
+                if std::mem::take(&mut self.postcopy) == Postcopy::Off {
+                    return Err(Refusal::OutOfRange("the end of what has not begun"));
+                }
+                actions.push(Action::EndPostcopy);
+                return Ok(Answer::Ended);
+            }
+            Request::PostcopyAck(0) if self.postcopy == Postcopy::Listening => actions.push(Action::Adopt),
+            Request::PostcopyAck(_) => return Err(Refusal::OutOfRange("an acknowledgement")),
             Request::GetInflightFd(spec) => {
                 let spec = self.checked(spec)?.sized(self.format());
                 actions.push(Action::AllocateInflight(spec));
@@ -613,7 +689,7 @@ impl Session {
         match answer {
             Answer::Number(n) => Some(Reply::Number(n)),
             Answer::StateChannel => Some(Reply::Number(STATE_NO_FD | u64::from(!done))),
-            Answer::StateChecked => Some(Reply::Number(u64::from(!done))),
+            Answer::StateChecked | Answer::Ended => Some(Reply::Number(u64::from(!done))),
             Answer::Base(index) => Some(Reply::VringState(index.into(), self.base(index))),
             Answer::Log { size, offset } => Some(Reply::Log(size, offset)),
             Answer::Config { start, size, offset, flags } => {
@@ -625,7 +701,10 @@ impl Session {
             Answer::Inflight(spec) => {
                 Some(Reply::Inflight(if done { spec } else { InflightSpec::default() }))
             }
-            Answer::Done => need_reply.then_some(Reply::Number(u64::from(!done))),
+            Answer::Userfault => Some(Reply::Empty),
+            // Made by whoever has mapped it.
+            Answer::Mapped { .. } => None,
+            Answer::Done | Answer::Listening => need_reply.then_some(Reply::Number(u64::from(!done))),
             Answer::Ack => (need_reply && self.protocol & protocol::REPLY_ACK != 0)
                 .then_some(Reply::Number(u64::from(!done))),
         }
@@ -636,16 +715,18 @@ impl Session {
         match request {
             // "Zero length of payload to indicate an error."
             24 => Refused::Reply(Reply::Config { offset: 0, flags: 0, bytes: Vec::new() }),
+            // A reply that brings no descriptor.
+            28 => Refused::Reply(Reply::Empty),
             31 => Refused::Reply(Reply::Inflight(InflightSpec::default())),
             42 => Refused::Reply(Reply::Number(STATE_NO_FD | 1)),
-            43 => Refused::Reply(Reply::Number(1)),
+            30 | 43 => Refused::Reply(Reply::Number(1)),
             // It is owed a ring's base, and there is none.
             11 => Refused::End,
             22 if need_reply => Refused::Reply(Reply::Number(1)),
             _ => match self.reply(Answer::Ack, need_reply, false, |_, _| {}) {
                 Some(reply) => Refused::Reply(reply),
                 // What was never offered is at most a hint, and goes unanswered.
-                None if !matches!(request, 1..=22 | 25 | 32 | 34 | 36..=40) => Refused::Silence,
+                None if !matches!(request, 1..=22 | 25 | 29 | 32 | 34 | 36..=40) => Refused::Silence,
                 // A front end that believes it has set something up must not go on.
                 None => Refused::End,
             },

@@ -31,6 +31,8 @@ pub mod protocol {
     pub const REPLY_ACK: u64 = 1 << 3;
     /// A channel for requests of the back end.
     pub const BACKEND_REQ: u64 = 1 << 5;
+    /// Post-copy migration.
+    pub const PAGEFAULT: u64 = 1 << 8;
     /// Configuration space.
     pub const CONFIG: u64 = 1 << 9;
     /// A record of requests in flight, in memory that the front end keeps.
@@ -173,6 +175,12 @@ pub enum Request {
         flags: u32,
         bytes: Vec<u8>,
     },
+    PostcopyAdvise,
+    PostcopyListen,
+    PostcopyEnd,
+    /// The front end's answer to our answer to a change of the memory table while a guest comes before its memory. QEMU
+    /// sends it under the number of the request before, whichever that was, or of none.
+    PostcopyAck(u64),
     GetInflightFd(InflightSpec),
     SetInflightFd(InflightSpec),
     ResetDevice,
@@ -213,6 +221,10 @@ fn region_at(b: &[u8], at: usize) -> Option<RegionSpec> {
         user_addr: u64_at(b, at + 16)?,
         mmap_offset: u64_at(b, at + 24)?,
     })
+}
+
+fn region(spec: &RegionSpec) -> Vec<u8> {
+    [spec.guest_addr, spec.size, spec.user_addr, spec.mmap_offset].map(u64::to_ne_bytes).concat()
 }
 
 /// `VhostUserInflight`, with or without the padding that C puts behind it.
@@ -291,10 +303,15 @@ impl Request {
                     Request::SetConfig { offset, flags, bytes: bytes.to_vec() }
                 }
             }
+            28 => Request::PostcopyAdvise,
+            29 => Request::PostcopyListen,
+            30 => Request::PostcopyEnd,
             31 => Request::GetInflightFd(inflight(b)?),
             32 => Request::SetInflightFd(inflight(b)?),
             34 => Request::ResetDevice,
             36 => Request::GetMaxMemSlots,
+            // That of SET_MEM_TABLE looks like a table without regions.
+            0 | 37 | 38 if b.len() == 8 => Request::PostcopyAck(number()?),
             37 => Request::AddMemReg(region_at(b, 8)?),
             38 => Request::RemMemReg(region_at(b, 8)?),
             39 => Request::SetStatus(number()?),
@@ -313,6 +330,12 @@ pub enum Reply {
     Number(u64),
     /// Index and base of a ring.
     VringState(u32, u32),
+    /// Nothing, but for a descriptor.
+    Empty,
+    /// A whole memory table with our own addresses in the place of the front end's.
+    MemTable(Vec<RegionSpec>),
+    /// The same for one region.
+    MemReg(RegionSpec),
     /// An in-flight record, whose descriptor goes with it; without a size there is none.
     Inflight(InflightSpec),
     /// Size and offset of a log, as taken.
@@ -334,6 +357,15 @@ impl Reply {
         let mut payload = Vec::with_capacity(16);
         match self {
             Reply::Number(n) => payload.extend(n.to_ne_bytes()),
+            Reply::Empty => {}
+            Reply::MemTable(regions) => {
+                payload.extend([regions.len() as u32, 0].map(u32::to_ne_bytes).concat());
+                payload.extend(regions.iter().flat_map(region));
+            }
+            Reply::MemReg(spec) => {
+                payload.extend([0; 8]);
+                payload.extend(region(spec));
+            }
             Reply::VringState(index, num) => payload.extend([*index, *num].map(u32::to_ne_bytes).concat()),
             Reply::Inflight(spec) => {
                 payload.extend([spec.mmap_size, spec.mmap_offset].map(u64::to_ne_bytes).concat());

@@ -1,9 +1,11 @@
 //! The bare-metal guest in QEMU's `microvm`, whose memory is a file that we see as well.
 
 use std::fs::File;
+use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
+use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use super::{Host, MEMORY, cmdline, program};
 use crate::accel::Accel;
@@ -29,8 +31,8 @@ impl Microvm {
         let kernel = program().context("kickless-guest is not built: cargo build --workspace --bins")?;
         let serial = scene.fresh_log("microvm-serial");
         File::create(&serial)?;
-        let memory_path = serial.with_extension("memory");
-        let memory = File::options().read(true).write(true).create(true).truncate(true).open(&memory_path)?;
+        // Of a kind whose pages can be missing: not every file system's can.
+        let memory = File::from(memfd_create(c"microvm-memory", MFdFlags::MFD_CLOEXEC)?);
         memory.set_len(MEMORY)?;
         let qmp_path = serial.with_extension("qmp");
         let qmp = Agent::listen(&qmp_path)?;
@@ -38,7 +40,8 @@ impl Microvm {
         let mut add = |option: &str, value: String| args.extend([format!("-{option}"), value]);
         let machine = "microvm,accel=kvm,acpi=off,pit=off,pic=off,rtc=off,isa-serial=on,x-option-roms=off";
         add("machine", format!("{machine},memory-backend=mem"));
-        let (path, mib) = (memory_path.display(), MEMORY >> 20);
+        let (us, fd, mib) = (std::process::id(), memory.as_raw_fd(), MEMORY >> 20);
+        let path = format!("/proc/{us}/fd/{fd}");
         add("object", format!("memory-backend-file,id=mem,size={mib}M,mem-path={path},share=on"));
         add("m", format!("{mib}M"));
         add("cpu", Accel::Kvm.qemu_cpu().to_owned());

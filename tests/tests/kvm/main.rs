@@ -66,6 +66,7 @@ const ALL: &[(&str, Platform, Scenario)] = &[
     ("features_and_configuration_as_the_specification_has_them", Bare, harness::negotiation),
     ("a_disk_of_qemus_own", Microvm, harness::selftest),
     ("a_guest_migrates_to_and_fro", Microvm, migration::before_its_memory),
+    ("a_guest_migrates_before_its_memory", Microvm, migration::after_it_has_come),
     ("a_scenario_of_ten_lines", Bare, ten_lines::restart),
     ("a_scenario_of_ten_lines", Microvm, ten_lines::restart),
 ];

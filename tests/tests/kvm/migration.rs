@@ -8,6 +8,7 @@ use kickless_tests::image::{Image, MIB};
 use kickless_tests::qemu::migration::Migration;
 use kickless_tests::scenario::{Load, Op, Plan, Platform};
 use kickless_tests::scene::Scene;
+use poll_engine::memory::userfault;
 
 /// How often the guest moves in each way: `KICKLESS_MIGRATIONS`, or 3.
 fn rounds() -> Result<usize> {
@@ -87,6 +88,12 @@ fn to_and_fro(scene: &Scene, platform: Platform, ways: &[Way]) -> Result<Option<
         println!("{} moves; downtime: least {least:?}, median {median:?}, most {most:?}", downtimes.len());
     }
     guest.power_off()?;
+    if ways.contains(&Way::PostCopy) {
+        for line in ["its guest comes before its memory", "all memory of its guest has come"] {
+            let said: usize = daemons.iter().map(|d| d.times_said(line)).sum();
+            ensure!(said == rounds()?, "{said} times: {line}");
+        }
+    }
     for mut daemon in daemons {
         ensure!(daemon.stats()?.errors() == 0, "{}", daemon.stats()?.text());
         daemon.terminate()?;
@@ -96,4 +103,11 @@ fn to_and_fro(scene: &Scene, platform: Platform, ways: &[Way]) -> Result<Option<
 
 pub fn before_its_memory(scene: &Scene, platform: Platform) -> Result<Option<String>> {
     to_and_fro(scene, platform, &[Way::Cancelled, Way::PreCopy])
+}
+
+pub fn after_it_has_come(scene: &Scene, platform: Platform) -> Result<Option<String>> {
+    if !userfault::is_available() {
+        return Ok(Some("userfaultfd is not permitted here".to_owned()));
+    }
+    to_and_fro(scene, platform, &[Way::PostCopy])
 }

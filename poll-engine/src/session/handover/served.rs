@@ -21,7 +21,7 @@ use crate::session::logging::{Logging, Logs};
 use crate::session::serve::{Export, QueueParts, Served, Slot};
 use crate::session::server::Control;
 use crate::session::socket::{Connection, Partial};
-use crate::session::state::{Offer, QueueState, Session, SessionState, TRANSPORT_FEATURES};
+use crate::session::state::{Offer, Postcopy, QueueState, Session, SessionState, TRANSPORT_FEATURES};
 
 /// Bytes of configuration space that are compared: all that the protocol can show.
 const CONFIG_SPACE: usize = 256;
@@ -37,7 +37,9 @@ impl Snapshot {
 
 impl Session {
     fn save(&self) -> SessionState {
-        let Session { offer: _, features, protocol, has_channel, status, queues, logging } = self;
+        // Whoever saves has looked that no guest comes before its memory.
+        let Session { offer: _, features, protocol, has_channel, status, queues, logging, postcopy: _ } =
+            self;
         let (features, protocol, status) = (*features, *protocol, *status);
         let (queues, logging) = (queues.clone(), logging.clone());
         SessionState { features, protocol, has_channel: *has_channel, status, queues, logging }
@@ -65,13 +67,14 @@ impl Session {
         }
         queues.resize_with(offer.num_queues.into(), QueueState::default);
         logging.resize_with(offer.num_queues.into(), Logging::default);
-        Ok(Session { offer, features, protocol, has_channel, status, queues, logging })
+        let postcopy = Postcopy::Off;
+        Ok(Session { offer, features, protocol, has_channel, status, queues, logging, postcopy })
     }
 }
 
 impl Served<'_> {
-    /// Stops the queues, and describes everything.
-    pub(in crate::session) fn save(&mut self, listener: &Listener) -> io::Result<Snapshot> {
+    /// Stops the queues, and remembers where they are, for [`go_on`](Self::go_on).
+    pub(in crate::session) fn pause(&mut self) -> io::Result<()> {
         let stopping = (0u16..).zip(&mut self.slots).filter_map(|(i, slot)| {
             let (queue, _) = slot.running.take()?;
             Some((i, queue.begin_stop()))
@@ -80,6 +83,17 @@ impl Served<'_> {
         for (index, queue) in stopping.collect::<Vec<_>>() {
             self.session.stopped(index, queue.wait()?);
         }
+        Ok(())
+    }
+
+    /// Stops the queues, and describes everything.
+    pub(in crate::session) fn save(&mut self, listener: &Listener) -> io::Result<Snapshot> {
+        if self.postcopy.is_some() {
+            return Err(io::Error::other(
+                "a guest is on its way here (post-copy); try again when all of it has come",
+            ));
+        }
+        self.pause()?;
         let Served {
             export,
             connection,
@@ -99,6 +113,9 @@ impl Served<'_> {
             // The front end hears that it failed, and its guest stays where it is.
             transfer: _,
             complaints,
+            orders: _,
+            postcopy: _,
+            mapped: _,
         } = self;
         let mut fds = Descriptors::default();
         let (stream, Partial { bytes, fds: partial_fds }) = connection.parts();
@@ -141,7 +158,7 @@ impl Served<'_> {
         Ok(Snapshot { state, fds })
     }
 
-    /// Starts again what [`save`](Self::save) has stopped.
+    /// Starts again what [`pause`](Self::pause) or [`save`](Self::save) has stopped.
     pub(in crate::session) fn go_on(&mut self) {
         for (index, config) in self.stopped() {
             self.start_or_complain(index, |served| {
