@@ -10,7 +10,7 @@ use kickless_tests::process;
 use kickless_tests::scene::Scene;
 use poll_engine::fault_point::{PACKED, RECOVER, SPLIT};
 
-use crate::daemon::{Daemon, Killer};
+use crate::daemon::Daemon;
 use crate::front::{BLOCKS, End, Front};
 use crate::model::BLOCK;
 
@@ -41,7 +41,7 @@ pub fn at_each(scene: &Scene, packed: bool) -> Result<()> {
             // The first time, the second, and in the middle of a load.
             let nth = if nth == 3 { 20 } else { nth };
             if recovery {
-                leave_in_flight(scene, &image, &mut front)?;
+                leave_in_flight(scene, &image, &mut front, packed)?;
             }
             dies_at(scene, &image, &mut front, place, nth).with_context(|| format!("{place}, {nth}"))?;
             deaths += 1;
@@ -56,17 +56,13 @@ pub fn at_each(scene: &Scene, packed: bool) -> Result<()> {
     Ok(())
 }
 
-/// Kills a daemon under load.
-fn leave_in_flight(scene: &Scene, image: &Image, front: &mut Front) -> Result<()> {
-    let mut daemon = Daemon::start(scene, image, &[])?;
-    ensure!(daemon.connect(front)?);
-    let killer = Killer::after(&daemon, Duration::from_millis(20));
-    ensure!(front.load(|| false)? == End::Gone);
-    killer.join();
-    daemon.expect_killed()
+/// Has a daemon die with at least one request begun: the last step of taking it is done.
+fn leave_in_flight(scene: &Scene, image: &Image, front: &mut Front, packed: bool) -> Result<()> {
+    die(scene, image, front, if packed { "take-old-free-head" } else { "take-inflight" }, 20)
 }
 
-fn dies_at(scene: &Scene, image: &Image, front: &mut Front, place: &str, nth: usize) -> Result<()> {
+/// Has a daemon die when it passes `place` for the `nth` time.
+fn die(scene: &Scene, image: &Image, front: &mut Front, place: &str, nth: usize) -> Result<()> {
     let program = program().context("no daemon with fault points")?;
     let fault = format!("{place}:{nth}");
     let mut dying = Daemon::start_program(&program, scene, image, &[], &[("KICKLESS_FAULT", &fault)])?;
@@ -75,8 +71,11 @@ fn dies_at(scene: &Scene, image: &Image, front: &mut Front, place: &str, nth: us
         let end = front.load(|| Instant::now() > deadline)?;
         ensure!(end == End::Gone, "was never passed");
     }
-    dying.expect_killed()?;
+    dying.expect_killed()
+}
 
+fn dies_at(scene: &Scene, image: &Image, front: &mut Front, place: &str, nth: usize) -> Result<()> {
+    die(scene, image, front, place, nth)?;
     let mut last = Daemon::start(scene, image, &[])?;
     ensure!(last.connect(front)?);
     let whole = front.load(|| true)? == End::Done && front.check()? == End::Done;
