@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use poll_engine::device::features::{EVENT_IDX, IN_ORDER, INDIRECT_DESC, RING_PACKED};
 
 use crate::agent::{Agent, Output, Shell};
 use crate::qemu::migration::{Migrated, Migration};
@@ -21,9 +22,6 @@ use crate::vmm::memory::Backing;
 use crate::vmm::speed;
 use crate::wait;
 
-/// `VIRTIO_F_INDIRECT_DESC` and `VIRTIO_F_EVENT_IDX`.
-const INDIRECT_DESC: u64 = 1 << 28;
-const EVENT_IDX: u64 = 1 << 29;
 /// Bytes of memory in a machine of ours.
 const MEMORY: u64 = 512 << 20;
 /// How long the guest may take to notice things.
@@ -74,10 +72,12 @@ pub fn boot_qemu(plan: &Plan, scene: &Scene) -> Result<Box<dyn Guest>> {
     ensure!(plan.pin.is_empty(), "the CPUs of QEMU's guests cannot be bound");
     ensure!(plan.backing == Backing::Pages, "QEMU's guests have no huge pages here");
     let refused = !plan.features;
+    // Of in-order use QEMU 7.2 does not let the guest know in any case.
+    let can_be_refused = INDIRECT_DESC | EVENT_IDX | RING_PACKED | IN_ORDER;
     ensure!(
-        refused & !(INDIRECT_DESC | EVENT_IDX) == 0,
+        refused & !can_be_refused == 0,
         "QEMU's guests cannot be kept from features {:#x}",
-        refused & !(INDIRECT_DESC | EVENT_IDX)
+        refused & !can_be_refused
     );
     let mut builder = Vm::builder().cpus(plan.cpus as u32);
     for (i, device) in plan.devices.iter().enumerate() {
@@ -85,7 +85,8 @@ pub fn boot_qemu(plan: &Plan, scene: &Scene) -> Result<Box<dyn Guest>> {
             .prop("num-queues", device.queues)
             .prop("queue-size", plan.ring_size)
             .prop("indirect_desc", refused & INDIRECT_DESC == 0)
-            .prop("event_idx", refused & EVENT_IDX == 0);
+            .prop("event_idx", refused & EVENT_IDX == 0)
+            .prop("packed", refused & RING_PACKED == 0);
         builder = builder.disk(disk);
     }
     let vm = builder.boot(scene)?;

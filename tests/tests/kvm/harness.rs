@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use kickless_guest::{Order, kind};
+use kickless_tests::accel::Accel;
 use kickless_tests::bare::{Bare, program};
 use kickless_tests::image::{Image, MIB};
 use kickless_tests::process::{self, Process};
@@ -46,7 +47,10 @@ pub fn selftest(scene: &Scene, _: Platform) -> Result<Option<String>> {
     let args = [
         "-machine microvm,accel=kvm,acpi=off,pit=off,pic=off,rtc=off,isa-serial=on,x-option-roms=off"
             .to_owned(),
-        "-nodefaults -no-reboot -cpu host -m 64 -smp 2 -global virtio-mmio.force-legacy=false".to_owned(),
+        format!(
+            "-nodefaults -no-reboot -cpu {} -m 64 -smp 2 -global virtio-mmio.force-legacy=false",
+            Accel::Kvm.qemu_cpu()
+        ),
         format!("-display none -serial file:{}", serial.display()),
         format!(
             "-drive id=d,file={},if=none,format=raw -device virtio-blk-device,drive=d",
