@@ -62,8 +62,9 @@ fn rates_are_kept() {
         let args = ["--rw=randread", "--time-based", "--runtime=1", "--completion=interrupt", "--iodepth=4"];
         let json = run(&daemon.socket, &[&args[..], &[rate, "--json"]].concat()).good().json();
         let read = &json["jobs"][0]["read"];
-        // Not more, however loaded the machine is; fewer only by what it could not run.
-        assert!((300.0..=502.0).contains(&number(&read["total_ios"])), "{rate}: {read}");
+        // Not more, however loaded the machine is; fewer only by what it could not run. A loaded machine ends late.
+        let most = 500.0 * number(&read["runtime"]) / 1000.0 + 2.0;
+        assert!((300.0..=most).contains(&number(&read["total_ios"])), "{rate}: {read}");
         assert_eq!(number(&read["slat_ns"]["N"]) > 0.0, open, "{rate}");
     }
 }
