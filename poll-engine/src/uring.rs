@@ -171,8 +171,8 @@ impl Uring {
     fn entered(&mut self, entered: io::Result<usize>) {
         match entered {
             Ok(_) => {}
-            // ETIME: the limit of a wait. EINTR: a signal. EAGAIN, EBUSY: out of memory, or completions must be reaped first; both come right by
-            // reaping and trying again, which the reactor's next round does.
+            // ETIME: the limit of a wait. EINTR: a signal. EAGAIN, EBUSY: out of memory, or completions must be reaped
+            // first; both come right by reaping and trying again, which the reactor's next round does.
             Err(e)
                 if matches!(
                     e.raw_os_error(),

@@ -1,7 +1,7 @@
 //! Guests, front ends, disks and daemons that come and go.
 
 use anyhow::{Result, ensure};
-use kickless_tests::daemon::{Kind, Options};
+use kickless_tests::daemon::{Daemon, Kind, Options};
 use kickless_tests::fio::Fio;
 use kickless_tests::image::{Image, MIB};
 use kickless_tests::qemu::{Disk, Vm};
@@ -147,23 +147,7 @@ pub fn daemon_restarted(scene: &Scene) -> Result<Option<String>> {
     if Kind::from_env() == Kind::Qsd {
         return Ok(Some("qemu-storage-daemon leaves requests unanswered when it ends".to_owned()));
     }
-    let image = Image::create(scene, "disk.img", 64 * MIB)?;
-    let mut daemon = Options::default().spawn(scene, "daemon", &image)?;
-    let mut vm = Vm::builder().disk(Disk::new("disk", daemon.socket())).boot(scene)?;
-    let fio = Fio::new("load", "/dev/vda").arg("rw=randrw").arg("bs=4k").jobs(4, 4);
-    fio.start_loop(&mut vm)?;
-    for _ in 0..3 {
-        fio.wait_busy(&mut vm, "vda")?;
-        daemon.terminate()?;
-        daemon = Options::default().spawn(scene, "daemon", &image)?;
-    }
-    fio.wait_busy(&mut vm, "vda")?;
-    fio.finish(&mut vm, FIO_LIMIT)?;
-    // QEMU has lost its back end now and then, and says so.
-    vm.tolerate("vhost");
-    vm.quit()?;
-    daemon.terminate()?;
-    Ok(None)
+    replaced_under_load(scene, false, 3, Daemon::terminate)
 }
 
 /// The daemon is killed, again and again, while the guest is writing. QEMU has kept the record of what was in flight, and
@@ -181,15 +165,25 @@ fn killed(scene: &Scene, packed: bool) -> Result<Option<String>> {
     if Kind::from_env() == Kind::Qsd {
         return Ok(Some("qemu-storage-daemon keeps no record of requests in flight".to_owned()));
     }
+    replaced_under_load(scene, packed, 5, Daemon::kill9)
+}
+
+/// Ends the daemon by `end` and starts another one, this many times, while the guest is writing.
+fn replaced_under_load(
+    scene: &Scene,
+    packed: bool,
+    times: u32,
+    end: fn(Daemon) -> Result<()>,
+) -> Result<Option<String>> {
     let image = Image::create(scene, "disk.img", 64 * MIB)?;
     let mut daemon = Options::default().spawn(scene, "daemon", &image)?;
     let disk = Disk::new("disk", daemon.socket()).prop("packed", packed);
     let mut vm = Vm::builder().disk(disk).boot(scene)?;
     let fio = Fio::new("load", "/dev/vda").arg("rw=randrw").arg("bs=4k").jobs(4, 4);
     fio.start_loop(&mut vm)?;
-    for _ in 0..5 {
+    for _ in 0..times {
         fio.wait_busy(&mut vm, "vda")?;
-        daemon.kill9()?;
+        end(daemon)?;
         daemon = Options::default().spawn(scene, "daemon", &image)?;
     }
     fio.wait_busy(&mut vm, "vda")?;
