@@ -1,0 +1,12 @@
+//! A virtio network device (virtio 1.3, 5.1) on the poll engine.
+//!
+//! ```text
+//! guest TX ring ─► chain ─► header (peeked once) ─► packet ─► where to ─► port ─► one copy ─► guest RX ring | uplink
+//! ```
+//!
+//! [`header`] is what comes before every packet in a ring, and what may be wrong with it. [`port`] is what a device can
+//! be joined to besides another guest. [`features`] names the feature bits.
+
+pub mod features;
+pub mod header;
+pub mod port;
