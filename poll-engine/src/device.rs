@@ -117,6 +117,11 @@ pub trait Device: Send + Sync {
     /// Makes the handler of a queue that is about to run, under the features that were negotiated.
     fn start_queue(&self, index: u16, features: u64, ring_size: u16) -> io::Result<Box<dyn QueueHandler>>;
 
+    /// On which reactor a queue is to run, counted round those there are; `None`: on the one with the fewest queues.
+    fn place(&self, _index: u16) -> Option<usize> {
+        None
+    }
+
     /// The device is reset, or its front end is gone. No queue runs. A front end that keeps a copy of configuration space
     /// (QEMU does) shows that to its guest afterwards as well, and resets at times when the guest does not know of it: what
     /// a driver relies on in there must hold.
@@ -146,6 +151,12 @@ pub trait QueueHandler: Send {
 
     /// Called once on the reactor, after the last request has been completed.
     fn detach(&mut self, io: &mut Io<'_>);
+
+    /// Whether chains that the driver makes available are work, which wakes a reactor that sleeps: buffers to receive into
+    /// are none while there is nothing to receive.
+    fn wants_chains(&self) -> bool {
+        true
+    }
 
     /// Whether the handler's I/O gains from guest memory that is registered with io_uring.
     fn uses_fixed_buffers(&self) -> bool {

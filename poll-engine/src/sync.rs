@@ -9,7 +9,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 pub(crate) use crossbeam::channel::{Receiver, Sender, unbounded};
 pub(crate) use crossbeam::sync::WaitGroup;
 pub(crate) use std::sync::Arc;
-pub(crate) use std::sync::atomic::{AtomicBool, Ordering};
+pub(crate) use std::sync::atomic::{AtomicBool, Ordering, fence};
 
 /// A non-blocking eventfd to wake one thread with.
 #[derive(Debug)]

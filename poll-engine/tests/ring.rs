@@ -153,6 +153,18 @@ impl Pair {
         assert_eq!(usize::from(self.ring.in_flight()), self.in_flight.len());
     }
 
+    /// Takes some, thinks better of it, and would come upon the same ones again.
+    fn untake(&mut self, count: u16) {
+        let before = self.in_flight.len();
+        self.take(count);
+        for (token, writable) in self.in_flight.drain(before..).rev() {
+            self.shown.push_front(token.id());
+            self.writable.push_front(writable);
+            self.ring.untake(token);
+        }
+        assert_eq!(usize::from(self.ring.in_flight()), before);
+    }
+
     fn complete(&mut self, which: Index, len: u32) {
         if !self.in_flight.is_empty() {
             let which = if self.in_order { 0 } else { which.index(self.in_flight.len()) };
@@ -238,6 +250,7 @@ enum Step {
     Add { readable: usize, writable: usize, indirect: bool },
     Publish,
     Take(u16),
+    Untake(u16),
     Complete(Index, u32),
     ShowCompleted,
     Ask,
@@ -253,6 +266,7 @@ fn step() -> impl Strategy<Value = Step> {
             .prop_map(|(readable, writable, indirect)| Step::Add { readable, writable, indirect }),
         4 => Just(Step::Publish),
         4 => (1..8u16).prop_map(Step::Take),
+        2 => (1..8u16).prop_map(Step::Untake),
         6 => (any::<Index>(), any::<u32>()).prop_map(|(which, len)| Step::Complete(which, len)),
         4 => Just(Step::ShowCompleted),
         4 => Just(Step::Ask),
@@ -294,6 +308,7 @@ proptest! {
                 Step::Add { readable, writable, indirect } => pair.add(readable, writable, indirect),
                 Step::Publish => pair.publish(),
                 Step::Take(n) => pair.take(n),
+                Step::Untake(n) => pair.untake(n),
                 Step::Complete(which, len) => pair.complete(which, len),
                 Step::ShowCompleted => pair.show_completed(),
                 Step::Ask => pair.ask(),

@@ -53,6 +53,11 @@ impl<M> Mailbox<M> {
         self.messages.try_iter().collect()
     }
 
+    /// The bell, for others to ring.
+    pub(super) fn shared_bell(&self) -> Arc<Bell> {
+        Arc::clone(&self.bell)
+    }
+
     /// What wakes the reactor. It is never silenced: each ring is one event to whoever watches it.
     pub(super) fn bell(&self) -> &Bell {
         &self.bell

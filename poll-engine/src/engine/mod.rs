@@ -6,6 +6,7 @@ pub mod pacing;
 pub mod placement;
 pub mod queue;
 pub mod reactor;
+pub mod station;
 
 use std::io;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -24,7 +25,8 @@ use mailbox::{Postbox, mailbox};
 use pacing::Pacing;
 use placement::{CpuList, pin_to, usable_cpus};
 use queue::{MapChange, Queue};
-use reactor::{Message, NotifierChange, Reactor, TaskId};
+use reactor::{Message, NotifierChange, QueueId, Reactor};
+use station::{Station, Waker};
 
 /// How an engine is to be run.
 #[derive(Clone, Debug, Default)]
@@ -55,6 +57,7 @@ pub enum EngineError {
 
 struct ReactorHandle {
     postbox: Postbox<Message>,
+    waker: Waker,
     queues: AtomicUsize,
 }
 
@@ -84,6 +87,8 @@ impl Engine {
 
     fn start_reactor(&mut self, cpu: Option<usize>, config: &EngineConfig) -> io::Result<()> {
         let (postbox, mail) = mailbox()?;
+        let waker = Waker::new(mail.shared_bell());
+        let (index, own) = (self.reactors.len(), waker.clone());
         let name: Arc<str> = cpu.map_or("reactor".into(), |cpu| format!("reactor-{cpu}").into());
         let (pacing, fixed) = (config.pacing, config.fixed_buffers);
         let (ready_tx, ready) = bounded(1);
@@ -91,7 +96,7 @@ impl Engine {
             let _guard = AbortOnPanic;
             // The ring belongs to the thread that made it, so it is made here.
             let made = cpu.map_or(Ok(()), |cpu| pin_to(cpu).map_err(io::Error::from));
-            match made.and_then(|()| Reactor::new(Arc::clone(&name), mail, pacing, fixed)) {
+            match made.and_then(|()| Reactor::new(Arc::clone(&name), index, (mail, own), pacing, fixed)) {
                 Ok(mut reactor) => {
                     let _ = ready_tx.send(Ok(()));
                     reactor.run();
@@ -104,15 +109,40 @@ impl Engine {
         ready.recv().map_err(|_| io::Error::other("the reactor's thread ended"))??;
         info!("reactor on {}, {pacing:?}", cpu.map_or("any CPU".into(), |cpu| format!("CPU {cpu}")));
         self.threads.lock().unwrap_or_else(PoisonError::into_inner).push(thread);
-        self.reactors.push(Arc::new(ReactorHandle { postbox, queues: AtomicUsize::new(0) }));
+        self.reactors.push(Arc::new(ReactorHandle { postbox, waker, queues: AtomicUsize::new(0) }));
         Ok(())
     }
 
-    /// Moves a queue into the reactor that has the fewest.
-    pub fn run_queue(&self, queue: Queue, handler: Box<dyn QueueHandler>) -> io::Result<RunningQueue> {
-        let gone = || io::Error::other("the reactor is gone");
-        let reactor =
-            self.reactors.iter().min_by_key(|r| r.queues.load(Ordering::Relaxed)).ok_or_else(gone)?;
+    /// How many reactors there are.
+    pub fn reactors(&self) -> usize {
+        self.reactors.len()
+    }
+
+    /// What wakes reactor number `reactor`, counted round those there are.
+    pub fn waker(&self, reactor: usize) -> Waker {
+        self.reactors[reactor % self.reactors.len()].waker.clone()
+    }
+
+    /// Puts a station on reactor number `reactor`, counted round those there are.
+    pub fn add_station(&self, reactor: usize, station: Box<dyn Station>) -> io::Result<RunningStation> {
+        let reactor = &self.reactors[reactor % self.reactors.len()];
+        let (tx, rx) = bounded(1);
+        reactor.postbox.post(Message::AddStation { station, id: tx });
+        let id = rx.recv().map_err(|_| gone())?;
+        Ok(RunningStation { reactor: Arc::clone(reactor), id })
+    }
+
+    /// Moves a queue into reactor number `place`, counted round those there are, or the one that has the fewest.
+    pub fn run_queue(
+        &self,
+        queue: Queue,
+        handler: Box<dyn QueueHandler>,
+        place: Option<usize>,
+    ) -> io::Result<RunningQueue> {
+        let reactor = match place {
+            Some(place) => &self.reactors[place % self.reactors.len()],
+            None => self.reactors.iter().min_by_key(|r| r.queues.load(Ordering::Relaxed)).ok_or_else(gone)?,
+        };
         let (tx, rx) = bounded(1);
         reactor.queues.fetch_add(1, Ordering::Relaxed);
         reactor.postbox.post(Message::Start { queue: Box::new(queue), handler, id: tx });
@@ -133,10 +163,28 @@ impl Drop for Engine {
     }
 }
 
+fn gone() -> io::Error {
+    io::Error::other("the reactor is gone")
+}
+
+/// The control side's handle of a station. Dropping it ends the station, and returns once it is gone.
+pub struct RunningStation {
+    reactor: Arc<ReactorHandle>,
+    id: QueueId,
+}
+
+impl Drop for RunningStation {
+    fn drop(&mut self) {
+        let gone = WaitGroup::new();
+        self.reactor.postbox.post(Message::RemoveStation { id: self.id, gone: gone.clone() });
+        gone.wait();
+    }
+}
+
 /// The control side's handle of a queue that runs. Dropping it stops the queue.
 pub struct RunningQueue {
     reactor: Arc<ReactorHandle>,
-    id: TaskId,
+    id: QueueId,
     stopped: bool,
 }
 
@@ -203,7 +251,7 @@ pub struct StoppingQueue {
 impl StoppingQueue {
     /// Waits for the last request. Returns where to go on.
     pub fn wait(self) -> io::Result<u32> {
-        let base = self.base.recv().map_err(|_| io::Error::other("the reactor is gone"));
+        let base = self.base.recv().map_err(|_| gone());
         self.reactor.queues.fetch_sub(1, Ordering::Relaxed);
         base
     }

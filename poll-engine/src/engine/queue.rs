@@ -235,15 +235,25 @@ impl Queue {
     #[inline]
     pub fn ready(&mut self) -> u16 {
         self.stats.polls.add(1);
+        let ready = self.ready_for(BUDGET);
+        if ready == 0 {
+            self.stats.empty_polls.add(1);
+        }
+        ready
+    }
+
+    /// As [`ready`](Self::ready), for a queue that is not polled but needed: how many chains there are to be taken, at most
+    /// `wanted`. None while the queue may take none.
+    #[inline]
+    pub fn ready_for(&mut self, wanted: u16) -> u16 {
         let ready = match self.ring.available() {
-            Ok(n) => n.min(BUDGET),
+            Ok(n) => n.min(wanted),
             Err(e) => {
                 self.fail(&e);
                 0
             }
         };
         if ready == 0 {
-            self.stats.empty_polls.add(1);
             return 0;
         }
         self.stats.in_flight_peak.raise(u64::from(self.ring.in_flight()) + u64::from(ready));
@@ -336,6 +346,13 @@ impl Queue {
         self.give_back(request, written);
     }
 
+    /// Puts the request taken last back, untouched, for a later round. Several go back in reverse order, before any that
+    /// was taken after one of them is completed. What is [ready](Self::ready) has to be counted anew.
+    #[inline]
+    pub fn untake(&mut self, request: Request) {
+        self.ring.untake(request.token);
+    }
+
     #[inline(always)]
     fn give_back(&mut self, request: Request, written: u32) {
         if request.since == self.round {
@@ -360,11 +377,11 @@ impl Queue {
         self.round = self.reaped;
     }
 
-    /// Ends a round: shows completed chains to the driver.
+    /// Ends a round: shows completed chains to the driver; false when there was none.
     #[inline]
-    pub fn publish(&mut self) {
+    pub fn publish(&mut self) -> bool {
         if !self.ring.publish() {
-            return;
+            return false;
         }
         self.unsignalled += 1;
         if self.round_completed > 0 {
@@ -373,6 +390,7 @@ impl Queue {
             self.stats.requests.add(self.round_completed);
             self.round_completed = 0;
         }
+        true
     }
 
     /// Whether to see now if the driver wants an interrupt. Looking costs a memory barrier that waits for all our

@@ -12,6 +12,7 @@ use tracing::{debug, warn};
 use super::mailbox::Mailbox;
 use super::pacing::{Pacer, Pacing};
 use super::queue::{MapChange, Queue};
+use super::station::{Queues, Station, Waker};
 use crate::device::QueueHandler;
 use crate::memory::fault::faults;
 use crate::memory::iotlb::Miss;
@@ -32,29 +33,33 @@ const MAX_HELD: u32 = 32;
 /// and long against the microseconds that a look at the rings takes.
 const NAP: Duration = Duration::from_micros(100);
 
-/// A queue's place on its reactor.
+/// A queue's (or a station's) place on its reactor. It is never that of another one before very many have come and gone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct TaskId {
-    slot: u16,
+pub struct QueueId {
+    pub(super) slot: u16,
     generation: u16,
 }
 
 /// What control threads can ask of a reactor.
 pub(super) enum Message {
     /// Run this queue from now on.
-    Start { queue: Box<Queue>, handler: Box<dyn QueueHandler>, id: Sender<TaskId> },
+    Start { queue: Box<Queue>, handler: Box<dyn QueueHandler>, id: Sender<QueueId> },
     /// Take no more chains, finish what is in flight, answer with the base and let the queue go.
-    Stop { id: TaskId, base: Sender<u32> },
+    Stop { id: QueueId, base: Sender<u32> },
     /// Go over to a new memory map.
-    SetMap { id: TaskId, change: MapChange },
+    SetMap { id: QueueId, change: MapChange },
     /// Take no more chains, finish what is in flight, and leave the ring alone until a map comes that has it.
-    Park { id: TaskId, parked: WaitGroup },
+    Park { id: QueueId, parked: WaitGroup },
     /// The front end has no translation for this, or (`None`) for the ring.
-    Refuse { id: TaskId, miss: Option<Miss> },
+    Refuse { id: QueueId, miss: Option<Miss> },
     /// Tell a dirty log what is written from now on, or nobody, and let `adopted` go.
-    SetLog { id: TaskId, log: Option<QueueLog>, adopted: WaitGroup },
+    SetLog { id: QueueId, log: Option<QueueLog>, adopted: WaitGroup },
     /// Replace one of the event descriptors.
-    SetNotifier { id: TaskId, change: NotifierChange },
+    SetNotifier { id: QueueId, change: NotifierChange },
+    /// Poll this station from now on.
+    AddStation { station: Box<dyn Station>, id: Sender<QueueId> },
+    /// Let this station go once nothing of its own is in flight.
+    RemoveStation { id: QueueId, gone: WaitGroup },
     /// Leave, once no queue is left.
     Quit,
 }
@@ -77,30 +82,45 @@ enum Purpose {
     Signal = 2,
     Bell = 3,
     Cancel = 4,
+    Station = 5,
 }
 
-fn label(purpose: Purpose, id: TaskId, tag: u32) -> u64 {
+fn label(purpose: Purpose, id: QueueId, tag: u32) -> u64 {
     (purpose as u64) << 60
         | u64::from(id.generation & 0xfff) << 48
         | u64::from(id.slot) << 32
         | u64::from(tag)
 }
 
-fn unlabel(user_data: u64) -> (u8, TaskId, u32) {
-    let id = TaskId { slot: (user_data >> 32) as u16, generation: (user_data >> 48) as u16 & 0xfff };
+fn unlabel(user_data: u64) -> (u8, QueueId, u32) {
+    let id = QueueId { slot: (user_data >> 32) as u16, generation: (user_data >> 48) as u16 & 0xfff };
     ((user_data >> 60) as u8, id, user_data as u32)
 }
 
 /// A handler's way into the kernel.
 pub struct Io<'a> {
     uring: &'a mut Uring,
-    id: TaskId,
+    id: QueueId,
+    purpose: Purpose,
+    reactor: usize,
 }
 
 impl<'a> Io<'a> {
     /// Without a reactor, for driving a handler by hand where it is measured: completions go nowhere.
     pub fn alone(uring: &'a mut Uring) -> Io<'a> {
-        Io { uring, id: TaskId { slot: 0, generation: 0 } }
+        Io { uring, id: NOBODY, purpose: Purpose::Handler, reactor: 0 }
+    }
+
+    /// The queue whose handler this is for; or the station.
+    #[inline]
+    pub fn id(&self) -> QueueId {
+        self.id
+    }
+
+    /// The number of this reactor.
+    #[inline]
+    pub fn reactor(&self) -> usize {
+        self.reactor
     }
 
     /// The reactor's io_uring, for registering files and finding registered memory.
@@ -109,11 +129,11 @@ impl<'a> Io<'a> {
         self.uring
     }
 
-    /// The label of the handler's operation `tag`: its completion comes back to
-    /// [`QueueHandler::complete`] with this tag.
+    /// The label of the handler's (or station's) operation `tag`: its completion comes back to
+    /// [`QueueHandler::complete`] (or [`Station::complete`]) with this tag.
     #[inline]
     pub fn label(&self, tag: u32) -> u64 {
-        label(Purpose::Handler, self.id, tag)
+        label(self.purpose, self.id, tag)
     }
 
     pub(super) fn signal(&mut self, fd: BorrowedFd<'_>, tag: u32) {
@@ -126,8 +146,9 @@ impl<'a> Io<'a> {
     }
 }
 
-struct Task {
-    id: TaskId,
+#[allow(clippy::struct_excessive_bools)] // each of its own meaning
+pub(super) struct Task {
+    pub(super) id: QueueId,
     queue: Box<Queue>,
     handler: Box<dyn QueueHandler>,
     /// Set when asked to stop: who waits for the base.
@@ -138,12 +159,31 @@ struct Task {
     reported: bool,
     /// Has completed chains to publish after reaping.
     reaped: bool,
+    /// A station has had its hands on the queue in this round.
+    touched: bool,
+    /// A station waits for chains of this queue.
+    pub(super) wanted: bool,
 }
 
 impl Task {
     /// Nothing more to wait for: stopped, and the last request is back.
     fn is_done(&self) -> bool {
         self.stopping.is_some() && self.queue.in_flight() == 0 && !self.queue.has_resubmits()
+    }
+
+    /// The queue, for a station; one that is to take chains only if the queue may.
+    #[inline]
+    pub(super) fn touch(&mut self, takes: bool) -> Option<&mut Queue> {
+        if takes && !self.polls() {
+            return None;
+        }
+        self.touched = true;
+        Some(&mut self.queue)
+    }
+
+    /// Whether chains of the driver are to wake a reactor that sleeps.
+    fn waits_for_chains(&self) -> bool {
+        self.wanted || self.handler.wants_chains() || self.queue.has_resubmits()
     }
 
     /// One that is to stop takes nothing new, but what an earlier back end had begun is as good as in flight.
@@ -153,9 +193,26 @@ impl Task {
     }
 }
 
+const NOBODY: QueueId = QueueId { slot: 0, generation: 0 };
+
+/// The way into the kernel of one that lives here.
+fn io(uring: &mut Uring, purpose: Purpose, id: QueueId, reactor: usize) -> Io<'_> {
+    Io { uring, id, purpose, reactor }
+}
+
+struct Stationed {
+    station: Box<dyn Station>,
+    id: QueueId,
+    /// Set when it is to leave: who waits for that.
+    leaving: Option<WaitGroup>,
+}
+
 /// The thread's state.
 pub(super) struct Reactor {
     name: Arc<str>,
+    index: usize,
+    waker: Waker,
+    stations: Vec<Stationed>,
     uring: Uring,
     mailbox: Mailbox<Message>,
     tasks: Vec<Task>,
@@ -178,12 +235,16 @@ pub(super) struct Reactor {
 impl Reactor {
     pub(super) fn new(
         name: Arc<str>,
-        mailbox: Mailbox<Message>,
+        index: usize,
+        (mailbox, waker): (Mailbox<Message>, Waker),
         pacing: Pacing,
         fixed: FixedBuffers,
     ) -> std::io::Result<Reactor> {
         Ok(Reactor {
             name,
+            index,
+            waker,
+            stations: Vec::new(),
             uring: Uring::new(URING_ENTRIES)?,
             mailbox,
             tasks: Vec::new(),
@@ -206,13 +267,13 @@ impl Reactor {
             if self.mailbox.has_mail() {
                 self.read_mail();
             }
-            if self.quitting && self.tasks.is_empty() {
+            if self.quitting && self.tasks.is_empty() && self.stations.is_empty() {
                 return;
             }
             let worked = self.round();
             if worked > 0 {
                 self.pacer.worked();
-            } else if self.tasks.is_empty() || self.pacer.idle() {
+            } else if (self.tasks.is_empty() && self.stations.is_empty()) || self.pacer.idle() {
                 self.sleep();
             } else {
                 std::hint::spin_loop();
@@ -262,15 +323,20 @@ impl Reactor {
     fn poll_rings(&mut self) -> (usize, bool) {
         let mut worked = 0;
         let mut in_flight = false;
+        for at in 0..self.stations.len() {
+            worked += self.on_station(at, |station, queues, io| station.poll(queues, io));
+        }
         for task in &mut self.tasks {
-            let io = &mut Io { uring: &mut self.uring, id: task.id };
+            let io = &mut io(&mut self.uring, Purpose::Handler, task.id, self.index);
             let n = if task.polls() { task.handler.poll(&mut task.queue, io) } else { 0 };
-            if n > 0 {
+            let touched = std::mem::take(&mut task.touched);
+            let mut busy = n > 0;
+            if busy || touched {
                 worked += n;
-                task.queue.publish();
+                busy |= task.queue.publish();
                 task.queue.disable_notification();
             }
-            if task.queue.is_signal_due(n == 0) {
+            if task.queue.is_signal_due(!busy) {
                 task.queue.signal(io);
             }
             if task.queue.is_broken() && !task.reported {
@@ -280,6 +346,18 @@ impl Reactor {
             in_flight |= task.queue.in_flight() > 0;
         }
         (worked, in_flight)
+    }
+
+    /// Does something with a station and the queues of this reactor.
+    #[inline]
+    fn on_station<T>(
+        &mut self,
+        at: usize,
+        act: impl FnOnce(&mut dyn Station, &mut Queues<'_>, &mut Io<'_>) -> T,
+    ) -> T {
+        let Stationed { station, id, .. } = &mut self.stations[at];
+        let queues = &mut Queues { tasks: &mut self.tasks, places: &self.places };
+        act(station.as_mut(), queues, &mut io(&mut self.uring, Purpose::Station, *id, self.index))
     }
 
     #[inline]
@@ -296,7 +374,7 @@ impl Reactor {
         self.completions = completions;
         self.completions.clear();
         for task in &mut self.tasks {
-            if std::mem::take(&mut task.reaped) {
+            if std::mem::take(&mut task.reaped) || task.touched {
                 task.queue.publish();
             }
         }
@@ -309,6 +387,12 @@ impl Reactor {
             self.watching_bell = c.more;
             return;
         }
+        if purpose == Purpose::Station as u8 {
+            if let Some(at) = self.stations.iter().position(|s| s.id == id) {
+                self.on_station(at, |s, queues, io| s.complete(queues, io, tag, c.result, c.more));
+            }
+            return;
+        }
         let place = self.places.get(usize::from(id.slot)).copied().flatten();
         // A completion of a queue that has left (its watch being cancelled) finds nobody.
         let Some(task) = place.and_then(|p| self.tasks.get_mut(p)).filter(|t| t.id == id) else { return };
@@ -317,7 +401,7 @@ impl Reactor {
                 task.reaped = true;
                 task.queue.mark_reaped();
             }
-            let io = &mut Io { uring: &mut self.uring, id };
+            let io = &mut io(&mut self.uring, Purpose::Handler, id, self.index);
             task.handler.complete(&mut task.queue, io, tag, c.result);
         } else if purpose == Purpose::Kick as u8 {
             task.watching_kick = c.more;
@@ -330,7 +414,7 @@ impl Reactor {
                 task.queue.count_error(ErrorKind::Notify, &format_args!("kick descriptor: {error}"));
             }
         } else if purpose == Purpose::Signal as u8 {
-            task.queue.signalled(&mut Io { uring: &mut self.uring, id }, tag);
+            task.queue.signalled(&mut io(&mut self.uring, Purpose::Handler, id, self.index), tag);
             if c.result < 0 {
                 let error = std::io::Error::from_raw_os_error(-c.result);
                 task.queue.count_error(ErrorKind::Notify, &format_args!("call descriptor: {error}"));
@@ -340,16 +424,20 @@ impl Reactor {
 
     /// A queue without a kick descriptor can wake nobody, so somebody has to look.
     fn is_polled(&self) -> bool {
-        self.tasks.iter().any(|t| t.polls() && t.queue.notifier.kick.is_none())
+        self.tasks.iter().any(|t| t.polls() && t.waits_for_chains() && t.queue.notifier.kick.is_none())
     }
 
     /// Sleeps until there is a completion: a kick, the bell, or I/O; or for a nap. Never with work at hand: each ring is looked at
     /// again after its driver was asked to notify (virtio 1.3, 2.7.10.1).
     fn sleep(&mut self) {
         self.watch();
+        self.waker.lie_down();
         let mut work = false;
+        for at in 0..self.stations.len() {
+            work |= self.on_station(at, |station, queues, io| station.prepare_sleep(queues, io));
+        }
         for task in &mut self.tasks {
-            work |= task.polls() && task.queue.enable_notification();
+            work |= task.polls() && task.waits_for_chains() && task.queue.enable_notification();
         }
         if !work && !self.mailbox.has_mail() {
             self.held_back = 0;
@@ -358,7 +446,9 @@ impl Reactor {
             // A nap that brought nothing is followed by the next one after a look at the rings.
             work = self.reap() > 0 || limit.is_none();
         }
+        self.waker.get_up();
         for task in &mut self.tasks {
+            task.wanted = false;
             task.queue.disable_notification();
         }
         if work {
@@ -367,10 +457,9 @@ impl Reactor {
     }
 
     fn watch(&mut self) {
-        let nobody = TaskId { slot: 0, generation: 0 };
         if !self.watching_bell {
             self.watching_bell = true;
-            self.uring.watch(self.mailbox.bell().fd(), label(Purpose::Bell, nobody, 0));
+            self.uring.watch(self.mailbox.bell().fd(), label(Purpose::Bell, NOBODY, 0));
         }
         for task in &mut self.tasks {
             if let (false, Some(kick)) = (task.watching_kick, &task.queue.notifier.kick) {
@@ -435,28 +524,62 @@ impl Reactor {
                         }
                     }
                 }
+                Message::AddStation { station, id } => {
+                    let _ = id.send(self.add_station(station));
+                }
+                Message::RemoveStation { id, gone } => {
+                    if let Some(at) = self.stations.iter().position(|s| s.id == id) {
+                        self.on_station(at, |station, queues, io| station.stop(queues, io));
+                        self.stations[at].leaving = Some(gone);
+                        self.awaited += 1;
+                    }
+                }
                 Message::Quit => self.quitting = true,
             }
         }
     }
 
-    fn find(&mut self, id: TaskId) -> Option<&mut Task> {
+    fn find(&mut self, id: QueueId) -> Option<&mut Task> {
         let place = self.places.get(usize::from(id.slot)).copied().flatten()?;
         self.tasks.get_mut(place).filter(|t| t.id == id)
     }
 
-    fn start(&mut self, queue: Box<Queue>, mut handler: Box<dyn QueueHandler>) -> TaskId {
+    fn start(&mut self, queue: Box<Queue>, mut handler: Box<dyn QueueHandler>) -> QueueId {
         let slot = self.places.iter().position(Option::is_none).unwrap_or_else(|| {
             self.places.push(None);
             self.places.len() - 1
         });
-        self.generation = self.generation.wrapping_add(1) & 0xfff;
-        let id = TaskId { slot: slot as u16, generation: self.generation };
-        handler.attach(&mut Io { uring: &mut self.uring, id });
+        let id = QueueId { slot: slot as u16, generation: self.next_generation() };
+        handler.attach(&mut io(&mut self.uring, Purpose::Handler, id, self.index));
         self.places[slot] = Some(self.tasks.len());
-        let (stopping, parking, watching_kick, reported, reaped) = (None, None, false, false, false);
-        self.tasks.push(Task { id, queue, handler, stopping, parking, watching_kick, reported, reaped });
+        self.tasks.push(Task {
+            id,
+            queue,
+            handler,
+            stopping: None,
+            parking: None,
+            watching_kick: false,
+            reported: false,
+            reaped: false,
+            touched: false,
+            wanted: false,
+        });
         self.sync_buffers();
+        self.pacer.worked();
+        id
+    }
+
+    fn next_generation(&mut self) -> u16 {
+        self.generation = self.generation.wrapping_add(1) & 0xfff;
+        self.generation
+    }
+
+    fn add_station(&mut self, mut station: Box<dyn Station>) -> QueueId {
+        let taken = |slot: &u16| self.stations.iter().any(|s| s.id.slot == *slot);
+        let slot = (0..u16::MAX).find(|slot| !taken(slot)).unwrap_or(u16::MAX);
+        let id = QueueId { slot, generation: self.next_generation() };
+        station.attach(&mut io(&mut self.uring, Purpose::Station, id, self.index));
+        self.stations.push(Stationed { station, id, leaving: None });
         self.pacer.worked();
         id
     }
@@ -474,7 +597,7 @@ impl Reactor {
             self.awaited -= task.queue.release_revoked();
             if task.parking.is_some() && task.queue.in_flight() == 0 {
                 task.queue.publish();
-                task.queue.signal(&mut Io { uring: &mut self.uring, id: task.id });
+                task.queue.signal(&mut io(&mut self.uring, Purpose::Handler, task.id, self.index));
                 task.queue.unmap_ring();
                 self.awaited -= 1;
                 task.parking = None;
@@ -482,16 +605,19 @@ impl Reactor {
         }
     }
 
-    /// Lets the queues go that were asked to stop and have finished.
+    /// Lets the queues and stations go that were asked to stop and have finished.
     #[cold]
     fn retire(&mut self) {
+        let all = self.stations.len();
+        self.stations.retain(|s| s.leaving.is_none() || s.station.in_flight() > 0);
+        self.awaited -= all - self.stations.len();
         while let Some(place) = self.tasks.iter().position(Task::is_done) {
             let mut task = self.tasks.swap_remove(place);
             self.places[usize::from(task.id.slot)] = None;
             if let Some(moved) = self.tasks.get(place) {
                 self.places[usize::from(moved.id.slot)] = Some(place);
             }
-            let io = &mut Io { uring: &mut self.uring, id: task.id };
+            let io = &mut io(&mut self.uring, Purpose::Handler, task.id, self.index);
             task.queue.publish();
             task.queue.signal(io);
             // The driver may be run by somebody else from here on, who wants to hear of it.

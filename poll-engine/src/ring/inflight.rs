@@ -276,6 +276,13 @@ impl SplitInflight {
         pass("take-inflight");
     }
 
+    /// A chain has gone back to the available ring.
+    #[inline]
+    pub(super) fn untaken(&mut self, head: u16) {
+        self.inflight(head).store(0, Ordering::Release);
+        pass("untake-inflight");
+    }
+
     /// A chain has been put into the used ring, where the driver does not see it yet.
     #[inline]
     pub(super) fn completed(&mut self, head: u16) {

@@ -233,16 +233,24 @@ pub(crate) struct Used {
     writable: u32,
     /// Where a packed ring has recorded it.
     entry: u16,
+    /// An earlier back end had taken it.
+    again: bool,
 }
 
 impl Token {
     pub(crate) fn new(id: u16, len: u16, writable: u32) -> Token {
-        Token(Used { id, len, writable, entry: 0 })
+        Token(Used { id, len, writable, entry: 0, again: false })
     }
 
     #[inline]
     fn recorded(mut self, entry: u16) -> Token {
         self.0.entry = entry;
+        self
+    }
+
+    #[inline]
+    fn again(mut self) -> Token {
+        self.0.again = true;
         self
     }
 
@@ -361,6 +369,13 @@ impl Ring {
     #[inline]
     pub fn complete(&mut self, token: Token, written: u32) {
         each_format!(self, r => r.complete(token.redeem(), written));
+    }
+
+    /// Puts the chain that was taken last back to be taken again, untouched. Several go back in reverse order; none that
+    /// was taken after one of them may have been completed.
+    #[inline]
+    pub fn untake(&mut self, token: Token) {
+        each_format!(self, r => r.untake(token.redeem()));
     }
 
     /// Shows all completed chains to the driver; false when there was none. The caller owes a look at

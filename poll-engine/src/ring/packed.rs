@@ -279,6 +279,24 @@ impl PackedRing {
         })
     }
 
+    #[inline]
+    pub(super) fn untake(&mut self, used: Used) {
+        assert!(self.in_flight > 0, "untook more chains than were taken");
+        self.in_flight -= 1;
+        if used.again {
+            // It stays recorded until it is completed.
+            self.resubmits.push(used.entry);
+            return;
+        }
+        self.next_avail = self.next_avail.retreat(used.len, self.size());
+        self.held -= used.len;
+        // What was seen behind it is looked for again.
+        self.ready = 0;
+        if let Some(inflight) = &mut self.inflight {
+            inflight.untaken(used.entry);
+        }
+    }
+
     /// Takes a chain that an earlier back end had taken, as the record has it: in the ring it may be written over.
     #[cold]
     fn take_again(&mut self, entry: u16, map: &MemoryMap, chain: &mut Chain) -> Result<Token, RingError> {
@@ -298,7 +316,7 @@ impl PackedRing {
         self.resubmits.pop();
         self.in_flight += 1;
         pass("recover-taken");
-        Ok(Token::new(id, count, chain.writable_len()).recorded(entry))
+        Ok(Token::new(id, count, chain.writable_len()).recorded(entry).again())
     }
 
     /// Looks for what the available chains name and `map` does not translate, until `found` returns false. Nothing is

@@ -221,7 +221,23 @@ impl SplitRing {
                 inflight.taken(head);
             }
         }
-        Ok(Token::new(head, 1, chain.writable_len()))
+        let token = Token::new(head, 1, chain.writable_len());
+        Ok(if again.is_some() { token.again() } else { token })
+    }
+
+    #[inline]
+    pub(super) fn untake(&mut self, used: Used) {
+        assert!(self.in_flight > 0, "untook more chains than were taken");
+        self.in_flight -= 1;
+        if used.again {
+            // It stays recorded until it is completed.
+            self.resubmits.push(used.id);
+            return;
+        }
+        self.next_avail = self.next_avail.wrapping_sub(1);
+        if let Some(inflight) = &mut self.inflight {
+            inflight.untaken(used.id);
+        }
     }
 
     /// Looks for what the available chains name and `map` does not translate, until `found` returns false. Nothing is

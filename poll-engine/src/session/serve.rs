@@ -493,7 +493,7 @@ impl<'a> Served<'a> {
             queue = queue.recover(region).map_err(|e| ActionError::Ring(index, e))?;
         }
         queue.set_log(self.log_of(index));
-        let running = self.engine().run_queue(queue, parts.handler);
+        let running = self.engine().run_queue(queue, parts.handler, export.device.place(index));
         self.slot(index).running = Some((running.map_err(|e| ActionError::Queue(index, e))?, config));
         Ok(())
     }

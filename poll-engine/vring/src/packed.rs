@@ -57,6 +57,16 @@ impl Position {
         }
     }
 
+    /// `count` descriptors back, at most `size`.
+    #[inline]
+    #[must_use]
+    pub fn retreat(self, count: u16, size: u16) -> Position {
+        match self.index.checked_sub(count) {
+            Some(index) => Position { index, wrap: self.wrap },
+            None => Position { index: self.index + size - count, wrap: !self.wrap },
+        }
+    }
+
     /// A number that is one higher a descriptor further, in a circle of two rings.
     #[inline]
     fn linear(self, size: u16) -> u32 {

@@ -267,6 +267,21 @@ impl PackedInflight {
         head
     }
 
+    /// A chain has gone back to those that are available.
+    pub(in crate::ring) fn untaken(&mut self, head: u16) {
+        self.inflight(head).store(0, Ordering::Release);
+        pass("untake-inflight");
+        let last = self.links[usize::from(head)].last;
+        self.links[usize::from(last)].next = self.free_head;
+        self.field(last, 2).store(self.free_head, Ordering::Release);
+        pass("untake-next");
+        self.free_head = head;
+        self.half(FREE_HEAD).store(head, Ordering::Release);
+        pass("untake-free-head");
+        self.half(OLD_FREE_HEAD).store(head, Ordering::Release);
+        pass("untake-old-free-head");
+    }
+
     /// The descriptors of a chain that an earlier back end had taken, and how many there are.
     pub(in crate::ring) fn chain(&self, head: u16) -> (u16, impl Iterator<Item = PackedDesc>) {
         let count = self.links[usize::from(head)].num;

@@ -1,0 +1,112 @@
+//! Stations: what moves chains between queues, as a switch does. A station lives on one reactor and may use every queue
+//! there; the handlers of queues that are a station's have nothing to do but to tell it of them.
+
+use crate::sync::{Arc, AtomicBool, Bell, Ordering, fence};
+
+use super::queue::Queue;
+use super::reactor::{Io, QueueId, Task};
+
+/// Something on a reactor that is polled like a queue's handler, without a queue of its own.
+pub trait Station: Send {
+    /// Called once on the reactor, before anything else.
+    fn attach(&mut self, _io: &mut Io<'_>) {}
+
+    /// Looks at everything it moves once, a bounded amount of it; returns how many pieces of work there were.
+    fn poll(&mut self, queues: &mut Queues<'_>, io: &mut Io<'_>) -> usize;
+
+    /// One of its own operations is complete; of a multishot one there is more to come, or not.
+    fn complete(&mut self, _queues: &mut Queues<'_>, _io: &mut Io<'_>, _tag: u32, _result: i32, _more: bool) {
+    }
+
+    /// The reactor is about to sleep: has watched what this waits for ([`Queues::wake_on`], operations of its own). True
+    /// if there is work to be done instead.
+    fn prepare_sleep(&mut self, _queues: &mut Queues<'_>, _io: &mut Io<'_>) -> bool {
+        false
+    }
+
+    /// It is to leave: begins nothing more and cancels what is under way.
+    fn stop(&mut self, _queues: &mut Queues<'_>, _io: &mut Io<'_>) {}
+
+    /// Operations of its own whose completions are still to come: it is not let go before they have.
+    fn in_flight(&self) -> usize {
+        0
+    }
+}
+
+/// The queues of a reactor.
+pub struct Queues<'a> {
+    pub(super) tasks: &'a mut [Task],
+    pub(super) places: &'a [Option<usize>],
+}
+
+impl Queues<'_> {
+    #[inline]
+    fn position(&self, id: QueueId) -> Option<usize> {
+        let place = self.places.get(usize::from(id.slot)).copied().flatten()?;
+        (self.tasks.get(place)?.id == id).then_some(place)
+    }
+
+    /// A queue that may take chains: it runs here, and is neither to stop nor broken. What is completed is shown to its
+    /// driver at the end of the round.
+    #[inline]
+    pub fn get(&mut self, id: QueueId) -> Option<&mut Queue> {
+        let place = self.position(id)?;
+        self.tasks.get_mut(place)?.touch(true)
+    }
+
+    /// A queue that may have to stop: requests taken earlier can be completed.
+    #[inline]
+    pub fn finishing(&mut self, id: QueueId) -> Option<&mut Queue> {
+        let place = self.position(id)?;
+        self.tasks.get_mut(place)?.touch(false)
+    }
+
+    /// Two different queues, as [`get`](Self::get) has them; `None` unless both are there.
+    #[inline]
+    pub fn pair(&mut self, a: QueueId, b: QueueId) -> Option<(&mut Queue, &mut Queue)> {
+        let [a, b] = [self.position(a)?, self.position(b)?];
+        let [a, b] = self.tasks.get_disjoint_mut([a, b]).ok()?;
+        Some((a.touch(true)?, b.touch(true)?))
+    }
+
+    /// Has this queue's driver wake the reactor, which is about to sleep, by making chains available: buffers that are
+    /// waited for.
+    pub fn wake_on(&mut self, id: QueueId) {
+        if let Some(place) = self.position(id) {
+            self.tasks[place].wanted = true;
+        }
+    }
+}
+
+/// Wakes a reactor from another thread, for what its station finds in [`Station::prepare_sleep`].
+#[derive(Clone, Debug)]
+pub struct Waker {
+    bell: Arc<Bell>,
+    asleep: Arc<AtomicBool>,
+}
+
+impl Waker {
+    pub(super) fn new(bell: Arc<Bell>) -> Waker {
+        Waker { bell, asleep: Arc::new(AtomicBool::new(false)) }
+    }
+
+    /// What was handed over before this is seen by the reactor: it looks before it sleeps, or is woken. No system call
+    /// while it is awake.
+    #[inline]
+    pub fn wake(&self) {
+        fence(Ordering::SeqCst);
+        if self.asleep.load(Ordering::Relaxed) && self.asleep.swap(false, Ordering::Relaxed) {
+            self.bell.ring();
+        }
+    }
+
+    /// From here on whoever hands something over rings the bell. What there is must be looked at afterwards.
+    pub(super) fn lie_down(&self) {
+        self.asleep.store(true, Ordering::Relaxed);
+        fence(Ordering::SeqCst);
+    }
+
+    pub(super) fn get_up(&self) {
+        self.asleep.store(false, Ordering::Relaxed);
+    }
+}
