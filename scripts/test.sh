@@ -20,13 +20,14 @@ step() { # NAME COMMAND...: counts as one test
     if "${@:2}"; then note "passed $1"; else note "failed $1"; fi
 }
 
-# LOG EXIT-CODE [STEPS]: the skipped and failed tests by name, then the totals of a log of `cargo test`.
+# LOG EXIT-CODE [STEPS]: the skipped and failed tests by name, these with the first lines of why, then the totals of a
+# log of `cargo test`: where only the end of a run is kept, it says what there is to know.
 # A test binary that says "running" and never "test result" has died, and counts as a failure.
 summary() {
     # Colours off; a test's own output may stand between its name and its outcome.
     sed 's/\x1b\[[0-9;]*m//g; s/\r$//' "$1" | awk -v code="$2" -v steps="${3:-/dev/null}" '
-        function list(title, items, n,   i) {
-            if (n) { print ""; print title; for (i = 1; i <= n; i++) print "  " items[i] }
+        function list(title, items, n, reasons,   i) {
+            if (n) { print ""; print title; for (i = 1; i <= n; i++) print "  " items[i] reasons[i] }
         }
         BEGIN {
             while ((getline line < steps) > 0) {
@@ -39,10 +40,10 @@ summary() {
         /^ *(Running|Doc-tests) / { binary = $0; sub(/^ */, "", binary) }
         /^running [0-9]+ tests?$/ {
             if (open) { failed++; died++; bad[++nb] = "(died) " where }
-            open = 1; where = binary
+            open = 1; where = binary; from = nb; of = 0
         }
         /^test result: / {
-            open = 0
+            open = 0; of = 0
             for (i = 2; i <= NF; i++) {
                 if ($i == "passed;") passed += $(i - 1)
                 if ($i == "failed;") { failed += $(i - 1); counted += $(i - 1) }
@@ -60,6 +61,18 @@ summary() {
             } else if (rest == "FAILED") { bad[++nb] = name; last = "" }
             else if (rest == "ok") last = ""
         }
+        # What the failed ones said: after their own output the panic, which then is all that matters.
+        /^failures:$/ { of = 0 }
+        /^---- .* ----$/ {
+            name = $0; sub(/^---- /, "", name); sub(/( stdout)? ----$/, "", name)
+            for (of = nb; of > from && bad[of] != name; of--) {}
+            if (of == from) of = 0
+            lines = 0; next
+        }
+        of && / panicked at / && !(of in panicked) { panicked[of] = 1; why[of] = ""; lines = 0 }
+        of && /[^ ]/ && lines < 12 && !/^note: run with `RUST_BACKTRACE/ {
+            lines++; why[of] = why[of] "\n      " substr($0, 1, 200)
+        }
         # The outcome of a test that has printed something in between.
         last != "" && /^ignored( \(.*\))?$/ {
             rest = $0; sub(/^ignored */, "", rest)
@@ -72,7 +85,7 @@ summary() {
             if (code != 0 && !counted && !died) { failed++; bad[++nb] = "cargo test: exit code " code }
             ran = passed + failed
             list("skipped:", skip, ns)
-            list("failed:", bad, nb)
+            list("failed:", bad, nb, why)
             print ""
             printf "total: %d passed, %d failed, %d skipped\n", passed, failed, skipped
             exit (failed > 0 || ran == 0)

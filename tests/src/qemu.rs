@@ -6,7 +6,7 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde_json::{Value, json};
 
 use crate::accel::{self, Accel};
@@ -199,7 +199,9 @@ impl VmBuilder {
         };
         let deadline = Instant::now() + self.boot_limit;
         let mut vm = self.spawn(scene, accel, false)?;
-        vm.agent.wait_ready(deadline.saturating_duration_since(Instant::now())).map_err(|e| vm.explain(e))?;
+        vm.agent
+            .wait_ready(deadline.saturating_duration_since(Instant::now()))
+            .map_err(|e| vm.explain(&e))?;
         Ok(vm)
     }
 
@@ -305,7 +307,7 @@ impl Vm {
         match self.agent.run(command, limit) {
             Ok(output) => Ok(output),
             Err(error) => {
-                let error = self.explain(error);
+                let error = self.explain(&error);
                 self.kill()?;
                 Err(error)
             }
@@ -398,7 +400,7 @@ impl Vm {
     /// Has the guest reboot and waits for the agent.
     pub fn reboot(&mut self) -> Result<()> {
         self.agent.send("sync; reboot -f")?;
-        self.agent.wait_ready(BOOT_LIMIT).map_err(|error| self.explain(error))
+        self.agent.wait_ready(BOOT_LIMIT).map_err(|error| self.explain(&error))
     }
 
     /// Has [`Vm::quit`] overlook complaints with these words in them, which the scenario is bound to cause.
@@ -454,12 +456,13 @@ impl Vm {
                 return Ok(());
             }
         }
-        Err(self.explain(anyhow::anyhow!("the guest does not let go of {id}; {last_answer}")))
+        Err(self.explain(&anyhow!("the guest does not let go of {id}; {last_answer}")))
     }
 
-    fn explain(&self, error: anyhow::Error) -> anyhow::Error {
+    /// The error, which comes first for those who see no more than the beginning, and what there was to be heard.
+    fn explain(&self, error: &anyhow::Error) -> anyhow::Error {
         let said = self.process.stderr_tail();
-        error.context(format!("QEMU says:\n{said}\nthe guest's kernel says:\n{}", tail(&self.kernel_log, 30)))
+        anyhow!("{error:#}\nQEMU says:\n{said}\nthe guest's kernel says:\n{}", tail(&self.kernel_log, 30))
     }
 }
 
