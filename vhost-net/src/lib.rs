@@ -5,8 +5,11 @@
 //! ```
 //!
 //! [`header`] is what comes before every packet in a ring, and what may be wrong with it. [`port`] is what a device can
-//! be joined to besides another guest. [`features`] names the feature bits.
+//! be joined to besides another guest. [`switch`] says which port a frame goes to.
+//! [`features`] names the feature bits.
 
 pub mod features;
 pub mod header;
+pub mod mac;
 pub mod port;
+pub mod switch;

@@ -1,0 +1,395 @@
+//! A learning layer-2 switch, as decisions: where does this frame go, and what becomes of its VLAN tag. No I/O, and time is
+//! an argument.
+//!
+//! [`Switch`] is what all reactors share: the ports, the addresses learnt ([`fdb`]) and the limits. Each reactor decides
+//! with its own [`Shard`], which alone writes the shard's counters. A frame passes, in this order:
+//!
+//! ```text
+//! link ─► addresses ─► VLAN ─► guard ─► rate limit ─► learn ─► look up or flood ─► storm limit ─► of each port it is for:
+//! link, isolation, VLAN, MTU, rate limit
+//! ```
+//!
+//! A decision is about bytes that the guest cannot change any more, and these are the bytes to send: whoever reads
+//! them from the guest's memory again forwards what nobody has looked at.
+
+pub mod counters;
+pub mod ethernet;
+pub mod fdb;
+pub mod guard;
+pub mod limit;
+pub mod vlan;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use crate::mac::MacAddr;
+pub use counters::{DropReason, PortCounters};
+use ethernet::Ethernet;
+use fdb::{Fdb, FdbConfig, Learnt, Period};
+use guard::{Guard, GuardConfig};
+use limit::{Limiter, Rate, Storm, StormRates};
+use vlan::{Tag, TagAction, Vlan};
+
+/// A port's number in its switch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PortId(pub u16);
+
+impl PortId {
+    #[inline]
+    fn index(self) -> usize {
+        usize::from(self.0)
+    }
+}
+
+/// What a port is to be.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PortConfig {
+    /// For people.
+    pub name: String,
+    /// Its VLANs.
+    pub vlan: Vlan,
+    /// What it may send from.
+    pub guard: GuardConfig,
+    /// What may come from it.
+    pub ingress: Rate,
+    /// What may go to it.
+    pub egress: Rate,
+    /// What may come from it to many.
+    pub storm: StormRates,
+    /// Sends nothing to other isolated ports.
+    pub is_isolated: bool,
+    /// Gets frames to addresses that nobody knows.
+    pub floods_unknown: bool,
+    /// Most bytes of a packet, without the Ethernet header and tags.
+    pub mtu: u32,
+    /// Most addresses learnt from it.
+    pub max_addresses: u32,
+}
+
+impl PortConfig {
+    /// Most addresses that a guest's port has by itself.
+    pub const MAX_ADDRESSES: u32 = 1024;
+
+    /// A port that everything may pass.
+    pub fn new(name: impl Into<String>) -> PortConfig {
+        PortConfig {
+            name: name.into(),
+            vlan: Vlan::default(),
+            guard: GuardConfig::default(),
+            ingress: Rate::default(),
+            egress: Rate::default(),
+            storm: StormRates::default(),
+            is_isolated: false,
+            floods_unknown: true,
+            mtu: 65535,
+            max_addresses: Self::MAX_ADDRESSES,
+        }
+    }
+}
+
+/// What is to be known of a frame.
+#[derive(Clone, Copy, Debug)]
+pub struct Frame<'a> {
+    /// Its first bytes, from the Ethernet header on, in memory that nobody writes.
+    pub head: &'a [u8],
+    /// Bytes of it all.
+    pub len: u32,
+    /// How many packets it is, once it is segmented.
+    pub packets: u32,
+    /// Bytes of the longest of them, with their Ethernet header.
+    pub longest: u32,
+}
+
+impl<'a> Frame<'a> {
+    /// One that is one packet.
+    #[inline]
+    pub fn whole(head: &'a [u8], len: u32) -> Frame<'a> {
+        Frame { head, len, packets: 1, longest: len }
+    }
+}
+
+/// Where a frame goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// Nowhere. It is counted.
+    Drop(DropReason),
+    /// To one port.
+    One(PortId, TagAction),
+    /// To those that [`Shard::egress`] lists.
+    Flood(Flood),
+}
+
+/// A frame to many ports.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Flood {
+    from: PortId,
+    vid: u16,
+    tag: Option<Tag>,
+    is_unknown: bool,
+    len: u32,
+    packets: u32,
+    longest: u32,
+}
+
+#[derive(Debug)]
+struct Port {
+    is_up: AtomicBool,
+    is_isolated: bool,
+    floods_unknown: bool,
+    /// Bytes of the longest frame without a tag.
+    longest: u32,
+    vlan: Vlan,
+    guard: Option<Guard>,
+    ingress: Option<Limiter>,
+    egress: Option<Limiter>,
+    storm: Storm,
+    name: String,
+}
+
+/// What all reactors share.
+#[derive(Debug)]
+pub struct Switch {
+    ports: Box<[Port]>,
+    fdb: Fdb,
+    /// Of each shard, of each port.
+    counters: Box<[Arc<[PortCounters]>]>,
+}
+
+impl Switch {
+    /// A switch with these ports, all down, for so many reactors.
+    ///
+    /// # Panics
+    /// With more ports than [`fdb::MAX_PORTS`].
+    pub fn new(fdb: FdbConfig, ports: &[PortConfig], shards: usize) -> Switch {
+        let port = |config: &PortConfig| Port {
+            is_up: AtomicBool::new(false),
+            is_isolated: config.is_isolated,
+            floods_unknown: config.floods_unknown,
+            longest: config.mtu.saturating_add(ethernet::HEADER as u32),
+            vlan: config.vlan.clone(),
+            guard: Guard::new(&config.guard),
+            ingress: Limiter::new(config.ingress),
+            egress: Limiter::new(config.egress),
+            storm: Storm::new(config.storm),
+            name: config.name.clone(),
+        };
+        let counters = || ports.iter().map(|_| PortCounters::default()).collect();
+        Switch {
+            fdb: Fdb::new(fdb, ports.iter().map(|p| p.max_addresses)),
+            ports: ports.iter().map(port).collect(),
+            counters: std::iter::repeat_with(counters).take(shards).collect(),
+        }
+    }
+
+    /// The decisions of reactor number `shard`: one at a time may be in use.
+    pub fn shard(self: &Arc<Self>, shard: usize) -> Shard {
+        let counters = Arc::clone(&self.counters[shard]);
+        Shard { switch: Arc::clone(self), counters, period: Period::default(), period_ends: 0 }
+    }
+
+    /// The ports.
+    pub fn ports(&self) -> impl Iterator<Item = (PortId, &str)> {
+        (0..).map(PortId).zip(self.ports.iter().map(|p| p.name.as_str()))
+    }
+
+    /// The port of this name.
+    pub fn port(&self, name: &str) -> Option<PortId> {
+        self.ports().find(|&(_, n)| n == name).map(|(id, _)| id)
+    }
+
+    /// The addresses learnt.
+    pub fn fdb(&self) -> &Fdb {
+        &self.fdb
+    }
+
+    /// Has frames of a port, and to it, pass or not. What was learnt from one that goes down is forgotten.
+    pub fn set_link(&self, port: PortId, is_up: bool) {
+        self.ports[port.index()].is_up.store(is_up, Ordering::Relaxed);
+        if is_up { self.fdb.open(port) } else { self.fdb.close(port) }
+    }
+
+    /// Whether a port is up.
+    #[inline]
+    pub fn is_up(&self, port: PortId) -> bool {
+        self.ports[port.index()].is_up.load(Ordering::Relaxed)
+    }
+
+    /// Has an address belong to a port for good. False when the table has no room for it.
+    pub fn pin(&self, port: PortId, vid: u16, mac: MacAddr) -> bool {
+        self.fdb.pin(self.fdb.key(vid, mac.to_u64()), port)
+    }
+
+    /// A counter of a port over all reactors: (name, value) of each.
+    pub fn counters(&self, port: PortId) -> Vec<(&'static str, u64)> {
+        let mut shards = self.counters.iter().map(|shard| shard[port.index()].named());
+        let mut sum: Vec<_> = shards.next().into_iter().flatten().collect();
+        for shard in shards {
+            sum.iter_mut().zip(shard).for_each(|((_, n), (_, more))| *n += more);
+        }
+        sum
+    }
+
+    /// How many of a port's frames were dropped for a reason.
+    pub fn drops(&self, port: PortId, reason: DropReason) -> u64 {
+        self.counters.iter().map(|shard| shard[port.index()].drops(reason)).sum()
+    }
+}
+
+impl Port {
+    /// What becomes of a frame from a port that is to leave through this one.
+    #[inline]
+    fn emit(&self, from: &Port, frame: &Flood, now: u64) -> Result<TagAction, DropReason> {
+        if !self.is_up.load(Ordering::Relaxed) {
+            return Err(DropReason::EgressDown);
+        }
+        if from.is_isolated && self.is_isolated {
+            return Err(DropReason::Isolated);
+        }
+        let action = self.vlan.emit(frame.vid, frame.tag)?;
+        let tag = if frame.tag.is_some() { ethernet::TAG as u32 } else { 0 };
+        if frame.longest > self.longest + tag {
+            return Err(DropReason::TooLong);
+        }
+        match &self.egress {
+            Some(limit) if !limit.take(now, frame.packets, frame.len) => Err(DropReason::EgressRateLimit),
+            _ => Ok(action),
+        }
+    }
+}
+
+/// A reactor's part of a switch.
+#[derive(Debug)]
+pub struct Shard {
+    switch: Arc<Switch>,
+    counters: Arc<[PortCounters]>,
+    period: Period,
+    period_ends: u64,
+}
+
+/// To a group, the group to all included (802.1Q's group bit, in the first octet).
+const GROUP: u64 = 1 << 40;
+/// 01:80:c2:00:00:00 to 0f.
+const RESERVED: u64 = 0x0180_c200_0000;
+
+impl Shard {
+    /// The switch.
+    pub fn switch(&self) -> &Arc<Switch> {
+        &self.switch
+    }
+
+    /// Whether the port's rate limit lets it send at `now`: one that can wait asks before it takes a frame.
+    #[inline]
+    pub fn may_send(&self, port: PortId, now: u64) -> bool {
+        self.switch.ports[port.index()].ingress.as_ref().is_none_or(|limit| limit.is_open(now))
+    }
+
+    /// Nanoseconds: when the port's rate limit lets it send again. May be past.
+    pub fn may_send_at(&self, port: PortId) -> u64 {
+        self.switch.ports[port.index()].ingress.as_ref().map_or(0, Limiter::open_at)
+    }
+
+    /// Where a frame from a port goes. `now` is in nanoseconds, of a clock that all shards share and that does not go back.
+    #[inline]
+    pub fn decide(&mut self, from: PortId, frame: &Frame<'_>, now: u64) -> Verdict {
+        if now >= self.period_ends {
+            self.age(now);
+        }
+        self.forward(from, frame, now).unwrap_or_else(|(port, reason)| {
+            self.counters[port.index()].dropped(reason);
+            Verdict::Drop(reason)
+        })
+    }
+
+    #[cold]
+    fn age(&mut self, now: u64) {
+        if let Some((period, ends)) = self.switch.fdb.age(now) {
+            (self.period, self.period_ends) = (period, ends);
+        }
+    }
+
+    /// `Err` is the port that a drop counts for, and the reason.
+    #[inline]
+    fn forward(&self, from: PortId, frame: &Frame<'_>, now: u64) -> Result<Verdict, (PortId, DropReason)> {
+        let switch = &*self.switch;
+        let port = &switch.ports[from.index()];
+        let here = |reason| (from, reason);
+        if !port.is_up.load(Ordering::Relaxed) {
+            return Err(here(DropReason::LinkDown));
+        }
+        let ethernet = Ethernet::parse(frame.head).ok_or(here(DropReason::Runt))?;
+        let Ethernet { dst, src, tag, .. } = ethernet;
+        if src & GROUP != 0 || src == 0 {
+            return Err(here(DropReason::BadSource));
+        }
+        if dst & !0xf == RESERVED {
+            return Err(here(DropReason::ReservedGroup));
+        }
+        let vid = port.vlan.admit(tag).map_err(here)?;
+        if let Some(guard) = &port.guard {
+            guard.check(src, ethernet.ethertype, &frame.head[ethernet.payload..]).map_err(here)?;
+        }
+        if let Some(limit) = &port.ingress
+            && !limit.take(now, frame.packets, frame.len)
+        {
+            return Err(here(DropReason::RateLimit));
+        }
+        match switch.fdb.learn(switch.fdb.key(vid, src), from, self.period) {
+            Learnt::Known => {}
+            news => self.count_learnt(from, news),
+        }
+        let Frame { len, packets, longest, .. } = *frame;
+        let flood = Flood { from, vid, tag, is_unknown: dst & GROUP == 0, len, packets, longest };
+        if flood.is_unknown
+            && let Some(to) = switch.fdb.lookup(switch.fdb.key(vid, dst))
+        {
+            if to == from {
+                return Err(here(DropReason::SamePort));
+            }
+            let action = switch.ports[to.index()].emit(port, &flood, now);
+            return action.map(|action| Verdict::One(to, action)).map_err(|reason| (to, reason));
+        }
+        let (limit, storm) = match dst {
+            _ if flood.is_unknown => (&port.storm.unknown, DropReason::UnknownStorm),
+            0xffff_ffff_ffff => (&port.storm.broadcast, DropReason::BroadcastStorm),
+            _ => (&port.storm.multicast, DropReason::MulticastStorm),
+        };
+        match limit {
+            Some(limit) if !limit.take(now, packets, len) => Err(here(storm)),
+            _ => Ok(Verdict::Flood(flood)),
+        }
+    }
+
+    #[cold]
+    fn count_learnt(&self, from: PortId, news: Learnt) {
+        let counters = &self.counters[from.index()];
+        match news {
+            Learnt::New => counters.learnt.add(1),
+            Learnt::Moved(_) => {
+                counters.learnt.add(1);
+                counters.moved.add(1);
+            }
+            Learnt::PortFull | Learnt::TableFull | Learnt::Pinned => counters.not_learnt.add(1),
+            Learnt::Known | Learnt::Closed | Learnt::Busy => {}
+        }
+    }
+
+    /// The ports that a frame to many goes to, and what becomes of its tag at each. What does not pass at a port is counted
+    /// there, unless it is simply not for that port.
+    pub fn egress(&self, flood: Flood, now: u64) -> impl Iterator<Item = (PortId, TagAction)> {
+        let switch = &*self.switch;
+        let from = &switch.ports[flood.from.index()];
+        (0..).map(PortId).zip(&switch.ports).filter_map(move |(id, to)| {
+            if id == flood.from || flood.is_unknown && !to.floods_unknown {
+                return None;
+            }
+            match to.emit(from, &flood, now) {
+                Ok(action) => Some((id, action)),
+                Err(DropReason::EgressDown | DropReason::Isolated | DropReason::VlanEgress) => None,
+                Err(reason) => {
+                    self.counters[id.index()].dropped(reason);
+                    None
+                }
+            }
+        })
+    }
+}
