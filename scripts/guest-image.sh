@@ -7,7 +7,8 @@
 # The kernel is downloaded with apt-get and unpacked, never installed; everything else is copied from this
 # system. A second call with the same packages and the same script does nothing. Needs no root.
 #
-# Packages: busybox-static cpio fio e2fsprogs util-linux binutils xz-utils gcc (and qemu-system-x86 to boot it).
+# Packages: busybox-static cpio fio e2fsprogs util-linux iperf3 ethtool binutils xz-utils gcc (and qemu-system-x86 to
+# boot it).
 set -euo pipefail
 export LC_ALL=C PATH="$PATH:/usr/sbin:/sbin"
 
@@ -16,8 +17,8 @@ out=${1:-$here/target/guest}
 say() { echo "guest-image: $*" >&2; }
 die() { say "$*"; exit 1; }
 
-for tool in busybox cpio dash fio mkfs.ext4 e2fsck blockdev blkdiscard nm readelf xz gcc apt-get dpkg; do
-    command -v "$tool" >/dev/null || die "no $tool: apt-get install busybox-static cpio fio e2fsprogs util-linux binutils xz-utils gcc"
+for tool in busybox cpio dash fio mkfs.ext4 e2fsck blockdev blkdiscard iperf3 ethtool nm readelf xz gcc apt-get dpkg; do
+    command -v "$tool" >/dev/null || die "no $tool: apt-get install busybox-static cpio fio e2fsprogs util-linux iperf3 ethtool binutils xz-utils gcc"
 done
 busybox=$(command -v busybox)
 ! readelf -l "$busybox" | grep -q INTERP || die "$busybox is not static: apt-get install busybox-static"
@@ -31,7 +32,7 @@ fi
 stamp=$({
     cat "$0"
     apt-cache show --no-all-versions "$kernel" | grep -E '^(Package|Version):'
-    dpkg-query -W busybox-static dash fio e2fsprogs util-linux libc6
+    dpkg-query -W busybox-static dash fio e2fsprogs util-linux iperf3 libiperf0 ethtool libc6
 } | sha256sum | cut -d' ' -f1)
 if [ -s "$out/vmlinuz" ] && [ -s "$out/vmlinux" ] && [ -s "$out/initramfs" ] && [ "$(cat "$out/stamp" 2>/dev/null)" = "$stamp" ]; then
     say "$out is up to date"
@@ -79,7 +80,7 @@ add_module() { # NAME [DIR LIST]: into DIR, and appended to LIST in the order in
     strip --strip-debug -o "$dir/$name.ko" "$tmp/$name.ko"
     echo "$name.ko" >>"$list"
 }
-for m in crc32c_generic virtio_pci virtio_mmio virtio_console virtio_blk ext4; do add_module "$m"; done
+for m in crc32c_generic virtio_pci virtio_mmio virtio_console virtio_blk virtio_net 8021q ext4; do add_module "$m"; done
 mkdir "$tmp/kvm"
 add_module kvm_amd "$tmp/kvm" "$tmp/kvm/list"
 
@@ -113,49 +114,62 @@ install_prog() { # NAME: the program and the libraries it is linked with
         install_lib "$lib"
     done
 }
-for p in dash mkfs.ext4 e2fsck blockdev blkdiscard; do install_prog "$p"; done
+for p in dash mkfs.ext4 e2fsck blockdev blkdiscard ethtool; do install_prog "$p"; done
 # busybox's own shell would take its built-in blkdiscard and blockdev, which can do less.
 ln -sf dash "$root/bin/sh"
+
+libdir=$(dirname "$(ldd "$(command -v fio)" | grep -o '/[^ ]*libc\.so\.6')")
+mkdir -p "$root$libdir"
+# FILE LIBRARY...: empty libraries in the place of these, with all that FILE takes from them
+stub_libs() {
+    local file=$1 lib script
+    # VERSION LIBRARY, as the file's version table has it
+    readelf -W -V "$file" | sed -n '/Version needs/,$p' |
+        awk '/File:/ { f = $5 } /Name:/ { print $3, f }' >"$tmp/versions"
+    # NAME VERSION of what it takes from elsewhere; VERSION is empty for libraries without one
+    nm -D --undefined-only --with-symbol-versions "$file" | awk '{ print $2 }' | tr '@' ' ' |
+        awk '{ print $1, $2 }' >"$tmp/symbols"
+    for lib in "${@:2}"; do
+        awk -v lib="$lib" '
+            NR == FNR { if ($2 == lib) want[$1] = 1; next }
+            ($2 in want) || ($2 == "" && lib ~ /^librados/ && $1 ~ /^rados_/) || ($2 == "" && lib ~ /^librbd/ && $1 ~ /^rbd_/) {
+                print ".globl " $1 "\n.type " $1 ",@function\n" $1 ": ud2" > asm
+                if ($2 != "") syms[$2] = syms[$2] " " $1 ";"
+            }
+            END {
+                for (v in want) print v " {" syms[v] " };" > map
+                print ".section .note.GNU-stack,\"\",@progbits" > asm
+            }' asm="$tmp/stub.s" map="$tmp/stub.map" "$tmp/versions" "$tmp/symbols"
+        script=; [ -s "$tmp/stub.map" ] && script=-Wl,--version-script="$tmp/stub.map"
+        gcc -shared -nostdlib -Wl,-soname,"$lib" $script -o "$root$libdir/$lib" "$tmp/stub.s"
+        rm -f "$tmp/stub.s" "$tmp/stub.map"
+    done
+}
+needed() { readelf -d "$1" | sed -n 's/.*(NEEDED).*\[\(.*\)\]/\1/p'; }
+install_with_stubs() { # PROGRAM FILE: the program, and what FILE is linked with unless it is there in empty
+    local lib path
+    rm -f "$root/bin/$(basename "$1")"
+    cp -L "$1" "$root/bin/"
+    for lib in $(needed "$2"); do
+        [ -e "$root$libdir/$lib" ] && continue
+        path=$(ldd "$2" | awk -v l="$lib" '$1 == l { print $3 }')
+        [ -z "$path" ] || install_lib "$path"
+    done
+}
 
 # fio is linked with RBD, Gluster, RDMA, NBD and PMDK, whose closure is 75 MB that the guest would unpack at
 # boot and relocate at every start of fio. It gets empty libraries in their place: nothing here calls them.
 fio=$(command -v fio)
-stubs=
-for lib in $(readelf -d "$fio" | sed -n 's/.*(NEEDED).*\[\(.*\)\]/\1/p'); do
-    case $lib in
-        libgfapi.* | libnbd.* | libibverbs.* | librdmacm.* | librados.* | librbd.* | libpmem*) stubs="$stubs $lib" ;;
-    esac
-done
-libdir=$(dirname "$(ldd "$fio" | grep -o '/[^ ]*libc\.so\.6')")
-mkdir -p "$root$libdir"
-# VERSION LIBRARY, as fio's version table has it
-readelf -W -V "$fio" | sed -n '/Version needs/,$p' |
-    awk '/File:/ { f = $5 } /Name:/ { print $3, f }' >"$tmp/versions"
-# NAME VERSION of what fio takes from elsewhere; VERSION is empty for libraries without one
-nm -D --undefined-only --with-symbol-versions "$fio" | awk '{ print $2 }' | tr '@' ' ' |
-    awk '{ print $1, $2 }' >"$tmp/symbols"
-for lib in $stubs; do
-    awk -v lib="$lib" '
-        NR == FNR { if ($2 == lib) want[$1] = 1; next }
-        ($2 in want) || ($2 == "" && lib ~ /^librados/ && $1 ~ /^rados_/) || ($2 == "" && lib ~ /^librbd/ && $1 ~ /^rbd_/) {
-            print ".globl " $1 "\n.type " $1 ",@function\n" $1 ": ud2" > asm
-            if ($2 != "") syms[$2] = syms[$2] " " $1 ";"
-        }
-        END {
-            for (v in want) print v " {" syms[v] " };" > map
-            print ".section .note.GNU-stack,\"\",@progbits" > asm
-        }' asm="$tmp/stub.s" map="$tmp/stub.map" "$tmp/versions" "$tmp/symbols"
-    script=; [ -s "$tmp/stub.map" ] && script=-Wl,--version-script="$tmp/stub.map"
-    gcc -shared -nostdlib -Wl,-soname,"$lib" $script -o "$root$libdir/$lib" "$tmp/stub.s"
-    rm -f "$tmp/stub.s" "$tmp/stub.map"
-done
-rm -f "$root/bin/fio"
-cp -L "$fio" "$root/bin/fio"
-for lib in $(readelf -d "$fio" | sed -n 's/.*(NEEDED).*\[\(.*\)\]/\1/p'); do
-    [ -e "$root$libdir/$lib" ] && continue
-    path=$(ldd "$fio" | awk -v l="$lib" '$1 == l { print $3 }')
-    [ -n "$path" ] && install_lib "$path"
-done
+# shellcheck disable=SC2046 # a word each
+stub_libs "$fio" $(needed "$fio" | grep -E '^lib(gfapi|nbd|ibverbs|rdmacm|rados|rbd|pmem[a-z]*)\.')
+install_with_stubs "$fio" "$fio"
+# iperf3 has OpenSSL for passwords only, and SCTP for SCTP.
+iperf3=$(command -v iperf3)
+libiperf=$(ldd "$iperf3" | grep -o '/[^ ]*libiperf[^ ]*')
+# shellcheck disable=SC2046
+stub_libs "$libiperf" $(needed "$libiperf" | grep -E '^lib(crypto|sctp)\.')
+install_with_stubs "$iperf3" "$libiperf"
+install_lib "$libiperf"
 
 # The agent: in comes a command line on a port; out come its output and a marker with the exit code.
 cat >"$root/init" <<'INIT'
@@ -169,6 +183,7 @@ mount -t tmpfs run /run
 cd /lib/modules/*/
 while read -r m; do insmod "$m" || echo "init: cannot load $m" >/dev/console; done </etc/modules
 cd /
+ip link set lo up
 # Memory plugged in later goes on line by itself (the kernel's command line may already say so).
 [ -w /sys/devices/system/memory/auto_online_blocks ] &&
     echo online_movable >/sys/devices/system/memory/auto_online_blocks
@@ -196,6 +211,8 @@ chmod 755 "$root/init"
 say "testing the programs"
 if [ "$(id -u)" = 0 ] && chroot "$root" /bin/busybox true 2>/dev/null; then
     chroot "$root" /bin/fio --version >/dev/null || die "fio does not start in the image"
+    chroot "$root" /bin/iperf3 --version >/dev/null || die "iperf3 does not start in the image"
+    chroot "$root" /bin/ethtool --version >/dev/null || die "ethtool does not start in the image"
     chroot "$root" /bin/e2fsck -V >/dev/null 2>&1 || die "e2fsck does not start in the image"
 fi
 

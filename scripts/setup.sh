@@ -9,6 +9,10 @@ busybox-static the user space of the guest
 cpio packs the initramfs of the guest
 dash the shell of the guest
 fio verified load inside the guest
+iperf3 load on the network inside the guest
+ethtool offloads and queues of the guest's network cards
+iproute2 network namespaces of the tests
+tcpdump what arrives at a tap
 dpdk-dev testpmd, a peer of the network devices
 librte-net-vhost23 the vhost-user ports of testpmd
 librte-net-virtio23 a driver of network devices in testpmd
