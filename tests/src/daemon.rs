@@ -184,19 +184,8 @@ impl Options {
         };
         let control = self.control.then(|| scene.path(&format!("{name}.control")));
         args.extend(control.iter().map(|path| format!("--control={}", path.display())));
-        let mut process = Process::spawn(scene, name, &program, &args)?;
-        let sockets: Vec<PathBuf> = served.into_iter().map(|(socket, _)| socket).collect();
-        // The control socket is there before anybody is heard on it.
-        let all: Vec<&PathBuf> = sockets.iter().chain(&control).collect();
-        wait::until("the daemon's sockets", LIMIT, || {
-            if let Some(status) = process.poll_exit()? {
-                bail!("the daemon has ended at once ({status}): {}", process.stderr_tail());
-            }
-            let there =
-                |socket: &&PathBuf| std::fs::metadata(socket).is_ok_and(|meta| meta.file_type().is_socket());
-            Ok(all.iter().all(there).then_some(()))
-        })?;
-        Ok(Daemon { process, sockets, control, program, args })
+        let sockets = served.into_iter().map(|(socket, _)| socket).collect();
+        Daemon::start(scene, name, program, args, sockets, control)
     }
 
     fn vhost_blk_args(&self, disks: &[(PathBuf, Medium<'_>)]) -> Vec<String> {
@@ -261,12 +250,35 @@ pub struct Daemon {
 }
 
 impl Daemon {
-    /// The socket front ends connect to, that of the first disk.
+    /// Starts a program that is going to listen on these sockets, and waits until it does.
+    pub(crate) fn start(
+        scene: &Scene,
+        name: &str,
+        program: PathBuf,
+        args: Vec<String>,
+        sockets: Vec<PathBuf>,
+        control: Option<PathBuf>,
+    ) -> Result<Daemon> {
+        let mut process = Process::spawn(scene, name, &program, &args)?;
+        // The control socket is there before anybody is heard on it.
+        let all: Vec<&PathBuf> = sockets.iter().chain(&control).collect();
+        wait::until("the daemon's sockets", LIMIT, || {
+            if let Some(status) = process.poll_exit()? {
+                bail!("the daemon has ended at once ({status}): {}", process.stderr_tail());
+            }
+            let there =
+                |socket: &&PathBuf| std::fs::metadata(socket).is_ok_and(|meta| meta.file_type().is_socket());
+            Ok(all.iter().all(there).then_some(()))
+        })?;
+        Ok(Daemon { process, sockets, control, program, args })
+    }
+
+    /// The socket front ends connect to, that of the first disk or port.
     pub fn socket(&self) -> &Path {
         &self.sockets[0]
     }
 
-    /// The sockets of all disks.
+    /// The sockets of all disks or ports.
     pub fn sockets(&self) -> &[PathBuf] {
         &self.sockets
     }
@@ -337,6 +349,15 @@ impl Daemon {
         let beside = control.with_extension("control.new");
         wait::until("the control socket", LIMIT, || Ok((!beside.exists()).then_some(())))?;
         self.expect_alive()
+    }
+
+    /// Kills the daemon with `SIGKILL` and starts it again, at the same sockets.
+    pub fn kill_and_restart(&mut self, scene: &Scene) -> Result<()> {
+        self.process.kill9()?;
+        self.sockets.iter().try_for_each(std::fs::remove_file)?;
+        let (program, args) = (self.program.clone(), self.args.clone());
+        *self = Daemon::start(scene, "restarted", program, args, self.sockets.clone(), self.control.clone())?;
+        Ok(())
     }
 
     /// Kills the daemon with `SIGKILL`.

@@ -12,6 +12,9 @@
 //! | [`qmp`]     | QEMU's control socket                                                          |
 //! | [`fio`]     | verified load inside the guest                                                 |
 //! | [`linux`]   | Linux as one of the guests of [`scenario`]s, in QEMU and in a machine of ours  |
+//! | [`net`]     | the network back end under test (or testpmd in its place)                      |
+//! | [`netns`]   | a network namespace of a test's own                                            |
+//! | [`testpmd`] | DPDK's testpmd, as an independent driver and as a second opinion                |
 //! | [`echo`]    | a network card that is connected to itself                                     |
 //! | [`image`]   | disk images as the host sees them                                              |
 //!
@@ -25,6 +28,8 @@ pub mod echo;
 pub mod fio;
 pub mod image;
 pub mod linux;
+pub mod net;
+pub mod netns;
 pub mod process;
 pub mod qemu;
 pub mod qmp;
@@ -33,5 +38,6 @@ pub mod runner;
 pub mod scenario;
 pub mod scene;
 pub mod stats;
+pub mod testpmd;
 pub mod vmm;
 pub mod wait;

@@ -1,6 +1,7 @@
 //! The virtual machine.
 
 pub mod migration;
+pub mod nic;
 
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
@@ -12,6 +13,7 @@ use serde_json::{Value, json};
 use crate::accel::{self, Accel};
 use crate::agent::{Agent, Output, Shell};
 use crate::process::{self, Process};
+use crate::qemu::nic::Nic;
 use crate::qmp::Qmp;
 use crate::scene::{Scene, tail};
 use crate::wait;
@@ -111,6 +113,7 @@ pub struct VmBuilder {
     cpus: u32,
     iommu: bool,
     disks: Vec<Disk>,
+    nics: Vec<Nic>,
     kernel_args: String,
     accel: Option<Accel>,
     boot_limit: Duration,
@@ -125,6 +128,7 @@ impl Default for VmBuilder {
             cpus: 4,
             iommu: false,
             disks: Vec::new(),
+            nics: Vec::new(),
             kernel_args: KERNEL_ARGS.to_owned(),
             accel: None,
             boot_limit: BOOT_LIMIT,
@@ -169,6 +173,13 @@ impl VmBuilder {
         self
     }
 
+    /// Adds a network card.
+    #[must_use]
+    pub fn nic(mut self, nic: Nic) -> Self {
+        self.nics.push(nic);
+        self
+    }
+
     /// Adds to the kernel's command line.
     #[must_use]
     pub fn kernel_arg(mut self, arg: &str) -> Self {
@@ -193,16 +204,19 @@ impl VmBuilder {
 
     /// Starts the machine and waits for the agent in the guest.
     pub fn boot(self, scene: &Scene) -> Result<Vm> {
+        let deadline = Instant::now() + self.boot_limit;
+        let mut vm = self.start(scene)?;
+        vm.wait_ready(deadline.saturating_duration_since(Instant::now()))?;
+        Ok(vm)
+    }
+
+    /// Starts the machine, and others meanwhile, before [`Vm::wait_ready`].
+    pub fn start(self, scene: &Scene) -> Result<Vm> {
         let accel = match self.accel {
             Some(accel) => accel,
             None => accel::choose()?,
         };
-        let deadline = Instant::now() + self.boot_limit;
-        let mut vm = self.spawn(scene, accel, false)?;
-        vm.agent
-            .wait_ready(deadline.saturating_duration_since(Instant::now()))
-            .map_err(|e| vm.explain(&e))?;
-        Ok(vm)
+        self.spawn(scene, accel, false)
     }
 
     /// Starts QEMU, for a guest that boots or for one that comes from elsewhere.
@@ -262,6 +276,11 @@ impl VmBuilder {
             add("chardev", format!("socket,id={},path={socket},reconnect=1", disk.chardev()));
             add("device", disk.device(self.packed).to_string());
         }
+        for nic in &self.nics {
+            add("chardev", nic.chardev_arg());
+            add("netdev", nic.netdev().to_string());
+            add("device", nic.device(self.packed, accel).to_string());
+        }
         args.extend(["-nodefaults", "-display", "none"].map(str::to_owned));
         args
     }
@@ -287,9 +306,14 @@ impl Shell for Vm {
 }
 
 impl Vm {
-    /// Describes a virtual machine: 384 MiB, four CPUs, no disks.
+    /// Describes a virtual machine: 384 MiB, four CPUs, neither disks nor network cards.
     pub fn builder() -> VmBuilder {
         VmBuilder::default()
+    }
+
+    /// Waits for the agent in the guest, which comes up at every boot.
+    pub fn wait_ready(&mut self, limit: Duration) -> Result<()> {
+        self.agent.wait_ready(limit).map_err(|error| self.explain(&error))
     }
 
     /// What executes the guest.
@@ -400,7 +424,7 @@ impl Vm {
     /// Has the guest reboot and waits for the agent.
     pub fn reboot(&mut self) -> Result<()> {
         self.agent.send("sync; reboot -f")?;
-        self.agent.wait_ready(BOOT_LIMIT).map_err(|error| self.explain(&error))
+        self.wait_ready(BOOT_LIMIT)
     }
 
     /// Has [`Vm::quit`] overlook complaints with these words in them, which the scenario is bound to cause.
@@ -460,9 +484,14 @@ impl Vm {
     }
 
     /// The error, which comes first for those who see no more than the beginning, and what there was to be heard.
-    fn explain(&self, error: &anyhow::Error) -> anyhow::Error {
+    fn explain(&mut self, error: &anyhow::Error) -> anyhow::Error {
         let said = self.process.stderr_tail();
-        anyhow!("{error:#}\nQEMU says:\n{said}\nthe guest's kernel says:\n{}", tail(&self.kernel_log, 30))
+        let end = self.process.poll_exit().ok().flatten().map(|status| format!(" before its end ({status})"));
+        let end = end.unwrap_or_default();
+        anyhow!(
+            "{error:#}\nQEMU says{end}:\n{said}\nthe guest's kernel says:\n{}",
+            tail(&self.kernel_log, 30)
+        )
     }
 }
 

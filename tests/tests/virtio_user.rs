@@ -6,13 +6,12 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use kickless_tests::echo::{Card, MRG_RXBUF};
-use kickless_tests::process::{Process, find_program};
 use kickless_tests::runner::{self, Test};
-use kickless_tests::scene::{Scene, tail};
+use kickless_tests::scene::Scene;
+use kickless_tests::testpmd::{self, Testpmd};
 use kickless_tests::wait;
 use poll_engine::device::features::{IN_ORDER, RING_PACKED};
 
-const PROGRAM: &str = "dpdk-testpmd";
 /// Packets that must have come back; a ring is gone round many times.
 const PACKETS: u64 = 50_000;
 const LIMIT: Duration = Duration::from_secs(40);
@@ -31,14 +30,9 @@ const KINDS: [(&str, &str); 10] = [
 ];
 
 fn main() -> std::process::ExitCode {
-    let missing = || {
-        find_program(PROGRAM)
-            .is_none()
-            .then(|| format!("{PROGRAM} is not installed (apt-get install dpdk-dev)"))
-    };
     let tests = KINDS.iter().map(|&(name, kind)| Test {
         name: name.to_owned(),
-        needs: Box::new(missing),
+        needs: Box::new(testpmd::missing),
         run: Box::new(move |scene| packets_go_round(scene, kind).map(|()| None)),
     });
     runner::run(tests.collect(), "KICKLESS_REQUIRE_DPDK")
@@ -48,31 +42,14 @@ fn main() -> std::process::ExitCode {
 fn packets_go_round(scene: &Scene, kind: &str) -> Result<()> {
     let card = Card::serve(scene)?;
     let device = format!("net_virtio_user0,path={},queues=1,queue_size=1024,{kind}", card.socket.display());
-    let args = [
-        "--lcores=0@0,1@0",
-        "--no-huge",
-        "-m=256",
-        "--no-pci",
-        "--no-shconf",
-        "--no-telemetry",
-        &format!("--vdev={device}"),
-        "--",
-        "--auto-start",
-        "--tx-first",
-        "--stats-period=1",
-        "--total-num-mbufs=8192",
-        "--forward-mode=io",
-    ];
-    let program = find_program(PROGRAM).context(PROGRAM)?;
-    let mut testpmd = Process::spawn(scene, "testpmd", &program, &args.map(str::to_owned))?;
+    let mut testpmd = Testpmd::spawn(scene, "testpmd", &testpmd::args(&[device], "io", &["--tx-first"]))?;
     let returned = || card.stats[0].requests.get();
     let went_round = wait::until("packets to come back", LIMIT, || {
-        ensure!(testpmd.poll_exit()?.is_none(), "testpmd has ended");
+        testpmd.expect_alive()?;
         Ok((returned() >= PACKETS).then_some(()))
     });
     let errors: u64 = card.stats.iter().map(|stats| stats.errors_total()).sum();
-    let said = tail(&scene.path("testpmd-out.log"), 12);
-    went_round.with_context(|| format!("{} came back, {errors} errors\n{said}", returned()))?;
+    went_round.with_context(|| format!("{} came back, {errors} errors\n{}", returned(), testpmd.said()))?;
     ensure!(errors == 0, "{errors} errors");
     // The rings are of the kind that was asked for.
     for (option, bit) in [("packed_vq=1", RING_PACKED), ("in_order=1", IN_ORDER), ("mrg_rxbuf=1", MRG_RXBUF)]

@@ -37,7 +37,8 @@ pub struct Migrated {
 }
 
 impl Migration {
-    /// To back ends at these sockets, one for each disk in order. Memory comes first, then the guest.
+    /// To back ends at these sockets, one for each disk and then for each network card, in order. Memory comes
+    /// first, then the guest.
     pub fn to(sockets: &[&Path]) -> Migration {
         Migration { sockets: sockets.iter().map(|&s| s.to_owned()).collect(), post_copy: false }
     }
@@ -135,10 +136,11 @@ impl Vm {
     fn destination(&mut self, scene: &Scene, how: &Migration) -> Result<Vm> {
         expect_possible(&mut self.qmp)?;
         let mut builder = self.builder.clone();
-        ensure!(builder.disks.len() == how.sockets.len(), "a back end for each disk");
-        for (disk, socket) in builder.disks.iter_mut().zip(&how.sockets) {
-            disk.socket.clone_from(socket);
-        }
+        let devices = builder.disks.len() + builder.nics.len();
+        ensure!(devices == how.sockets.len(), "a back end for each disk and each network card");
+        let disks = builder.disks.iter_mut().map(|disk| &mut disk.socket);
+        let nics = builder.nics.iter_mut().map(|nic| &mut nic.socket);
+        disks.chain(nics).zip(&how.sockets).for_each(|(socket, to)| socket.clone_from(to));
         builder.spawn(scene, self.accel, true)
     }
 }

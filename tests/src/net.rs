@@ -1,0 +1,123 @@
+//! The network back end under test, as a process.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, bail};
+
+use crate::daemon::Daemon;
+use crate::netns::Netns;
+use crate::process;
+use crate::scene::Scene;
+use crate::testpmd;
+
+/// Which program serves the network cards.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// The daemon of this workspace.
+    VhostNet,
+    /// DPDK's testpmd, a wire between two ports: a second opinion when a test fails (`KICKLESS_NET_BACKEND=testpmd`).
+    Testpmd,
+}
+
+impl Kind {
+    /// What the environment asks for.
+    pub fn from_env() -> Self {
+        match std::env::var("KICKLESS_NET_BACKEND").as_deref() {
+            Ok("testpmd") => Self::Testpmd,
+            _ => Self::VhostNet,
+        }
+    }
+
+    /// The program, if it is there.
+    pub fn program(self) -> Option<PathBuf> {
+        match self {
+            Self::VhostNet => process::built("vhost-net"),
+            Self::Testpmd => testpmd::program(),
+        }
+    }
+}
+
+/// Why there is no back end, if so.
+pub fn missing_needs() -> Option<String> {
+    let missing = Kind::from_env().program().is_none();
+    missing.then(|| "no vhost-net: run cargo build, or set KICKLESS_BIN_DIR".to_owned())
+}
+
+/// How to start a back end.
+#[derive(Debug, Clone)]
+pub struct Options {
+    kind: Kind,
+    ports: usize,
+    queues: usize,
+    poll: &'static str,
+    args: Vec<String>,
+}
+
+impl Options {
+    /// A switch with so many ports, which nothing tells apart.
+    pub fn switch(ports: usize) -> Self {
+        Self { kind: Kind::from_env(), ports, queues: 4, poll: "adaptive", args: Vec::new() }
+    }
+
+    /// Sets the polling mode.
+    #[must_use]
+    pub fn poll(mut self, mode: &'static str) -> Self {
+        self.poll = mode;
+        self
+    }
+
+    /// Adds arguments of `vhost-net` that have no counterpart in other back ends.
+    #[must_use]
+    pub fn args(mut self, args: &[&str]) -> Self {
+        self.args.extend(args.iter().map(|&arg| arg.to_owned()));
+        self
+    }
+
+    /// Starts the back end and waits until it can be connected to. Its sockets are `name-0.sock`, `name-1.sock`, ...
+    pub fn spawn(&self, scene: &Scene, name: &str) -> Result<Daemon> {
+        self.spawn_with(scene, name, None)
+    }
+
+    /// The same in a network namespace.
+    pub fn spawn_in(&self, scene: &Scene, name: &str, netns: &Netns) -> Result<Daemon> {
+        self.spawn_with(scene, name, Some(netns))
+    }
+
+    fn spawn_with(&self, scene: &Scene, name: &str, netns: Option<&Netns>) -> Result<Daemon> {
+        let sockets: Vec<PathBuf> =
+            (0..self.ports).map(|port| scene.path(&format!("{name}-{port}.sock"))).collect();
+        for socket in &sockets {
+            let _ = std::fs::remove_file(socket);
+        }
+        let mut program = self.kind.program().context("no back end to test")?;
+        let mut args = match self.kind {
+            Kind::VhostNet => self.vhost_net_args(&sockets),
+            Kind::Testpmd => self.testpmd_args(&sockets)?,
+        };
+        if let Some(netns) = netns {
+            let [nsenter, rest @ ..] = netns.enter();
+            args = rest.into_iter().chain([program.display().to_string()]).chain(args).collect();
+            program = nsenter.into();
+        }
+        Daemon::start(scene, name, program, args, sockets, None)
+    }
+
+    fn vhost_net_args(&self, sockets: &[PathBuf]) -> Vec<String> {
+        let mut args = vec![format!("--poll={}", self.poll), format!("--num-queues={}", self.queues)];
+        args.extend(sockets.iter().map(|socket| format!("--port=socket-path={}", socket.display())));
+        args.extend(self.args.iter().cloned());
+        args
+    }
+
+    fn testpmd_args(&self, sockets: &[PathBuf]) -> Result<Vec<String>> {
+        if sockets.len() != 2 || !self.args.is_empty() {
+            bail!("testpmd is a wire between two ports");
+        }
+        let device = |(i, socket): (usize, &PathBuf)| {
+            format!("net_vhost{i},iface={},queues={}", socket.display(), self.queues)
+        };
+        let devices: Vec<String> = sockets.iter().enumerate().map(device).collect();
+        let queues = [format!("--rxq={}", self.queues), format!("--txq={}", self.queues)];
+        Ok(testpmd::args(&devices, "io", &[&queues[0], &queues[1]]))
+    }
+}
