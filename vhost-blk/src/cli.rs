@@ -4,9 +4,9 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use clap::{Parser, ValueEnum};
+use daemon::{Fixed, Switch, on_off, ring_size};
 use poll_engine::engine::pacing::Pacing;
 use poll_engine::engine::placement::CpuList;
-use poll_engine::ring::MAX_RING_SIZE;
 use poll_engine::session::state::MAX_QUEUES;
 
 /// Poll-mode vhost-user block back end.
@@ -120,26 +120,6 @@ pub enum CacheMode {
     Writethrough,
 }
 
-/// On or off.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Switch {
-    /// On.
-    On,
-    /// Off.
-    Off,
-}
-
-/// Which guest memory to register.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Fixed {
-    /// Huge pages.
-    Auto,
-    /// All.
-    On,
-    /// None.
-    Off,
-}
-
 /// A disk without a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Synthetic {
@@ -215,14 +195,6 @@ impl FromStr for ExtraDisk {
     }
 }
 
-fn on_off(key: &str, value: &str) -> Result<bool, String> {
-    match value {
-        "on" => Ok(true),
-        "off" => Ok(false),
-        other => Err(format!("{key} is on or off, not '{other}'")),
-    }
-}
-
 /// A size in bytes, with K, M, G or T for powers of 1024; a multiple of 512.
 pub fn parse_size(s: &str) -> Result<u64, String> {
     let (digits, shift) = match s.char_indices().last() {
@@ -238,15 +210,6 @@ pub fn parse_size(s: &str) -> Result<u64, String> {
         return Err(format!("'{s}' must be a multiple of 512 bytes from 512 to 2^60"));
     }
     Ok(bytes)
-}
-
-fn ring_size(s: &str) -> Result<u16, String> {
-    let n: u32 = s.parse().map_err(|_| format!("'{s}' is no number"))?;
-    // Below 4 there is no room for a request with header, data and status beside another.
-    if n.is_power_of_two() && (4..=u32::from(MAX_RING_SIZE)).contains(&n) {
-        return Ok(n as u16);
-    }
-    Err(format!("a ring size is a power of two from 4 to {MAX_RING_SIZE} (virtio 1.3, 2.7)"))
 }
 
 fn block_size(s: &str) -> Result<u32, String> {

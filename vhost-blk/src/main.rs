@@ -1,7 +1,6 @@
 //! `vhost-blk`: opens images, starts reactors, serves sockets, obeys signals.
 
 use std::fs::File;
-use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -9,8 +8,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use clap::Parser;
-use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use daemon::{Place, Switch, path_key};
 use poll_engine::device::features;
 use poll_engine::engine::{Engine, EngineConfig};
 use poll_engine::memory::Ram;
@@ -21,72 +19,24 @@ use poll_engine::stats::QueueStats;
 use poll_engine::takeover::TakeoverError;
 use poll_engine::takeover::give::{Giver, Lot};
 use poll_engine::takeover::take::Taker;
-use poll_engine::uring::FixedBuffers;
 use sd_notify::NotifyState;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1};
 use signal_hook::iterator::Signals;
 use tracing::{info, warn};
-use tracing_subscriber::EnvFilter;
-use vhost_blk::cli::{CacheMode, Cli, Fixed, Switch, Synthetic};
+use vhost_blk::cli::{CacheMode, Cli, Synthetic};
 use vhost_blk::device::BlkDevice;
 use vhost_blk::disk::{Disk, DiskConfig, Storage};
 use vhost_blk::open::{Owner, open};
 use vhost_blk::record::Recorder;
 use vhost_blk::report::report;
-use vhost_blk::takeover::{About, Inherited, Medium, PROGRAM, claim, fd_key, path_key};
+use vhost_blk::takeover::{About, Inherited, Medium, PROGRAM, claim};
 
 fn main() -> ExitCode {
-    let cli = match Cli::try_parse() {
-        Ok(cli) => cli,
-        Err(e) => return usage(&e),
-    };
-    match run(&cli) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(e) => {
-            eprintln!("vhost-blk: {e:#}");
-            ExitCode::FAILURE
-        }
-    }
-}
-
-/// Help and version go out as they are; a mistake is one line, like every other error.
-fn usage(error: &clap::Error) -> ExitCode {
-    if !error.use_stderr() {
-        error.exit();
-    }
-    let text = error.render().to_string();
-    // The first paragraph says what is wrong; usage and hints follow behind an empty line.
-    let what =
-        text.lines().take_while(|line| !line.trim().is_empty()).map(str::trim).collect::<Vec<_>>().join(" ");
-    eprintln!("vhost-blk: {} (see vhost-blk --help)", what.trim_start_matches("error: "));
-    ExitCode::from(2)
+    daemon::main(run)
 }
 
 /// How long getting ready may take while guests wait. The process that we take over from waits a little longer.
 const READY: Duration = Duration::from_secs(4);
-
-/// Where a disk is served.
-enum Place {
-    Path(PathBuf),
-    Fd(i32),
-}
-
-impl Place {
-    fn listen(&self) -> Result<Listener, ListenError> {
-        match self {
-            Place::Path(path) => Listener::bind(path),
-            Place::Fd(fd) => Listener::inherited(*fd),
-        }
-    }
-
-    /// What it is known by when another process takes over.
-    fn key(&self) -> String {
-        match self {
-            Place::Path(path) => path_key(path),
-            Place::Fd(fd) => fd_key(*fd),
-        }
-    }
-}
 
 /// Where front ends of a disk come from.
 enum Source {
@@ -125,15 +75,9 @@ fn run(cli: &Cli) -> Result<()> {
         println!("{}", serde_json::json!({ "type": "block", "features": ["read-only", "blk-file"] }));
         return Ok(());
     }
-    let filter = EnvFilter::try_new(&cli.log).with_context(|| format!("--log '{}' is no filter", cli.log))?;
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal())
-        .with_target(false)
-        .init();
+    daemon::init_log(&cli.log)?;
     let wanted = wanted(cli)?;
-    raise_descriptor_limit();
+    daemon::raise_descriptor_limit();
     let Some(path) = &cli.takeover else { return serve(cli, wanted, None) };
     let (taker, offered) = Taker::connect(path, PROGRAM)?;
     let keys: Vec<_> = wanted.iter().map(|w| w.place.key()).collect();
@@ -267,11 +211,7 @@ fn engine_config(cli: &Cli) -> EngineConfig {
     EngineConfig {
         cpus: cli.cpus.clone().unwrap_or_default(),
         pacing: cli.poll,
-        fixed_buffers: match cli.fixed_buffers {
-            Fixed::Auto => FixedBuffers::Auto,
-            Fixed::On => FixedBuffers::On,
-            Fixed::Off => FixedBuffers::Off,
-        },
+        fixed_buffers: cli.fixed_buffers.into(),
     }
 }
 
@@ -435,14 +375,5 @@ fn print_statistics(served: &[Served]) {
         report(&s.name, s.disk.capacity(), &s.stats) + &record
     };
     let text: String = served.iter().map(of).collect();
-    // Whoever asked may have closed the pipe.
-    let mut out = std::io::stdout().lock();
-    let _ = writeln!(out, "{text}").and_then(|()| out.flush());
-}
-
-/// Guests bring descriptors: regions, kicks and calls. Take what the administrator allows.
-fn raise_descriptor_limit() {
-    if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
-        let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
-    }
+    daemon::print(&text);
 }

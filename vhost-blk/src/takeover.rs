@@ -4,7 +4,6 @@
 use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::{Path, PathBuf};
 
 use poll_engine::takeover::give::Program;
 use poll_engine::takeover::take::Offered;
@@ -38,16 +37,6 @@ pub enum ClaimError {
     /// Not what we understand.
     #[error("the running process describes its disk on {0} in a way that this one does not know")]
     Unknown(String),
-}
-
-/// Where a disk is served, in words: the same for the old process and the new one.
-pub fn path_key(path: &Path) -> String {
-    std::path::absolute(path).unwrap_or_else(|_| PathBuf::from(path)).display().to_string()
-}
-
-/// As [`path_key`], for an inherited descriptor.
-pub fn fd_key(fd: i32) -> String {
-    format!("--fd {fd}")
 }
 
 /// What a disk is made of.
@@ -159,7 +148,5 @@ mod tests {
         for other in [About { read_only: true, ..about }, About { medium: Medium::Null, ..about }] {
             assert!(inherited.expect("/a", other).is_err());
         }
-        assert_eq!(path_key(Path::new("/x/y.sock")), "/x/y.sock");
-        assert!(path_key(Path::new("y.sock")).starts_with('/'));
     }
 }

@@ -4,12 +4,21 @@
 //! guest TX ring ─► chain ─► header (peeked once) ─► packet ─► where to ─► port ─► one copy ─► guest RX ring | uplink
 //! ```
 //!
-//! [`header`] is what comes before every packet in a ring, and what may be wrong with it. [`port`] is what a device can
-//! be joined to besides another guest. [`switch`] says which port a frame goes to.
+//! A [`hub`] joins ports, each a [`device`] on a socket of its own. On every reactor it has a [`shard`], which takes packets
+//! ([`tx`]) and gives them ([`rx`]). [`header`] is what comes before every packet in a ring, and what may be wrong with it.
+//! [`port`] is what a device can be joined to besides another guest. [`switch`] says which port a frame goes to.
 //! [`features`] names the feature bits.
 
+pub mod cli;
+pub mod device;
 pub mod features;
 pub mod header;
+pub mod hub;
 pub mod mac;
 pub mod port;
+pub mod report;
+pub mod rx;
+pub mod shard;
+pub mod stats;
 pub mod switch;
+pub mod tx;

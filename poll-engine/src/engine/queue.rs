@@ -262,6 +262,18 @@ impl Queue {
         ready
     }
 
+    /// Whether there is a chain to be taken, without any preparation for it.
+    #[inline]
+    pub fn has_chain(&mut self) -> bool {
+        match self.ring.available() {
+            Ok(n) => n > 0,
+            Err(e) => {
+                self.fail(&e);
+                false
+            }
+        }
+    }
+
     /// Takes a chain that [`ready`](Self::ready) has counted. `None` when it is broken, and the queue with it, or when
     /// the queue has to wait for a translation.
     #[inline(always)] // the beginning of every request

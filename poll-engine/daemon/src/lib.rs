@@ -1,0 +1,172 @@
+//! What the daemons have in common besides the engine: how they are called, where they listen, what they log.
+
+use std::io::{IsTerminal, Write};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::{Context, Result};
+use clap::{Parser, ValueEnum};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use poll_engine::ring::MAX_RING_SIZE;
+use poll_engine::session::listen::{ListenError, Listener};
+use poll_engine::uring::FixedBuffers;
+use tracing_subscriber::EnvFilter;
+
+/// Runs a program: what it is asked for, and what has gone wrong in one line.
+pub fn main<C: Parser>(run: impl FnOnce(&C) -> Result<()>) -> ExitCode {
+    let name = C::command().get_name().to_owned();
+    let cli = match C::try_parse() {
+        Ok(cli) => cli,
+        Err(e) => return usage(&name, &e),
+    };
+    match run(&cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("{name}: {e:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Help and version go out as they are; a mistake is one line, like every other error.
+fn usage(name: &str, error: &clap::Error) -> ExitCode {
+    if !error.use_stderr() {
+        error.exit();
+    }
+    let text = error.render().to_string();
+    // The first paragraph says what is wrong; usage and hints follow behind an empty line.
+    let what =
+        text.lines().take_while(|line| !line.trim().is_empty()).map(str::trim).collect::<Vec<_>>().join(" ");
+    eprintln!("{name}: {} (see {name} --help)", what.trim_start_matches("error: "));
+    ExitCode::from(2)
+}
+
+/// Logs to standard error what `filter` lets through.
+pub fn init_log(filter: &str) -> Result<()> {
+    let parsed = EnvFilter::try_new(filter).with_context(|| format!("--log '{filter}' is no filter"))?;
+    tracing_subscriber::fmt()
+        .with_env_filter(parsed)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_target(false)
+        .init();
+    Ok(())
+}
+
+/// Guests bring descriptors: regions, kicks and calls. Take what the administrator allows.
+pub fn raise_descriptor_limit() {
+    if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
+        let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
+    }
+}
+
+/// Prints to standard output; whoever asked may have closed the pipe.
+pub fn print(text: &str) {
+    let mut out = std::io::stdout().lock();
+    let _ = writeln!(out, "{text}").and_then(|()| out.flush());
+}
+
+/// Where a device is served.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// A socket to be made.
+    Path(PathBuf),
+    /// One that is inherited.
+    Fd(i32),
+}
+
+impl Place {
+    /// The socket, ready for front ends.
+    pub fn listen(&self) -> Result<Listener, ListenError> {
+        match self {
+            Place::Path(path) => Listener::bind(path),
+            Place::Fd(fd) => Listener::inherited(*fd),
+        }
+    }
+
+    /// What it is known by when another process takes over.
+    pub fn key(&self) -> String {
+        match self {
+            Place::Path(path) => path_key(path),
+            Place::Fd(fd) => fd_key(*fd),
+        }
+    }
+}
+
+/// What a socket is known by to another process: a path that is the same from everywhere.
+pub fn path_key(path: &Path) -> String {
+    std::path::absolute(path).unwrap_or_else(|_| PathBuf::from(path)).display().to_string()
+}
+
+/// As [`path_key`], for an inherited descriptor.
+pub fn fd_key(fd: i32) -> String {
+    format!("--fd {fd}")
+}
+
+/// On or off.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Switch {
+    /// On.
+    On,
+    /// Off.
+    Off,
+}
+
+/// Which guest memory to register.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Fixed {
+    /// Huge pages.
+    Auto,
+    /// All.
+    On,
+    /// None.
+    Off,
+}
+
+impl From<Fixed> for FixedBuffers {
+    fn from(fixed: Fixed) -> FixedBuffers {
+        match fixed {
+            Fixed::Auto => FixedBuffers::Auto,
+            Fixed::On => FixedBuffers::On,
+            Fixed::Off => FixedBuffers::Off,
+        }
+    }
+}
+
+/// The value of a key that is on or off.
+pub fn on_off(key: &str, value: &str) -> Result<bool, String> {
+    match value {
+        "on" => Ok(true),
+        "off" => Ok(false),
+        other => Err(format!("{key} is on or off, not '{other}'")),
+    }
+}
+
+/// A ring size, for a device whose requests do not fit into fewer than four descriptors.
+pub fn ring_size(s: &str) -> Result<u16, String> {
+    let n: u32 = s.parse().map_err(|_| format!("'{s}' is no number"))?;
+    // Below 4 there is no room for a request with header, data and status beside another.
+    if n.is_power_of_two() && (4..=u32::from(MAX_RING_SIZE)).contains(&n) {
+        return Ok(n as u16);
+    }
+    Err(format!("a ring size is a power of two from 4 to {MAX_RING_SIZE} (virtio 1.3, 2.7)"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keys_of_sockets_are_whole_paths() {
+        assert_eq!(path_key(Path::new("/x/y.sock")), "/x/y.sock");
+        assert!(path_key(Path::new("y.sock")).starts_with('/'));
+    }
+
+    #[test]
+    fn ring_sizes_are_powers_of_two() {
+        assert_eq!(ring_size("1024"), Ok(1024));
+        for bad in ["", "0", "2", "1000", "65536", "x"] {
+            assert!(ring_size(bad).is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,190 @@
+//! The command line, by QEMU's back-end conventions (docs/interop/vhost-user.rst, "Backend program conventions").
+
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use clap::Parser;
+use daemon::{Switch, on_off, ring_size};
+use poll_engine::engine::pacing::Pacing;
+use poll_engine::engine::placement::CpuList;
+
+use crate::device::{MAX_PAIRS, MTU_RANGE};
+use crate::hub::Plan;
+
+/// Poll-mode vhost-user network back end.
+///
+/// Gives virtual machines network cards on Unix sockets: QEMU, Cloud Hypervisor or crosvm connects, shares the guest's
+/// memory, and packets are copied once, from the memory of one guest to that of the other.
+///
+/// SIGTERM finishes what is in flight and exits; SIGUSR1 prints statistics.
+#[derive(Debug, Parser)]
+#[command(name = "vhost-net", version, max_term_width = 110)]
+pub struct Cli {
+    /// Unix socket to listen on; a stale one is replaced
+    #[arg(long, value_name = "PATH", conflicts_with = "fd")]
+    pub socket_path: Option<PathBuf>,
+
+    /// Inherited Unix socket, listening or connected, by descriptor number
+    #[arg(long, value_name = "FDNUM")]
+    pub fd: Option<i32>,
+
+    /// Print what this program can do as JSON (for management software) and exit
+    #[arg(long)]
+    pub print_capabilities: bool,
+
+    /// Serve a further port; repeat for more. Keys: socket-path, name, mac, mtu, wait
+    #[arg(long, value_name = "KEY=VALUE,...")]
+    pub port: Vec<ExtraPort>,
+
+    /// Join each port to itself, for measuring: echo, discard, or generate:BYTES
+    #[arg(long, value_name = "KIND", value_parser = loopback, conflicts_with = "wire")]
+    pub loopback: Option<Plan>,
+
+    /// Join two ports to each other, and nothing else
+    #[arg(long)]
+    pub wire: bool,
+
+    /// Address of the first port's card (such as 52:54:00:12:34:56); without, the front end's or the guest's own
+    #[arg(long, value_name = "MAC", value_parser = mac)]
+    pub mac: Option<[u8; 6]>,
+
+    /// MTU that cards advise to their guests
+    #[arg(long, value_name = "BYTES", value_parser = mtu)]
+    pub mtu: Option<u16>,
+
+    /// Pairs of queues that each card offers (1 to 16)
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=i64::from(MAX_PAIRS)))]
+    pub num_queue_pairs: u16,
+
+    /// Largest ring a queue may have (a power of two up to 32768)
+    #[arg(long, value_name = "N", default_value_t = 1024, value_parser = ring_size)]
+    pub queue_size: u16,
+
+    /// Offer packed rings, which a driver may then choose
+    #[arg(long, value_enum, default_value_t = Switch::On)]
+    pub packed: Switch,
+
+    /// CPUs to run on, one pinned reactor each (such as 2-3,6); without: one reactor, not pinned
+    #[arg(long, value_name = "LIST")]
+    pub cpus: Option<CpuList>,
+
+    /// How to wait for packets: busy never sleeps, adaptive spins a while first, event sleeps at once
+    #[arg(long, value_name = "MODE", default_value = "adaptive")]
+    pub poll: Pacing,
+
+    /// What to log: error, warn, info, debug or trace, also by module (poll_engine=debug)
+    #[arg(long, value_name = "FILTER", default_value = "info")]
+    pub log: String,
+}
+
+/// One `--port`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ExtraPort {
+    /// Where to listen.
+    pub socket_path: PathBuf,
+    /// For people.
+    pub name: Option<String>,
+    /// The card's address.
+    pub mac: Option<[u8; 6]>,
+    /// The MTU it advises.
+    pub mtu: Option<u16>,
+    /// Packets for it wait for its buffers.
+    pub wait: bool,
+}
+
+impl FromStr for ExtraPort {
+    type Err = String;
+
+    fn from_str(s: &str) -> Result<ExtraPort, String> {
+        let mut port = ExtraPort::default();
+        for pair in s.split(',') {
+            let (key, value) = pair.split_once('=').unwrap_or((pair, "on"));
+            match key {
+                "socket-path" => port.socket_path = value.into(),
+                "name" => port.name = Some(value.into()),
+                "mac" => port.mac = Some(mac(value)?),
+                "mtu" => port.mtu = Some(mtu(value)?),
+                "wait" => port.wait = on_off(key, value)?,
+                other => return Err(format!("unknown key '{other}' (socket-path, name, mac, mtu, wait)")),
+            }
+        }
+        if port.socket_path.as_os_str().is_empty() {
+            return Err("socket-path is missing".into());
+        }
+        Ok(port)
+    }
+}
+
+fn loopback(s: &str) -> Result<Plan, String> {
+    match s.split_once(':') {
+        None if s == "echo" => Ok(Plan::Echo),
+        None if s == "discard" => Ok(Plan::Discard),
+        Some(("generate", bytes)) => match bytes.parse() {
+            Ok(bytes @ 60..=9000) => Ok(Plan::Generate(bytes)),
+            _ => Err("packets of 60 to 9000 bytes can be generated".into()),
+        },
+        _ => Err(format!("'{s}' is none of echo, discard, generate:BYTES")),
+    }
+}
+
+fn mtu(s: &str) -> Result<u16, String> {
+    let (least, most) = (MTU_RANGE.start(), MTU_RANGE.end());
+    s.parse()
+        .ok()
+        .filter(|n| MTU_RANGE.contains(n))
+        .ok_or(format!("an MTU is a number from {least} to {most}"))
+}
+
+/// An address as people write it.
+pub fn mac(s: &str) -> Result<[u8; 6], String> {
+    let mut mac = [0; 6];
+    let mut parts = s.split([':', '-']);
+    for byte in &mut mac {
+        *byte = parts
+            .next()
+            .filter(|part| part.len() == 2)
+            .and_then(|part| u8::from_str_radix(part, 16).ok())
+            .ok_or(format!("'{s}' is no MAC address (write 52:54:00:12:34:56)"))?;
+    }
+    match parts.next() {
+        Some(_) => Err(format!("'{s}' is longer than a MAC address")),
+        None if mac[0] & 1 == 1 => Err(format!("'{s}' is a group's address, not a card's")),
+        None if mac == [0; 6] => Err("a card's address is not zero".into()),
+        None => Ok(mac),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn addresses_are_six_bytes_of_one_card() {
+        assert_eq!(mac("52:54:00:12:34:5f"), Ok([0x52, 0x54, 0, 0x12, 0x34, 0x5f]));
+        for bad in [
+            "",
+            "52:54:00:12:34",
+            "52:54:00:12:34:56:78",
+            "53:54:00:12:34:56",
+            "5:54:00:12:34:56",
+            "00:00:00:00:00:00",
+        ] {
+            assert!(mac(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn further_ports_are_key_value_lists() {
+        let port: ExtraPort = "socket-path=/s,name=a,wait,mtu=9000".parse().unwrap();
+        assert_eq!((port.name.as_deref(), port.wait, port.mtu), (Some("a"), true, Some(9000)));
+        for bad in ["", "name=a", "socket-path=/s,x=y", "socket-path=/s,mtu=1", "socket-path=/s,wait=maybe"] {
+            assert!(bad.parse::<ExtraPort>().is_err(), "{bad}");
+        }
+    }
+}

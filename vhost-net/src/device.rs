@@ -1,0 +1,115 @@
+//! The network device's face to the engine: features, configuration space, queues (virtio 1.3, 5.1.2 to 5.1.4).
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use poll_engine::device::{ConfigRefused, Device, QueueHandler};
+
+use crate::features::{MAC, MQ, MRG_RXBUF, MTU, STATUS};
+use crate::hub::{Hub, Member};
+
+/// Bytes of `struct virtio_net_config` up to and with the MTU.
+pub const CONFIG_LEN: usize = 12;
+/// Most pairs of queues that are offered.
+pub const MAX_PAIRS: u16 = 16;
+/// The smallest and the largest MTU (5.1.4.1; a packet of 64 KiB with its Ethernet header).
+pub const MTU_RANGE: std::ops::RangeInclusive<u16> = 68..=65521;
+/// `VIRTIO_NET_S_LINK_UP`.
+const LINK_UP: u16 = 1;
+
+/// What a network card says of itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Card {
+    /// Its address; without one the driver makes one up, or the front end has one.
+    pub mac: Option<[u8; 6]>,
+    /// The MTU that it advises.
+    pub mtu: Option<u16>,
+    /// Pairs of queues.
+    pub pairs: u16,
+    /// Largest ring.
+    pub ring_size: u16,
+}
+
+/// A network card offered as a virtio device: one port of a hub.
+#[derive(Debug)]
+pub struct NetDevice {
+    card: Card,
+    hub: Arc<Hub>,
+    port: usize,
+    withheld: u64,
+    told_link: AtomicBool,
+}
+
+impl NetDevice {
+    /// The card at port number `port` of `hub`, without these features of the engine.
+    pub fn new(card: Card, hub: Arc<Hub>, port: usize, withheld: u64) -> NetDevice {
+        NetDevice { card, hub, port, withheld, told_link: AtomicBool::new(true) }
+    }
+
+    /// Sets the link up or down; true if the guest has to be told.
+    pub fn set_link(&self, up: bool) -> bool {
+        self.hub.ports[self.port].link.store(up, Ordering::Relaxed);
+        self.told_link.swap(up, Ordering::Relaxed) != up
+    }
+
+    /// 5.1.4: mac, status, max_virtqueue_pairs, mtu.
+    fn config(&self) -> [u8; CONFIG_LEN] {
+        let mut c = [0; CONFIG_LEN];
+        c[..6].copy_from_slice(&self.card.mac.unwrap_or_default());
+        let up = self.hub.ports[self.port].link.load(Ordering::Relaxed);
+        c[6..8].copy_from_slice(&if up { LINK_UP } else { 0 }.to_le_bytes());
+        c[8..10].copy_from_slice(&self.card.pairs.to_le_bytes());
+        c[10..12].copy_from_slice(&self.card.mtu.unwrap_or_default().to_le_bytes());
+        c
+    }
+}
+
+impl Device for NetDevice {
+    fn features(&self) -> u64 {
+        let mac = if self.card.mac.is_some() { MAC } else { 0 };
+        let mtu = if self.card.mtu.is_some() { MTU } else { 0 };
+        let mq = if self.card.pairs > 1 { MQ } else { 0 };
+        MRG_RXBUF | STATUS | mq | mac | mtu
+    }
+
+    fn completes_in_order(&self) -> bool {
+        // What is taken is copied and given back, or stays.
+        true
+    }
+
+    fn withheld_features(&self) -> u64 {
+        self.withheld
+    }
+
+    fn num_queues(&self) -> u16 {
+        2 * self.card.pairs
+    }
+
+    fn max_ring_size(&self) -> u16 {
+        self.card.ring_size
+    }
+
+    fn read_config(&self, offset: u32, into: &mut [u8]) {
+        let config = self.config();
+        let from = config.get(offset as usize..).unwrap_or_default();
+        let n = from.len().min(into.len());
+        into[..n].copy_from_slice(&from[..n]);
+        into[n..].fill(0);
+    }
+
+    fn write_config(&self, offset: u32, bytes: &[u8]) -> Result<(), ConfigRefused> {
+        Err(ConfigRefused { offset, end: offset.saturating_add(bytes.len() as u32) })
+    }
+
+    fn start_queue(&self, index: u16, features: u64, _: u16) -> io::Result<Box<dyn QueueHandler>> {
+        Ok(Box::new(Member { hub: Arc::clone(&self.hub), port: self.port, index, features }))
+    }
+
+    /// A pair stays together.
+    fn place(&self, index: u16) -> Option<usize> {
+        Some(usize::from(index / 2))
+    }
+
+    fn reset(&self) {}
+}

@@ -1,0 +1,117 @@
+//! What joins ports: the ports themselves, and the way to the shard on each reactor that moves their packets.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use poll_engine::device::QueueHandler;
+use poll_engine::engine::queue::Queue;
+use poll_engine::engine::reactor::{Io, QueueId};
+
+use crate::stats::PairStats;
+
+/// Where packets of a port go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Plan {
+    /// Back to where they came from, with the MAC addresses swapped.
+    Echo,
+    /// Nowhere.
+    Discard,
+    /// Nowhere, while packets of this many bytes come from nowhere as fast as the guest takes them.
+    Generate(u16),
+    /// To the other one of two ports.
+    Wire,
+}
+
+/// One port of a hub: what the device says of it and what is counted.
+#[derive(Debug)]
+pub struct Port {
+    /// For people.
+    pub name: String,
+    /// One for each pair of queues.
+    pub pairs: Vec<PairStats>,
+    /// Whether the link is up, as the administrator has it.
+    pub link: AtomicBool,
+    /// A packet waits for buffers of its receiver, and those behind it wait with it; otherwise it is dropped.
+    pub waits: bool,
+}
+
+/// Something has changed on a reactor.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Change {
+    /// A queue runs.
+    Up { port: usize, index: u16, id: QueueId, features: u64 },
+    /// A queue has stopped.
+    Down { port: usize, index: u16 },
+}
+
+/// The way to the shard on one reactor.
+#[derive(Debug, Default)]
+pub(crate) struct Inbox {
+    changes: Mutex<Vec<Change>>,
+    full: AtomicBool,
+}
+
+impl Inbox {
+    fn put(&self, change: Change) {
+        self.changes.lock().unwrap_or_else(PoisonError::into_inner).push(change);
+        self.full.store(true, Ordering::Release);
+    }
+
+    /// What has changed: one load while that is nothing.
+    #[inline]
+    pub(crate) fn take(&self) -> Option<Vec<Change>> {
+        if !self.full.load(Ordering::Relaxed) {
+            return None;
+        }
+        self.full.store(false, Ordering::Relaxed);
+        Some(std::mem::take(&mut *self.changes.lock().unwrap_or_else(PoisonError::into_inner)))
+    }
+}
+
+/// Ports, what is done with their packets, and the shards that do it.
+#[derive(Debug)]
+pub struct Hub {
+    /// What is done with packets.
+    pub plan: Plan,
+    /// The ports.
+    pub ports: Vec<Arc<Port>>,
+    pub(crate) inboxes: Vec<Inbox>,
+}
+
+impl Hub {
+    /// Joins `ports` as `plan` says, on so many reactors.
+    pub fn new(plan: Plan, ports: Vec<Arc<Port>>, reactors: usize) -> Hub {
+        Hub { plan, ports, inboxes: std::iter::repeat_with(Inbox::default).take(reactors).collect() }
+    }
+}
+
+/// The handler of a queue whose chains a shard moves: it tells the shard of the queue, and has nothing else to do.
+pub(crate) struct Member {
+    pub(crate) hub: Arc<Hub>,
+    pub(crate) port: usize,
+    pub(crate) index: u16,
+    pub(crate) features: u64,
+}
+
+impl QueueHandler for Member {
+    fn attach(&mut self, io: &mut Io<'_>) {
+        let Member { port, index, features, .. } = *self;
+        self.hub.inboxes[io.reactor()].put(Change::Up { port, index, id: io.id(), features });
+    }
+
+    fn poll(&mut self, _: &mut Queue, _: &mut Io<'_>) -> usize {
+        0
+    }
+
+    fn complete(&mut self, _: &mut Queue, _: &mut Io<'_>, _: u32, _: i32) {}
+
+    fn detach(&mut self, io: &mut Io<'_>) {
+        let Member { port, index, .. } = *self;
+        self.hub.inboxes[io.reactor()].put(Change::Down { port, index });
+    }
+
+    /// The shard says what it waits for.
+    fn wants_chains(&self) -> bool {
+        false
+    }
+}

@@ -1,0 +1,51 @@
+//! Statistics as text: a line for each port, one for each pair of queues that has moved anything, one for each reason
+//! why packets went nowhere.
+
+use std::fmt::Write;
+use std::sync::Arc;
+
+use poll_engine::stats::QueueStats;
+
+use crate::hub::Port;
+use crate::stats::{DROPS, PairStats};
+
+/// Column heads.
+const HEAD: &str = "pair      rx-packets           rx-bytes      tx-packets           tx-bytes   rx-drops   tx-drops   tx-waits    kicks  signals";
+
+/// The report of one port with its queues' counters.
+pub fn report(port: &Port, queues: &[Arc<QueueStats>]) -> String {
+    let mut out = format!("port {} {} pairs\n{HEAD}\n", port.name, port.pairs.len());
+    for (i, pair) in port.pairs.iter().enumerate() {
+        line(&mut out, &i.to_string(), std::slice::from_ref(pair), &queues[2 * i..2 * i + 2]);
+    }
+    line(&mut out, "all", &port.pairs, queues);
+    for (why, name) in DROPS {
+        let rx: u64 = port.pairs.iter().map(|p| p.rx_drops(why)).sum();
+        let tx: u64 = port.pairs.iter().map(|p| p.tx_drops(why)).sum();
+        if rx + tx > 0 {
+            // Writing to a String does not fail.
+            let _ = writeln!(out, "drops {name} rx {rx} tx {tx}");
+        }
+    }
+    out
+}
+
+fn line(out: &mut String, name: &str, pairs: &[PairStats], queues: &[Arc<QueueStats>]) {
+    let sum = |of: fn(&PairStats) -> u64| pairs.iter().map(of).sum::<u64>();
+    let drops = |of: fn(&PairStats, crate::stats::Drop) -> u64| {
+        pairs.iter().map(|p| DROPS.iter().map(|&(why, _)| of(p, why)).sum::<u64>()).sum::<u64>()
+    };
+    let _ = writeln!(
+        out,
+        "{name:<5} {:>14} {:>18} {:>15} {:>18} {:>10} {:>10} {:>10} {:>8} {:>8}",
+        sum(|p| p.rx_packets.get()),
+        sum(|p| p.rx_bytes.get()),
+        sum(|p| p.tx_packets.get()),
+        sum(|p| p.tx_bytes.get()),
+        drops(PairStats::rx_drops),
+        drops(PairStats::tx_drops),
+        sum(|p| p.tx_waits.get()),
+        queues.iter().map(|q| q.kicks.get()).sum::<u64>(),
+        queues.iter().map(|q| q.signals.get()).sum::<u64>(),
+    );
+}

@@ -1,0 +1,72 @@
+//! Counters of a port, from the point of view of the guest's network card: received is what the guest gets.
+
+use poll_engine::stats::Counter;
+
+/// Why a packet went nowhere.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(usize)]
+pub enum Drop {
+    /// The receiver had no buffers.
+    NoBuffers,
+    /// It does not fit into the receiver's buffers.
+    TooLong,
+    /// The receiver's link is down, or its queues do not run.
+    LinkDown,
+    /// What the guest sent is no packet.
+    Malformed,
+    /// Its header asks for what was not agreed on, or lies.
+    BadHeader,
+    /// There is nowhere for it to go.
+    NoDestination,
+}
+
+/// Names of [`Drop`], in order.
+pub const DROPS: [(Drop, &str); 6] = [
+    (Drop::NoBuffers, "no_buffers"),
+    (Drop::TooLong, "too_long"),
+    (Drop::LinkDown, "link_down"),
+    (Drop::Malformed, "malformed"),
+    (Drop::BadHeader, "bad_header"),
+    (Drop::NoDestination, "no_destination"),
+];
+
+/// What a queue pair has moved, on one reactor.
+#[derive(Debug, Default)]
+pub struct PairStats {
+    /// Packets the guest was given.
+    pub rx_packets: Counter,
+    /// Their bytes, without virtio headers.
+    pub rx_bytes: Counter,
+    /// Packets the guest has sent.
+    pub tx_packets: Counter,
+    /// Their bytes.
+    pub tx_bytes: Counter,
+    /// Packets for the guest that it did not get.
+    rx_drops: [Counter; DROPS.len()],
+    /// Packets of the guest that went nowhere.
+    tx_drops: [Counter; DROPS.len()],
+    /// Times a packet of the guest had to wait for buffers of its receiver.
+    pub tx_waits: Counter,
+}
+
+impl PairStats {
+    /// Counts a packet for the guest that it did not get.
+    pub fn drop_rx(&self, why: Drop) {
+        self.rx_drops[why as usize].add(1);
+    }
+
+    /// Counts a packet of the guest that went nowhere.
+    pub fn drop_tx(&self, why: Drop) {
+        self.tx_drops[why as usize].add(1);
+    }
+
+    /// Packets for the guest that it did not get, for this reason.
+    pub fn rx_drops(&self, why: Drop) -> u64 {
+        self.rx_drops[why as usize].get()
+    }
+
+    /// Packets of the guest that went nowhere, for this reason.
+    pub fn tx_drops(&self, why: Drop) -> u64 {
+        self.tx_drops[why as usize].get()
+    }
+}

@@ -1,0 +1,158 @@
+//! A packet as a guest sends it: the head is copied out of guest memory once, and all that is decided is decided by the
+//! copy; what is behind it is payload, which goes from guest to guest unread.
+
+use poll_engine::ring::chain::{ChainView, Slices};
+
+use crate::header::{HEADER, HEADER_WITH_HASH, VnetHdr};
+
+/// Bytes of a packet that are looked at: two VLAN tags, IPv6 with options, TCP with options.
+pub const PEEK: usize = 128;
+/// The shortest packet there is: both addresses and a type.
+pub const MIN_PACKET: u32 = 14;
+
+/// Why what a guest sends is no packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum BadPacket {
+    /// Shorter than its header, or with writable parts.
+    #[error("a chain of {0} readable bytes has no room for a header")]
+    NoHeader(u32),
+    /// Shorter than an Ethernet header.
+    #[error("a packet of {0} bytes is shorter than an Ethernet header")]
+    Runt(u32),
+}
+
+/// The copied head of a packet, with its header before it as the rings want it.
+#[derive(Debug)]
+pub struct Head {
+    bytes: [u8; HEADER_WITH_HASH + PEEK],
+    /// Bytes of the header.
+    header: usize,
+    /// Bytes of header and packet that were copied.
+    copied: usize,
+    /// Bytes of header and packet.
+    len: u32,
+}
+
+impl Head {
+    /// Room for a head.
+    pub fn new() -> Head {
+        Head { bytes: [0; HEADER_WITH_HASH + PEEK], header: HEADER, copied: 0, len: 0 }
+    }
+
+    /// Copies the head of the packet in `chain`, whose header has this many bytes.
+    #[inline]
+    pub fn peek(&mut self, chain: &ChainView<'_>, header: usize) -> Result<(), BadPacket> {
+        let len = chain.readable_len();
+        if (len as usize) < header {
+            return Err(BadPacket::NoHeader(len));
+        }
+        let packet = len - header as u32;
+        if packet < MIN_PACKET {
+            return Err(BadPacket::Runt(packet));
+        }
+        let room = &mut self.bytes[..header + PEEK];
+        self.copied = chain.readable(0, u32::MAX).read(room);
+        (self.header, self.len) = (header, len);
+        Ok(())
+    }
+
+    /// Makes a packet of this many bytes up: to everybody, from nobody.
+    pub fn make_up(&mut self, len: u32) {
+        self.bytes = [0; HEADER_WITH_HASH + PEEK];
+        self.bytes[HEADER..HEADER + 6].fill(0xff);
+        self.bytes[HEADER + 6] = 2;
+        // IEEE 802 local experimental.
+        self.bytes[HEADER + 12..HEADER + 14].copy_from_slice(&[0x88, 0xb5]);
+        self.header = HEADER;
+        self.len = len + HEADER as u32;
+        self.copied = (self.len as usize).min(HEADER + PEEK);
+    }
+
+    /// The header, as the guest has said it.
+    pub fn vnet(&self) -> VnetHdr {
+        let mut bytes = [0; HEADER];
+        bytes.copy_from_slice(&self.bytes[..HEADER]);
+        VnetHdr::from_bytes(&bytes)
+    }
+
+    /// Whether the header asks for anything: a checksum or segmentation.
+    #[inline]
+    pub fn is_plain(&self) -> bool {
+        self.bytes[0] | self.bytes[1] == 0
+    }
+
+    /// The packet, as far as it was copied.
+    #[inline]
+    pub fn packet(&self) -> &[u8] {
+        &self.bytes[self.header..self.copied]
+    }
+
+    /// The same, to be changed.
+    #[inline]
+    pub fn packet_mut(&mut self) -> &mut [u8] {
+        &mut self.bytes[self.header..self.copied]
+    }
+
+    /// Bytes of the packet.
+    #[inline]
+    pub fn packet_len(&self) -> u32 {
+        self.len - self.header as u32
+    }
+
+    /// Gives it a header as the receiver wants it, of this many bytes.
+    #[inline]
+    pub fn make_received(&mut self, header: usize) {
+        if header != self.header {
+            self.resize_header(header);
+        }
+        // What a plain header says besides is nobody's concern.
+        if self.is_plain() {
+            self.bytes[2..10].fill(0);
+        }
+    }
+
+    /// Header and packet, as far as it was copied; the header says that the packet is in so many buffers.
+    #[inline]
+    pub fn bytes(&mut self, buffers: u16) -> &[u8] {
+        self.bytes[10..HEADER].copy_from_slice(&buffers.to_le_bytes());
+        &self.bytes[..self.copied]
+    }
+
+    #[cold]
+    fn resize_header(&mut self, header: usize) {
+        let packet = self.copied - self.header;
+        self.bytes.copy_within(self.header..self.copied, header);
+        self.bytes[HEADER..header].fill(0);
+        self.len = self.packet_len() + header as u32;
+        (self.header, self.copied) = (header, header + packet);
+    }
+
+    /// What is behind the copied bytes, in the chain that they are from.
+    #[inline]
+    pub fn rest<'a>(&self, chain: &ChainView<'a>, header: usize) -> Slices<'a> {
+        chain.readable((self.copied - self.header + header) as u32, u32::MAX)
+    }
+
+    /// Whether all of the packet was copied.
+    #[inline]
+    pub fn is_whole(&self) -> bool {
+        self.copied == self.len as usize
+    }
+
+    /// Bytes of header and packet.
+    #[inline]
+    pub fn len(&self) -> u32 {
+        self.len
+    }
+
+    /// Never: there is a header at least.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+}
+
+impl Default for Head {
+    fn default() -> Head {
+        Head::new()
+    }
+}
