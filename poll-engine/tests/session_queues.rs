@@ -171,6 +171,29 @@ fn descriptors_may_change_while_the_queue_runs() {
     }
 }
 
+/// The interrupt may have gone to a descriptor that nobody listened to, and the driver has nothing more to ask for.
+#[test]
+fn a_new_call_descriptor_makes_good_for_an_interrupt_that_was_lost() {
+    for pacing in ALL {
+        let back = Back::start(pacing);
+        let mut peer = back.front();
+        let mut guest = Guest::new(0);
+        guest.start(&mut peer);
+        guest.round_trip();
+        assert!(readable_within(&guest.call, 5000));
+        let _ = guest.call.read();
+        for _ in 0..3 {
+            let call = eventfd();
+            assert!(peer.ack(13, &longs(&[0]), &[call.as_raw_fd()]));
+            assert!(readable_within(&call, 5000), "{pacing:?}: the driver waits for ever");
+            // Once.
+            let _ = call.read();
+            assert!(!readable_within(&call, 20), "{pacing:?}: it rings and rings");
+        }
+        guest.round_trip();
+    }
+}
+
 /// A pipe whose writer is gone is readable for ever.
 #[test]
 fn a_pipe_is_no_kick_descriptor() {

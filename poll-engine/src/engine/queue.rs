@@ -434,6 +434,16 @@ impl Queue {
         }
     }
 
+    /// Replaces the descriptor that the driver is signalled by, and signals the new one at once. What went to the old one
+    /// may have reached nobody: a front end may start a ring with a descriptor that it does not listen to (QEMU's masked
+    /// notifier) and give it the one that interrupts after that. A driver that then waits for all it has asked for would
+    /// wait for ever. One interrupt too many is harmless, and QEMU's own libvhost-user sends it, too.
+    pub(super) fn set_call(&mut self, call: Option<OwnedFd>) {
+        self.notifier.call = call;
+        self.ring.owe_interrupt();
+        self.unsignalled += 1;
+    }
+
     /// Write number `tag` to one of the descriptors is complete, or has failed.
     pub(super) fn signalled(&mut self, io: &mut Io<'_>, tag: u32) {
         if self.signals.complete(tag)

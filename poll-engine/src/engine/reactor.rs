@@ -515,7 +515,7 @@ impl Reactor {
                 Message::SetNotifier { id, change } => {
                     if let Some(task) = self.find(id) {
                         match change {
-                            NotifierChange::Call(fd) => task.queue.notifier.call = fd,
+                            NotifierChange::Call(fd) => task.queue.set_call(fd),
                             NotifierChange::Err(fd) => {
                                 task.queue.notifier.err = fd;
                                 // One that comes too late to hear of it is told now.

@@ -392,6 +392,11 @@ impl Ring {
         each_format!(self, r => r.wants_interrupt())
     }
 
+    /// An earlier interrupt may have been lost: [`wants_interrupt`](Self::wants_interrupt) says yes next time.
+    pub fn owe_interrupt(&mut self) {
+        each_format!(self, r => r.owe_interrupt());
+    }
+
     /// Asks the driver for notifications; true when chains came meanwhile and must be handled before sleeping.
     pub fn enable_notification(&mut self) -> bool {
         each_format!(self, r => r.enable_notification())

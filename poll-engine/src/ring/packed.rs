@@ -71,7 +71,7 @@ pub struct PackedRing {
     inflight: Option<PackedInflight>,
     /// Entries of the record with chains an earlier back end had taken, to be taken again; the first one last.
     resubmits: Vec<u16>,
-    /// The driver is owed an interrupt, whatever it says it wants: the one of an earlier back end may have been lost.
+    /// The driver is owed an interrupt, whatever it says it wants: an earlier one may have been lost.
     overdue: bool,
 }
 
@@ -496,6 +496,10 @@ impl PackedRing {
             return Some(true);
         }
         Some(self.layout.driver_event().wants(self.shown, count, self.size(), self.event_idx))
+    }
+
+    pub(super) fn owe_interrupt(&mut self) {
+        self.overdue = true;
     }
 
     pub(super) fn enable_notification(&mut self) -> bool {

@@ -66,7 +66,7 @@ pub struct SplitRing {
     inflight: Option<SplitInflight>,
     /// Heads an earlier back end had taken, to be taken again; the first one last.
     resubmits: Vec<u16>,
-    /// The driver is owed an interrupt, whatever it says it wants: the one of an earlier back end may have been lost.
+    /// The driver is owed an interrupt, whatever it says it wants: an earlier one may have been lost.
     overdue: bool,
     /// The head taken last, and where its first buffer is.
     recent: (u16, usize),
@@ -405,6 +405,10 @@ impl SplitRing {
         } else {
             self.layout.avail_flags() & AVAIL_F_NO_INTERRUPT == 0
         })
+    }
+
+    pub(super) fn owe_interrupt(&mut self) {
+        self.overdue = true;
     }
 
     pub(super) fn enable_notification(&mut self) -> bool {
