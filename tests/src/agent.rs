@@ -1,7 +1,7 @@
 //! The command line inside the guest, over a port of a virtio console (QEMU's UART loses bytes now and then), or the
 //! second serial port of a machine of ours.
 
-use std::io::{ErrorKind, Read, Write};
+use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -167,7 +167,7 @@ impl Agent {
         match self.stream.read(&mut chunk) {
             Ok(0) => bail!("the agent's port has been closed"),
             Ok(len) => self.buffer.extend_from_slice(&chunk[..len]),
-            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {}
+            Err(error) if wait::goes_on(&error) => {}
             Err(error) => return Err(error.into()),
         }
         Ok(())

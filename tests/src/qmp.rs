@@ -1,11 +1,13 @@
 //! QEMU's control socket.
 
-use std::io::{ErrorKind, Read, Write};
+use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
+
+use crate::wait;
 
 /// How long QEMU may take to answer a command.
 const ANSWER_LIMIT: Duration = Duration::from_secs(20);
@@ -92,7 +94,7 @@ impl Qmp {
             match self.stream.read(&mut chunk) {
                 Ok(0) => bail!("QEMU has closed the control socket"),
                 Ok(len) => self.buffer.extend_from_slice(&chunk[..len]),
-                Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {}
+                Err(error) if wait::goes_on(&error) => {}
                 Err(error) => return Err(error.into()),
             }
         }

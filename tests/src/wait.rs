@@ -1,5 +1,6 @@
 //! Waiting with a deadline.
 
+use std::io::{Error, ErrorKind};
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
@@ -16,4 +17,10 @@ pub fn until<T>(what: &str, limit: Duration, mut probe: impl FnMut() -> Result<O
         }
         std::thread::sleep(Duration::from_millis(5));
     }
+}
+
+/// Whether a read with a time-out has brought nothing yet, rather than failed. A process that was stopped and continued, with
+/// its machine or by its shell, is interrupted in such a read without having had a signal (signal(7)).
+pub fn goes_on(error: &Error) -> bool {
+    matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut | ErrorKind::Interrupted)
 }
