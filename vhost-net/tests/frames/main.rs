@@ -1,0 +1,5 @@
+//! Headers, frames and what is done with them, against `etherparse` and against plain code of the tests' own.
+
+mod header;
+mod packet;
+mod support;
