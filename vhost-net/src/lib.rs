@@ -6,7 +6,8 @@
 //!
 //! A [`hub`] joins ports, each a [`device`] on a socket of its own. On every reactor it has a [`shard`], which takes packets
 //! ([`tx`]) and gives them ([`rx`]). [`header`] is what comes before every packet in a ring, and what may be wrong with it,
-//! [`packet`] what is to be known of a frame, [`offload`] what is done to it in software. [`port`] is what a device can be joined to besides another
+//! [`packet`] what is to be known of a frame, [`offload`] what is done to it in software,
+//! [`rss`] which receive queue it belongs to. [`port`] is what a device can be joined to besides another
 //! guest. [`switch`] says which port a frame goes to. [`features`] names the feature bits.
 
 pub mod cli;
@@ -19,6 +20,7 @@ pub mod offload;
 pub mod packet;
 pub mod port;
 pub mod report;
+pub mod rss;
 pub mod rx;
 pub mod shard;
 pub mod stats;

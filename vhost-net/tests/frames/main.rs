@@ -3,4 +3,5 @@
 mod header;
 mod offload;
 mod packet;
+mod rss;
 mod support;
