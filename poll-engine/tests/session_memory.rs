@@ -93,6 +93,34 @@ fn regions_that_cannot_be_are_refused_and_change_nothing() {
     assert_eq!(back.stats[0].errors_total(), 0);
 }
 
+/// As QEMU before 8.0 does it for a network card with several pairs of queues.
+#[test]
+fn what_is_added_twice_is_there_until_it_is_removed_twice() {
+    let back = Back::start(Pacing::Event);
+    let mut peer = back.front();
+    let mut guest = Guest::new(0);
+    guest.start(&mut peer);
+    let file = Ram::new(FAR, 4096, false).unwrap();
+    let fd = file.fd().as_raw_fd();
+    for _ in 0..3 {
+        assert!(peer.add_region(&file.spec(), fd));
+    }
+    assert!(!peer.add_region(&RegionSpec { mmap_offset: 4096, ..file.spec() }, fd), "another one");
+    for _ in 0..2 {
+        assert!(peer.remove_region(&file.spec()));
+        guest.submit_at(FAR, file.map());
+        guest.wait();
+    }
+    assert_eq!(back.stats[0].errors_total(), 0);
+    assert!(peer.remove_region(&file.spec()));
+    assert!(!peer.remove_region(&file.spec()), "once more");
+    // A table of memory is all there is.
+    assert!(peer.add_region(&file.spec(), fd) && peer.add_region(&file.spec(), fd));
+    assert!(peer.mem_table(&[guest.region()]));
+    assert!(!peer.remove_region(&file.spec()), "of another map");
+    guest.round_trip();
+}
+
 #[test]
 fn a_removal_waits_for_the_requests_in_that_memory() {
     for pacing in [Pacing::Event, Pacing::Adaptive] {

@@ -16,6 +16,7 @@ use super::iommu::Iommu;
 use super::listen::Listener;
 use super::logging::Logs;
 use super::postcopy::{PostCopy, PostCopyError};
+use super::repeats::Repeats;
 use super::server::{Control, Orders};
 use super::socket::{Connection, Incoming, SocketError};
 use super::state::{Action, Answer, Offer, Refused, Session};
@@ -136,6 +137,7 @@ pub(super) struct Served<'a> {
     pub(super) connection: Connection,
     pub(super) session: Session,
     pub(super) map: Arc<MemoryMap>,
+    pub(super) repeats: Repeats,
     pub(super) iommu: Iommu,
     /// Cloned into every hold on `map`, and on those it grew from: waiting for it is waiting for the last request that
     /// points into any of them.
@@ -177,6 +179,7 @@ impl<'a> Served<'a> {
             complaints: 0,
             orders: control.orders(),
             postcopy: None,
+            repeats: Repeats::default(),
             mapped: Vec::new(),
         }
     }
@@ -315,10 +318,13 @@ impl<'a> Served<'a> {
     fn act(&mut self, action: Action) -> Result<(), ActionError> {
         match action {
             Action::SetMemory(regions) => {
+                self.repeats.clear();
                 let mapped = regions.into_iter().map(|(spec, fd)| Region::map(spec, fd).map(Arc::new));
                 self.set_memory(mapped.collect::<Result<_, _>>()?)?;
             }
+            Action::AddMemory(spec, _) if self.postcopy.is_none() && self.repeats.add(&spec, &self.map) => {}
             Action::AddMemory(spec, fd) => self.add_memory(Arc::new(Region::map(spec, fd)?))?,
+            Action::RemoveMemory(spec) if self.repeats.remove(&spec) => {}
             Action::RemoveMemory(spec) if self.postcopy.is_some() => self.remove_late_memory(&spec)?,
             Action::RemoveMemory(spec) => self.replace_memory(self.map.without(&spec)?),
             Action::Advise => self.advise()?,

@@ -15,6 +15,7 @@ use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use serde::{Deserialize, Serialize};
 
 use super::logging::Logging;
+use super::repeats::Repeats;
 use super::state::SessionState;
 use crate::memory::RegionSpec;
 use crate::memory::map::MemoryError;
@@ -152,6 +153,9 @@ pub struct ServedState {
     pub iommu: IommuState,
     /// Mistakes of the front end that were logged.
     pub complaints: u32,
+    /// Memory that was added again, and how often.
+    #[serde(default)]
+    pub repeats: Repeats,
 }
 
 /// What a front end with a vIOMMU owes us.

@@ -116,6 +116,7 @@ impl Served<'_> {
             orders: _,
             postcopy: _,
             mapped: _,
+            repeats,
         } = self;
         let mut fds = Descriptors::default();
         let (stream, Partial { bytes, fds: partial_fds }) = connection.parts();
@@ -153,6 +154,7 @@ impl Served<'_> {
             backend_channel: fds.put_opt(backend_channel.as_ref())?,
             iommu: iommu.save(),
             complaints: *complaints,
+            repeats: repeats.clone(),
         };
         let state = ServerState { listener: listener.save(&mut fds)?, session: Some(served) };
         Ok(Snapshot { state, fds })
@@ -249,6 +251,7 @@ fn served<'a>(
         backend_channel,
         iommu,
         complaints,
+        repeats,
     } = state;
     // First of all: what it says about the options is worth more than that feature bits differ.
     export.device.adopt_config(&config).map_err(HandoverError::Device)?;
@@ -285,6 +288,7 @@ fn served<'a>(
     served.backend_channel = fds.take_opt(backend_channel)?;
     served.iommu.restore(iommu);
     served.complaints = complaints;
+    served.repeats = repeats;
     let mut queues = Vec::new();
     for (index, config) in served.stopped() {
         let parts = served.queue_parts(index, &config).map_err(|e| HandoverError::Queue(e.to_string()))?;
