@@ -12,7 +12,7 @@
 //! - [`memory`] maps what the front end shares and translates guest addresses.
 //! - [`ring`] is both sides of a virtqueue.
 //! - [`engine`] runs queues on pinned threads; [`uring`] is a thread's way into the kernel.
-//! - [`stats`] counts.
+//! - [`stats`] counts; [`words`] takes records from reactors to whoever writes them down.
 //! - [`takeover`] hands all of it to another process while guests run.
 //!
 //! Control and data never share a lock: a queue is moved into its reactor to run and moved out to stop, and everything
@@ -28,3 +28,4 @@ pub mod stats;
 pub mod sync;
 pub mod takeover;
 pub mod uring;
+pub mod words;

@@ -113,7 +113,7 @@ impl Recorder {
     /// A line for the report.
     pub fn line(&self) -> String {
         let shared = &self.shared;
-        let lost = shared.rings.iter().map(|r| r.lost.get()).sum::<u64>();
+        let lost = shared.rings.iter().map(|r| r.lost()).sum::<u64>();
         format!(
             "record {}: {} written, {} lost{}",
             shared.path.display(),
@@ -178,7 +178,7 @@ impl Writer {
         let mut most = 0;
         for (queue, ring) in shared.rings.iter().enumerate() {
             // Before draining: what is lost later belongs behind what is drained now.
-            let lost = ring.lost.get();
+            let lost = ring.lost();
             most = most.max(ring.drain(|note| {
                 let record = self.convert(queue as u8, note);
                 self.put(record);
@@ -304,7 +304,7 @@ mod tests {
         recorder.keep();
         // More than can be drained meanwhile.
         note(&recorder, 0, CAPACITY * 3);
-        let lost = recorder.shared.rings[0].lost.get();
+        let lost = recorder.shared.rings[0].lost();
         assert!(lost > 0, "nothing was lost");
         assert!(recorder.line().ends_with(&format!(" written, {lost} lost")), "{}", recorder.line());
         drop(recorder);
