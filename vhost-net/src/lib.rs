@@ -6,9 +6,9 @@
 //!
 //! A [`hub`] joins ports, each a [`device`] on a socket of its own. On every reactor it has a [`shard`], which takes packets
 //! ([`tx`]) and gives them ([`rx`]). [`header`] is what comes before every packet in a ring, and what may be wrong with it,
-//! [`packet`] what is to be known of a frame, [`offload`] what is done to it in software,
-//! [`rss`] which receive queue it belongs to. [`port`] is what a device can be joined to besides another
-//! guest. [`switch`] says which port a frame goes to. [`features`] names the feature bits.
+//! [`packet`] what is to be known of a frame, [`offload`] what is done to it in software, [`rss`] which receive queue it
+//! belongs to. [`port`] is what a device can be joined to besides another guest, and [`pcap`] writes down what crosses it.
+//! [`switch`] says which port a frame goes to. [`features`] names the feature bits.
 
 pub mod cli;
 pub mod device;
@@ -18,6 +18,7 @@ pub mod hub;
 pub mod mac;
 pub mod offload;
 pub mod packet;
+pub mod pcap;
 pub mod port;
 pub mod report;
 pub mod rss;

@@ -1,1 +1,3 @@
 //! What a device can be joined to besides another guest.
+
+pub mod tap;
