@@ -3,12 +3,14 @@
 //!
 //! QEMU sees ours and we see QEMU's, so neither can open for writing what the other has open.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
 use std::time::{Duration, Instant};
 
 use nix::fcntl::{FcntlArg, fcntl};
+use tracing::info;
 
 /// `BLK_PERM_CONSISTENT_READ`, as a bit number.
 const CONSISTENT_READ: i64 = 0;
@@ -31,6 +33,12 @@ pub enum LockError {
     /// Somebody reads it who does not want it to change.
     #[error("another process reads it and does not allow writers; stop that process, or use --read-only")]
     HeldByReader,
+    /// What had it is no process any more.
+    #[error(
+        "a process that is gone has given the kernel reads or writes of it that are not over after {0:?}; see what keeps \
+         its storage from answering"
+    )]
+    HeldByTheDead(Duration),
     /// Another opening of it has not gone away.
     #[error("another process still has it open")]
     HeldBySomebody,
@@ -66,7 +74,10 @@ fn is_held(file: &File, byte: i64) -> Result<bool, LockError> {
 /// the guest has put to other use. The locks belong to the open file, and each operation on it holds a reference to it
 /// until it has ended, whether it is with the device, in a worker or still queued (fs/file_table.c: `__fput` drops the
 /// locks, after the last reference). So who gets the lock comes after all of them, and nobody serves an image before.
-const PATIENCE: Duration = Duration::from_secs(3);
+const PATIENCE: Duration = if cfg!(test) { Duration::from_millis(300) } else { Duration::from_secs(3) };
+/// The same where no process has the file open any more: nothing is left but operations, which end when the storage has
+/// answered, and a disk that is busy with others may take its time.
+const PATIENCE_WITH_STORAGE: Duration = Duration::from_secs(60);
 /// How often to look meanwhile: a guest waits for its disk.
 const LOOK: Duration = Duration::from_micros(500);
 
@@ -74,16 +85,49 @@ const LOOK: Duration = Duration::from_micros(500);
 /// open file.
 pub fn lock(file: &File, writable: bool) -> Result<(), LockError> {
     let begun = Instant::now();
+    let mut is_of_the_dead = false;
     loop {
-        match try_lock(file, writable) {
-            Err(LockError::HeldByWriter | LockError::HeldByReader) if begun.elapsed() < PATIENCE => {
-                // Let go meanwhile: of two that wait for each other, neither would get it.
-                release(file)?;
-                std::thread::sleep(LOOK);
-            }
+        let error = match try_lock(file, writable) {
+            Err(error @ (LockError::HeldByWriter | LockError::HeldByReader)) => error,
             outcome => return outcome,
+        };
+        // Let go meanwhile: of two that wait for each other, neither would get it.
+        release(file)?;
+        let waited = begun.elapsed();
+        if waited > PATIENCE_WITH_STORAGE {
+            return Err(LockError::HeldByTheDead(PATIENCE_WITH_STORAGE));
+        }
+        if waited > PATIENCE && !is_of_the_dead {
+            is_of_the_dead = !is_open_elsewhere(file)?;
+            if !is_of_the_dead {
+                return Err(error);
+            }
+            info!("waiting for what a process that is gone has still to read and write");
+        }
+        std::thread::sleep(LOOK);
+    }
+}
+
+/// Whether a process has the file open other than as `file`, or may have: one that we may not look into.
+fn is_open_elsewhere(file: &File) -> io::Result<bool> {
+    let identity = |meta: fs::Metadata| (meta.dev(), meta.ino());
+    let ours = identity(file.metadata()?);
+    let mut openings = 0;
+    for process in fs::read_dir("/proc")?.flatten() {
+        if !process.file_name().as_encoded_bytes().iter().all(u8::is_ascii_digit) {
+            continue;
+        }
+        match fs::read_dir(process.path().join("fd")) {
+            Ok(fds) => {
+                let same = |fd: &fs::DirEntry| fs::metadata(fd.path()).is_ok_and(|m| identity(m) == ours);
+                openings += fds.flatten().filter(same).count();
+            }
+            Err(e) if e.kind() == io::ErrorKind::PermissionDenied => return Ok(true),
+            // It has ended meanwhile.
+            Err(_) => {}
         }
     }
+    Ok(openings > 1)
 }
 
 /// Locks `file` beside another opening of it that holds the same locks and keeps everybody else away: the process that we
@@ -136,6 +180,12 @@ fn try_lock(file: &File, writable: bool) -> Result<(), LockError> {
 
 #[cfg(test)]
 mod tests {
+    use std::io::IoSlice;
+    use std::os::fd::AsRawFd;
+    use std::os::unix::net::UnixStream;
+
+    use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+
     use super::*;
 
     fn open(path: &std::path::Path) -> File {
@@ -165,5 +215,29 @@ mod tests {
         outlast(&successor).unwrap();
         drop(successor);
         lock(&open(image.path()), true).unwrap();
+    }
+
+    #[test]
+    fn operations_of_the_dead_are_waited_for() {
+        let image = tempfile::NamedTempFile::new().unwrap();
+        // In nobody's table of descriptors, and open all the same: on its way through a socket.
+        let (near, far) = UnixStream::pair().unwrap();
+        {
+            let writer = open(image.path());
+            lock(&writer, true).unwrap();
+            let fds = [writer.as_raw_fd()];
+            let message = [ControlMessage::ScmRights(&fds)];
+            sendmsg::<()>(near.as_raw_fd(), &[IoSlice::new(b"x")], &message, MsgFlags::empty(), None)
+                .unwrap();
+        }
+        let path = image.into_temp_path();
+        let begun = Instant::now();
+        let ends = std::thread::spawn(move || {
+            std::thread::sleep(3 * PATIENCE);
+            drop((near, far));
+        });
+        lock(&open(&path), true).unwrap();
+        assert!(begun.elapsed() >= 3 * PATIENCE, "locked beside them");
+        ends.join().unwrap();
     }
 }

@@ -145,9 +145,11 @@ pub fn open(
         Some(Err(error)) => {
             return Err(OpenError::Open { path: path.to_owned(), how: " with O_DIRECT", error });
         }
-        Some(Ok(file)) => {
-            let traits = direct_traits(&file)?;
-            (file, traits)
+        Some(Ok(direct)) => {
+            // Who asks whether the file is open elsewhere must not find this.
+            drop(file);
+            let traits = direct_traits(&direct)?;
+            (direct, traits)
         }
     };
     if traits.offset_align > block_size {
