@@ -17,7 +17,7 @@ const READY: &[u8] = b"@@AGENT READY@@\n";
 const MAX_COMMAND: usize = 2048;
 
 /// How long a command in the guest may take when the test does not say.
-const RUN_LIMIT: Duration = Duration::from_secs(60);
+const RUN_LIMIT: Duration = Duration::from_secs(120);
 
 /// What a command in the guest left behind.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -33,7 +33,7 @@ pub trait Shell {
     /// Runs a command in the guest; when it does not end in time, the guest is of no more use.
     fn run_for(&mut self, command: &str, limit: Duration) -> Result<Output>;
 
-    /// Runs a command in the guest, for at most a minute.
+    /// Runs a command in the guest, for at most two minutes.
     fn run(&mut self, command: &str) -> Result<Output> {
         self.run_for(command, RUN_LIMIT)
     }

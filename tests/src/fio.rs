@@ -84,7 +84,7 @@ impl Fio {
             "awk '{{ print $1 + $5 + 500 }}' /sys/block/{disk}/stat >/tmp/{}.base",
             self.name
         ))?;
-        vm.check_soon(&at_work, Duration::from_secs(20))
+        vm.check_soon(&at_work, Duration::from_secs(60))
     }
 
     /// Fails unless the background run is still at work.

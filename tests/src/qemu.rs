@@ -19,7 +19,7 @@ use crate::scene::{Scene, tail};
 use crate::wait;
 
 /// How long the guest may take from power-on to the agent's prompt.
-pub const BOOT_LIMIT: Duration = Duration::from_secs(60);
+pub const BOOT_LIMIT: Duration = Duration::from_secs(120);
 
 /// How long the guest may take to let go of a device.
 const UNPLUG_LIMIT: Duration = Duration::from_secs(40);
@@ -436,7 +436,7 @@ impl Vm {
     /// complain about.
     pub fn quit(mut self) -> Result<()> {
         self.qmp.execute("quit", &json!({}))?;
-        let status = self.process.wait_exit(Duration::from_secs(20))?;
+        let status = self.process.wait_exit(Duration::from_secs(60))?;
         ensure!(status.success(), "QEMU: {status}\n{}", self.process.stderr_tail());
         self.expect_silence("QEMU", &self.process.stderr(), &["vhost"])?;
         let kernel = std::fs::read(&self.kernel_log)?;
@@ -488,10 +488,21 @@ impl Vm {
         let said = self.process.stderr_tail();
         let end = self.process.poll_exit().ok().flatten().map(|status| format!(" before its end ({status})"));
         let end = end.unwrap_or_default();
+        let (cpus, kernel) = (self.processors(), tail(&self.kernel_log, 30));
         anyhow!(
-            "{error:#}\nQEMU says{end}:\n{said}\nthe guest's kernel says:\n{}",
-            tail(&self.kernel_log, 30)
+            "{error:#}\nthe guest's processors:\n{cpus}\nQEMU says{end}:\n{said}\nthe guest's kernel says:\n{kernel}"
         )
+    }
+
+    /// Where the guest's processors are, and whether they wait for an interrupt.
+    fn processors(&mut self) -> String {
+        match self.qmp.execute("human-monitor-command", &json!({ "command-line": "info registers -a" })) {
+            Ok(said) => {
+                let lines = said.as_str().unwrap_or_default().lines();
+                lines.filter(|line| line.starts_with("RIP=")).collect::<Vec<_>>().join("\n")
+            }
+            Err(error) => format!("{error:#}"),
+        }
     }
 }
 
@@ -509,7 +520,7 @@ pub(crate) fn accept(
     listener: &UnixListener,
     process: &mut Process,
 ) -> Result<std::os::unix::net::UnixStream> {
-    wait::until("connection from QEMU", Duration::from_secs(20), || {
+    wait::until("connection from QEMU", Duration::from_secs(60), || {
         if let Ok((stream, _)) = listener.accept() {
             return Ok(Some(stream));
         }

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use crate::wait;
 
 /// How long QEMU may take to answer a command.
-const ANSWER_LIMIT: Duration = Duration::from_secs(20);
+const ANSWER_LIMIT: Duration = Duration::from_secs(60);
 
 /// A QMP connection in command mode. Events that arrive between commands are kept until they are asked for.
 #[derive(Debug)]

@@ -72,7 +72,7 @@ pub fn growth(scene: &Scene) -> Result<Option<String>> {
         one.image.resize(mib * MIB)?;
         one.daemon.sighup()?;
         let seen = format!("test $(cat /sys/block/vda/size) = {}", mib * 2048);
-        one.vm.check_soon(&seen, Duration::from_secs(10))?;
+        one.vm.check_soon(&seen, Duration::from_secs(60))?;
         one.vm.check(&format!("{beyond} seek={at}"))?;
         one.image.expect_fill((mib - 1) * MIB, 1 << 20, b'Z')?;
     }

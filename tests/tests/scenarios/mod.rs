@@ -62,7 +62,7 @@ pub const PACKED: &[(&str, Scenario)] = &[
 ];
 
 /// How long a run of fio may take.
-const FIO_LIMIT: Duration = Duration::from_secs(90);
+const FIO_LIMIT: Duration = Duration::from_secs(180);
 
 /// A machine with one disk.
 struct OneDisk {
