@@ -1,0 +1,25 @@
+//! Uplinks over a pair of virtual interfaces, in a network namespace of the test's own.
+
+mod af_packet;
+mod pair;
+
+use libtest_mimic::{Arguments, Failed, Trial};
+
+/// A test, for which there is to be such a pair.
+pub type Test = (&'static str, fn());
+
+fn main() {
+    let args = Arguments::from_args();
+    let lacking = pair::lacking();
+    if let Some(why) = &lacking {
+        eprintln!("ignored: {why}");
+    }
+    let trial = |(name, run): Test| {
+        let test = move || -> Result<(), Failed> {
+            pair::alone(run);
+            Ok(())
+        };
+        Trial::test(name, test).with_ignored_flag(lacking.is_some())
+    };
+    libtest_mimic::run(&args, af_packet::TESTS.iter().copied().map(trial).collect()).exit();
+}
