@@ -212,6 +212,7 @@ fn engine_config(cli: &Cli) -> EngineConfig {
         cpus: cli.cpus.clone().unwrap_or_default(),
         pacing: cli.poll,
         fixed_buffers: cli.fixed_buffers.into(),
+        count_cycles: false,
     }
 }
 

@@ -72,6 +72,10 @@ pub struct Cli {
     #[arg(long, value_name = "MODE", default_value = "adaptive")]
     pub poll: Pacing,
 
+    /// Count the cycles that reactors are busy for, for the statistics
+    #[arg(long)]
+    pub record_core_cycles: bool,
+
     /// What to log: error, warn, info, debug or trace, also by module (poll_engine=debug)
     #[arg(long, value_name = "FILTER", default_value = "info")]
     pub log: String,

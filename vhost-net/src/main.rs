@@ -18,7 +18,7 @@ use tracing::info;
 use vhost_net::cli::Cli;
 use vhost_net::device::{Card, NetDevice};
 use vhost_net::hub::{Hub, Plan, Port};
-use vhost_net::report::report;
+use vhost_net::report::{cycles, report};
 use vhost_net::shard::Shard;
 
 fn main() -> ExitCode {
@@ -52,6 +52,7 @@ fn run(cli: &Cli) -> Result<()> {
     let config = EngineConfig {
         cpus: cli.cpus.clone().unwrap_or_default(),
         pacing: cli.poll,
+        count_cycles: cli.record_core_cycles,
         ..EngineConfig::default()
     };
     let engine = Arc::new(Engine::start(&config)?);
@@ -94,7 +95,10 @@ fn run(cli: &Cli) -> Result<()> {
 
     for signal in signals.forever() {
         if signal == SIGUSR1 {
-            let text: String = served.iter().map(|s| report(&s.port, &s.stats)).collect();
+            let mut text: String = served.iter().map(|s| report(&s.port, &s.stats)).collect();
+            if cli.record_core_cycles {
+                text += &cycles(engine.stats(), &hub.ports);
+            }
             daemon::print(&text);
         } else {
             break;

@@ -4,6 +4,7 @@
 use std::fmt::Write;
 use std::sync::Arc;
 
+use poll_engine::engine::ReactorStats;
 use poll_engine::stats::QueueStats;
 
 use crate::hub::Port;
@@ -27,6 +28,21 @@ pub fn report(port: &Port, queues: &[Arc<QueueStats>]) -> String {
             let _ = writeln!(out, "drops {name} rx {rx} tx {tx}");
         }
     }
+    out
+}
+
+/// The cycles of each reactor, and of all of them for each packet that was taken.
+pub fn cycles<'a>(reactors: impl Iterator<Item = &'a ReactorStats>, ports: &[Arc<Port>]) -> String {
+    let mut out = String::new();
+    let mut all = 0;
+    for (i, reactor) in reactors.enumerate() {
+        let (rounds, busy) = (reactor.busy_rounds.get(), reactor.busy_cycles.get());
+        all += busy;
+        let _ = writeln!(out, "reactor {i} busy-rounds {rounds} busy-cycles {busy}");
+    }
+    let packets: u64 = ports.iter().flat_map(|p| &p.pairs).map(|p| p.tx_packets.get()).sum();
+    let each = all as f64 / packets.max(1) as f64;
+    let _ = writeln!(out, "busy-cycles per packet {each:.1}");
     out
 }
 

@@ -13,6 +13,9 @@ use crate::rx::{Form, InChain, Refused, Spread, deliver};
 use crate::stats::Drop;
 use crate::tx::{Head, MIN_PACKET};
 
+/// Rounds between two looks at a receive queue that has no buffers: about a microsecond.
+const PAUSE: u32 = 32;
+
 /// A transmit queue on this reactor.
 #[derive(Debug)]
 struct Source {
@@ -21,8 +24,10 @@ struct Source {
     pair: usize,
     /// Bytes of the header before its packets.
     header: usize,
-    /// The receive queue that its next packet waits for.
+    /// The receive queue that its next packet waits for, and for how many rounds nobody looks whether it has buffers now:
+    /// looking takes the line from the driver that is about to write there.
     waits_for: Option<QueueId>,
+    pause: u32,
     /// Where its packet before went.
     last: Option<QueueId>,
 }
@@ -60,7 +65,15 @@ impl Shard {
                 Change::Up { port, index, id, features } => {
                     let (pair, header) = (usize::from(index / 2), header_len(features));
                     if index % 2 == 1 {
-                        self.sources.push(Source { id, port, pair, header, waits_for: None, last: None });
+                        self.sources.push(Source {
+                            id,
+                            port,
+                            pair,
+                            header,
+                            waits_for: None,
+                            pause: 0,
+                            last: None,
+                        });
                     } else {
                         let form = Form { header, mergeable: features & MRG_RXBUF != 0 };
                         self.targets[port].push(Target { id, pair, form });
@@ -84,8 +97,18 @@ impl Shard {
     fn drain(&mut self, at: usize, queues: &mut Queues<'_>) -> usize {
         let Shard { hub, sources, targets, head, spread, .. } = self;
         let source = &mut sources[at];
+        if let Some(target) = source.waits_for {
+            if source.pause > 0 {
+                source.pause -= 1;
+                return 0;
+            }
+            if queues.get(target).is_some_and(|rx| !rx.has_chain()) {
+                source.pause = PAUSE;
+                return 0;
+            }
+            source.waits_for = None;
+        }
         let Some(tx) = queues.get(source.id) else { return 0 };
-        source.waits_for = None;
         let ready = tx.ready();
         if ready == 0 {
             return 0;
@@ -143,6 +166,7 @@ impl Shard {
                 }
                 Err(Refused::NoBuffers) if hub.ports[port].waits => {
                     source.waits_for = Some(target.id);
+                    source.pause = PAUSE;
                     own.tx_waits.add(1);
                     tx.untake(request);
                     return moved;

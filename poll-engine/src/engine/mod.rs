@@ -25,6 +25,7 @@ use mailbox::{Postbox, mailbox};
 use pacing::Pacing;
 use placement::{CpuList, pin_to, usable_cpus};
 use queue::{MapChange, Queue};
+pub use reactor::ReactorStats;
 use reactor::{Message, NotifierChange, QueueId, Reactor};
 use station::{Station, Waker};
 
@@ -37,6 +38,8 @@ pub struct EngineConfig {
     pub pacing: Pacing,
     /// Which guest memory is registered with io_uring.
     pub fixed_buffers: FixedBuffers,
+    /// Whether reactors count the cycles of their rounds.
+    pub count_cycles: bool,
 }
 
 /// Why an engine does not start.
@@ -59,6 +62,7 @@ struct ReactorHandle {
     postbox: Postbox<Message>,
     waker: Waker,
     queues: AtomicUsize,
+    stats: Arc<ReactorStats>,
 }
 
 /// A set of reactors. Dropping it ends their threads once their queues have been stopped.
@@ -89,6 +93,8 @@ impl Engine {
         let (postbox, mail) = mailbox()?;
         let waker = Waker::new(mail.shared_bell());
         let (index, own) = (self.reactors.len(), waker.clone());
+        let stats = Arc::new(ReactorStats::default());
+        let cycles = config.count_cycles.then(|| Arc::clone(&stats));
         let name: Arc<str> = cpu.map_or("reactor".into(), |cpu| format!("reactor-{cpu}").into());
         let (pacing, fixed) = (config.pacing, config.fixed_buffers);
         let (ready_tx, ready) = bounded(1);
@@ -96,7 +102,9 @@ impl Engine {
             let _guard = AbortOnPanic;
             // The ring belongs to the thread that made it, so it is made here.
             let made = cpu.map_or(Ok(()), |cpu| pin_to(cpu).map_err(io::Error::from));
-            match made.and_then(|()| Reactor::new(Arc::clone(&name), index, (mail, own), pacing, fixed)) {
+            match made
+                .and_then(|()| Reactor::new(Arc::clone(&name), index, (mail, own), pacing, fixed, cycles))
+            {
                 Ok(mut reactor) => {
                     let _ = ready_tx.send(Ok(()));
                     reactor.run();
@@ -109,13 +117,18 @@ impl Engine {
         ready.recv().map_err(|_| io::Error::other("the reactor's thread ended"))??;
         info!("reactor on {}, {pacing:?}", cpu.map_or("any CPU".into(), |cpu| format!("CPU {cpu}")));
         self.threads.lock().unwrap_or_else(PoisonError::into_inner).push(thread);
-        self.reactors.push(Arc::new(ReactorHandle { postbox, waker, queues: AtomicUsize::new(0) }));
+        self.reactors.push(Arc::new(ReactorHandle { postbox, waker, queues: AtomicUsize::new(0), stats }));
         Ok(())
     }
 
     /// How many reactors there are.
     pub fn reactors(&self) -> usize {
         self.reactors.len()
+    }
+
+    /// The counters of each reactor.
+    pub fn stats(&self) -> impl Iterator<Item = &ReactorStats> {
+        self.reactors.iter().map(|r| &*r.stats)
     }
 
     /// What wakes reactor number `reactor`, counted round those there are.

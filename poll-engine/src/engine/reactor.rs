@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use crossbeam::channel::Sender;
 use crossbeam::sync::WaitGroup;
+use quanta::Clock;
 use tracing::{debug, warn};
 
 use super::mailbox::Mailbox;
@@ -17,7 +18,7 @@ use crate::device::QueueHandler;
 use crate::memory::fault::faults;
 use crate::memory::iotlb::Miss;
 use crate::memory::log::QueueLog;
-use crate::stats::ErrorKind;
+use crate::stats::{Counter, ErrorKind};
 use crate::uring::{Completion, FixedBuffers, Uring};
 
 /// Submission entries; completions have four times as many.
@@ -200,6 +201,15 @@ fn io(uring: &mut Uring, purpose: Purpose, id: QueueId, reactor: usize) -> Io<'_
     Io { uring, id, purpose, reactor }
 }
 
+/// What a reactor has done, if it was to count that.
+#[derive(Debug, Default)]
+pub struct ReactorStats {
+    /// Rounds in which there was work.
+    pub busy_rounds: Counter,
+    /// Cycles of the time-stamp counter that these took.
+    pub busy_cycles: Counter,
+}
+
 struct Stationed {
     station: Box<dyn Station>,
     id: QueueId,
@@ -227,6 +237,7 @@ pub(super) struct Reactor {
     held_back: u32,
     /// Memory faults caught, as last looked at.
     seen_faults: usize,
+    cycles: Option<(Clock, Arc<ReactorStats>)>,
     quitting: bool,
     /// Answers owed to control threads that wait for requests to be over.
     awaited: usize,
@@ -239,6 +250,7 @@ impl Reactor {
         (mailbox, waker): (Mailbox<Message>, Waker),
         pacing: Pacing,
         fixed: FixedBuffers,
+        cycles: Option<Arc<ReactorStats>>,
     ) -> std::io::Result<Reactor> {
         Ok(Reactor {
             name,
@@ -256,6 +268,7 @@ impl Reactor {
             watching_bell: false,
             held_back: 0,
             seen_faults: 0,
+            cycles: cycles.map(|stats| (Clock::new(), stats)),
             quitting: false,
             awaited: 0,
         })
@@ -270,7 +283,7 @@ impl Reactor {
             if self.quitting && self.tasks.is_empty() && self.stations.is_empty() {
                 return;
             }
-            let worked = self.round();
+            let worked = if self.cycles.is_some() { self.counted_round() } else { self.round() };
             if worked > 0 {
                 self.pacer.worked();
             } else if (self.tasks.is_empty() && self.stations.is_empty()) || self.pacer.idle() {
@@ -279,6 +292,16 @@ impl Reactor {
                 std::hint::spin_loop();
             }
         }
+    }
+
+    fn counted_round(&mut self) -> usize {
+        let start = self.cycles.as_ref().map_or(0, |(clock, _)| clock.raw());
+        let worked = self.round();
+        if let (Some((clock, stats)), true) = (&self.cycles, worked > 0) {
+            stats.busy_rounds.add(1);
+            stats.busy_cycles.add(clock.raw().wrapping_sub(start));
+        }
+        worked
     }
 
     /// One round: every ring, one submit, every completion once.
