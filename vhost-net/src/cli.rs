@@ -10,6 +10,8 @@ use poll_engine::engine::placement::CpuList;
 
 use crate::device::{MAX_PAIRS, MTU_RANGE};
 use crate::hub::Plan;
+use crate::switch::PortConfig;
+use crate::switch::options::KEYS;
 
 /// Poll-mode vhost-user network back end.
 ///
@@ -17,6 +19,7 @@ use crate::hub::Plan;
 /// memory, and packets are copied once, from the memory of one guest to that of the other.
 ///
 /// SIGTERM finishes what is in flight and exits; SIGUSR1 prints statistics.
+#[allow(clippy::struct_excessive_bools)] // options, each by itself
 #[derive(Debug, Parser)]
 #[command(name = "vhost-net", version, max_term_width = 110)]
 pub struct Cli {
@@ -32,7 +35,9 @@ pub struct Cli {
     #[arg(long)]
     pub print_capabilities: bool,
 
-    /// Serve a further port; repeat for more. Keys: socket-path, name, mac, mtu, wait
+    /// Serve a further port; repeat for more. Keys: socket-path, name, mac, mtu, wait; with --switch also vlan, trunk
+    /// (such as 5+10-19), native, guard, ip, router, isolated, flood-unknown, max-macs, tx-bps, tx-pps, rx-bps, rx-pps,
+    /// burst-ms, broadcast-pps, multicast-pps, unknown-pps
     #[arg(long, value_name = "KEY=VALUE,...")]
     pub port: Vec<ExtraPort>,
 
@@ -43,6 +48,14 @@ pub struct Cli {
     /// Join two ports to each other, and nothing else
     #[arg(long)]
     pub wire: bool,
+
+    /// Join all ports by a switch that learns addresses
+    #[arg(long, conflicts_with_all = ["wire", "loopback"])]
+    pub switch: bool,
+
+    /// With --switch, how long an address is known that sends nothing
+    #[arg(long, value_name = "SECONDS", default_value_t = 300, value_parser = clap::value_parser!(u32).range(1..))]
+    pub mac_ageing: u32,
 
     /// Address of the first port's card (such as 52:54:00:12:34:56); without, the front end's or the guest's own
     #[arg(long, value_name = "MAC", value_parser = mac)]
@@ -94,6 +107,8 @@ pub struct ExtraPort {
     pub mtu: Option<u16>,
     /// Packets for it wait for its buffers.
     pub wait: bool,
+    /// What it is to a switch.
+    pub rules: PortConfig,
 }
 
 impl FromStr for ExtraPort {
@@ -109,7 +124,10 @@ impl FromStr for ExtraPort {
                 "mac" => port.mac = Some(mac(value)?),
                 "mtu" => port.mtu = Some(mtu(value)?),
                 "wait" => port.wait = on_off(key, value)?,
-                other => return Err(format!("unknown key '{other}' (socket-path, name, mac, mtu, wait)")),
+                key if port.rules.set(key, value)? => {}
+                other => {
+                    return Err(format!("unknown key '{other}' (socket-path, name, mac, mtu, wait, {KEYS})"));
+                }
             }
         }
         if port.socket_path.as_os_str().is_empty() {
@@ -187,7 +205,14 @@ mod tests {
     fn further_ports_are_key_value_lists() {
         let port: ExtraPort = "socket-path=/s,name=a,wait,mtu=9000".parse().unwrap();
         assert_eq!((port.name.as_deref(), port.wait, port.mtu), (Some("a"), true, Some(9000)));
-        for bad in ["", "name=a", "socket-path=/s,x=y", "socket-path=/s,mtu=1", "socket-path=/s,wait=maybe"] {
+        for bad in [
+            "",
+            "name=a",
+            "socket-path=/s,x=y",
+            "socket-path=/s,mtu=1",
+            "socket-path=/s,vlan=0",
+            "socket-path=/s,wait=maybe",
+        ] {
             assert!(bad.parse::<ExtraPort>().is_err(), "{bad}");
         }
     }

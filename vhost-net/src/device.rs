@@ -49,7 +49,7 @@ impl NetDevice {
 
     /// Sets the link up or down; true if the guest has to be told.
     pub fn set_link(&self, up: bool) -> bool {
-        self.hub.ports[self.port].link.store(up, Ordering::Relaxed);
+        self.hub.set_link(self.port, up);
         self.told_link.swap(up, Ordering::Relaxed) != up
     }
 

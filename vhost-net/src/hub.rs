@@ -1,13 +1,15 @@
 //! What joins ports: the ports themselves, and the way to the shard on each reactor that moves their packets.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use poll_engine::device::QueueHandler;
 use poll_engine::engine::queue::Queue;
 use poll_engine::engine::reactor::{Io, QueueId};
+use quanta::Clock;
 
 use crate::stats::PairStats;
+use crate::switch::{PortId, Switch};
 
 /// Where packets of a port go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,6 +22,8 @@ pub enum Plan {
     Generate(u16),
     /// To the other one of two ports.
     Wire,
+    /// To where the hub's switch says.
+    Switch,
 }
 
 /// One port of a hub: what the device says of it and what is counted.
@@ -31,8 +35,18 @@ pub struct Port {
     pub pairs: Vec<PairStats>,
     /// Whether the link is up, as the administrator has it.
     pub link: AtomicBool,
+    /// Queues that run.
+    pub running: AtomicUsize,
     /// A packet waits for buffers of its receiver, and those behind it wait with it; otherwise it is dropped.
     pub waits: bool,
+}
+
+impl Port {
+    /// One whose link is up and whose guest is not there.
+    pub fn new(name: String, pairs: u16, waits: bool) -> Port {
+        let pairs = std::iter::repeat_with(Default::default).take(pairs.into()).collect();
+        Port { name, pairs, link: AtomicBool::new(true), running: AtomicUsize::new(0), waits }
+    }
 }
 
 /// Something has changed on a reactor.
@@ -75,13 +89,51 @@ pub struct Hub {
     pub plan: Plan,
     /// The ports.
     pub ports: Vec<Arc<Port>>,
+    /// With [`Plan::Switch`]: its ports are those, by the same numbers.
+    pub switch: Option<Arc<Switch>>,
+    clock: Clock,
+    start: u64,
     pub(crate) inboxes: Vec<Inbox>,
 }
 
 impl Hub {
     /// Joins `ports` as `plan` says, on so many reactors.
     pub fn new(plan: Plan, ports: Vec<Arc<Port>>, reactors: usize) -> Hub {
-        Hub { plan, ports, inboxes: std::iter::repeat_with(Inbox::default).take(reactors).collect() }
+        let inboxes = std::iter::repeat_with(Inbox::default).take(reactors).collect();
+        let clock = Clock::new();
+        Hub { plan, ports, switch: None, start: clock.raw(), clock, inboxes }
+    }
+
+    /// Joins `ports` by a switch that has the same ones, of as many shards as there are reactors.
+    pub fn switched(switch: Arc<Switch>, ports: Vec<Arc<Port>>, reactors: usize) -> Hub {
+        Hub { switch: Some(switch), ..Hub::new(Plan::Switch, ports, reactors) }
+    }
+
+    /// Nanoseconds since the ports were joined: the time of all shards.
+    #[inline]
+    pub fn now(&self) -> u64 {
+        self.clock.delta_as_nanos(self.start, self.clock.raw())
+    }
+
+    /// Has a port's link up or down, as the administrator wants it.
+    pub fn set_link(&self, port: usize, up: bool) {
+        self.ports[port].link.store(up, Ordering::SeqCst);
+        self.look_at_link(port);
+    }
+
+    /// A switch's port is up when its link is and its guest is there.
+    fn look_at_link(&self, at: usize) {
+        let Some(switch) = &self.switch else { return };
+        let (port, id) = (&self.ports[at], PortId(at as u16));
+        let is_up = || port.link.load(Ordering::SeqCst) && port.running.load(Ordering::SeqCst) > 0;
+        // Another thread may have changed it while this one said what it was.
+        loop {
+            let up = is_up();
+            switch.set_link(id, up);
+            if up == is_up() {
+                return;
+            }
+        }
     }
 }
 
@@ -97,6 +149,9 @@ impl QueueHandler for Member {
     fn attach(&mut self, io: &mut Io<'_>) {
         let Member { port, index, features, .. } = *self;
         self.hub.inboxes[io.reactor()].put(Change::Up { port, index, id: io.id(), features });
+        if self.hub.ports[port].running.fetch_add(1, Ordering::SeqCst) == 0 {
+            self.hub.look_at_link(port);
+        }
     }
 
     fn poll(&mut self, _: &mut Queue, _: &mut Io<'_>) -> usize {
@@ -108,6 +163,9 @@ impl QueueHandler for Member {
     fn detach(&mut self, io: &mut Io<'_>) {
         let Member { port, index, .. } = *self;
         self.hub.inboxes[io.reactor()].put(Change::Down { port, index });
+        if self.hub.ports[port].running.fetch_sub(1, Ordering::SeqCst) == 1 {
+            self.hub.look_at_link(port);
+        }
     }
 
     /// The shard says what it waits for.

@@ -2,7 +2,8 @@
 
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use daemon::{Place, Switch};
@@ -18,8 +19,11 @@ use tracing::info;
 use vhost_net::cli::Cli;
 use vhost_net::device::{Card, NetDevice};
 use vhost_net::hub::{Hub, Plan, Port};
+use vhost_net::mac::MacAddr;
 use vhost_net::report::{cycles, report};
 use vhost_net::shard::Shard;
+use vhost_net::switch::fdb::{FdbConfig, MAX_PORTS};
+use vhost_net::switch::{self, PortConfig, PortId};
 
 fn main() -> ExitCode {
     daemon::main(run)
@@ -31,6 +35,7 @@ struct Wanted {
     place: Place,
     card: Card,
     wait: bool,
+    rules: PortConfig,
 }
 
 /// A port being served.
@@ -58,11 +63,12 @@ fn run(cli: &Cli) -> Result<()> {
     let engine = Arc::new(Engine::start(&config)?);
     // Before the sockets: whoever sees one may send signals.
     let mut signals = Signals::new([SIGTERM, SIGINT, SIGUSR1]).context("cannot handle signals")?;
-    let ports = wanted.iter().map(|w| {
-        let pairs = std::iter::repeat_with(Default::default).take(w.card.pairs.into()).collect();
-        Arc::new(Port { name: w.name.clone(), pairs, link: AtomicBool::new(true), waits: w.wait })
+    let ports = wanted.iter().map(|w| Arc::new(Port::new(w.name.clone(), w.card.pairs, w.wait)));
+    let (ports, reactors) = (ports.collect(), engine.reactors());
+    let hub = Arc::new(match plan {
+        Plan::Switch => Hub::switched(Arc::new(switch(cli, &wanted, reactors)?), ports, reactors),
+        _ => Hub::new(plan, ports, reactors),
     });
-    let hub = Arc::new(Hub::new(plan, ports.collect(), engine.reactors()));
     let listeners = wanted.iter().map(|w| w.place.listen()).collect::<Result<Vec<_>, _>>()?;
     let shards = (0..engine.reactors()).map(|reactor| {
         let shard = Shard::new(Arc::clone(&hub), reactor);
@@ -95,7 +101,11 @@ fn run(cli: &Cli) -> Result<()> {
 
     for signal in signals.forever() {
         if signal == SIGUSR1 {
-            let mut text: String = served.iter().map(|s| report(&s.port, &s.stats)).collect();
+            let switched = |at: usize| hub.switch.as_ref().map(|switch| switch.counters(PortId(at as u16)));
+            let mut text: String = (0..)
+                .zip(&served)
+                .map(|(at, s)| report(&s.port, &s.stats, &switched(at).unwrap_or_default()))
+                .collect();
             if cli.record_core_cycles {
                 text += &cycles(engine.stats(), &hub.ports);
             }
@@ -118,13 +128,40 @@ fn run(cli: &Cli) -> Result<()> {
 
 fn plan(cli: &Cli, ports: usize) -> Result<Plan> {
     match (cli.loopback, cli.wire, ports) {
+        _ if cli.switch => Ok(Plan::Switch),
         (Some(plan), _, _) => Ok(plan),
         (None, true, 2) => Ok(Plan::Wire),
         (None, true, n) => {
             bail!("a wire has two ends, and there are {n} ports; name two with --socket-path and --port")
         }
-        (None, false, _) => bail!("nothing to join the ports to; give --wire or --loopback (see --help)"),
+        (None, false, _) => {
+            bail!("nothing to join the ports to; give --switch, --wire or --loopback (see --help)")
+        }
     }
+}
+
+/// The switch that joins these ports.
+fn switch(cli: &Cli, wanted: &[Wanted], reactors: usize) -> Result<switch::Switch> {
+    let mut configs: Vec<PortConfig> = vec![];
+    for w in wanted {
+        if configs.iter().any(|c| c.name == w.name) {
+            bail!("two ports are called {}; give each a name of its own", w.name);
+        }
+        let mut config = PortConfig { name: w.name.clone(), ..w.rules.clone() };
+        if let Some(mtu) = w.card.mtu {
+            config.mtu = mtu.into();
+        }
+        if config.is_guarded {
+            let mac = w.card.mac.with_context(|| format!("port {}: guard=on needs its mac=", w.name))?;
+            config.guard.macs = vec![MacAddr(mac)];
+        }
+        configs.push(config);
+    }
+    if configs.len() > MAX_PORTS {
+        bail!("a switch has at most {MAX_PORTS} ports, not {}", configs.len());
+    }
+    let ageing = Some(Duration::from_secs(cli.mac_ageing.into()));
+    Ok(switch::Switch::new(FdbConfig { ageing }, &configs, reactors))
 }
 
 fn wanted(cli: &Cli) -> Result<Vec<Wanted>> {
@@ -135,14 +172,23 @@ fn wanted(cli: &Cli) -> Result<Vec<Wanted>> {
         (None, None) => None,
     };
     let mut all: Vec<_> = first
-        .map(|place| Wanted { name: place.key(), place, card: card(cli.mac, cli.mtu), wait: false })
+        .map(|place| Wanted {
+            name: place.key(),
+            place,
+            card: card(cli.mac, cli.mtu),
+            wait: false,
+            rules: PortConfig::default(),
+        })
         .into_iter()
         .collect();
     all.extend(cli.port.iter().map(|p| {
         let place = Place::Path(p.socket_path.clone());
         let name = p.name.clone().unwrap_or_else(|| place.key());
-        Wanted { name, place, card: card(p.mac, p.mtu.or(cli.mtu)), wait: p.wait }
+        Wanted { name, place, card: card(p.mac, p.mtu.or(cli.mtu)), wait: p.wait, rules: p.rules.clone() }
     }));
+    if let Some(w) = all.iter().find(|w| w.rules.has_rules() && !cli.switch) {
+        bail!("port {}: rules for its packets need --switch", w.name);
+    }
     if all.is_empty() {
         bail!("nothing to serve; give --socket-path or --port (see --help)");
     }

@@ -13,8 +13,8 @@ use crate::stats::{DROPS, PairStats};
 /// Column heads.
 const HEAD: &str = "pair      rx-packets           rx-bytes      tx-packets           tx-bytes   rx-drops   tx-drops   tx-waits    kicks  signals";
 
-/// The report of one port with its queues' counters.
-pub fn report(port: &Port, queues: &[Arc<QueueStats>]) -> String {
+/// The report of one port with its queues' counters and those of the switch that it is a port of.
+pub fn report(port: &Port, queues: &[Arc<QueueStats>], switched: &[(&str, u64)]) -> String {
     let mut out = format!("port {} {} pairs\n{HEAD}\n", port.name, port.pairs.len());
     for (i, pair) in port.pairs.iter().enumerate() {
         line(&mut out, &i.to_string(), std::slice::from_ref(pair), &queues[2 * i..2 * i + 2]);
@@ -27,6 +27,9 @@ pub fn report(port: &Port, queues: &[Arc<QueueStats>]) -> String {
             // Writing to a String does not fail.
             let _ = writeln!(out, "drops {name} rx {rx} tx {tx}");
         }
+    }
+    for (name, n) in switched.iter().filter(|(_, n)| *n > 0) {
+        let _ = writeln!(out, "switch {name} {n}");
     }
     out
 }

@@ -1,7 +1,9 @@
 //! A hub's station on one reactor: takes packets from the transmit queues there and copies each into a receive queue.
 
 use std::sync::Arc;
+use std::time::Duration;
 
+use poll_engine::engine::queue::Request;
 use poll_engine::engine::reactor::{Io, QueueId};
 use poll_engine::engine::station::{Queues, Station};
 use poll_engine::stats::ErrorKind;
@@ -10,11 +12,15 @@ use crate::features::MRG_RXBUF;
 use crate::header::header_len;
 use crate::hub::{Change, Hub, Plan};
 use crate::rx::{Form, InChain, Refused, Spread, deliver};
-use crate::stats::Drop;
+use crate::stats::{Drop, PairStats};
+use crate::switch::{self, Frame, PortId, Verdict};
 use crate::tx::{Head, MIN_PACKET};
 
 /// Rounds between two looks at a receive queue that has no buffers: about a microsecond.
 const PAUSE: u32 = 32;
+/// How long a reactor sleeps at least and at most while a rate limit holds a sender back.
+const SHORTEST_SLEEP: Duration = Duration::from_micros(50);
+const LONGEST_SLEEP: Duration = Duration::from_millis(100);
 
 /// A transmit queue on this reactor.
 #[derive(Debug)]
@@ -28,6 +34,8 @@ struct Source {
     /// looking takes the line from the driver that is about to write there.
     waits_for: Option<QueueId>,
     pause: u32,
+    /// When its rate limit lets it send again, of the hub's clock.
+    waits_until: Option<u64>,
     /// Where its packet before went.
     last: Option<QueueId>,
 }
@@ -47,7 +55,10 @@ pub struct Shard {
     sources: Vec<Source>,
     /// By port.
     targets: Vec<Vec<Target>>,
+    switching: Option<switch::Shard>,
     head: Head,
+    /// The head for one of many receivers.
+    flooded: Head,
     spread: Spread,
 }
 
@@ -55,7 +66,9 @@ impl Shard {
     /// The one of `hub` on this reactor.
     pub fn new(hub: Arc<Hub>, reactor: usize) -> Shard {
         let targets = hub.ports.iter().map(|_| Vec::new()).collect();
-        Shard { hub, reactor, sources: Vec::new(), targets, head: Head::new(), spread: Spread::new() }
+        let switching = hub.switch.as_ref().map(|switch| switch.shard(reactor));
+        let (head, flooded, spread) = (Head::new(), Head::new(), Spread::new());
+        Shard { hub, reactor, sources: Vec::new(), targets, switching, head, flooded, spread }
     }
 
     #[cold]
@@ -71,6 +84,7 @@ impl Shard {
                             pair,
                             header,
                             waits_for: None,
+                            waits_until: None,
                             pause: 0,
                             last: None,
                         });
@@ -95,7 +109,7 @@ impl Shard {
     /// Moves what a transmit queue has, at most a round's worth; how many packets.
     #[inline]
     fn drain(&mut self, at: usize, queues: &mut Queues<'_>) -> usize {
-        let Shard { hub, sources, targets, head, spread, .. } = self;
+        let Shard { hub, sources, targets, switching, head, flooded, spread, .. } = self;
         let source = &mut sources[at];
         if let Some(target) = source.waits_for {
             if source.pause > 0 {
@@ -109,83 +123,59 @@ impl Shard {
             source.waits_for = None;
         }
         let Some(tx) = queues.get(source.id) else { return 0 };
+        source.waits_until = None;
         let ready = tx.ready();
         if ready == 0 {
             return 0;
         }
+        let now = if switching.is_some() { hub.now() } else { 0 };
         // Most often all go where the last one went.
         if let Some(rx) = source.last.and_then(|last| queues.get(last)) {
             rx.ready_for(ready);
         }
         let own = &hub.ports[source.port].pairs[source.pair];
-        let mut moved = 0;
-        for _ in 0..ready {
-            let Some(tx) = queues.get(source.id) else { break };
-            let Some(request) = tx.take() else { break };
+        let mut way = Way { hub, targets, queues, spread, own };
+        for moved in 0..usize::from(ready) {
+            let from = PortId(source.port as u16);
+            if let Some(switch) = switching.as_ref().filter(|s| !s.may_send(from, now)) {
+                source.waits_until = Some(switch.may_send_at(from));
+                return moved;
+            }
+            let Some(tx) = way.queues.get(source.id) else { return moved };
+            let Some(request) = tx.take() else { return moved };
             if let Err(bad) = head.peek(&tx.chain(), source.header) {
                 own.drop_tx(Drop::Malformed);
                 tx.count_error(ErrorKind::Malformed, &bad);
                 tx.complete(request, 0);
-                moved += 1;
                 continue;
             }
-            let port = match hub.plan {
+            let bytes = u64::from(head.packet_len());
+            let given = match hub.plan {
                 Plan::Echo => {
                     swap_addresses(head.packet_mut());
-                    source.port
+                    way.give(source, source.port, head, Some(request))
                 }
-                Plan::Wire => 1 - source.port,
-                Plan::Discard | Plan::Generate(_) => {
-                    own.tx_packets.add(1);
-                    own.tx_bytes.add(head.packet_len().into());
-                    tx.complete(request, 0);
-                    moved += 1;
-                    continue;
-                }
+                Plan::Wire => way.give(source, 1 - source.port, head, Some(request)),
+                Plan::Discard | Plan::Generate(_) => way.finish(source, request),
+                Plan::Switch => match switching {
+                    Some(switch) => way.forward(source, request, switch, now, head, flooded),
+                    None => way.finish(source, request),
+                },
             };
-            let bytes = u64::from(head.packet_len());
-            let here = &targets[port];
-            let target = here.get(source.pair).or(here.get(source.pair % here.len().max(1)));
-            let pair = target.and_then(|t| Some((t, queues.pair(source.id, t.id)?)));
-            let Some((target, (tx, rx))) = pair else {
-                own.drop_tx(Drop::LinkDown);
-                let Some(tx) = queues.get(source.id) else {
-                    unreachable!("a queue that has just given a chain is there");
-                };
-                tx.complete(request, 0);
-                moved += 1;
-                continue;
-            };
-            source.last = Some(target.id);
-            let rest = InChain::new(head.rest(&tx.chain(), source.header));
-            match deliver(rx, target.form, head, rest, spread) {
-                Ok(()) => {
-                    let theirs = &hub.ports[port].pairs[target.pair];
-                    theirs.rx_packets.add(1);
-                    theirs.rx_bytes.add(bytes);
-                }
-                Err(Refused::NoBuffers) if hub.ports[port].waits => {
-                    source.waits_for = Some(target.id);
+            match given {
+                Given::To(target) => source.last = Some(target),
+                Given::Nowhere => {}
+                Given::Waits(target) => {
+                    (source.waits_for, source.last) = (Some(target), Some(target));
                     source.pause = PAUSE;
                     own.tx_waits.add(1);
-                    tx.untake(request);
                     return moved;
-                }
-                Err(refused) => {
-                    let why = match refused {
-                        Refused::NoBuffers => Drop::NoBuffers,
-                        Refused::TooLong => Drop::TooLong,
-                        Refused::Broken => Drop::LinkDown,
-                    };
-                    hub.ports[port].pairs[target.pair].drop_rx(why);
                 }
             }
             own.tx_packets.add(1);
             own.tx_bytes.add(bytes);
-            tx.complete(request, 0);
-            moved += 1;
         }
-        moved
+        ready.into()
     }
 
     /// Fills the receive queues with packets from nowhere.
@@ -209,6 +199,116 @@ impl Shard {
             }
         }
         made
+    }
+}
+
+/// What became of a packet, and of the chain that it is in.
+enum Given {
+    /// It went here, and the chain is done with.
+    To(QueueId),
+    /// It went nowhere, or to many, and the chain is done with.
+    Nowhere,
+    /// This queue has no room for it yet, and it is to wait: the chain is where it was.
+    Waits(QueueId),
+}
+
+/// From a transmit queue to others.
+struct Way<'a, 'q> {
+    hub: &'a Hub,
+    targets: &'a [Vec<Target>],
+    queues: &'a mut Queues<'q>,
+    spread: &'a mut Spread,
+    own: &'a PairStats,
+}
+
+impl Way<'_, '_> {
+    /// Where a switch says.
+    #[inline]
+    fn forward(
+        &mut self,
+        source: &Source,
+        request: Request,
+        switch: &mut switch::Shard,
+        now: u64,
+        head: &mut Head,
+        flooded: &mut Head,
+    ) -> Given {
+        let frame = Frame::whole(head.packet(), head.packet_len());
+        match switch.decide(PortId(source.port as u16), &frame, now) {
+            Verdict::Drop(_) => self.finish(source, request),
+            Verdict::One(to, action) => {
+                head.retag(action);
+                self.give(source, to.0.into(), head, Some(request))
+            }
+            Verdict::Flood(flood) => {
+                for (to, action) in switch.egress(flood, now) {
+                    flooded.clone_from(head);
+                    flooded.retag(action);
+                    if let Given::Waits(target) = self.give(source, to.0.into(), flooded, None) {
+                        // It would be late for the others.
+                        self.refuse(to.0.into(), target, Drop::NoBuffers);
+                    }
+                }
+                self.finish(source, request)
+            }
+        }
+    }
+
+    /// To a port: into its queue of the same pair, if there are as many. Does with the chain what is to be done, if that is
+    /// told.
+    #[inline]
+    fn give(&mut self, source: &Source, port: usize, head: &mut Head, request: Option<Request>) -> Given {
+        let here = &self.targets[port];
+        let target = here.get(source.pair).or(here.get(source.pair % here.len().max(1)));
+        let pair = target.and_then(|t| Some((t, self.queues.pair(source.id, t.id)?)));
+        let Some((target, (tx, rx))) = pair else {
+            self.own.drop_tx(Drop::LinkDown);
+            return request.map_or(Given::Nowhere, |request| self.finish(source, request));
+        };
+        let (bytes, rest) = (head.packet_len().into(), InChain::new(head.rest(&tx.chain())));
+        let theirs = &self.hub.ports[port].pairs[target.pair];
+        let given = match deliver(rx, target.form, head, rest, self.spread) {
+            Ok(()) => {
+                theirs.rx_packets.add(1);
+                theirs.rx_bytes.add(bytes);
+                Given::To(target.id)
+            }
+            Err(Refused::NoBuffers) if self.hub.ports[port].waits => {
+                if let Some(request) = request {
+                    tx.untake(request);
+                }
+                return Given::Waits(target.id);
+            }
+            Err(refused) => {
+                theirs.drop_rx(match refused {
+                    Refused::NoBuffers => Drop::NoBuffers,
+                    Refused::TooLong => Drop::TooLong,
+                    Refused::Broken => Drop::LinkDown,
+                });
+                Given::Nowhere
+            }
+        };
+        if let Some(request) = request {
+            tx.complete(request, 0);
+        }
+        given
+    }
+
+    #[cold]
+    fn refuse(&self, port: usize, target: QueueId, why: Drop) {
+        if let Some(target) = self.targets[port].iter().find(|t| t.id == target) {
+            self.hub.ports[port].pairs[target.pair].drop_rx(why);
+        }
+    }
+
+    /// Gives the chain back to the sender.
+    #[inline]
+    fn finish(&mut self, source: &Source, request: Request) -> Given {
+        let Some(tx) = self.queues.finishing(source.id) else {
+            unreachable!("a queue that has just given a chain is there");
+        };
+        tx.complete(request, 0);
+        Given::Nowhere
     }
 }
 
@@ -237,12 +337,18 @@ impl Station for Shard {
     }
 
     fn prepare_sleep(&mut self, queues: &mut Queues<'_>, _: &mut Io<'_>) -> bool {
-        for source in &self.sources {
+        for source in self.sources.iter().filter(|s| s.waits_until.is_none()) {
             queues.wake_on(source.waits_for.unwrap_or(source.id));
         }
         if matches!(self.hub.plan, Plan::Generate(_)) {
             self.targets.iter().flatten().for_each(|t| queues.wake_on(t.id));
         }
         false
+    }
+
+    fn longest_sleep(&self) -> Option<Duration> {
+        let until = self.sources.iter().filter_map(|s| s.waits_until).min()?;
+        // No longer than what a driver may be without service that makes its ring anew.
+        Some(Duration::from_nanos(until.saturating_sub(self.hub.now())).clamp(SHORTEST_SLEEP, LONGEST_SLEEP))
     }
 }

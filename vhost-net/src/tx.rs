@@ -4,6 +4,8 @@
 use poll_engine::ring::chain::{ChainView, Slices};
 
 use crate::header::{HEADER, HEADER_WITH_HASH, VnetHdr};
+use crate::switch::ethernet::TAG;
+use crate::switch::vlan::{TPID, TagAction};
 
 /// Bytes of a packet that are looked at: two VLAN tags, IPv6 with options, TCP with options.
 pub const PEEK: usize = 128;
@@ -22,21 +24,23 @@ pub enum BadPacket {
 }
 
 /// The copied head of a packet, with its header before it as the rings want it.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Head {
-    bytes: [u8; HEADER_WITH_HASH + PEEK],
+    bytes: [u8; HEADER_WITH_HASH + PEEK + TAG],
     /// Bytes of the header.
     header: usize,
     /// Bytes of header and packet that were copied.
     copied: usize,
     /// Bytes of header and packet.
     len: u32,
+    /// Bytes of the sender's chain that were copied.
+    read: u32,
 }
 
 impl Head {
     /// Room for a head.
     pub fn new() -> Head {
-        Head { bytes: [0; HEADER_WITH_HASH + PEEK], header: HEADER, copied: 0, len: 0 }
+        Head { bytes: [0; HEADER_WITH_HASH + PEEK + TAG], header: HEADER, copied: 0, len: 0, read: 0 }
     }
 
     /// Copies the head of the packet in `chain`, whose header has this many bytes.
@@ -52,13 +56,13 @@ impl Head {
         }
         let room = &mut self.bytes[..header + PEEK];
         self.copied = chain.readable(0, u32::MAX).read(room);
-        (self.header, self.len) = (header, len);
+        (self.header, self.len, self.read) = (header, len, self.copied as u32);
         Ok(())
     }
 
     /// Makes a packet of this many bytes up: to everybody, from nobody.
     pub fn make_up(&mut self, len: u32) {
-        self.bytes = [0; HEADER_WITH_HASH + PEEK];
+        self.bytes = [0; HEADER_WITH_HASH + PEEK + TAG];
         self.bytes[HEADER..HEADER + 6].fill(0xff);
         self.bytes[HEADER + 6] = 2;
         // IEEE 802 local experimental.
@@ -129,8 +133,41 @@ impl Head {
 
     /// What is behind the copied bytes, in the chain that they are from.
     #[inline]
-    pub fn rest<'a>(&self, chain: &ChainView<'a>, header: usize) -> Slices<'a> {
-        chain.readable((self.copied - self.header + header) as u32, u32::MAX)
+    pub fn rest<'a>(&self, chain: &ChainView<'a>) -> Slices<'a> {
+        chain.readable(self.read, u32::MAX)
+    }
+
+    /// Gives it a VLAN tag, takes the outer one away, or changes that. What the header says of places in the packet moves
+    /// with them.
+    #[inline]
+    pub fn retag(&mut self, action: TagAction) {
+        let at = self.header + 12;
+        match action {
+            TagAction::Keep => {}
+            TagAction::Set(tci) => self.bytes[at + 2..at + TAG].copy_from_slice(&tci.to_be_bytes()),
+            TagAction::Push(tci) => {
+                self.bytes.copy_within(at..self.copied, at + TAG);
+                self.bytes[at..at + 2].copy_from_slice(&TPID.to_be_bytes());
+                self.bytes[at + 2..at + TAG].copy_from_slice(&tci.to_be_bytes());
+                self.copied += TAG;
+                self.len += TAG as u32;
+                self.move_offsets(|offset| offset.saturating_add(TAG as u16));
+            }
+            TagAction::Pop => {
+                self.bytes.copy_within(at + TAG..self.copied, at);
+                self.copied -= TAG;
+                self.len -= TAG as u32;
+                self.move_offsets(|offset| offset.saturating_sub(TAG as u16));
+            }
+        }
+    }
+
+    fn move_offsets(&mut self, to: impl Fn(u16) -> u16) {
+        if !self.is_plain() {
+            let vnet = self.vnet();
+            let (hdr_len, csum_start) = (to(vnet.hdr_len), to(vnet.csum_start));
+            self.bytes[..HEADER].copy_from_slice(&VnetHdr { hdr_len, csum_start, ..vnet }.to_bytes());
+        }
     }
 
     /// Whether all of the packet was copied.

@@ -1,6 +1,8 @@
 //! Stations: what moves chains between queues, as a switch does. A station lives on one reactor and may use every queue
 //! there; the handlers of queues that are a station's have nothing to do but to tell it of them.
 
+use std::time::Duration;
+
 use crate::sync::{Arc, AtomicBool, Bell, Ordering, fence};
 
 use super::queue::Queue;
@@ -22,6 +24,12 @@ pub trait Station: Send {
     /// if there is work to be done instead.
     fn prepare_sleep(&mut self, _queues: &mut Queues<'_>, _io: &mut Io<'_>) -> bool {
         false
+    }
+
+    /// How long the reactor may sleep if nothing wakes it: asked after [`prepare_sleep`](Self::prepare_sleep). `None`: for
+    /// ever.
+    fn longest_sleep(&self) -> Option<Duration> {
+        None
     }
 
     /// It is to leave: begins nothing more and cancels what is under way.

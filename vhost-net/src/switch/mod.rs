@@ -17,6 +17,7 @@ pub mod ethernet;
 pub mod fdb;
 pub mod guard;
 pub mod limit;
+pub mod options;
 pub mod vlan;
 
 use std::sync::Arc;
@@ -50,6 +51,8 @@ pub struct PortConfig {
     pub vlan: Vlan,
     /// What it may send from.
     pub guard: GuardConfig,
+    /// It may send from its card's own address only.
+    pub is_guarded: bool,
     /// What may come from it.
     pub ingress: Rate,
     /// What may go to it.
@@ -72,17 +75,29 @@ impl PortConfig {
 
     /// A port that everything may pass.
     pub fn new(name: impl Into<String>) -> PortConfig {
+        PortConfig { name: name.into(), ..PortConfig::default() }
+    }
+
+    /// The VLAN of frames without a tag.
+    fn untagged(&self) -> Option<u16> {
+        self.vlan.admit(None).ok()
+    }
+}
+
+impl Default for PortConfig {
+    fn default() -> PortConfig {
         PortConfig {
-            name: name.into(),
+            name: String::new(),
             vlan: Vlan::default(),
             guard: GuardConfig::default(),
+            is_guarded: false,
             ingress: Rate::default(),
             egress: Rate::default(),
             storm: StormRates::default(),
             is_isolated: false,
             floods_unknown: true,
             mtu: 65535,
-            max_addresses: Self::MAX_ADDRESSES,
+            max_addresses: PortConfig::MAX_ADDRESSES,
         }
     }
 }
@@ -156,7 +171,7 @@ pub struct Switch {
 }
 
 impl Switch {
-    /// A switch with these ports, all down, for so many reactors.
+    /// A switch with these ports, all down, for so many reactors. The addresses that a guard lists are their port's for good.
     ///
     /// # Panics
     /// With more ports than [`fdb::MAX_PORTS`].
@@ -174,11 +189,20 @@ impl Switch {
             name: config.name.clone(),
         };
         let counters = || ports.iter().map(|_| PortCounters::default()).collect();
-        Switch {
+        let switch = Switch {
             fdb: Fdb::new(fdb, ports.iter().map(|p| p.max_addresses)),
             ports: ports.iter().map(port).collect(),
             counters: std::iter::repeat_with(counters).take(shards).collect(),
+        };
+        for (config, id) in ports.iter().zip((0..).map(PortId)) {
+            let pairs = config
+                .untagged()
+                .into_iter()
+                .flat_map(|vid| config.guard.macs.iter().map(move |mac| (vid, *mac)));
+            // Without room for it, it is learnt as others are.
+            pairs.for_each(|(vid, mac)| _ = switch.pin(id, vid, mac));
         }
+        switch
     }
 
     /// The decisions of reactor number `shard`: one at a time may be in use.

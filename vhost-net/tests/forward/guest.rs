@@ -1,0 +1,313 @@
+//! A switch with sockets, and guests behind them: each with memory of its own, filled with a secret of its own.
+
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::Arc;
+
+use nix::sys::eventfd::EventFd;
+use poll_engine::engine::pacing::Pacing;
+use poll_engine::engine::placement::{CpuList, usable_cpus};
+use poll_engine::engine::{Engine, EngineConfig, RunningStation};
+use poll_engine::memory::{MemoryMap, Ram};
+use poll_engine::ring::RingConfig;
+use poll_engine::ring::driver::{Buffer, DriverRing};
+use poll_engine::session::listen::Listener;
+use poll_engine::session::serve::Export;
+use poll_engine::session::server::Server;
+use vhost_net::device::{Card, NetDevice};
+use vhost_net::features::MRG_RXBUF;
+use vhost_net::hub::{Hub, Port};
+use vhost_net::shard::Shard;
+use vhost_net::switch::fdb::FdbConfig;
+use vhost_net::switch::{PortConfig, PortId, Switch};
+
+use crate::peer::{FEATURES, Peer, eventfd, longs, until, words};
+
+const RING: u16 = 64;
+/// Bytes of a buffer.
+const BUFFER: u32 = 2048;
+const HEADER: usize = 12;
+const MEMORY: u64 = 1 << 19;
+
+/// A switch that serves.
+pub struct Back {
+    pub hub: Arc<Hub>,
+    pub switch: Arc<Switch>,
+    servers: Vec<Server>,
+    stations: Vec<RunningStation>,
+    engine: Arc<Engine>,
+    dir: tempfile::TempDir,
+}
+
+impl Back {
+    /// With a port for each text, which says what it is.
+    pub fn start(ports: &[&str], pairs: u16, reactors: usize) -> Back {
+        // More reactors than CPUs are slow, but right.
+        let cpus = usable_cpus().unwrap();
+        let cpus = CpuList((0..reactors).map(|i| cpus[i % cpus.len()]).collect());
+        let config = EngineConfig { cpus, pacing: Pacing::Event, ..EngineConfig::default() };
+        let engine = Arc::new(Engine::start(&config).unwrap());
+        let configs: Vec<_> = (0..).zip(ports).map(|(at, text)| port_config(at, text)).collect();
+        let switch = Arc::new(Switch::new(FdbConfig::default(), &configs, reactors));
+        let made = ports.iter().zip(&configs);
+        let made = made.map(|(text, c)| Arc::new(Port::new(c.name.clone(), pairs, text.contains("wait"))));
+        let hub = Arc::new(Hub::switched(Arc::clone(&switch), made.collect(), reactors));
+        let stations = (0..reactors)
+            .map(|at| engine.add_station(at, Box::new(Shard::new(Arc::clone(&hub), at))).unwrap());
+        let stations = stations.collect();
+        let dir = tempfile::tempdir().unwrap();
+        let servers = (0..ports.len()).map(|at| {
+            let card = Card { mac: Some(mac(at).0), mtu: None, pairs, ring_size: 256 };
+            let device = Arc::new(NetDevice::new(card, Arc::clone(&hub), at, 0));
+            let stats = std::iter::repeat_with(Arc::default).take(2 * usize::from(pairs)).collect();
+            let export = Export { name: format!("port{at}"), device, stats, engine: Arc::clone(&engine) };
+            Server::start(export, Listener::bind(&socket(dir.path(), at)).unwrap(), || {}).unwrap()
+        });
+        let servers = servers.collect();
+        Back { hub, switch, servers, stations, engine, dir }
+    }
+
+    /// The guest at a port, with all its buffers made available.
+    pub fn guest(&self, at: usize, pairs: u16) -> Guest {
+        let mut guest = self.idle_guest(at, pairs);
+        for rx in &mut guest.rx {
+            (0..RING).for_each(|_| rx.offer(&guest.map));
+        }
+        guest
+    }
+
+    /// The guest at a port, which receives nothing yet.
+    pub fn idle_guest(&self, at: usize, pairs: u16) -> Guest {
+        let guest = Guest::connect(&socket(self.dir.path(), at), at, pairs);
+        until("the link", || self.switch.is_up(PortId(at as u16)));
+        guest
+    }
+
+    /// Frames of a port that were dropped, by any name with this in it.
+    pub fn drops(&self, port: usize, name: &str) -> u64 {
+        let all = self.switch.counters(PortId(port as u16));
+        all.iter().filter(|(n, _)| n.contains(name)).map(|(_, n)| n).sum()
+    }
+}
+
+impl Drop for Back {
+    fn drop(&mut self) {
+        self.servers.clear();
+        self.stations.clear();
+        let _ = &self.engine;
+    }
+}
+
+fn socket(dir: &Path, at: usize) -> std::path::PathBuf {
+    dir.join(format!("port{at}"))
+}
+
+pub fn mac(at: usize) -> vhost_net::mac::MacAddr {
+    vhost_net::mac::MacAddr([0x52, 0x54, 0, 0, 0, at as u8 + 1])
+}
+
+fn port_config(at: usize, text: &str) -> PortConfig {
+    let mut config = PortConfig::new(format!("port{at}"));
+    for pair in text.split(',').filter(|pair| !pair.is_empty() && *pair != "wait") {
+        let (key, value) = pair.split_once('=').unwrap();
+        assert!(config.set(key, value).unwrap(), "{pair}");
+    }
+    if config.is_guarded {
+        config.guard.macs = vec![mac(at)];
+    }
+    config
+}
+
+/// A receive or a transmit queue.
+pub struct Ring {
+    config: RingConfig,
+    driver: DriverRing,
+    kick: EventFd,
+    call: EventFd,
+    /// Buffers, by the descriptor that they have.
+    buffers: Vec<u64>,
+    free: Vec<u64>,
+    heads: Vec<Option<u64>>,
+}
+
+impl Ring {
+    fn new(ram: &mut Ram, features: u64) -> Ring {
+        let begin = ram.alloc(0, 4096).unwrap();
+        let config = DriverRing::lay_out(ram, RING, features).unwrap();
+        let end = ram.alloc(0, 1).unwrap();
+        // A ring begins as zeros.
+        fill(ram.map(), begin, (end - begin) as usize, [0; 8]);
+        let buffers: Vec<u64> = (0..RING).map(|_| ram.alloc(u64::from(BUFFER), 64).unwrap()).collect();
+        let driver = DriverRing::new(&config, ram.map()).unwrap();
+        let heads = vec![None; usize::from(RING)];
+        Ring { config, driver, kick: eventfd(), call: eventfd(), free: buffers.clone(), buffers, heads }
+    }
+
+    fn set_up(&self, peer: &mut Peer, index: u32) {
+        peer.set_ring(index, &self.config, 0);
+        assert!(peer.ack(13, &longs(&[index.into()]), &[self.call.as_raw_fd()]));
+        assert!(peer.ack(12, &longs(&[index.into()]), &[self.kick.as_raw_fd()]));
+        assert!(peer.ack(18, &words(&[index, 1]), &[]));
+    }
+
+    fn publish(&mut self) {
+        if self.driver.publish() {
+            self.kick.write(1).unwrap();
+        }
+    }
+
+    /// Makes a receive buffer available.
+    pub fn offer(&mut self, _: &MemoryMap) {
+        let addr = self.free.pop().unwrap();
+        let head = self.driver.add(&[Buffer { addr, len: BUFFER, writable: true }]).unwrap();
+        self.heads[usize::from(head)] = Some(addr);
+        self.publish();
+    }
+
+    /// The next finished buffer, and how much was written to it.
+    fn collect(&mut self) -> Option<(u64, u32)> {
+        if self.driver.finished() == 0 {
+            return None;
+        }
+        let (head, len) = self.driver.collect()?;
+        Some((self.heads[usize::from(head)].take().expect("a buffer that was offered"), len))
+    }
+}
+
+/// A guest with one network card.
+pub struct Guest {
+    pub at: usize,
+    /// The session goes on for as long as it is kept.
+    _peer: Peer,
+    pub map: Arc<MemoryMap>,
+    pub rx: Vec<Ring>,
+    pub tx: Vec<Ring>,
+    ram: Ram,
+    /// What it has received.
+    pub got: Vec<Vec<u8>>,
+}
+
+impl Guest {
+    fn connect(path: &Path, at: usize, pairs: u16) -> Guest {
+        let features = FEATURES | MRG_RXBUF;
+        let mut ram = Ram::new((at as u64 + 1) << 32, MEMORY * u64::from(pairs), false).unwrap();
+        let all = ram.spec();
+        fill(ram.map(), all.guest_addr, all.size as usize, secret(at));
+        let mut peer = Peer::new(UnixStream::connect(path).unwrap());
+        peer.send(3, false, &[], &[]);
+        peer.send(2, false, &longs(&[features]), &[]);
+        let protocol = 1 | 1 << 3 | 1 << 9;
+        assert_eq!(peer.ask_number(15) & protocol, protocol);
+        peer.send(16, false, &longs(&[protocol]), &[]);
+        let mut rings: Vec<Ring> = (0..2 * pairs).map(|_| Ring::new(&mut ram, features)).collect();
+        assert!(peer.mem_table(&[(ram.spec(), ram.fd().as_fd().as_raw_fd())]));
+        (0..).zip(&rings).for_each(|(index, ring)| ring.set_up(&mut peer, index));
+        let (mut rx, mut tx) = (vec![], vec![]);
+        while !rings.is_empty() {
+            rx.push(rings.remove(0));
+            tx.push(rings.remove(0));
+        }
+        let map = Arc::clone(ram.map());
+        Guest { at, _peer: peer, map, rx, tx, ram, got: vec![] }
+    }
+
+    /// Sends a frame behind a header without anything.
+    pub fn send(&mut self, pair: usize, frame: &[u8]) {
+        let bytes = [&[0; HEADER][..], frame].concat();
+        self.send_raw(pair, &bytes);
+    }
+
+    /// Sends any bytes, in chunks of buffers.
+    pub fn send_raw(&mut self, pair: usize, bytes: &[u8]) {
+        let tx = &mut self.tx[pair];
+        until("a transmit buffer", || {
+            while let Some((addr, _)) = tx.collect() {
+                tx.free.push(addr);
+            }
+            !tx.free.is_empty()
+        });
+        let addr = tx.free.pop().unwrap();
+        self.map.slice(addr, BUFFER).unwrap().write(bytes);
+        let buffers = [Buffer { addr, len: bytes.len() as u32, writable: false }];
+        let head = tx.driver.add(&buffers).unwrap();
+        tx.heads[usize::from(head)] = Some(addr);
+        tx.publish();
+    }
+
+    /// Whether all that was sent has been taken.
+    pub fn all_sent(&mut self) -> bool {
+        self.tx.iter_mut().all(|tx| {
+            while let Some((addr, _)) = tx.collect() {
+                tx.free.push(addr);
+            }
+            tx.free.len() == tx.buffers.len()
+        })
+    }
+
+    /// Takes what has come, and gives the buffers back.
+    pub fn receive(&mut self) {
+        for at in 0..self.rx.len() {
+            while let Some((addr, len)) = self.rx[at].collect() {
+                let mut bytes = vec![0; len as usize];
+                self.map.slice(addr, len).unwrap().read(&mut bytes);
+                assert_eq!(bytes[..10], [0; 10], "a plain header");
+                assert_eq!(bytes[10..HEADER], [1, 0], "in one buffer");
+                self.got.push(bytes.split_off(HEADER));
+                // What is behind the frame is as it was.
+                let mut behind = vec![0; (BUFFER - len) as usize];
+                self.map.slice(addr + u64::from(len), BUFFER - len).unwrap().read(&mut behind);
+                self.check_secret(addr + u64::from(len), &behind);
+                fill(&self.map, addr, BUFFER as usize, secret(self.at));
+                self.rx[at].free.push(addr);
+                let map = Arc::clone(&self.map);
+                self.rx[at].offer(&map);
+            }
+        }
+    }
+
+    fn check_secret(&self, addr: u64, bytes: &[u8]) {
+        let own = secret(self.at);
+        let first = (addr - self.ram.spec().guest_addr) as usize;
+        let changed = (first..).zip(bytes).position(|(i, b)| *b != own[i % 8]);
+        assert_eq!(changed, None, "memory of guest {} at {addr:#x}", self.at);
+    }
+
+    /// Waits until so many frames have come, and a little longer for more; all of them.
+    pub fn await_frames(&mut self, count: usize) -> Vec<Vec<u8>> {
+        let what = format!("{count} frames for guest {}", self.at);
+        until(&what, || {
+            self.receive();
+            self.got.len() >= count
+        });
+        std::mem::take(&mut self.got)
+    }
+
+    /// Everything in its memory that is neither ring nor buffer is as it was, and nothing anywhere is of another guest's.
+    pub fn check_memory(&self, guests: usize) {
+        let spec = self.ram.spec();
+        let mut all = vec![0; spec.size as usize];
+        self.map.slice(spec.guest_addr, spec.size as u32).unwrap().read(&mut all);
+        for other in (0..guests).filter(|&other| other != self.at) {
+            let theirs = secret(other);
+            let mut places = (0..all.len()).filter(|&i| all[i] == theirs[0]);
+            let found = places.find(|&i| all[i..].starts_with(&theirs));
+            assert_eq!(found, None, "guest {} has what is guest {other}'s", self.at);
+        }
+        let rings = self.rx.iter().chain(&self.tx);
+        let buffers = rings.flat_map(|r| r.buffers.iter());
+        let end = buffers.max().unwrap() + u64::from(BUFFER);
+        self.check_secret(end, &all[(end - spec.guest_addr) as usize..]);
+    }
+}
+
+/// Eight bytes that nobody else has; as they repeat, none of them is at the beginning of another's.
+fn secret(at: usize) -> [u8; 8] {
+    std::array::from_fn(|i| 0x80 | (at as u8) << 3 | i as u8)
+}
+
+/// Fills memory with a pattern that goes on from the beginning of the memory.
+fn fill(map: &MemoryMap, addr: u64, len: usize, pattern: [u8; 8]) {
+    let bytes: Vec<u8> = (0..len).map(|i| pattern[(addr as usize + i) % 8]).collect();
+    map.slice(addr, len as u32).unwrap().write(&bytes);
+}
