@@ -8,11 +8,12 @@ use anyhow::{Context, Result, anyhow, bail};
 use poll_engine::device::features;
 use poll_engine::engine::placement::{pin_to, usable_cpus};
 use poll_engine::memory::{MemoryMap, Ram};
-use poll_engine::ring::RingConfig;
 use poll_engine::ring::driver::DriverRing;
 use poll_engine::ring::layout::{
-    DESC_F_INDIRECT, DESC_F_NEXT, Desc, SplitLayout, USED_F_NO_NOTIFY, indirect_pair,
+    DESC_F_INDIRECT, DESC_F_NEXT, Desc, PackedLayout, SplitLayout, USED_F_NO_NOTIFY, indirect_pair,
 };
+use poll_engine::ring::{RingConfig, RingFormat};
+use vring::packed::{Event, Position, Rest};
 
 use crate::control::{Control, Order};
 use crate::front_end::{events, memory, regions};
@@ -36,8 +37,8 @@ pub struct Ceiling {
 pub fn ceiling(what: &Ceiling) -> Result<()> {
     let mut spec = Spec::default();
     what.options.apply(&mut spec).map_err(|e| anyhow!(e))?;
-    if spec.verify || spec.interrupt || spec.packed || spec.in_order || spec.numjobs > 1 {
-        bail!("ceiling answers requests without doing them: no verify, interrupts, packed rings or numjobs");
+    if spec.verify || spec.interrupt || spec.numjobs > 1 {
+        bail!("ceiling answers requests without doing them: no verify, interrupts or numjobs");
     }
     let runtime = *spec.runtime.get_or_insert(Duration::from_secs(1));
     spec.time_based = true;
@@ -64,12 +65,13 @@ pub fn ceiling(what: &Ceiling) -> Result<()> {
 fn measure(spec: &Arc<Spec>, runtime: Duration, own: bool) -> Result<JobResult> {
     let mut ram = memory(spec.memory(), spec.hugepages)?;
     let full = "guest memory is used up; lower iodepth or bs";
-    let config = DriverRing::lay_out(
-        &mut ram,
-        spec.ring_size(),
-        if spec.indirect { features::INDIRECT_DESC } else { 0 },
-    )
-    .context(full)?;
+    let wanted = [
+        (spec.indirect, features::INDIRECT_DESC),
+        (spec.packed, features::RING_PACKED),
+        (spec.in_order, features::IN_ORDER),
+    ];
+    let features = wanted.iter().filter(|w| w.0).fold(0, |all, w| all | w.1);
+    let config = DriverRing::lay_out(&mut ram, spec.ring_size(), features).context(full)?;
     let mut peer = Peer::new(&config, &ram)?;
     let (_, _, region) = regions(std::slice::from_ref(spec), DISK)?.remove(0);
     let job = Job::new(spec, 0, &mut ram, &config, (region, &Ledger::default()), events()?).context(full)?;
@@ -106,46 +108,99 @@ fn measure(spec: &Arc<Spec>, runtime: Duration, own: bool) -> Result<JobResult> 
 
 /// The device's side: answers everything at once and does nothing.
 struct Peer {
-    layout: SplitLayout,
+    ring: PeerRing,
     map: Arc<MemoryMap>,
-    next: u16,
+    in_order: bool,
+}
+
+/// The ring, and what it takes next.
+enum PeerRing {
+    Split(SplitLayout, u16),
+    Packed(PackedLayout, Position),
 }
 
 impl Peer {
     fn new(config: &RingConfig, ram: &Ram) -> Result<Peer> {
-        let layout = SplitLayout::new(config, ram.map())?;
-        layout.set_used_flags(USED_F_NO_NOTIFY);
-        Ok(Peer { layout, map: Arc::clone(ram.map()), next: 0 })
+        let ring = match config.format {
+            RingFormat::Split => {
+                let layout = SplitLayout::new(config, ram.map())?;
+                layout.set_used_flags(USED_F_NO_NOTIFY);
+                PeerRing::Split(layout, 0)
+            }
+            RingFormat::Packed => {
+                let layout = PackedLayout::new(config, ram.map())?;
+                layout.set_device_event(Event::Disable);
+                PeerRing::Packed(layout, Position::START)
+            }
+        };
+        Ok(Peer { ring, map: Arc::clone(ram.map()), in_order: config.in_order })
     }
 
     #[inline]
     fn serve(&mut self) {
-        let published = self.layout.avail_idx();
-        if published == self.next {
-            return;
+        match &mut self.ring {
+            PeerRing::Split(layout, next) => serve_split(layout, next, &self.map, self.in_order),
+            PeerRing::Packed(layout, next) => serve_packed(layout, next, &self.map, self.in_order),
         }
-        while self.next != published {
-            let head = self.layout.avail_ring(self.next);
-            if let Some(status) = self.status(head).and_then(|at| self.map.slice(at, 1)) {
-                status.write_byte(0);
-            }
-            self.layout.set_used_ring(self.next, head, 1);
-            self.next = self.next.wrapping_add(1);
-        }
-        self.layout.set_used_idx(self.next);
     }
+}
 
-    /// Where the status belongs: the last of a chain.
-    fn status(&self, head: u16) -> Option<u64> {
-        let mut desc = self.layout.desc(head);
-        if desc.flags & DESC_F_INDIRECT != 0 {
-            let table = self.map.slice(desc.addr, desc.len)?;
-            return Some(Desc::from_pair(indirect_pair(&table, 2)?).addr);
-        }
+#[inline]
+fn serve_split(layout: &SplitLayout, next: &mut u16, map: &MemoryMap, in_order: bool) {
+    let published = layout.avail_idx();
+    if published == *next {
+        return;
+    }
+    let first = *next;
+    while *next != published {
+        let head = layout.avail_ring(*next);
+        let mut desc = layout.desc(head);
         // Our own chains: they end.
         while desc.flags & DESC_F_NEXT != 0 {
-            desc = self.layout.desc(desc.next);
+            desc = layout.desc(desc.next);
         }
-        Some(desc.addr)
+        answer(map, desc.addr, (desc.flags & DESC_F_INDIRECT != 0).then_some(desc.len));
+        layout.set_used_ring(if in_order { first } else { *next }, head, 1);
+        *next = next.wrapping_add(1);
+    }
+    layout.set_used_idx(published);
+}
+
+#[inline]
+fn serve_packed(layout: &PackedLayout, next: &mut Position, map: &MemoryMap, in_order: bool) {
+    let size = layout.size();
+    let mut first = None;
+    while next.is_available(layout.rest(next.index).flags()) {
+        let at = *next;
+        let mut desc = layout.desc(at.index);
+        *next = at.advance(1, size);
+        while desc.flags & DESC_F_NEXT != 0 {
+            desc = layout.desc(next.index);
+            *next = next.advance(1, size);
+        }
+        answer(map, desc.addr, (desc.flags & DESC_F_INDIRECT != 0).then_some(desc.len));
+        match first {
+            None => first = Some((at, desc.id)),
+            Some((at, _)) if in_order => first = Some((at, desc.id)),
+            Some(_) => layout.set_rest(at.index, Rest::used(at, desc.id, 1)),
+        }
+    }
+    if let Some((at, id)) = first {
+        layout.show(at.index, Rest::used(at, id, 1));
+    }
+}
+
+/// Writes the status of a request whose last descriptor is this: a buffer at `addr`, or a table of `table` bytes there.
+#[inline]
+fn answer(map: &MemoryMap, addr: u64, table: Option<u32>) {
+    let status = match table {
+        None => Some(addr),
+        // Both formats have the address first.
+        Some(len) => {
+            map.slice(addr, len).and_then(|table| Some(Desc::from_pair(indirect_pair(&table, 2)?).addr))
+        }
+    };
+    if let Some(status) = status.and_then(|at| map.slice(at, 1)) {
+        status.write_byte(0);
     }
 }

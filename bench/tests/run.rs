@@ -322,6 +322,10 @@ fn json_has_every_key_that_fios_has() {
 fn the_generator_measures_itself() {
     let outcome = vbench(&["ceiling", "--rw=randrw", "--iodepth=8", "--runtime=200ms"]).good();
     assert_eq!(outcome.out.matches(" ns per request ").count(), 2, "{}", outcome.out);
+    for form in [&["--packed"][..], &["--in-order"], &["--packed", "--in-order", "--indirect"]] {
+        let outcome = vbench(&[&["ceiling", "--iodepth=8", "--runtime=100ms"], form].concat()).good();
+        assert_eq!(outcome.out.matches(" ns per request ").count(), 2, "{form:?}: {}", outcome.out);
+    }
     vbench(&["ceiling", "--verify=crc32c"]).bad(1, "ceiling");
 }
 
