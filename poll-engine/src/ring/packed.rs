@@ -30,9 +30,6 @@ use crate::memory::map::MemoryMap;
 /// How many chains are looked ahead for: as many as a queue takes in a round.
 const LOOK_AHEAD: u16 = 16;
 
-/// Descriptors in a cache line.
-const DESCS_A_LINE: usize = 4;
-
 /// The running device side of a packed ring.
 #[derive(Debug)]
 #[allow(clippy::struct_excessive_bools)] // each of its own meaning
@@ -196,23 +193,28 @@ impl PackedRing {
         }
         let size = self.size();
         let mut at = self.next_avail;
+        let mut flags = self.layout.rest(at.index).flags();
+        if !at.is_available(flags) {
+            return 0;
+        }
         let (mut found, mut descs) = (0, 0);
         for head in &mut self.heads {
-            let mut flags = self.layout.rest(at.index).flags();
-            if !at.is_available(flags) {
-                break;
-            }
             *head = at.index;
             found += 1;
-            descs += 1;
-            at = at.advance(1, size);
             // 2.8.6: a list is available as a whole. One that is too long ends the look; `take` finds it.
-            while flags & DESC_F_NEXT != 0 && descs < size {
-                flags = self.layout.rest(at.index).flags();
+            loop {
+                at = at.next(size);
                 descs += 1;
-                at = at.advance(1, size);
+                if flags & DESC_F_NEXT == 0 || descs >= size {
+                    break;
+                }
+                flags = self.layout.rest(at.index).flags();
             }
             if descs >= size {
+                break;
+            }
+            flags = self.layout.rest(at.index).flags();
+            if !at.is_available(flags) {
                 break;
             }
         }
@@ -226,13 +228,12 @@ impl PackedRing {
         if count < 2 || !self.resubmits.is_empty() {
             return;
         }
-        // Used descriptors will be written over these, once the first of them is complete; the driver waits for that.
-        let size = self.size();
-        for i in (0..self.found_descs).step_by(DESCS_A_LINE) {
-            self.layout.prefetch_write(self.next_used.advance(i.min(size), size).index);
-        }
+        // Used descriptors will be written over these, once the first of them is complete; the driver waits for that. In
+        // order, one stands for all.
+        self.layout.prefetch_write(self.next_used.index, if self.in_order { 1 } else { self.found_descs });
         let from = usize::from(self.found - self.ready);
-        for &head in self.heads.iter().skip(from).take(count.into()) {
+        let heads = self.heads.get(from..usize::from(self.found)).unwrap_or_default();
+        for &head in heads.iter().take(count.into()) {
             // The guest's values are used as hints only; `take` reads and checks them again. To be written: drivers have
             // what a device answers beside what it is asked.
             if let Some(first) = map.slice(self.layout.addr(head), DESC_SIZE) {
@@ -353,7 +354,9 @@ impl PackedRing {
         let size = self.size();
         let mut index = self.next_avail.index;
         let room = size - self.held;
-        for count in 1..=room {
+        let mut count = 0;
+        while count < room {
+            count += 1;
             if desc.flags & DESC_F_INDIRECT != 0 {
                 return Err(RingError::BadIndirect);
             }
@@ -364,7 +367,10 @@ impl PackedRing {
             if desc.flags & DESC_F_NEXT == 0 {
                 return Ok((desc.id, count));
             }
-            index = if index + 1 == size { 0 } else { index + 1 };
+            index += 1;
+            if index == size {
+                index = 0;
+            }
             desc = self.layout.desc(index);
         }
         Err(if self.held == 0 { RingError::TooLong(size.into()) } else { RingError::TooManyInFlight })
@@ -385,7 +391,7 @@ impl PackedRing {
         Ok(())
     }
 
-    #[inline]
+    #[inline(always)] // the end of every request
     pub(super) fn complete(&mut self, used: Used, written: u32) {
         assert!(self.in_flight > 0, "completed more chains than were taken");
         let at = self.next_used;

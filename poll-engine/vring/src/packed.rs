@@ -20,6 +20,9 @@ pub const DESC_F_AVAIL: u16 = 1 << 7;
 /// `VIRTQ_DESC_F_USED`: used when it and [`DESC_F_AVAIL`] match the device's wrap counter.
 pub const DESC_F_USED: u16 = 1 << 15;
 
+/// Descriptors in a cache line.
+const DESCS_A_LINE: u16 = 4;
+
 /// A place in the ring with its wrap counter (2.8.1).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Position {
@@ -65,6 +68,14 @@ impl Position {
             Some(index) => Position { index, wrap: self.wrap },
             None => Position { index: self.index + size - count, wrap: !self.wrap },
         }
+    }
+
+    /// One descriptor further. The end of the ring is a branch that is hardly ever taken.
+    #[inline]
+    #[must_use]
+    pub fn next(self, size: u16) -> Position {
+        let index = self.index + 1;
+        if index == size { Position { index: 0, wrap: !self.wrap } } else { Position { index, ..self } }
     }
 
     /// A number that is one higher a descriptor further, in a circle of two rings.
@@ -338,10 +349,13 @@ impl PackedLayout {
         u64::from_le(self.halves(index).0.load(Ordering::Relaxed))
     }
 
-    /// Asks the CPU to fetch a descriptor, to be written.
+    /// Asks the CPU to fetch `count` descriptors from `index` on, at most all, to be written.
     #[inline]
-    pub fn prefetch_write(&self, index: u16) {
-        prefetch_write(core::ptr::from_ref(self.halves(index).0).cast());
+    pub fn prefetch_write(&self, mut index: u16, count: u16) {
+        for _ in (0..count).step_by(DESCS_A_LINE.into()) {
+            prefetch_write(core::ptr::from_ref(self.halves(index).0).cast());
+            index = if self.size - index > DESCS_A_LINE { index + DESCS_A_LINE } else { 0 };
+        }
     }
 
     #[inline]

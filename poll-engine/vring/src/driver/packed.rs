@@ -3,7 +3,6 @@
 //! What is added is written at once, but for the first descriptor's flags: the device looks no further than a
 //! descriptor that is not available, so these alone show it all.
 
-use alloc::collections::VecDeque;
 use alloc::vec;
 use alloc::vec::Vec;
 use core::sync::atomic::{Ordering, fence};
@@ -27,7 +26,8 @@ pub struct PackedDriver {
     layout: PackedLayout,
     negotiated: Negotiated,
     free: u16,
-    /// Buffer IDs not in use, taken and returned last first so that few cache lines stay warm.
+    /// Buffer IDs not in use, taken and returned last first so that few cache lines stay warm. With `IN_ORDER` a
+    /// request's ID is the index of its first descriptor, which nothing else in flight can have.
     ids: Vec<u16>,
     taken: Vec<Taken>,
     next_avail: Position,
@@ -35,11 +35,12 @@ pub struct PackedDriver {
     /// The first descriptor that is added and not shown.
     hidden: Option<(u16, Rest)>,
     /// Descriptors added and not shown.
-    added: u32,
-    /// Buffer IDs in the order in which they were added, with `IN_ORDER`.
-    order: VecDeque<u16>,
-    /// A used descriptor that stands for all requests up to its own, with `IN_ORDER`.
-    batch: Option<Rest>,
+    added: u16,
+    /// Requests found finished, by buffer ID and bytes written; how many of them are collected, and how many
+    /// descriptors they have.
+    found: Vec<(u16, u32)>,
+    collected: usize,
+    found_descs: u16,
     interrupts: bool,
 }
 
@@ -58,8 +59,9 @@ impl PackedDriver {
             next_used: Position::from_bits((base >> 16) as u16),
             hidden: None,
             added: 0,
-            order: VecDeque::with_capacity(if negotiated.in_order { size.into() } else { 0 }),
-            batch: None,
+            found: Vec::with_capacity(size.into()),
+            collected: 0,
+            found_descs: 0,
             interrupts: true,
         };
         // Memory of a ring that has run before says something else.
@@ -83,12 +85,12 @@ impl PackedDriver {
     }
 
     /// As [`DriverRing::add`](super::DriverRing::add).
-    #[inline]
+    #[inline(always)] // the beginning of every request
     pub fn add(&mut self, buffers: &[Buffer]) -> Option<u16> {
         if buffers.is_empty() || buffers.len() > usize::from(self.free) {
             return None;
         }
-        let id = self.ids.pop()?;
+        let id = self.next_id()?;
         for (i, b) in buffers.iter().enumerate() {
             let flags = flags(b, i + 1 < buffers.len());
             self.put(PackedDesc { addr: b.addr, len: b.len, id, flags });
@@ -106,7 +108,7 @@ impl PackedDriver {
         mut write: impl FnMut(usize, [u8; 16]),
     ) -> Option<u16> {
         let count = u16::try_from(buffers.len()).ok().filter(|&n| n > 0 && self.free > 0)?;
-        let id = self.ids.pop()?;
+        let id = self.next_id()?;
         for (i, b) in buffers.iter().enumerate() {
             // 2.8.19: no flag but WRITE within an indirect table; the ID is reserved.
             let desc = PackedDesc { addr: b.addr, len: b.len, id: 0, flags: flags(b, false) };
@@ -117,8 +119,13 @@ impl PackedDriver {
         Some(id)
     }
 
-    /// Writes the next descriptor; it is available once what was added before it is.
     #[inline]
+    fn next_id(&mut self) -> Option<u16> {
+        if self.negotiated.in_order { Some(self.next_avail.index) } else { self.ids.pop() }
+    }
+
+    /// Writes the next descriptor; it is available once what was added before it is.
+    #[inline(always)]
     fn put(&mut self, desc: PackedDesc) {
         let at = self.next_avail;
         let desc = PackedDesc { flags: desc.flags | at.available(), ..desc };
@@ -127,17 +134,14 @@ impl PackedDriver {
         } else {
             self.layout.set_desc(at.index, desc);
         }
-        self.next_avail = at.advance(1, self.layout.size());
+        self.next_avail = at.next(self.layout.size());
     }
 
     #[inline]
     fn take(&mut self, id: u16, taken: Taken) {
         self.free -= taken.descs;
-        self.added += u32::from(taken.descs);
+        self.added += taken.descs;
         self.taken[usize::from(id)] = taken;
-        if self.negotiated.in_order {
-            self.order.push_back(id);
-        }
     }
 
     /// As [`DriverRing::publish`](super::DriverRing::publish).
@@ -150,7 +154,7 @@ impl PackedDriver {
         fence(Ordering::SeqCst);
         self.layout.device_event().wants(
             self.next_avail,
-            count,
+            count.into(),
             self.layout.size(),
             self.negotiated.event_idx,
         )
@@ -164,63 +168,71 @@ impl PackedDriver {
     }
 
     /// As [`DriverRing::finished`](super::DriverRing::finished).
-    #[inline]
+    #[inline(always)] // every request passes through
     pub fn finished(&mut self) -> u16 {
-        let size = self.layout.size();
-        let mut at = self.next_used;
-        let mut left = u32::from(size - self.free) - self.added;
-        let mut count = 0;
-        // All requests before the next used descriptor are its batch's, with IN_ORDER.
-        let mut order = self.order.iter();
-        let mut batch = self.batch;
-        while left > 0 {
-            let Some(rest) = batch.take().or_else(|| self.used(at)) else { break };
-            let last = rest.id();
-            loop {
-                let id = if self.negotiated.in_order { order.next().copied().unwrap_or(last) } else { last };
-                let descs = self.taken.get(usize::from(id)).map_or(0, |t| t.descs);
-                count += 1;
-                at = at.advance(descs, size);
-                left = left.saturating_sub(u32::from(descs.max(1)));
-                if id == last || left == 0 {
-                    break;
-                }
-            }
+        if self.collected == self.found.len() {
+            self.look();
         }
-        count
+        (self.found.len() - self.collected) as u16
     }
 
-    /// As [`DriverRing::collect`](super::DriverRing::collect).
+    /// Looks once for all that is finished, and fetches the descriptors to be written again: the device's CPU has them.
     #[inline]
-    pub fn collect(&mut self) -> Option<(u16, u32)> {
+    fn look(&mut self) {
         let size = self.layout.size();
         // Only what is in flight can be used; what lies beyond was used in the round before.
-        if u32::from(size - self.free) == self.added {
-            return None;
+        let in_flight = size - self.free - self.added;
+        if in_flight == 0 {
+            return;
         }
-        let rest = match self.batch {
-            Some(rest) => rest,
-            None => self.used(self.next_used)?,
-        };
-        let mut id = rest.id();
-        let mut len = rest.len();
-        if self.negotiated.in_order {
-            id = self.order.pop_front().unwrap_or(id);
-            let over = id == rest.id();
-            self.batch = (!over).then_some(rest);
-            if !over {
-                // 2.8.9: "assumed to have been used (read or written) by the device completely".
-                len = self.taken.get(usize::from(id)).map_or(0, |t| t.writable);
+        let first = self.next_used;
+        let Some(mut rest) = self.used(first) else { return };
+        self.found.clear();
+        self.collected = 0;
+        if !self.negotiated.in_order {
+            // Each says where the next one is, so they would come one by one: as many as the last time.
+            self.layout.prefetch_write(first.index, self.found_descs.min(in_flight));
+        }
+        let mut descs = 0;
+        loop {
+            let id = if self.negotiated.in_order { self.next_used.index } else { rest.id() };
+            let taken = self.taken.get(usize::from(id)).copied().unwrap_or_default();
+            let is_told = id == rest.id();
+            // 2.8.9: "assumed to have been used (read or written) by the device completely".
+            self.found.push((id, if is_told { rest.len() } else { taken.writable }));
+            descs += taken.descs.max(1);
+            self.next_used = self.next_used.advance(taken.descs, size);
+            if descs >= in_flight {
+                break;
+            }
+            if is_told {
+                let Some(next) = self.used(self.next_used) else { break };
+                rest = next;
             }
         }
-        let descs = self.taken.get_mut(usize::from(id)).map_or(0, |t| core::mem::take(&mut t.descs));
-        self.next_used = self.next_used.advance(descs, size);
-        if descs > 0 {
-            self.free += descs;
-            self.ids.push(id);
+        self.found_descs = descs;
+        if self.negotiated.in_order {
+            self.layout.prefetch_write(first.index, descs.min(in_flight));
         }
         if self.interrupts && self.negotiated.event_idx {
             self.layout.set_driver_event(Event::Desc(self.next_used));
+        }
+    }
+
+    /// As [`DriverRing::collect`](super::DriverRing::collect).
+    #[inline(always)] // the end of every request
+    pub fn collect(&mut self) -> Option<(u16, u32)> {
+        if self.finished() == 0 {
+            return None;
+        }
+        let &(id, len) = self.found.get(self.collected)?;
+        self.collected += 1;
+        let descs = self.taken.get_mut(usize::from(id)).map_or(0, |t| core::mem::take(&mut t.descs));
+        if descs > 0 {
+            self.free += descs;
+            if !self.negotiated.in_order {
+                self.ids.push(id);
+            }
         }
         Some((id, len))
     }
