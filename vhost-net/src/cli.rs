@@ -10,6 +10,8 @@ use poll_engine::engine::placement::CpuList;
 
 use crate::device::{MAX_PAIRS, MTU_RANGE};
 use crate::hub::Plan;
+use crate::pcap::SNAPLEN;
+use crate::pcap::filter::Filter;
 use crate::switch::PortConfig;
 use crate::switch::options::KEYS;
 
@@ -35,7 +37,27 @@ pub struct Cli {
     #[arg(long)]
     pub print_capabilities: bool,
 
-    /// Serve a further port; repeat for more. Keys: socket-path, name, mac, mtu, wait; with --switch also vlan, trunk
+    /// Join the first port to this tap; one that does not exist is made, and goes when this ends
+    #[arg(long, value_name = "NAME", conflicts_with_all = ["wire", "loopback"])]
+    pub tap: Option<String>,
+
+    /// Join the first port to an inherited tap, by descriptor numbers: one for each pair of queues
+    #[arg(long, value_name = "FDNUM,...", value_delimiter = ',', conflicts_with_all = ["tap", "wire", "loopback"])]
+    pub tap_fds: Vec<i32>,
+
+    /// Capture what crosses taps to a new file (pcapng), for Wireshark and tcpdump
+    #[arg(long, value_name = "FILE")]
+    pub pcap: Option<PathBuf>,
+
+    /// Bytes of each frame to capture, at most
+    #[arg(long, value_name = "BYTES", default_value_t = SNAPLEN, requires = "pcap", value_parser = clap::value_parser!(u32).range(14..))]
+    pub pcap_snaplen: u32,
+
+    /// What to capture, such as "tcp port 80 or arp"; without: everything
+    #[arg(long, value_name = "EXPRESSION", default_value = "", hide_default_value = true, requires = "pcap")]
+    pub pcap_filter: Filter,
+
+    /// Serve a further port; repeat for more. Keys: socket-path, name, mac, mtu, wait, tap; with --switch also vlan, trunk
     /// (such as 5+10-19), native, guard, ip, router, isolated, flood-unknown, max-macs, tx-bps, tx-pps, rx-bps, rx-pps,
     /// burst-ms, broadcast-pps, multicast-pps, unknown-pps
     #[arg(long, value_name = "KEY=VALUE,...")]
@@ -109,6 +131,8 @@ pub struct ExtraPort {
     pub wait: bool,
     /// What it is to a switch.
     pub rules: PortConfig,
+    /// The tap that it is joined to.
+    pub tap: Option<String>,
 }
 
 impl FromStr for ExtraPort {
@@ -124,9 +148,12 @@ impl FromStr for ExtraPort {
                 "mac" => port.mac = Some(mac(value)?),
                 "mtu" => port.mtu = Some(mtu(value)?),
                 "wait" => port.wait = on_off(key, value)?,
+                "tap" => port.tap = Some(value.into()),
                 key if port.rules.set(key, value)? => {}
                 other => {
-                    return Err(format!("unknown key '{other}' (socket-path, name, mac, mtu, wait, {KEYS})"));
+                    return Err(format!(
+                        "unknown key '{other}' (socket-path, name, mac, mtu, wait, tap, {KEYS})"
+                    ));
                 }
             }
         }
@@ -203,8 +230,9 @@ mod tests {
 
     #[test]
     fn further_ports_are_key_value_lists() {
-        let port: ExtraPort = "socket-path=/s,name=a,wait,mtu=9000".parse().unwrap();
+        let port: ExtraPort = "socket-path=/s,name=a,wait,mtu=9000,tap=t0".parse().unwrap();
         assert_eq!((port.name.as_deref(), port.wait, port.mtu), (Some("a"), true, Some(9000)));
+        assert_eq!(port.tap.as_deref(), Some("t0"));
         for bad in [
             "",
             "name=a",

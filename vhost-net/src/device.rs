@@ -8,6 +8,7 @@ use poll_engine::device::{ConfigRefused, Device, QueueHandler};
 
 use crate::features::{MAC, MQ, MRG_RXBUF, MTU, STATUS};
 use crate::hub::{Hub, Member};
+use crate::port::tap::card::TapCard;
 
 /// Bytes of `struct virtio_net_config` up to and with the MTU.
 pub const CONFIG_LEN: usize = 12;
@@ -31,34 +32,51 @@ pub struct Card {
     pub ring_size: u16,
 }
 
-/// A network card offered as a virtio device: one port of a hub.
+/// What a card is joined to.
+#[derive(Debug)]
+pub enum Joined {
+    /// A port of a hub, by its number.
+    Hub(Arc<Hub>, usize),
+    /// A tap of its own.
+    Tap(TapCard),
+}
+
+/// A network card offered as a virtio device.
 #[derive(Debug)]
 pub struct NetDevice {
     card: Card,
-    hub: Arc<Hub>,
-    port: usize,
+    joined: Joined,
     withheld: u64,
     told_link: AtomicBool,
 }
 
 impl NetDevice {
-    /// The card at port number `port` of `hub`, without these features of the engine.
-    pub fn new(card: Card, hub: Arc<Hub>, port: usize, withheld: u64) -> NetDevice {
-        NetDevice { card, hub, port, withheld, told_link: AtomicBool::new(true) }
+    /// A card, without these features of the engine.
+    pub fn new(card: Card, joined: Joined, withheld: u64) -> NetDevice {
+        NetDevice { card, joined, withheld, told_link: AtomicBool::new(true) }
+    }
+
+    fn is_up(&self) -> bool {
+        match &self.joined {
+            Joined::Hub(hub, port) => hub.ports[*port].link.load(Ordering::Relaxed),
+            Joined::Tap(card) => card.is_up(),
+        }
     }
 
     /// Sets the link up or down; true if the guest has to be told.
-    pub fn set_link(&self, up: bool) -> bool {
-        self.hub.set_link(self.port, up);
-        self.told_link.swap(up, Ordering::Relaxed) != up
+    pub fn set_link(&self, up: bool) -> io::Result<bool> {
+        match &self.joined {
+            Joined::Hub(hub, port) => hub.set_link(*port, up),
+            Joined::Tap(card) => card.set_link(up)?,
+        }
+        Ok(self.told_link.swap(up, Ordering::Relaxed) != up)
     }
 
     /// 5.1.4: mac, status, max_virtqueue_pairs, mtu.
     fn config(&self) -> [u8; CONFIG_LEN] {
         let mut c = [0; CONFIG_LEN];
         c[..6].copy_from_slice(&self.card.mac.unwrap_or_default());
-        let up = self.hub.ports[self.port].link.load(Ordering::Relaxed);
-        c[6..8].copy_from_slice(&if up { LINK_UP } else { 0 }.to_le_bytes());
+        c[6..8].copy_from_slice(&if self.is_up() { LINK_UP } else { 0 }.to_le_bytes());
         c[8..10].copy_from_slice(&self.card.pairs.to_le_bytes());
         c[10..12].copy_from_slice(&self.card.mtu.unwrap_or_default().to_le_bytes());
         c
@@ -70,7 +88,11 @@ impl Device for NetDevice {
         let mac = if self.card.mac.is_some() { MAC } else { 0 };
         let mtu = if self.card.mtu.is_some() { MTU } else { 0 };
         let mq = if self.card.pairs > 1 { MQ } else { 0 };
-        MRG_RXBUF | STATUS | mq | mac | mtu
+        let joined = match &self.joined {
+            Joined::Hub(..) => MRG_RXBUF,
+            Joined::Tap(card) => card.tap().features(),
+        };
+        joined | STATUS | mq | mac | mtu
     }
 
     fn completes_in_order(&self) -> bool {
@@ -102,8 +124,13 @@ impl Device for NetDevice {
         Err(ConfigRefused { offset, end: offset.saturating_add(bytes.len() as u32) })
     }
 
-    fn start_queue(&self, index: u16, features: u64, _: u16) -> io::Result<Box<dyn QueueHandler>> {
-        Ok(Box::new(Member { hub: Arc::clone(&self.hub), port: self.port, index, features }))
+    fn start_queue(&self, index: u16, features: u64, size: u16) -> io::Result<Box<dyn QueueHandler>> {
+        match &self.joined {
+            Joined::Hub(hub, port) => {
+                Ok(Box::new(Member { hub: Arc::clone(hub), port: *port, index, features }))
+            }
+            Joined::Tap(card) => card.start_queue(index, features, size),
+        }
     }
 
     /// A pair stays together.

@@ -8,6 +8,7 @@ use poll_engine::engine::ReactorStats;
 use poll_engine::stats::QueueStats;
 
 use crate::hub::Port;
+use crate::port::tap::Tap;
 use crate::stats::{DROPS, PairStats};
 
 /// Column heads.
@@ -46,6 +47,15 @@ pub fn cycles<'a>(reactors: impl Iterator<Item = &'a ReactorStats>, ports: &[Arc
     let packets: u64 = ports.iter().flat_map(|p| &p.pairs).map(|p| p.tx_packets.get()).sum();
     let each = all as f64 / packets.max(1) as f64;
     let _ = writeln!(out, "busy-cycles per packet {each:.1}");
+    out
+}
+
+/// The report of a port that is joined to a tap: what has been counted, under the names of `ethtool -S`.
+pub fn tap_report(name: &str, tap: &Tap) -> String {
+    let mut out = format!("port {name} tap {} {} pairs\n", tap.name(), tap.pairs());
+    for (counter, count) in tap.counters() {
+        let _ = writeln!(out, "{counter} {count}");
+    }
     out
 }
 

@@ -156,8 +156,16 @@ impl Server {
 
     /// Tells the front end, and through it the guest, to read configuration space again.
     pub fn config_changed(&self) {
-        self.orders.config_changed.store(true, Ordering::Release);
-        self.ring();
+        (self.config_notifier())();
+    }
+
+    /// Does what [`config_changed`](Self::config_changed) does, for whoever hears of a change first. It never waits.
+    pub fn config_notifier(&self) -> impl Fn() + Send + Sync + 'static {
+        let orders = Arc::clone(&self.orders);
+        move || {
+            orders.config_changed.store(true, Ordering::Release);
+            orders.bell.ring();
+        }
     }
 
     /// Begins to stop: queues finish what is in flight, the socket is closed and its path removed.

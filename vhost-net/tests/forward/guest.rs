@@ -15,7 +15,7 @@ use poll_engine::ring::driver::{Buffer, DriverRing};
 use poll_engine::session::listen::Listener;
 use poll_engine::session::serve::Export;
 use poll_engine::session::server::Server;
-use vhost_net::device::{Card, NetDevice};
+use vhost_net::device::{Card, Joined, NetDevice};
 use vhost_net::features::MRG_RXBUF;
 use vhost_net::hub::{Hub, Port};
 use vhost_net::shard::Shard;
@@ -59,7 +59,7 @@ impl Back {
         let dir = tempfile::tempdir().unwrap();
         let servers = (0..ports.len()).map(|at| {
             let card = Card { mac: Some(mac(at).0), mtu: None, pairs, ring_size: 256 };
-            let device = Arc::new(NetDevice::new(card, Arc::clone(&hub), at, 0));
+            let device = Arc::new(NetDevice::new(card, Joined::Hub(Arc::clone(&hub), at), 0));
             let stats = std::iter::repeat_with(Arc::default).take(2 * usize::from(pairs)).collect();
             let export = Export { name: format!("port{at}"), device, stats, engine: Arc::clone(&engine) };
             Server::start(export, Listener::bind(&socket(dir.path(), at)).unwrap(), || {}).unwrap()

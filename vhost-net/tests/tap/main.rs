@@ -46,6 +46,7 @@ const TESTS: &[Test] = &[
     ("too_few_buffers_for_a_segment_are_waited_for", trouble::too_few_buffers),
     ("a_queue_that_waits_for_frames_stops_at_once", trouble::stops_at_once),
     ("headers_that_lie_cost_their_frame_only", trouble::lies),
+    ("what_waited_for_another_guest_is_not_given_to_one_that_does_not_take_it", trouble::another_guest),
     ("receive_buffers_that_are_too_small_come_back", trouble::small_buffers),
 ];
 

@@ -214,3 +214,19 @@ pub fn small_buffers() {
     assert_eq!(count(&tap, "rx_queue_0_length_drops"), 1);
     guest.stop();
 }
+
+/// Frames that waited for one guest and find another, which takes less.
+pub fn another_guest() {
+    let tap = Tap::open("kl0", 1, None).unwrap();
+    let (engine, host) = (engine(Pacing::Event), Host::on("kl0"));
+    let mut guest = Guest::on(&tap, &engine, MRG_RXBUF | GUEST_CSUM | GUEST_TSO4, 64, 2048);
+    guest.stop();
+    host.send(short(&tso(1448)), &segments(HOST_MAC, GUEST_MAC, 20_000));
+    let plain = frame(HOST_MAC, GUEST_MAC, 60, 1);
+    host.send(PLAIN, &plain);
+    let mut guest = Guest::on(&tap, &engine, MRG_RXBUF, 64, 2048);
+    guest.post(64);
+    assert_eq!(guest.wait().1, plain);
+    assert_eq!(count(&tap, "rx_queue_0_offload_drops"), 1);
+    guest.stop();
+}

@@ -20,6 +20,8 @@ pub enum ReceiveDrop {
     NoBuffer,
     /// No frame but a buffer: it has not even room for a header.
     SmallBuffer,
+    /// It came with something left undone that the guest does not take: from before the guest said so.
+    Offload,
     /// The kernel could not write it to the guest's buffers.
     Failed,
 }
@@ -29,6 +31,7 @@ impl Reason for ReceiveDrop {
         (ReceiveDrop::TooLong, "length_drops"),
         (ReceiveDrop::NoBuffer, "no_buffer_drops"),
         (ReceiveDrop::SmallBuffer, "small_buffer_errors"),
+        (ReceiveDrop::Offload, "offload_drops"),
         (ReceiveDrop::Failed, "failed_drops"),
     ];
 

@@ -2,8 +2,9 @@
 //! memory, with the virtio header that both sides know, so that what the kernel and the guest leave undone (checksums,
 //! segmentation) stays undone on the way (Linux, Documentation/networking/tuntap.rst).
 //!
-//! [`transmit`] is guest to tap, [`receive`] is tap to guest.
+//! [`transmit`] is guest to tap, [`receive`] is tap to guest, [`card`] the network card that they belong to.
 
+pub mod card;
 pub mod counters;
 pub mod receive;
 mod sys;
@@ -75,6 +76,9 @@ pub enum TapError {
     /// A descriptor that was passed is no tap's.
     #[error("descriptor {0} is not attached to a tap: {1}; whoever opens it attaches it (TUNSETIFF) as well")]
     NotAttached(usize, String),
+    /// There is no such descriptor.
+    #[error("descriptor {0} was not passed to this program")]
+    NotPassed(i32),
     /// Descriptors that were passed belong to different taps.
     #[error("the descriptors are of different taps: {0} and {1}")]
     Different(String, String),
@@ -160,6 +164,12 @@ impl Tap {
             }
         }
         Tap::set_up(name.unwrap_or_default(), tuns, mtu, false)
+    }
+
+    /// As [`inherit`](Self::inherit), by the numbers that the descriptors have in this process, which nobody else uses.
+    pub fn inherit_numbers(numbers: &[i32], mtu: Option<u16>) -> Result<Arc<Tap>, TapError> {
+        let own = |&number: &i32| sys::passed(number).ok_or(TapError::NotPassed(number));
+        Tap::inherit(numbers.iter().map(own).collect::<Result<_, _>>()?, mtu)
     }
 
     fn set_up(

@@ -29,8 +29,11 @@ use poll_engine::stats::ErrorKind;
 
 use super::Running;
 use super::counters::{ReceiveDrop, Way};
-use crate::features::{GUEST_CSUM, MRG_RXBUF};
-use crate::header::{HEADER, HEADER_WITH_HASH, VnetHdr, header_len};
+use crate::features::{GUEST_CSUM, GUEST_ECN, GUEST_TSO4, GUEST_TSO6, GUEST_USO4, GUEST_USO6, MRG_RXBUF};
+use crate::header::{
+    F_NEEDS_CSUM, GSO_ECN, GSO_NONE, GSO_TCPV4, GSO_TCPV6, GSO_UDP_L4, HEADER, HEADER_WITH_HASH, VnetHdr,
+    header_len,
+};
 use crate::packet::LARGEST;
 use crate::pcap::{Direction, Probe};
 
@@ -98,7 +101,7 @@ pub struct Receive {
     from: Running,
     header_len: usize,
     is_mergeable: bool,
-    has_csum: bool,
+    features: u64,
     state: State,
     reads: Box<[Read]>,
     /// How many reads the next batch may have.
@@ -134,7 +137,7 @@ impl Receive {
             from,
             header_len: header_len(features),
             is_mergeable: features & MRG_RXBUF != 0,
-            has_csum: features & GUEST_CSUM != 0,
+            features,
             state: State::Empty,
             reads: std::iter::repeat_with(read).take(MAX_BATCH).collect(),
             batch: FIRST_BATCH,
@@ -382,6 +385,10 @@ impl Receive {
 
     /// Gives a frame to the guest; false if it has no buffers for it. What cannot ever be delivered is dropped.
     fn hand_over(&mut self, number: usize, frame: usize, is_spilled: bool, queue: &mut Queue) -> bool {
+        if !takes(&VnetHdr::from_bytes(&self.reads[number].header), self.features) {
+            self.counters().dropped(ReceiveDrop::Offload);
+            return true;
+        }
         let needed = self.header_len + frame;
         let (mut room, mut count, mut refused) = (0, 0, 0);
         while room < needed && (count == 0 || self.is_mergeable) {
@@ -448,7 +455,8 @@ impl Receive {
     /// The header as the guest gets it (5.1.6.4): without a hash, and with nothing in it that was not negotiated.
     fn header(&self, from_tap: &[u8; HEADER], num_buffers: u16) -> [u8; HEADER_WITH_HASH] {
         // Without GUEST_CSUM the kernel leaves nothing undone, but it may say that a checksum is right.
-        let said = if self.has_csum { VnetHdr::from_bytes(from_tap) } else { VnetHdr::default() };
+        let has_csum = self.features & GUEST_CSUM != 0;
+        let said = if has_csum { VnetHdr::from_bytes(from_tap) } else { VnetHdr::default() };
         let header = VnetHdr { num_buffers, ..said };
         let mut bytes = [0; HEADER_WITH_HASH];
         bytes[..HEADER].copy_from_slice(&header.to_bytes());
@@ -483,6 +491,22 @@ impl Receive {
         }
         (self.taken, self.used, self.ready) = (0, 0, 0);
     }
+}
+
+/// Whether a driver with these features takes what a header says is left undone. The kernel leaves no more undone than it
+/// was told to ([`Tap::negotiated`](super::Tap::negotiated)), but frames may have waited in its queue since the guest before.
+#[inline]
+fn takes(header: &VnetHdr, features: u64) -> bool {
+    let needed = match header.gso_type & !GSO_ECN {
+        GSO_NONE if header.flags & F_NEEDS_CSUM == 0 => 0,
+        GSO_NONE => GUEST_CSUM,
+        GSO_TCPV4 => GUEST_CSUM | GUEST_TSO4,
+        GSO_TCPV6 => GUEST_CSUM | GUEST_TSO6,
+        GSO_UDP_L4 => GUEST_CSUM | GUEST_USO4 | GUEST_USO6,
+        _ => return false,
+    };
+    let ecn = if header.gso_type & GSO_ECN == 0 { 0 } else { GUEST_ECN };
+    features & (needed | ecn) == needed | ecn
 }
 
 /// The pieces of a frame's place in `chains`, behind the header.

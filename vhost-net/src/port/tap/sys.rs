@@ -3,7 +3,7 @@
 
 use std::ffi::CString;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use libc::{c_char, c_int, c_short, ifreq};
 use nix::fcntl::{OFlag, open};
@@ -72,6 +72,20 @@ pub(super) fn attach(tun: BorrowedFd<'_>, name: &str, flags: c_int) -> io::Resul
     // there as a pointer made from a mutable reference.
     unsafe { ioctl::tun_set_iff(tun.as_raw_fd(), &raw mut request)? };
     Ok(name_of(&request))
+}
+
+/// A descriptor that this process was started with, closed when a program is executed.
+pub(super) fn passed(number: i32) -> Option<OwnedFd> {
+    // Standard input, output and error stay what they are.
+    if number <= libc::STDERR_FILENO {
+        return None;
+    }
+    // SAFETY: only its flags are set; a number that is no descriptor's is an error.
+    if unsafe { libc::fcntl(number, libc::F_SETFD, libc::FD_CLOEXEC) } != 0 {
+        return None;
+    }
+    // SAFETY: it is open, as was seen just now, and was passed to us: whoever starts this program says so, once.
+    Some(unsafe { OwnedFd::from_raw_fd(number) })
 }
 
 /// The interface that `tun` is attached to, and the flags (`IFF_TAP`, ...) that it was attached with.
