@@ -22,7 +22,7 @@ use nix::errno::Errno;
 use poll_engine::memory::slice::GuestSlice;
 use tracing::{info, warn};
 
-use super::interface::Interface;
+use super::interface::{Interface, join_promiscuous};
 use super::{Counters, Link, Refused, Uplink, UplinkError};
 use crate::features::{GUEST_CSUM, GUEST_ECN, GUEST_TSO4, GUEST_TSO6};
 use crate::header::{GSO_NONE, VnetHdr};
@@ -127,13 +127,7 @@ impl AfPacket {
         // SAFETY: the address is a whole `sockaddr_ll` of that length.
         let bound = unsafe { libc::bind(self.socket.as_raw_fd(), (&raw const address).cast(), len) };
         Errno::result(bound)?;
-        let membership = libc::packet_mreq {
-            mr_ifindex: index as c_int,
-            mr_type: libc::PACKET_MR_PROMISC as u16,
-            mr_alen: 0,
-            mr_address: [0; 8],
-        };
-        self.set(libc::SOL_PACKET, libc::PACKET_ADD_MEMBERSHIP, &membership)?;
+        join_promiscuous(self.socket.as_fd(), index)?;
         self.index = Some(index);
         Ok(())
     }

@@ -2,7 +2,7 @@
 #![allow(unsafe_code)] // ioctls
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use libc::{c_char, ifreq};
 use nix::errno::Errno;
@@ -16,6 +16,32 @@ mod ioctl {
     nix::ioctl_read_bad!(flags, libc::SIOCGIFFLAGS, ifreq);
     nix::ioctl_read_bad!(mtu, libc::SIOCGIFMTU, ifreq);
     nix::ioctl_read_bad!(hardware_address, libc::SIOCGIFHWADDR, ifreq);
+}
+
+/// Has an interface receive what is for others as well, until the packet socket is closed.
+pub fn join_promiscuous(socket: BorrowedFd<'_>, index: u32) -> Result<(), Errno> {
+    let membership = libc::packet_mreq {
+        mr_ifindex: index as libc::c_int,
+        mr_type: libc::PACKET_MR_PROMISC as u16,
+        mr_alen: 0,
+        mr_address: [0; 8],
+    };
+    let len = size_of::<libc::packet_mreq>() as libc::socklen_t;
+    let (fd, value) = (socket.as_raw_fd(), (&raw const membership).cast());
+    // SAFETY: the kernel reads `len` bytes of the membership.
+    let set = unsafe { libc::setsockopt(fd, libc::SOL_PACKET, libc::PACKET_ADD_MEMBERSHIP, value, len) };
+    Errno::result(set).map(drop)
+}
+
+/// A packet socket that receives nothing, and keeps an interface promiscuous.
+pub fn promiscuous(index: u32) -> Result<OwnedFd, Errno> {
+    // SAFETY: plain numbers in, a descriptor or -1 out. Protocol 0: nothing is received.
+    let socket =
+        Errno::result(unsafe { libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, 0) })?;
+    // SAFETY: it was just opened, and nobody else has it.
+    let socket = unsafe { OwnedFd::from_raw_fd(socket) };
+    join_promiscuous(socket.as_fd(), index)?;
+    Ok(socket)
 }
 
 /// An interface by its name, asked through any socket.

@@ -1,11 +1,14 @@
 //! What a device can be joined to besides another guest.
 //!
 //! An [`Uplink`] is where a switch meets the rest of the network: it gives frames in buffers of the host, and takes them
-//! scattered over a guest's memory. [`af_packet`] works on any interface.
+//! scattered over a guest's memory. [`af_packet`] works on any interface, [`af_xdp`] goes
+//! around the kernel's stack.
 
 pub mod af_packet;
+pub mod af_xdp;
 pub mod interface;
 pub mod tap;
+mod xdp_program;
 
 use std::io;
 use std::os::fd::BorrowedFd;

@@ -11,7 +11,7 @@ use vhost_net::port::af_packet::AfPacket;
 use vhost_net::port::{Refused, Uplink, UplinkError};
 
 use super::Test;
-use super::pair::{ip, make, receive, send};
+use super::pair::{drop_rights, frame, ip, make, receive, send};
 
 pub const TESTS: &[Test] = &[
     ("af_packet::frames_cross_both_ways_as_they_are", frames_cross_both_ways_as_they_are),
@@ -25,13 +25,6 @@ pub const TESTS: &[Test] = &[
     ("af_packet::what_is_wrong_is_said_with_the_way_out", what_is_wrong_is_said_with_the_way_out),
     ("af_packet::readable_when_there_is_a_frame", readable_when_there_is_a_frame),
 ];
-
-/// To somebody else's address: what is not promiscuous does not see it.
-fn frame(len: usize, number: usize) -> Vec<u8> {
-    let mut frame: Vec<u8> = (0..len).map(|i| (i * 7 + number * 13) as u8).collect();
-    frame[..14].copy_from_slice(&[2, 0, 0, 0, 0, 9, 2, 0, 0, 0, 0, 8, 0x88, 0xb5]);
-    frame
-}
 
 fn both() -> (AfPacket, AfPacket) {
     make();
@@ -184,13 +177,6 @@ fn what_is_wrong_is_said_with_the_way_out() {
     drop_rights();
     let why = AfPacket::open("near").unwrap_err();
     assert!(why.to_string().contains("CAP_NET_RAW"), "{why}");
-}
-
-/// This thread alone is nobody from here on.
-#[allow(unsafe_code)] // the C library would have all threads change
-fn drop_rights() {
-    // SAFETY: plain numbers; the kernel changes the calling thread.
-    assert_eq!(unsafe { libc::syscall(libc::SYS_setresuid, 65534, 65534, 65534) }, 0);
 }
 
 fn readable_when_there_is_a_frame() {

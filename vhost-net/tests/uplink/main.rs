@@ -1,6 +1,7 @@
 //! Uplinks over a pair of virtual interfaces, in a network namespace of the test's own.
 
 mod af_packet;
+mod af_xdp;
 mod pair;
 
 use libtest_mimic::{Arguments, Failed, Trial};
@@ -21,5 +22,6 @@ fn main() {
         };
         Trial::test(name, test).with_ignored_flag(lacking.is_some())
     };
-    libtest_mimic::run(&args, af_packet::TESTS.iter().copied().map(trial).collect()).exit();
+    libtest_mimic::run(&args, af_packet::TESTS.iter().chain(af_xdp::TESTS).copied().map(trial).collect())
+        .exit();
 }
