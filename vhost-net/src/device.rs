@@ -6,7 +6,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use poll_engine::device::{ConfigRefused, Device, QueueHandler};
 
-use crate::features::{MAC, MQ, MRG_RXBUF, MTU, STATUS};
+use crate::features::{
+    CSUM, GUEST_CSUM, GUEST_ECN, GUEST_TSO4, GUEST_TSO6, GUEST_USO4, GUEST_USO6, HOST_ECN, HOST_TSO4,
+    HOST_TSO6, HOST_USO, MAC, MQ, MRG_RXBUF, MTU, STATUS,
+};
 use crate::hub::{Hub, Member};
 use crate::port::tap::card::TapCard;
 
@@ -18,6 +21,19 @@ pub const MAX_PAIRS: u16 = 16;
 pub const MTU_RANGE: std::ops::RangeInclusive<u16> = 68..=65521;
 /// `VIRTIO_NET_S_LINK_UP`.
 const LINK_UP: u16 = 1;
+
+/// What drivers may leave to us, and we to them: what the receiver does not take is done by us.
+const OFFLOADS: u64 = CSUM
+    | GUEST_CSUM
+    | HOST_TSO4
+    | HOST_TSO6
+    | HOST_ECN
+    | HOST_USO
+    | GUEST_TSO4
+    | GUEST_TSO6
+    | GUEST_ECN
+    | GUEST_USO4
+    | GUEST_USO6;
 
 /// What a network card says of itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -89,7 +105,7 @@ impl Device for NetDevice {
         let mtu = if self.card.mtu.is_some() { MTU } else { 0 };
         let mq = if self.card.pairs > 1 { MQ } else { 0 };
         let joined = match &self.joined {
-            Joined::Hub(..) => MRG_RXBUF,
+            Joined::Hub(..) => MRG_RXBUF | OFFLOADS,
             Joined::Tap(card) => card.tap().features(),
         };
         joined | STATUS | mq | mac | mtu

@@ -12,6 +12,7 @@
 
 pub mod cli;
 pub mod device;
+pub mod fallback;
 pub mod features;
 pub mod header;
 pub mod hub;

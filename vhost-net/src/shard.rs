@@ -8,6 +8,7 @@ use poll_engine::engine::reactor::{Io, QueueId};
 use poll_engine::engine::station::{Queues, Station};
 use poll_engine::stats::ErrorKind;
 
+use crate::fallback::{Outcome, deliver_softened, takes};
 use crate::features::MRG_RXBUF;
 use crate::header::header_len;
 use crate::hub::{Change, Hub, Plan};
@@ -30,6 +31,7 @@ struct Source {
     pair: usize,
     /// Bytes of the header before its packets.
     header: usize,
+    features: u64,
     /// The receive queue that its next packet waits for, and for how many rounds nobody looks whether it has buffers now:
     /// looking takes the line from the driver that is about to write there.
     waits_for: Option<QueueId>,
@@ -46,6 +48,7 @@ struct Target {
     id: QueueId,
     pair: usize,
     form: Form,
+    features: u64,
 }
 
 /// The station.
@@ -59,6 +62,8 @@ pub struct Shard {
     head: Head,
     /// The head for one of many receivers.
     flooded: Head,
+    /// A segment's head.
+    piece: Head,
     spread: Spread,
 }
 
@@ -67,8 +72,8 @@ impl Shard {
     pub fn new(hub: Arc<Hub>, reactor: usize) -> Shard {
         let targets = hub.ports.iter().map(|_| Vec::new()).collect();
         let switching = hub.switch.as_ref().map(|switch| switch.shard(reactor));
-        let (head, flooded, spread) = (Head::new(), Head::new(), Spread::new());
-        Shard { hub, reactor, sources: Vec::new(), targets, switching, head, flooded, spread }
+        let (head, flooded, piece, spread) = (Head::new(), Head::new(), Head::new(), Spread::new());
+        Shard { hub, reactor, sources: Vec::new(), targets, switching, head, flooded, piece, spread }
     }
 
     #[cold]
@@ -83,6 +88,7 @@ impl Shard {
                             port,
                             pair,
                             header,
+                            features,
                             waits_for: None,
                             waits_until: None,
                             pause: 0,
@@ -90,7 +96,7 @@ impl Shard {
                         });
                     } else {
                         let form = Form { header, mergeable: features & MRG_RXBUF != 0 };
-                        self.targets[port].push(Target { id, pair, form });
+                        self.targets[port].push(Target { id, pair, form, features });
                         self.targets[port].sort_by_key(|t| t.pair);
                     }
                 }
@@ -109,7 +115,7 @@ impl Shard {
     /// Moves what a transmit queue has, at most a round's worth; how many packets.
     #[inline]
     fn drain(&mut self, at: usize, queues: &mut Queues<'_>) -> usize {
-        let Shard { hub, sources, targets, switching, head, flooded, spread, .. } = self;
+        let Shard { hub, sources, targets, switching, head, flooded, piece, spread, .. } = self;
         let source = &mut sources[at];
         if let Some(target) = source.waits_for {
             if source.pause > 0 {
@@ -134,7 +140,7 @@ impl Shard {
             rx.ready_for(ready);
         }
         let own = &hub.ports[source.port].pairs[source.pair];
-        let mut way = Way { hub, targets, queues, spread, own };
+        let mut way = Way { hub, targets, queues, spread, piece, own };
         for moved in 0..usize::from(ready) {
             let from = PortId(source.port as u16);
             if let Some(switch) = switching.as_ref().filter(|s| !s.may_send(from, now)) {
@@ -145,6 +151,12 @@ impl Shard {
             let Some(request) = tx.take() else { return moved };
             if let Err(bad) = head.peek(&tx.chain(), source.header) {
                 own.drop_tx(Drop::Malformed);
+                tx.count_error(ErrorKind::Malformed, &bad);
+                tx.complete(request, 0);
+                continue;
+            }
+            if let Err(bad) = head.check(source.features) {
+                own.drop_tx(Drop::BadHeader);
                 tx.count_error(ErrorKind::Malformed, &bad);
                 tx.complete(request, 0);
                 continue;
@@ -212,12 +224,32 @@ enum Given {
     Waits(QueueId),
 }
 
+fn reason(refused: Refused) -> Drop {
+    match refused {
+        Refused::NoBuffers => Drop::NoBuffers,
+        Refused::TooLong => Drop::TooLong,
+        Refused::Broken => Drop::LinkDown,
+    }
+}
+
+/// Counts what became of a packet that was changed for its receiver.
+#[cold]
+fn count(theirs: &PairStats, outcome: Option<Outcome>) {
+    let Some(outcome) = outcome else { return theirs.drop_rx(Drop::BadHeader) };
+    theirs.rx_packets.add(outcome.packets);
+    theirs.rx_bytes.add(outcome.bytes);
+    if let Some(why) = outcome.why {
+        (0..outcome.refused).for_each(|_| theirs.drop_rx(reason(why)));
+    }
+}
+
 /// From a transmit queue to others.
 struct Way<'a, 'q> {
     hub: &'a Hub,
     targets: &'a [Vec<Target>],
     queues: &'a mut Queues<'q>,
     spread: &'a mut Spread,
+    piece: &'a mut Head,
     own: &'a PairStats,
 }
 
@@ -233,7 +265,13 @@ impl Way<'_, '_> {
         head: &mut Head,
         flooded: &mut Head,
     ) -> Given {
-        let frame = Frame::whole(head.packet(), head.packet_len());
+        let len = head.packet_len();
+        let gso = if head.is_plain() { None } else { head.offload().gso };
+        let frame = gso.map_or(Frame::whole(head.packet(), len), |gso| {
+            let (header, size) = (u32::from(gso.header_len), u32::from(gso.size));
+            let packets = len.saturating_sub(header).div_ceil(size).max(1);
+            Frame { head: head.packet(), len, packets, longest: header + size }
+        });
         match switch.decide(PortId(source.port as u16), &frame, now) {
             Verdict::Drop(_) => self.finish(source, request),
             Verdict::One(to, action) => {
@@ -265,8 +303,28 @@ impl Way<'_, '_> {
             self.own.drop_tx(Drop::LinkDown);
             return request.map_or(Given::Nowhere, |request| self.finish(source, request));
         };
-        let (bytes, rest) = (head.packet_len().into(), InChain::new(head.rest(&tx.chain())));
         let theirs = &self.hub.ports[port].pairs[target.pair];
+        if !takes(head, target.features) {
+            let (form, chain) = ((target.form, target.features), tx.chain());
+            let outcome = deliver_softened(rx, form, head, self.piece, &chain, self.spread);
+            let waits = self.hub.ports[port].waits;
+            return match outcome {
+                Some(Outcome { packets: 0, why: Some(Refused::NoBuffers), .. }) if waits => {
+                    if let Some(request) = request {
+                        tx.untake(request);
+                    }
+                    Given::Waits(target.id)
+                }
+                outcome => {
+                    count(theirs, outcome);
+                    if let Some(request) = request {
+                        tx.complete(request, 0);
+                    }
+                    Given::To(target.id)
+                }
+            };
+        }
+        let (bytes, rest) = (head.packet_len().into(), InChain::new(head.rest(&tx.chain())));
         let given = match deliver(rx, target.form, head, rest, self.spread) {
             Ok(()) => {
                 theirs.rx_packets.add(1);
@@ -280,11 +338,7 @@ impl Way<'_, '_> {
                 return Given::Waits(target.id);
             }
             Err(refused) => {
-                theirs.drop_rx(match refused {
-                    Refused::NoBuffers => Drop::NoBuffers,
-                    Refused::TooLong => Drop::TooLong,
-                    Refused::Broken => Drop::LinkDown,
-                });
+                theirs.drop_rx(reason(refused));
                 Given::Nowhere
             }
         };

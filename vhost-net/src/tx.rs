@@ -3,7 +3,8 @@
 
 use poll_engine::ring::chain::{ChainView, Slices};
 
-use crate::header::{HEADER, HEADER_WITH_HASH, VnetHdr};
+use crate::header::{BadHeader, Gso, HEADER, HEADER_WITH_HASH, Offload, Partial, VnetHdr};
+use crate::packet::Packet;
 use crate::switch::ethernet::TAG;
 use crate::switch::vlan::{TPID, TagAction};
 
@@ -35,12 +36,21 @@ pub struct Head {
     len: u32,
     /// Bytes of the sender's chain that were copied.
     read: u32,
+    /// What the header asks for, once it was held against the packet.
+    offload: Offload,
 }
 
 impl Head {
     /// Room for a head.
     pub fn new() -> Head {
-        Head { bytes: [0; HEADER_WITH_HASH + PEEK + TAG], header: HEADER, copied: 0, len: 0, read: 0 }
+        Head {
+            bytes: [0; HEADER_WITH_HASH + PEEK + TAG],
+            header: HEADER,
+            copied: 0,
+            len: 0,
+            read: 0,
+            offload: Offload::default(),
+        }
     }
 
     /// Copies the head of the packet in `chain`, whose header has this many bytes.
@@ -70,6 +80,48 @@ impl Head {
         self.header = HEADER;
         self.len = len + HEADER as u32;
         self.copied = (self.len as usize).min(HEADER + PEEK);
+    }
+
+    /// Holds the header against the packet, of a driver with these features. It asks for nothing else from here on.
+    #[inline]
+    pub fn check(&mut self, features: u64) -> Result<(), BadHeader> {
+        if self.is_plain() { Ok(()) } else { self.check_offload(features) }
+    }
+
+    #[cold]
+    fn check_offload(&mut self, features: u64) -> Result<(), BadHeader> {
+        // Without an Ethernet header whole, nothing else is.
+        let packet = Packet::parse(self.packet(), self.packet_len() as usize);
+        let packet = packet.map_err(|_| BadHeader::GsoNotOfPacket)?;
+        let offload = self.vnet().check(&packet, features)?;
+        self.set_offload(offload);
+        Ok(())
+    }
+
+    /// What the header asks for. Of one that is not [plain](Self::is_plain).
+    pub fn offload(&self) -> &Offload {
+        &self.offload
+    }
+
+    /// Has the header ask for this.
+    pub fn set_offload(&mut self, offload: Offload) {
+        self.offload = offload;
+        self.bytes[..HEADER].copy_from_slice(&offload.header().to_bytes());
+    }
+
+    /// Makes a packet that begins with these bytes and has so many more, with a plain header.
+    pub fn begin(&mut self, bytes: &[u8], more: u32) {
+        self.set_offload(Offload::default());
+        self.header = HEADER;
+        self.copied = HEADER + bytes.len().min(PEEK);
+        self.bytes[HEADER..self.copied].copy_from_slice(&bytes[..self.copied - HEADER]);
+        self.len = self.copied as u32 + more;
+    }
+
+    /// Where in the chain a byte of the packet is, by its place in the packet. Of one behind the addresses and tags.
+    pub fn in_chain(&self, at: usize) -> u32 {
+        // Both end at the same byte; tags may have come or gone before.
+        (self.read as usize + at).saturating_sub(self.copied - self.header) as u32
     }
 
     /// The header, as the guest has said it.
@@ -164,9 +216,9 @@ impl Head {
 
     fn move_offsets(&mut self, to: impl Fn(u16) -> u16) {
         if !self.is_plain() {
-            let vnet = self.vnet();
-            let (hdr_len, csum_start) = (to(vnet.hdr_len), to(vnet.csum_start));
-            self.bytes[..HEADER].copy_from_slice(&VnetHdr { hdr_len, csum_start, ..vnet }.to_bytes());
+            let Offload { csum, gso } = self.offload;
+            let csum = csum.map(|c| Partial { start: to(c.start), ..c });
+            self.set_offload(Offload { csum, gso: gso.map(|g| Gso { header_len: to(g.header_len), ..g }) });
         }
     }
 

@@ -17,6 +17,7 @@ use poll_engine::session::serve::Export;
 use poll_engine::session::server::Server;
 use vhost_net::device::{Card, Joined, NetDevice};
 use vhost_net::features::MRG_RXBUF;
+use vhost_net::header::VnetHdr;
 use vhost_net::hub::{Hub, Port};
 use vhost_net::shard::Shard;
 use vhost_net::switch::fdb::FdbConfig;
@@ -70,7 +71,12 @@ impl Back {
 
     /// The guest at a port, with all its buffers made available.
     pub fn guest(&self, at: usize, pairs: u16) -> Guest {
-        let mut guest = self.idle_guest(at, pairs);
+        self.guest_with(at, pairs, MRG_RXBUF)
+    }
+
+    /// The same, with features of network cards.
+    pub fn guest_with(&self, at: usize, pairs: u16, features: u64) -> Guest {
+        let mut guest = self.connect(at, pairs, features);
         for rx in &mut guest.rx {
             (0..RING).for_each(|_| rx.offer(&guest.map));
         }
@@ -79,7 +85,11 @@ impl Back {
 
     /// The guest at a port, which receives nothing yet.
     pub fn idle_guest(&self, at: usize, pairs: u16) -> Guest {
-        let guest = Guest::connect(&socket(self.dir.path(), at), at, pairs);
+        self.connect(at, pairs, MRG_RXBUF)
+    }
+
+    fn connect(&self, at: usize, pairs: u16, features: u64) -> Guest {
+        let guest = Guest::connect(&socket(self.dir.path(), at), at, pairs, features);
         until("the link", || self.switch.is_up(PortId(at as u16)));
         guest
     }
@@ -128,7 +138,7 @@ pub struct Ring {
     /// Buffers, by the descriptor that they have.
     buffers: Vec<u64>,
     free: Vec<u64>,
-    heads: Vec<Option<u64>>,
+    heads: Vec<Vec<u64>>,
 }
 
 impl Ring {
@@ -140,7 +150,7 @@ impl Ring {
         fill(ram.map(), begin, (end - begin) as usize, [0; 8]);
         let buffers: Vec<u64> = (0..RING).map(|_| ram.alloc(u64::from(BUFFER), 64).unwrap()).collect();
         let driver = DriverRing::new(&config, ram.map()).unwrap();
-        let heads = vec![None; usize::from(RING)];
+        let heads = vec![vec![]; usize::from(RING)];
         Ring { config, driver, kick: eventfd(), call: eventfd(), free: buffers.clone(), buffers, heads }
     }
 
@@ -161,17 +171,26 @@ impl Ring {
     pub fn offer(&mut self, _: &MemoryMap) {
         let addr = self.free.pop().unwrap();
         let head = self.driver.add(&[Buffer { addr, len: BUFFER, writable: true }]).unwrap();
-        self.heads[usize::from(head)] = Some(addr);
+        self.heads[usize::from(head)] = vec![addr];
         self.publish();
     }
 
-    /// The next finished buffer, and how much was written to it.
-    fn collect(&mut self) -> Option<(u64, u32)> {
+    /// The next finished chain's buffers, and how much was written to it.
+    fn collect(&mut self) -> Option<(Vec<u64>, u32)> {
         if self.driver.finished() == 0 {
             return None;
         }
         let (head, len) = self.driver.collect()?;
-        Some((self.heads[usize::from(head)].take().expect("a buffer that was offered"), len))
+        let buffers = std::mem::take(&mut self.heads[usize::from(head)]);
+        assert!(!buffers.is_empty(), "a chain that was offered");
+        Some((buffers, len))
+    }
+
+    /// Takes back what was sent.
+    fn reclaim(&mut self) {
+        while let Some((buffers, _)) = self.collect() {
+            self.free.extend(buffers);
+        }
     }
 }
 
@@ -184,13 +203,16 @@ pub struct Guest {
     pub rx: Vec<Ring>,
     pub tx: Vec<Ring>,
     ram: Ram,
-    /// What it has received.
+    /// What it has received, and the headers before it.
     pub got: Vec<Vec<u8>>,
+    pub headers: Vec<Vec<u8>>,
+    /// Buffers of the last frame that are still to come.
+    missing: usize,
 }
 
 impl Guest {
-    fn connect(path: &Path, at: usize, pairs: u16) -> Guest {
-        let features = FEATURES | MRG_RXBUF;
+    fn connect(path: &Path, at: usize, pairs: u16, features: u64) -> Guest {
+        let features = FEATURES | features;
         let mut ram = Ram::new((at as u64 + 1) << 32, MEMORY * u64::from(pairs), false).unwrap();
         let all = ram.spec();
         fill(ram.map(), all.guest_addr, all.size as usize, secret(at));
@@ -209,7 +231,7 @@ impl Guest {
             tx.push(rings.remove(0));
         }
         let map = Arc::clone(ram.map());
-        Guest { at, _peer: peer, map, rx, tx, ram, got: vec![] }
+        Guest { at, _peer: peer, map, rx, tx, ram, got: vec![], headers: vec![], missing: 0 }
     }
 
     /// Sends a frame behind a header without anything.
@@ -218,29 +240,32 @@ impl Guest {
         self.send_raw(pair, &bytes);
     }
 
-    /// Sends any bytes, in chunks of buffers.
+    /// Sends any bytes, in as many buffers as they need.
     pub fn send_raw(&mut self, pair: usize, bytes: &[u8]) {
         let tx = &mut self.tx[pair];
-        until("a transmit buffer", || {
-            while let Some((addr, _)) = tx.collect() {
-                tx.free.push(addr);
-            }
-            !tx.free.is_empty()
+        let parts = bytes.chunks(BUFFER as usize);
+        until("transmit buffers", || {
+            tx.reclaim();
+            tx.free.len() >= parts.len()
         });
-        let addr = tx.free.pop().unwrap();
-        self.map.slice(addr, BUFFER).unwrap().write(bytes);
-        let buffers = [Buffer { addr, len: bytes.len() as u32, writable: false }];
+        let addrs = tx.free.split_off(tx.free.len() - parts.len());
+        let buffers: Vec<_> = addrs
+            .iter()
+            .zip(parts)
+            .map(|(&addr, part)| {
+                self.map.slice(addr, BUFFER).unwrap().write(part);
+                Buffer { addr, len: part.len() as u32, writable: false }
+            })
+            .collect();
         let head = tx.driver.add(&buffers).unwrap();
-        tx.heads[usize::from(head)] = Some(addr);
+        tx.heads[usize::from(head)] = addrs;
         tx.publish();
     }
 
     /// Whether all that was sent has been taken.
     pub fn all_sent(&mut self) -> bool {
         self.tx.iter_mut().all(|tx| {
-            while let Some((addr, _)) = tx.collect() {
-                tx.free.push(addr);
-            }
+            tx.reclaim();
             tx.free.len() == tx.buffers.len()
         })
     }
@@ -248,22 +273,35 @@ impl Guest {
     /// Takes what has come, and gives the buffers back.
     pub fn receive(&mut self) {
         for at in 0..self.rx.len() {
-            while let Some((addr, len)) = self.rx[at].collect() {
-                let mut bytes = vec![0; len as usize];
-                self.map.slice(addr, len).unwrap().read(&mut bytes);
-                assert_eq!(bytes[..10], [0; 10], "a plain header");
-                assert_eq!(bytes[10..HEADER], [1, 0], "in one buffer");
-                self.got.push(bytes.split_off(HEADER));
-                // What is behind the frame is as it was.
-                let mut behind = vec![0; (BUFFER - len) as usize];
-                self.map.slice(addr + u64::from(len), BUFFER - len).unwrap().read(&mut behind);
-                self.check_secret(addr + u64::from(len), &behind);
-                fill(&self.map, addr, BUFFER as usize, secret(self.at));
-                self.rx[at].free.push(addr);
-                let map = Arc::clone(&self.map);
-                self.rx[at].offer(&map);
+            while let Some((buffers, len)) = self.rx[at].collect() {
+                let bytes = self.take_buffer(at, buffers[0], len);
+                if self.missing == 0 {
+                    self.missing = usize::from(u16::from_le_bytes([bytes[10], bytes[11]]));
+                    self.headers.push(bytes[..HEADER].to_vec());
+                    self.got.push(bytes[HEADER..].to_vec());
+                } else if let Some(frame) = self.got.last_mut() {
+                    frame.extend(bytes);
+                }
+                self.missing -= 1;
             }
+            assert_eq!(self.missing, 0, "all buffers of a frame come at once");
         }
+    }
+
+    fn take_buffer(&mut self, at: usize, addr: u64, len: u32) -> Vec<u8> {
+        let mut bytes = vec![0; len as usize];
+        self.map.slice(addr, len).unwrap().read(&mut bytes);
+        // What is behind the frame is as it was.
+        if len < BUFFER {
+            let mut behind = vec![0; (BUFFER - len) as usize];
+            self.map.slice(addr + u64::from(len), BUFFER - len).unwrap().read(&mut behind);
+            self.check_secret(addr + u64::from(len), &behind);
+        }
+        fill(&self.map, addr, BUFFER as usize, secret(self.at));
+        self.rx[at].free.push(addr);
+        let map = Arc::clone(&self.map);
+        self.rx[at].offer(&map);
+        bytes
     }
 
     fn check_secret(&self, addr: u64, bytes: &[u8]) {
@@ -280,7 +318,19 @@ impl Guest {
             self.receive();
             self.got.len() >= count
         });
+        let plain = |header: &Vec<u8>| header[..10] == [0; 10];
+        assert!(std::mem::take(&mut self.headers).iter().all(plain), "headers that ask for something");
         std::mem::take(&mut self.got)
+    }
+
+    /// The next frame with its header.
+    pub fn await_offload(&mut self) -> (VnetHdr, Vec<u8>) {
+        until("a frame", || {
+            self.receive();
+            !self.got.is_empty()
+        });
+        let header = self.headers.remove(0);
+        (VnetHdr::from_bytes(header.as_slice().try_into().unwrap()), self.got.remove(0))
     }
 
     /// Everything in its memory that is neither ring nor buffer is as it was, and nothing anywhere is of another guest's.

@@ -4,6 +4,7 @@
 mod peer;
 
 mod guest;
+mod offload;
 
 use std::time::{Duration, Instant};
 
@@ -215,6 +216,7 @@ fn rings_are_reset_under_load() {
             });
             for guest in &mut guests {
                 guest.got.clear();
+                guest.headers.clear();
             }
         }
         for guest in &guests {
