@@ -4,6 +4,7 @@
 use std::fs::File;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -136,7 +137,8 @@ impl Front {
     pub fn connect(&mut self, socket: &Path) -> Result<()> {
         self.session = None;
         self.answered = None;
-        let mut front = Frontend::connect(socket, QUEUES as u64)?;
+        // Where nobody listens, `Frontend::connect` sleeps for 0.1 s.
+        let mut front = Frontend::from_stream(UnixStream::connect(socket)?, QUEUES as u64);
         front.set_owner()?;
         let offered = front.get_features()?;
         let mut wanted = features::VERSION_1 | features::INDIRECT_DESC | features::EVENT_IDX | self.packed;

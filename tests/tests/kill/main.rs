@@ -76,8 +76,13 @@ fn killed_at_random(scene: &Scene, packed: bool, kills: usize, args: &[&str]) ->
     front.check_image(&image.read(0, BLOCKS * BLOCK)?)?;
     pauses.sort();
     let (fastest, median, slowest) = (pauses.first(), pauses.get(pauses.len() / 2), pauses.last());
+    let (p90, late) = (
+        pauses.get(pauses.len() * 9 / 10),
+        pauses.iter().filter(|&&p| p > Duration::from_millis(50)).count(),
+    );
     println!(
-        "from the start of a daemon to its first answer: {median:?} ({fastest:?} to {slowest:?}) of {}",
+        "from the start of a daemon to its first answer: {median:?} ({fastest:?} to {slowest:?}, p90 {p90:?}, {late} \
+         above 50 ms) of {}",
         pauses.len()
     );
     let model = &front.model;
