@@ -46,6 +46,17 @@ pub fn deleted() {
     assert!(looks(&guest) < 10);
     assert_eq!(guest.rx.stop(), 0);
     guest.tx.stop();
+    // So does the next one, and one that finds it gone.
+    guest.start(&tap, &engine);
+    guest.send([0; HEADER], &frame(GUEST_MAC, HOST_MAC, 100, 1), 14);
+    guest.stop();
+    let tap = Tap::open("kl1", 2, None).unwrap();
+    ip("link delete kl1");
+    let mut guest = Guest::on_pair(1, &tap, &engine, MRG_RXBUF, 64, 2048);
+    assert!(tap.is_gone());
+    guest.send([0; HEADER], &frame(GUEST_MAC, HOST_MAC, 100, 1), 14);
+    assert_eq!(count(&tap, "tx_queue_1_gone_drops"), 1);
+    guest.stop();
 }
 
 pub fn without_buffers() {
@@ -68,6 +79,9 @@ pub fn without_buffers() {
             let (_, got) = guest.wait();
             assert_eq!(&got, frame, "frame {n}");
         }
+        // Buffers with nothing to be put into them keep nobody awake.
+        guest.post(256);
+        assert!(looks(&guest) < 10, "it spins");
         guest.stop();
         assert_eq!(count(&tap, "rx_queue_0_no_buffer_drops"), 0);
     }

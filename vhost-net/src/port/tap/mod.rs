@@ -255,7 +255,22 @@ impl Tap {
     /// Has the kernel leave undone what a driver of these features takes undone. For the device's whole life until the
     /// next call: it holds for all queues of a tap.
     pub fn negotiated(&self, features: u64) -> io::Result<()> {
-        sys::set_offload(self.pairs[0].tun.as_fd(), offload(features))
+        self.unless_gone(sys::set_offload(self.pairs[0].tun.as_fd(), offload(features)))
+    }
+
+    /// A queue of a tap that has been deleted runs as well: into nothing.
+    fn unless_gone(&self, done: io::Result<()>) -> io::Result<()> {
+        match done {
+            // The latter is what a queue says that was out of use.
+            Err(e)
+                if matches!(e.raw_os_error(), Some(libc::EBADFD | libc::EINVAL))
+                    && !sys::exists(&self.name) =>
+            {
+                self.has_gone();
+                Ok(())
+            }
+            done => done,
+        }
     }
 
     /// The handler of the guest's receive queue of this pair. The driver has these features.
@@ -297,8 +312,8 @@ impl Tap {
         let none = || io::Error::other(format!("tap {} has no queue pair {pair}", self.name));
         let of = self.pairs.get(usize::from(pair)).ok_or_else(none)?;
         let mut running = of.running.lock().unwrap_or_else(PoisonError::into_inner);
-        if *running == 0 && self.pairs.len() > 1 && !self.is_gone() {
-            sys::use_queue(of.tun.as_fd(), true)?;
+        if *running == 0 && self.pairs.len() > 1 {
+            self.unless_gone(sys::use_queue(of.tun.as_fd(), true))?;
         }
         *running += 1;
         Ok(Running { tap: Arc::clone(self), pair: pair.into() })
