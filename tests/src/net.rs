@@ -49,20 +49,56 @@ pub struct Options {
     kind: Kind,
     ports: usize,
     queues: usize,
+    /// How ports are joined.
+    join: &'static str,
     poll: &'static str,
+    /// More of each `--port`.
+    port_keys: &'static str,
     args: Vec<String>,
 }
 
 impl Options {
-    /// A switch with so many ports, which nothing tells apart.
-    pub fn switch(ports: usize) -> Self {
-        Self { kind: Kind::from_env(), ports, queues: 4, poll: "adaptive", args: Vec::new() }
+    /// A wire between two ports.
+    pub fn wire() -> Self {
+        Self {
+            kind: Kind::from_env(),
+            ports: 2,
+            queues: 4,
+            join: "--wire",
+            poll: "adaptive",
+            port_keys: "",
+            args: Vec::new(),
+        }
+    }
+
+    /// A switch with two ports that nothing tells apart.
+    pub fn switch() -> Self {
+        Self { join: "--switch", ..Self::wire() }
+    }
+
+    /// One port that sends packets back, with their addresses swapped. Ours, whatever else is tested.
+    pub fn echo() -> Self {
+        Self { kind: Kind::VhostNet, ports: 1, join: "--loopback=echo", ..Self::wire() }
     }
 
     /// Sets the polling mode.
     #[must_use]
     pub fn poll(mut self, mode: &'static str) -> Self {
         self.poll = mode;
+        self
+    }
+
+    /// Has packets wait for buffers of their receiver.
+    #[must_use]
+    pub fn lossless(mut self) -> Self {
+        self.port_keys = ",wait";
+        self
+    }
+
+    /// Sets the number of queue pairs that each port offers.
+    #[must_use]
+    pub fn queues(mut self, pairs: usize) -> Self {
+        self.queues = pairs;
         self
     }
 
@@ -103,8 +139,13 @@ impl Options {
     }
 
     fn vhost_net_args(&self, sockets: &[PathBuf]) -> Vec<String> {
-        let mut args = vec![format!("--poll={}", self.poll), format!("--num-queues={}", self.queues)];
-        args.extend(sockets.iter().map(|socket| format!("--port=socket-path={}", socket.display())));
+        let poll = format!("--poll={}", self.poll);
+        let mut args = vec![self.join.to_owned(), poll, format!("--num-queue-pairs={}", self.queues)];
+        // Addresses as QEMU's guests have them, for those of other front ends.
+        let port = |(i, socket): (usize, &PathBuf)| {
+            format!("--port=socket-path={},mac=52:54:00:00:00:0{}{}", socket.display(), i + 1, self.port_keys)
+        };
+        args.extend(sockets.iter().enumerate().map(port));
         args.extend(self.args.iter().cloned());
         args
     }

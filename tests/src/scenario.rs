@@ -193,8 +193,10 @@ pub enum Op {
     WriteZeroes,
     /// Flush, and nothing else.
     Flush,
-    /// Network: send, and expect it to come back.
+    /// Network: send, and expect it to come back, in order.
     Echo,
+    /// Network: what each of two cards sends is for the other, and comes in order.
+    Exchange,
 }
 
 /// What reads are compared with.

@@ -49,7 +49,8 @@ pub mod kind {
     pub const RESET: u32 = 2;
     /// Load the queues of block devices.
     pub const BLOCK: u32 = 3;
-    /// Send packets on the transmit queues of network devices and expect them back on the receive queues.
+    /// Send packets on the transmit queues of network devices and expect them back on the receive queues, each once
+    /// and in the order in which they were sent.
     pub const ECHO: u32 = 4;
     /// Write the rings as no driver may: [`Order::misdeed`](super::Order::misdeed).
     pub const MISBEHAVE: u32 = 5;
@@ -60,6 +61,8 @@ pub mod kind {
     pub const FAULT: u32 = 7;
     /// Never answer: for tests of deadlines.
     pub const HANG: u32 = 8;
+    /// As [`ECHO`], between two network devices: what one sends is for the other, which sends as many.
+    pub const EXCHANGE: u32 = 9;
 }
 
 /// [`Order::op`], by the names of the virtio specification (5.2.6).

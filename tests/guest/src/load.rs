@@ -172,9 +172,17 @@ pub fn run(devices: &mut Devices, order: &Order, cpus: usize, report: &mut Repor
     let mut shares: Vec<Work> = (0..cpus)
         .map(|_| Work { lanes: Vec::new(), devices: Vec::new(), wait: order.wait, end, sleeps: 0 })
         .collect();
+    // By device; of two, each is the other's.
+    let mut peers: Vec<u64> = devices.named(order)?.iter().map(|(_, device)| device.info.config).collect();
+    if order.kind == kind::EXCHANGE {
+        if peers.len() != 2 {
+            return Err(failure::ORDER);
+        }
+        peers.swap(0, 1);
+    }
     let mut lanes = 0;
-    for (index, device) in devices.named(order)? {
-        for lane in prepare(device, index, order, &mut arena, lanes)? {
+    for ((index, device), peer) in devices.named(order)?.into_iter().zip(peers) {
+        for lane in prepare(device, index, order, &mut arena, lanes, peer)? {
             let cpu = lanes % cpus;
             let share = &mut shares[cpu];
             if share.devices.iter().all(|&(_, _, known, _)| known != index) {
@@ -204,7 +212,7 @@ pub fn run(devices: &mut Devices, order: &Order, cpus: usize, report: &mut Repor
         report.lane[i] = lane;
         devices.get(lane.device as usize).rings.extend(rings);
     }
-    if order.kind == kind::ECHO {
+    if order.kind != kind::BLOCK {
         // Receive buffers stay with the device until it is reset.
         for (_, device) in devices.named(order)? {
             device.attach(device.attached, cpus)?;
@@ -221,6 +229,7 @@ fn prepare(
     order: &Order,
     arena: &mut Arena,
     first: usize,
+    peer: u64,
 ) -> Result<Vec<Lane>, u32> {
     if device.info.id != if order.kind == kind::BLOCK { BLOCK } else { NET } {
         return Err(failure::NO_DEVICE);
@@ -245,8 +254,10 @@ fn prepare(
             Lane::Block(BlockLane::new(ring, transport, info.features, &own, number, arena, who)?)
         } else {
             let transmit = rings.next().ok_or(failure::QUEUE)?;
-            let who = (index as u32, queue, info.config);
-            Lane::Echo(EchoLane::new((ring, transmit), transport, order, number, arena, who)?)
+            let who = (index as u32, queue);
+            // An echo is for the device's own address, and from it as well: whoever sends it back need not change it.
+            let addresses = (info.config, peer);
+            Lane::Echo(EchoLane::new((ring, transmit), transport, order, number, arena, who, addresses)?)
         });
     }
     Ok(lanes)

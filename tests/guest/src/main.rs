@@ -54,7 +54,7 @@ extern "C" fn ring3(cpu: usize, start_info: usize) -> ! {
         let result = match order.kind {
             kind::ATTACH => devices.attach(&order, cpus),
             kind::RESET => devices.reset(&order),
-            kind::BLOCK | kind::ECHO => load::run(&mut devices, &order, cpus, &mut report),
+            kind::BLOCK | kind::ECHO | kind::EXCHANGE => load::run(&mut devices, &order, cpus, &mut report),
             kind::MISBEHAVE => devices.misbehave(&order, cpus),
             kind::AWAIT_CONFIG => devices.await_config(&order, cpus),
             kind::FAULT => {

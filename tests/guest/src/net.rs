@@ -1,4 +1,5 @@
-//! Load on one pair of queues of a network device (virtio 1.3, 5.1): packets are sent, and expected to come back.
+//! Load on one pair of queues of a network device (virtio 1.3, 5.1): packets are sent, and expected to come back, or
+//! others in their place from the device that they are for.
 
 use alloc::vec;
 use alloc::vec::Vec;
@@ -34,7 +35,8 @@ pub struct EchoLane {
     receive_by_head: Vec<u16>,
     transmit_by_head: Vec<u16>,
     free: Vec<u16>,
-    mac: u64,
+    from: u64,
+    to: u64,
     sent: u64,
     samples: Samples,
     report: LaneReport,
@@ -48,7 +50,8 @@ impl EchoLane {
         order: &Order,
         index: usize,
         arena: &mut Arena,
-        (device, pair, mac): (u32, u32, u64),
+        (device, pair): (u32, u32),
+        (from, to): (u64, u64),
     ) -> Result<EchoLane, u32> {
         let depth =
             (order.depth.max(1) as usize).min(usize::from(receive.size())).min(usize::from(transmit.size()));
@@ -71,7 +74,8 @@ impl EchoLane {
             receive_buffers,
             transmit_buffers,
             free: (0..depth as u16).rev().collect(),
-            mac,
+            from,
+            to,
             sent: 0,
             samples: Samples::new(order, index),
             report: LaneReport { device, queue: pair, first_bad: u64::MAX, ..LaneReport::default() },
@@ -149,7 +153,7 @@ impl EchoLane {
         let mut sent = false;
         // What is on its way finds a buffer when it comes back.
         while !self.all_sent(stop)
-            && self.sent - self.report.requests < self.receive_buffers.len() as u64
+            && self.sent.saturating_sub(self.report.requests) < self.receive_buffers.len() as u64
             && let Some(index) = self.free.pop()
         {
             self.send(index);
@@ -165,11 +169,9 @@ impl EchoLane {
     fn send(&mut self, index: u16) {
         let piece = &self.transmit_buffers[usize::from(index)];
         let len = self.order.block_size as usize;
-        let mac = self.mac.to_le_bytes();
         piece.put(0, [0u8; HEADER]);
-        // To the device's own address, from it as well: whoever sends it back need not change it.
-        for at in [HEADER, HEADER + 6] {
-            mac.iter().take(6).enumerate().for_each(|(i, &byte)| piece.put(at + i, byte));
+        for (at, mac) in [(HEADER, self.to), (HEADER + 6, self.from)] {
+            mac.to_le_bytes().iter().take(6).enumerate().for_each(|(i, &byte)| piece.put(at + i, byte));
         }
         piece.put(HEADER + 12, ETHER_TYPE.to_be());
         let number = self.sent;
@@ -197,7 +199,8 @@ impl EchoLane {
         let number = u64::from_le(piece.get(HEADER + ETHERNET));
         let good = used as usize == HEADER + len
             && piece.get::<u16>(HEADER + 12) == ETHER_TYPE.to_be()
-            && number < self.sent
+            // None is lost, none overtakes another.
+            && number == self.report.requests
             && (STAMP..len - ETHERNET)
                 .all(|i| piece.get::<u8>(HEADER + ETHERNET + i) == self.byte(number, i));
         self.report.requests += 1;

@@ -106,7 +106,12 @@ impl BareGuest {
 
     fn order_for(&self, load: &Load) -> Order {
         let devices = load.devices.iter().fold(0, |all, &i| all | 1 << i);
-        let mut order = Bare::blank(if load.op == Op::Echo { kind::ECHO } else { kind::BLOCK }, devices);
+        let kind = match load.op {
+            Op::Echo => kind::ECHO,
+            Op::Exchange => kind::EXCHANGE,
+            _ => kind::BLOCK,
+        };
+        let mut order = Bare::blank(kind, devices);
         if let Some(&(start, size)) = self.added.last() {
             (order.arena, order.arena_size) = (start, size);
         }
@@ -116,7 +121,7 @@ impl BareGuest {
         }
         Order {
             op: match load.op {
-                Op::Read | Op::Echo => op::READ,
+                Op::Read | Op::Echo | Op::Exchange => op::READ,
                 Op::Write => op::WRITE,
                 Op::Mix => op::MIX,
                 Op::Discard => op::DISCARD,

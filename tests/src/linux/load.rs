@@ -20,7 +20,7 @@ pub fn script(load: &Load, disks: &[String], queues: &[usize], cpus: usize) -> R
     ensure!(load.wait == Wait::Sleep, "Linux decides itself how it waits: {:?} is not for it", load.wait);
     ensure!(load.requests != 0 || load.time != Duration::ZERO, "a load without end");
     match (load.op, load.expect) {
-        (Op::Echo, _) => bail!("Linux takes only disks here"),
+        (Op::Echo | Op::Exchange, _) => bail!("Linux takes only disks here"),
         (Op::WriteZeroes | Op::Flush, Expect::Anything) => Ok(one_by_one(load, disks, queues)),
         (Op::Read | Op::Write | Op::Mix | Op::Discard, Expect::Anything)
         | (Op::Write | Op::Mix, Expect::Written)

@@ -51,6 +51,8 @@ impl Kind {
     }
 }
 
+/// Bytes of `struct virtio_net_config` up to the status.
+const NET_CONFIG: u32 = 8;
 /// Bytes of `struct virtio_blk_config` up to the write-zeroes fields.
 const BLOCK_CONFIG: u32 = 60;
 /// `VIRTIO_NET_F_MAC`: the front end has the address.
@@ -155,7 +157,7 @@ impl Backend {
     /// Reads the configuration space again.
     pub fn read_config(&mut self) -> Result<()> {
         if self.kind == Kind::Block {
-            self.config = within(&self.stream, || read_config(&mut self.front))?;
+            self.config = within(&self.stream, || read_config(&mut self.front, BLOCK_CONFIG))?;
         }
         Ok(())
     }
@@ -340,20 +342,21 @@ fn negotiate(
             // There is no IOMMU to translate for the back end.
             | ACCESS_PLATFORM);
     let config = match kind {
-        Kind::Block => read_config(&mut front)?,
+        Kind::Block => read_config(&mut front, BLOCK_CONFIG)?,
         Kind::Net => {
+            let has_own = features & NET_F_MAC != 0 && protocol.contains(Protocol::CONFIG);
             features = features & !NET_F_CONTROLLED | NET_F_MAC;
-            // Locally administered.
-            vec![0x02, 0x4b, 0x4b, 0, 0, 1, 1, 0]
+            // Its own address, or one that is locally administered.
+            if has_own { read_config(&mut front, NET_CONFIG)? } else { vec![0x02, 0x4b, 0x4b, 0, 0, 1, 1, 0] }
         }
     };
     let records = protocol.contains(Protocol::INFLIGHT_SHMFD);
     Ok(Opened { front, stream, offered, features, queues, config, channel, records })
 }
 
-fn read_config(front: &mut Frontend) -> Result<Vec<u8>> {
-    let room = [0; BLOCK_CONFIG as usize];
-    let (_, config) = front.get_config(0, BLOCK_CONFIG, VhostUserConfigFlags::empty(), &room)?;
+fn read_config(front: &mut Frontend, len: u32) -> Result<Vec<u8>> {
+    let room = vec![0; len as usize];
+    let (_, config) = front.get_config(0, len, VhostUserConfigFlags::empty(), &room)?;
     ensure!(config.len() == room.len(), "GET_CONFIG: {} bytes", config.len());
     Ok(config)
 }
