@@ -95,8 +95,8 @@ impl Vm {
     /// Unplugs a network card, with the guest's consent, and drops the connection to its back end.
     pub fn unplug_nic(&mut self, nic: &Nic) -> Result<()> {
         self.unplug(&nic.id)?;
+        // The connection goes with it.
         self.qmp.execute("netdev_del", &json!({ "id": nic.netdev_id() }))?;
-        self.qmp.execute("chardev-remove", &json!({ "id": nic.chardev() }))?;
         Ok(())
     }
 

@@ -1,0 +1,208 @@
+//! Two guests on a switch.
+
+use std::time::Instant;
+
+use anyhow::{Result, ensure};
+use kickless_tests::net::Options;
+use kickless_tests::qemu::nic::Nic;
+use kickless_tests::scene::Scene;
+
+use super::guests::{LIMIT, Pair, address, address6, iperf, iperf_all, ping, transfer};
+
+/// A scenario: `Ok(Some(reason))` means that this machine has not what it takes.
+pub type Scenario = fn(&Scene) -> Result<Option<String>>;
+
+/// All scenarios with their names.
+pub const ALL: &[(&str, Scenario)] = &[
+    ("two_guests_talk", two_guests_talk),
+    ("offloads_that_one_side_has_not", offloads_that_one_side_has_not),
+    ("interruptions", interruptions),
+];
+
+/// All that is agreed on, and what a guest changes while it runs.
+fn two_guests_talk(scene: &Scene) -> Result<Option<String>> {
+    let mut pair = Pair::boot(scene, &Options::switch(), |nic| nic.queues(4))?;
+    pair.step("ping", |pair| {
+        pair.each_way(|from, to| {
+            ping(from, &address(0, to.number), 56)?;
+            ping(from, &address(0, to.number), 1472)?;
+            ping(from, &address6(0, to.number), 56)
+        })
+    })?;
+    pair.step("files", |pair| {
+        pair.each_way(|from, to| {
+            let before = [to.counter("eth0", "rx_packets")?, to.counter("eth0", "rx_bytes")?];
+            transfer(from, to, &address(0, to.number))?;
+            let packets = to.counter("eth0", "rx_packets")? - before[0];
+            let bytes = to.counter("eth0", "rx_bytes")? - before[1];
+            // Segments cross in one piece, of up to 64 KiB.
+            let cut = from.vm.run("ethtool -k eth0 | grep -q '^tcp-segmentation-offload: off'")?.code == 0;
+            ensure!(cut || bytes / packets > 3000, "{packets} packets for {bytes} bytes");
+            transfer(from, to, &address6(0, to.number))
+        })
+    })?;
+    pair.step("iperf3", |pair| iperf_all(&mut pair.a, &mut pair.b, &address(0, 2)))?;
+    pair.step("offloads the guest leaves off", |pair| {
+        for off in ["gro off", "tso off", "gso off", "sg off", "tx off"] {
+            for host in [&mut pair.a, &mut pair.b] {
+                host.vm.check(&format!("ethtool -K eth0 {off}"))?;
+            }
+            pair.each_way(|from, to| transfer(from, to, &address(0, to.number)))?;
+        }
+        iperf(&mut pair.a, &mut pair.b, &address(0, 2), "-u -b 20M -l 1400 -t 1")?;
+        for host in [&mut pair.a, &mut pair.b] {
+            host.vm.check("ethtool -K eth0 tx on sg on tso on gso on gro on; true")?;
+        }
+        Ok(())
+    })?;
+    pair.step("VLANs", |pair| {
+        for host in [&mut pair.a, &mut pair.b] {
+            // One in the other, as well.
+            for (under, device, id, net) in [("eth0", "eth0.100", 100, 1), ("eth0.100", "inner", 7, 2)] {
+                host.vm.check(&format!("ip link add link {under} name {device} type vlan id {id}"))?;
+                host.up(device, net)?;
+            }
+        }
+        pair.each_way(|from, to| {
+            for net in [1, 2] {
+                ping(from, &address(net, to.number), 56)?;
+                transfer(from, to, &address(net, to.number))?;
+            }
+            Ok(())
+        })
+    })?;
+    pair.step("MTU 9000", |pair| {
+        for host in [&mut pair.a, &mut pair.b] {
+            host.vm.check("ip link set eth0 mtu 9000 && ethtool -K eth0 tso off gso off")?;
+        }
+        pair.each_way(|from, to| {
+            ping(from, &address(0, to.number), 8972)?;
+            transfer(from, to, &address(0, to.number))
+        })?;
+        for host in [&mut pair.a, &mut pair.b] {
+            host.vm.check("ip link set eth0 mtu 1500; ethtool -K eth0 tso on gso on; true")?;
+        }
+        Ok(())
+    })?;
+    pair.step("queues", |pair| {
+        for queues in [4, 1, 3, 4] {
+            for host in [&mut pair.a, &mut pair.b] {
+                host.vm.check(&format!("ethtool -L eth0 combined {queues}"))?;
+            }
+            // One stream for each queue, and more.
+            iperf(&mut pair.a, &mut pair.b, &address(0, 2), "-P 8 -n 1M")?;
+            pair.each_way(|from, to| transfer(from, to, &address(0, to.number)))?;
+        }
+        // All of them have been used.
+        let stats = pair.a.vm.check("ethtool -S eth0")?;
+        for queue in 0..4 {
+            let name = format!("tx_queue_{queue}_packets: ");
+            let packets = stats.lines().find_map(|line| line.trim().strip_prefix(&name)?.parse::<u64>().ok());
+            ensure!(packets > Some(0), "queue {queue} has sent nothing:\n{stats}");
+        }
+        Ok(())
+    })?;
+    pair.finish()?;
+    Ok(None)
+}
+
+/// What one side's driver has not agreed on is done for it by the switch.
+fn offloads_that_one_side_has_not(scene: &Scene) -> Result<Option<String>> {
+    let mut pair = Pair::boot(scene, &Options::switch(), |nic| nic)?;
+    let variants: [(&str, &[&str]); 7] = [
+        ("no receive offloads", &["guest_csum", "guest_tso4", "guest_tso6", "guest_ecn", "guest_ufo"]),
+        ("no segments to receive", &["guest_tso4", "guest_tso6", "guest_ecn", "guest_ufo"]),
+        ("one buffer for each packet", &["mrg_rxbuf"]),
+        ("one buffer, no segments", &["mrg_rxbuf", "guest_tso4", "guest_tso6", "guest_ecn", "guest_ufo"]),
+        ("no transmit offloads", &["csum", "host_tso4", "host_tso6", "host_ecn", "host_ufo", "gso"]),
+        ("no event index, nothing indirect", &["event_idx", "indirect_desc"]),
+        ("nothing", &["csum", "gso", "guest_csum", "guest_tso4", "guest_tso6", "mrg_rxbuf", "event_idx"]),
+    ];
+    for (name, off) in variants {
+        pair.step(name, |pair| {
+            pair.b.vm.unplug_nic(&pair.nics[1])?;
+            pair.nics[1] =
+                off.iter().fold(Nic::new("nic2", &pair.daemon.sockets()[1]), |nic, off| nic.prop(off, false));
+            pair.b.vm.hotplug_nic(&pair.nics[1])?;
+            pair.b.up("eth0", 0)?;
+            pair.each_way(|from, to| {
+                ping(from, &address(0, to.number), 56)?;
+                transfer(from, to, &address(0, to.number))?;
+                transfer(from, to, &address6(0, to.number))
+            })?;
+            iperf(&mut pair.a, &mut pair.b, &address(0, 2), "-u -b 20M -l 4000 -t 1")?;
+            Ok(())
+        })?;
+    }
+    pair.finish()?;
+    Ok(None)
+}
+
+/// Links go down, guests reboot, the daemon is killed: traffic goes on afterwards.
+fn interruptions(scene: &Scene) -> Result<Option<String>> {
+    let options = Options::switch();
+    let mut pair = Pair::boot(scene, &options, |nic| nic.queues(2))?;
+    let talk = |pair: &mut Pair| {
+        pair.each_way(|from, to| {
+            let to_address = address(0, to.number);
+            from.vm.check_soon(&format!("ping -c 1 -W 1 {to_address}"), LIMIT)?;
+            transfer(from, to, &to_address)
+        })
+    };
+    pair.step("as it is", talk)?;
+    pair.step("interface down and up", |pair| {
+        for _ in 0..3 {
+            pair.b.vm.check("ip link set eth0 down")?;
+            ensure!(
+                pair.a.vm.run("ping -c 1 -W 1 10.0.0.2")?.code != 0,
+                "a reply from an interface that is down"
+            );
+            pair.b.vm.check("ip link set eth0 up")?;
+            pair.b.vm.check("ip -6 addr add fd00:0::2/64 dev eth0")?;
+            talk(pair)?;
+        }
+        Ok(())
+    })?;
+    pair.step("cable pulled and put back", |pair| {
+        let nic = pair.nics[1].clone();
+        pair.b.vm.set_link(&nic, false)?;
+        pair.b.vm.check_soon("test $(cat /sys/class/net/eth0/carrier) = 0", LIMIT)?;
+        pair.b.vm.set_link(&nic, true)?;
+        pair.b.vm.check_soon("test $(cat /sys/class/net/eth0/carrier) = 1", LIMIT)?;
+        talk(pair)
+    })?;
+    pair.step("driver unbound and bound under load", |pair| {
+        pair.a.vm.start("load", "while ! test -e /tmp/stop; do nc -w 1 10.0.0.2 9 </tmp/random; done")?;
+        pair.a.vm.start("flood", "iperf3 -c 10.0.0.2 -u -b 50M -t 3; ping -f -w 3 10.0.0.2")?;
+        let device = pair.b.vm.check("basename $(readlink -f /sys/class/net/eth0/device)")?;
+        for _ in 0..3 {
+            let driver = "/sys/bus/virtio/drivers/virtio_net";
+            pair.b.vm.check(&format!("echo {device} >{driver}/unbind && echo {device} >{driver}/bind"))?;
+            pair.b.up("eth0", 0)?;
+        }
+        pair.a.vm.check("touch /tmp/stop")?;
+        pair.a.vm.join("load", LIMIT)?;
+        pair.a.vm.join("flood", LIMIT)?;
+        talk(pair)
+    })?;
+    pair.step("guest reboots", |pair| {
+        pair.b.vm.reboot()?;
+        pair.b.prepare()?;
+        talk(pair)
+    })?;
+    pair.step("daemon killed and started again", |pair| {
+        for host in [&mut pair.a, &mut pair.b] {
+            // QEMU loses its back end, and says so.
+            host.vm.tolerate("vhost");
+        }
+        for _ in 0..2 {
+            pair.daemon.kill_and_restart(scene)?;
+            let begun = Instant::now();
+            talk(pair)?;
+            println!("    traffic again after {:.1} s", begun.elapsed().as_secs_f64());
+        }
+        Ok(())
+    })?;
+    pair.finish()?;
+    Ok(None)
+}
