@@ -1,12 +1,11 @@
 //! What a receiver does not take is done before it gets the packet: the checksum, or cutting it into segments.
 
 use poll_engine::engine::queue::Queue;
-use poll_engine::ring::chain::ChainView;
 
 use crate::header::{Offload, Work};
 use crate::offload::{complete, segment};
 use crate::packet::Packet;
-use crate::rx::{Form, InChain, Refused, Spread, deliver};
+use crate::rx::{Form, Refused, Sent, Spread, deliver};
 use crate::tx::Head;
 
 /// What came of a packet that was not handed on as it was.
@@ -23,6 +22,13 @@ pub struct Outcome {
 }
 
 impl Outcome {
+    /// Of one packet.
+    pub fn of(bytes: u32, delivered: Result<(), Refused>) -> Outcome {
+        let mut outcome = Outcome::default();
+        outcome.count(bytes, delivered);
+        outcome
+    }
+
     fn count(&mut self, bytes: u32, delivered: Result<(), Refused>) {
         match delivered {
             Ok(()) => {
@@ -51,7 +57,8 @@ pub fn deliver_softened(
     (form, features): (Form, u64),
     head: &mut Head,
     piece: &mut Head,
-    chain: &ChainView<'_>,
+    sent: &(impl Sent + ?Sized),
+    read: impl Fn(u32, &mut [u8]),
     spread: &mut Spread,
 ) -> Option<Outcome> {
     let mut outcome = Outcome::default();
@@ -60,7 +67,7 @@ pub fn deliver_softened(
     // What is behind the head's copy.
     let read = |at: usize, into: &mut [u8]| {
         // A driver that takes the bytes away while they are read gets a wrong checksum.
-        chain.readable(head.in_chain(at), into.len() as u32).read(into);
+        read(head.in_chain(at), into);
     };
     match (head.offload().work(features), gso) {
         (Work::Segment, Some(gso)) => {
@@ -71,8 +78,8 @@ pub fn deliver_softened(
                     return;
                 }
                 piece.begin(headers, payload.len() as u32);
-                let rest = chain.readable(head.in_chain(payload.start), payload.len() as u32);
-                let delivered = deliver(rx, form, piece, InChain::new(rest), spread);
+                let rest = sent.part(head.in_chain(payload.start), payload.len() as u32);
+                let delivered = deliver(rx, form, piece, rest, spread);
                 outcome.count(piece.packet_len(), delivered);
             })?;
         }
@@ -81,7 +88,7 @@ pub fn deliver_softened(
             let sum = complete(&packet, csum, read);
             head.packet_mut().get_mut(csum.place()..csum.place() + 2)?.copy_from_slice(&sum.to_be_bytes());
             head.set_offload(Offload::default());
-            let (bytes, rest) = (head.packet_len(), InChain::new(head.rest(chain)));
+            let (bytes, rest) = (head.packet_len(), sent.part(head.read(), u32::MAX));
             outcome.count(bytes, deliver(rx, form, head, rest, spread));
         }
         _ => return None,

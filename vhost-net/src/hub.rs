@@ -1,13 +1,15 @@
 //! What joins ports: the ports themselves, and the way to the shard on each reactor that moves their packets.
 
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use poll_engine::device::QueueHandler;
+use poll_engine::engine::Engine;
 use poll_engine::engine::queue::Queue;
 use poll_engine::engine::reactor::{Io, QueueId};
 use quanta::Clock;
 
+use crate::parcel::Chute;
 use crate::stats::PairStats;
 use crate::switch::{PortId, Switch};
 
@@ -35,6 +37,8 @@ pub struct Port {
     pub pairs: Vec<PairStats>,
     /// Whether the link is up, as the administrator has it.
     pub link: AtomicBool,
+    /// Reactors that have a receive queue of it, a bit each.
+    pub(crate) places: AtomicU64,
     /// Queues that run.
     pub running: AtomicUsize,
     /// A packet waits for buffers of its receiver, and those behind it wait with it; otherwise it is dropped.
@@ -45,7 +49,14 @@ impl Port {
     /// One whose link is up and whose guest is not there.
     pub fn new(name: String, pairs: u16, waits: bool) -> Port {
         let pairs = std::iter::repeat_with(Default::default).take(pairs.into()).collect();
-        Port { name, pairs, link: AtomicBool::new(true), running: AtomicUsize::new(0), waits }
+        Port {
+            name,
+            pairs,
+            link: AtomicBool::new(true),
+            places: AtomicU64::new(0),
+            running: AtomicUsize::new(0),
+            waits,
+        }
     }
 }
 
@@ -94,6 +105,8 @@ pub struct Hub {
     clock: Clock,
     start: u64,
     pub(crate) inboxes: Vec<Inbox>,
+    /// The ways between reactors, if there are several.
+    pub(crate) chutes: OnceLock<Vec<Chute>>,
 }
 
 impl Hub {
@@ -101,12 +114,20 @@ impl Hub {
     pub fn new(plan: Plan, ports: Vec<Arc<Port>>, reactors: usize) -> Hub {
         let inboxes = std::iter::repeat_with(Inbox::default).take(reactors).collect();
         let clock = Clock::new();
-        Hub { plan, ports, switch: None, start: clock.raw(), clock, inboxes }
+        Hub { plan, ports, switch: None, start: clock.raw(), clock, inboxes, chutes: OnceLock::new() }
     }
 
     /// Joins `ports` by a switch that has the same ones, of as many shards as there are reactors.
     pub fn switched(switch: Arc<Switch>, ports: Vec<Arc<Port>>, reactors: usize) -> Hub {
         Hub { switch: Some(switch), ..Hub::new(Plan::Switch, ports, reactors) }
+    }
+
+    /// Lets packets go from one reactor to another.
+    pub fn connect(&self, engine: &Engine) {
+        if engine.reactors() > 1 {
+            self.chutes
+                .get_or_init(|| (0..engine.reactors()).map(|at| Chute::new(engine.waker(at))).collect());
+        }
     }
 
     /// Nanoseconds since the ports were joined: the time of all shards.

@@ -19,6 +19,7 @@ pub mod hub;
 pub mod mac;
 pub mod offload;
 pub mod packet;
+pub mod parcel;
 pub mod pcap;
 pub mod port;
 pub mod report;

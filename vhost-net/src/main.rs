@@ -96,6 +96,7 @@ fn run(cli: &Cli) -> Result<()> {
         Plan::Switch => Hub::switched(Arc::new(switch(cli, &wanted, reactors)?), ports, reactors),
         _ => Hub::new(plan, ports, reactors),
     });
+    hub.connect(&engine);
     let listeners = wanted.iter().map(|w| w.place.listen()).collect::<Result<Vec<_>, _>>()?;
     let shards = (0..engine.reactors()).map(|reactor| {
         let shard = Shard::new(Arc::clone(&hub), reactor);

@@ -2,7 +2,7 @@
 
 use poll_engine::engine::queue::{Queue, Request};
 use poll_engine::memory::GuestSlice;
-use poll_engine::ring::chain::{HeldChain, Slices};
+use poll_engine::ring::chain::{ChainView, HeldChain, Slices};
 
 use crate::header::HEADER;
 use crate::tx::Head;
@@ -34,6 +34,26 @@ pub struct Form {
 pub trait Rest {
     /// Moves the next bytes into `to`, all of it unless there are no more.
     fn fill(&mut self, to: GuestSlice<'_>);
+}
+
+/// A sender's bytes.
+pub trait Sent {
+    /// Some of them, by their place among all.
+    fn part(&self, offset: u32, len: u32) -> impl Rest;
+}
+
+impl Sent for ChainView<'_> {
+    #[inline]
+    fn part(&self, offset: u32, len: u32) -> impl Rest {
+        InChain::new(self.readable(offset, len))
+    }
+}
+
+impl Sent for [u8] {
+    fn part(&self, offset: u32, len: u32) -> impl Rest {
+        let from = self.get(offset as usize..).unwrap_or_default();
+        &from[..from.len().min(len as usize)]
+    }
 }
 
 /// In a sender's chain.

@@ -1,6 +1,7 @@
 //! A hub's station on one reactor: takes packets from the transmit queues there and copies each into a receive queue.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use poll_engine::engine::queue::Request;
@@ -12,10 +13,14 @@ use crate::fallback::{Outcome, deliver_softened, takes};
 use crate::features::MRG_RXBUF;
 use crate::header::header_len;
 use crate::hub::{Change, Hub, Plan};
-use crate::rx::{Form, InChain, Refused, Spread, deliver};
+use crate::parcel::{Chute, Parcel};
+use crate::rx::{Form, Refused, Sent, Spread, deliver};
 use crate::stats::{Drop, PairStats};
 use crate::switch::{self, Frame, PortId, Verdict};
 use crate::tx::{Head, MIN_PACKET};
+
+/// Most packets from other reactors in one round.
+const MAX_PARCELS: usize = 32;
 
 /// Rounds between two looks at a receive queue that has no buffers: about a microsecond.
 const PAUSE: u32 = 32;
@@ -98,6 +103,7 @@ impl Shard {
                         let form = Form { header, mergeable: features & MRG_RXBUF != 0 };
                         self.targets[port].push(Target { id, pair, form, features });
                         self.targets[port].sort_by_key(|t| t.pair);
+                        self.hub.ports[port].places.fetch_or(1 << (self.reactor % 64), Ordering::Relaxed);
                     }
                 }
                 Change::Down { port, index } => {
@@ -106,6 +112,10 @@ impl Shard {
                         self.sources.retain(|s| (s.port, s.pair) != (port, pair));
                     } else {
                         self.targets[port].retain(|t| t.pair != pair);
+                        if self.targets[port].is_empty() {
+                            let others = !(1 << (self.reactor % 64));
+                            self.hub.ports[port].places.fetch_and(others, Ordering::Relaxed);
+                        }
                     }
                 }
             }
@@ -188,6 +198,38 @@ impl Shard {
             own.tx_bytes.add(bytes);
         }
         ready.into()
+    }
+
+    /// Takes in what other reactors have for ports here, a bounded amount of it.
+    #[inline]
+    fn take_in(&mut self, queues: &mut Queues<'_>) -> usize {
+        let Shard { hub, reactor, targets, piece, spread, .. } = self;
+        let Some(chute) = hub.chutes.get().and_then(|chutes| chutes.get(*reactor)) else { return 0 };
+        for taken in 0..MAX_PARCELS {
+            let Some(mut parcel) = chute.receive() else { return taken };
+            let here = &targets[parcel.port];
+            let target = here.get(parcel.pair % here.len().max(1));
+            // Without one, its queues have stopped since.
+            if let Some((target, rx)) = target.and_then(|t| Some((t, queues.get(t.id)?))) {
+                let theirs = &hub.ports[parcel.port].pairs[target.pair];
+                let Parcel { head, bytes, .. } = &mut parcel;
+                if takes(head, target.features) {
+                    let (len, rest) = (head.packet_len(), bytes.as_slice().part(head.read(), u32::MAX));
+                    let delivered = deliver(rx, target.form, head, rest, spread);
+                    count(theirs, Some(Outcome::of(len, delivered)));
+                } else {
+                    let read = |at: u32, into: &mut [u8]| {
+                        let from = bytes.get(at as usize..).unwrap_or_default();
+                        let n = from.len().min(into.len());
+                        into[..n].copy_from_slice(&from[..n]);
+                    };
+                    let form = (target.form, target.features);
+                    count(theirs, deliver_softened(rx, form, head, piece, bytes.as_slice(), read, spread));
+                }
+            }
+            chute.give_back(parcel);
+        }
+        MAX_PARCELS
     }
 
     /// Fills the receive queues with packets from nowhere.
@@ -298,6 +340,9 @@ impl Way<'_, '_> {
     fn give(&mut self, source: &Source, port: usize, head: &mut Head, request: Option<Request>) -> Given {
         let here = &self.targets[port];
         let target = here.get(source.pair).or(here.get(source.pair % here.len().max(1)));
+        if target.is_none() {
+            return self.send_away(source, port, head, request);
+        }
         let pair = target.and_then(|t| Some((t, self.queues.pair(source.id, t.id)?)));
         let Some((target, (tx, rx))) = pair else {
             self.own.drop_tx(Drop::LinkDown);
@@ -306,7 +351,8 @@ impl Way<'_, '_> {
         let theirs = &self.hub.ports[port].pairs[target.pair];
         if !takes(head, target.features) {
             let (form, chain) = ((target.form, target.features), tx.chain());
-            let outcome = deliver_softened(rx, form, head, self.piece, &chain, self.spread);
+            let read = |at: u32, into: &mut [u8]| _ = chain.readable(at, into.len() as u32).read(into);
+            let outcome = deliver_softened(rx, form, head, self.piece, &chain, read, self.spread);
             let waits = self.hub.ports[port].waits;
             return match outcome {
                 Some(Outcome { packets: 0, why: Some(Refused::NoBuffers), .. }) if waits => {
@@ -324,7 +370,8 @@ impl Way<'_, '_> {
                 }
             };
         }
-        let (bytes, rest) = (head.packet_len().into(), InChain::new(head.rest(&tx.chain())));
+        let chain = tx.chain();
+        let (bytes, rest) = (head.packet_len().into(), chain.part(head.read(), u32::MAX));
         let given = match deliver(rx, target.form, head, rest, self.spread) {
             Ok(()) => {
                 theirs.rx_packets.add(1);
@@ -355,6 +402,19 @@ impl Way<'_, '_> {
         }
     }
 
+    /// To a port that has no queue here, by way of a reactor where it has one.
+    #[cold]
+    fn send_away(&mut self, source: &Source, port: usize, head: &Head, request: Option<Request>) -> Given {
+        let places = self.hub.ports[port].places.load(Ordering::Relaxed);
+        let chute = self.hub.chutes.get().and_then(|chutes| chutes.get(places.trailing_zeros() as usize));
+        match (chute, self.queues.finishing(source.id)) {
+            (Some(chute), Some(tx)) if chute.send(port, source.pair, head, &tx.chain()) => {}
+            (Some(_), _) => self.own.drop_tx(Drop::NoBuffers),
+            _ => self.own.drop_tx(Drop::LinkDown),
+        }
+        request.map_or(Given::Nowhere, |request| self.finish(source, request))
+    }
+
     /// Gives the chain back to the sender.
     #[inline]
     fn finish(&mut self, source: &Source, request: Request) -> Given {
@@ -380,7 +440,7 @@ impl Station for Shard {
         if let Some(changes) = self.hub.inboxes[self.reactor].take() {
             self.change(changes);
         }
-        let mut moved = 0;
+        let mut moved = self.take_in(queues);
         for at in 0..self.sources.len() {
             moved += self.drain(at, queues);
         }
@@ -397,7 +457,7 @@ impl Station for Shard {
         if matches!(self.hub.plan, Plan::Generate(_)) {
             self.targets.iter().flatten().for_each(|t| queues.wake_on(t.id));
         }
-        false
+        self.hub.chutes.get().and_then(|chutes| chutes.get(self.reactor)).is_some_and(Chute::has_parcel)
     }
 
     fn longest_sleep(&self) -> Option<Duration> {

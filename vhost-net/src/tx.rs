@@ -1,7 +1,7 @@
 //! A packet as a guest sends it: the head is copied out of guest memory once, and all that is decided is decided by the
 //! copy; what is behind it is payload, which goes from guest to guest unread.
 
-use poll_engine::ring::chain::{ChainView, Slices};
+use poll_engine::ring::chain::ChainView;
 
 use crate::header::{BadHeader, Gso, HEADER, HEADER_WITH_HASH, Offload, Partial, VnetHdr};
 use crate::packet::Packet;
@@ -183,10 +183,10 @@ impl Head {
         (self.header, self.copied) = (header, header + packet);
     }
 
-    /// What is behind the copied bytes, in the chain that they are from.
+    /// Bytes of the sender's chain that were copied: what is behind them is behind the copy.
     #[inline]
-    pub fn rest<'a>(&self, chain: &ChainView<'a>) -> Slices<'a> {
-        chain.readable(self.read, u32::MAX)
+    pub fn read(&self) -> u32 {
+        self.read
     }
 
     /// Gives it a VLAN tag, takes the outer one away, or changes that. What the header says of places in the packet moves

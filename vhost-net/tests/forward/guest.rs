@@ -54,6 +54,7 @@ impl Back {
         let made = ports.iter().zip(&configs);
         let made = made.map(|(text, c)| Arc::new(Port::new(c.name.clone(), pairs, text.contains("wait"))));
         let hub = Arc::new(Hub::switched(Arc::clone(&switch), made.collect(), reactors));
+        hub.connect(&engine);
         let stations = (0..reactors)
             .map(|at| engine.add_station(at, Box::new(Shard::new(Arc::clone(&hub), at))).unwrap());
         let stations = stations.collect();

@@ -224,3 +224,18 @@ fn rings_are_reset_under_load() {
         }
     }
 }
+
+/// One guest sends from queues on two reactors, the other has queues on one only.
+#[test]
+fn frames_cross_to_the_reactor_where_the_receiver_is() {
+    let back = Back::start(&["", ""], 2, 2);
+    let (mut sender, mut receiver) = (back.guest(0, 2), back.guest(1, 1));
+    for round in 0..300u16 {
+        let sent = frame(BROADCAST, mac(0), None, round as u8, 60 + usize::from(round) * 5);
+        sender.send(usize::from(round % 2), &sent);
+        assert_eq!(receiver.await_frames(1), [sent], "round {round}");
+    }
+    receiver.send(0, &frame(mac(0), mac(1), None, 0, 60));
+    sender.await_frames(1);
+    receiver.check_memory(2);
+}
