@@ -286,14 +286,7 @@ impl VnetHdr {
 
     /// How a packet of `len` bytes is to be segmented. Not at all if it is one segment, as with Linux.
     fn gso(&self, len: usize, layers: &Layers, csum: Partial) -> Result<Option<Gso>, BadHeader> {
-        let of = |protocol, kind| (layers.protocol == protocol).then_some(kind);
-        let kind = match (self.gso_type & !GSO_ECN, layers.network) {
-            (GSO_TCPV4, Network::Ipv4) => of(TCP, Segmenting::Tcp4),
-            (GSO_TCPV6, Network::Ipv6) => of(TCP, Segmenting::Tcp6),
-            (GSO_UDP_L4, Network::Ipv4) => of(UDP, Segmenting::Udp4),
-            (GSO_UDP_L4, Network::Ipv6) => of(UDP, Segmenting::Udp6),
-            _ => None,
-        };
+        let kind = Segmenting::of(layers).filter(|kind| kind.gso_type() == self.gso_type & !GSO_ECN);
         let (Some(kind), Some(header_len)) = (kind, layers.payload) else {
             return Err(BadHeader::GsoNotOfPacket);
         };
@@ -314,6 +307,17 @@ impl VnetHdr {
 }
 
 impl Segmenting {
+    /// How a packet can be segmented at all, by what it is.
+    pub fn of(layers: &Layers) -> Option<Segmenting> {
+        match (layers.network, layers.protocol) {
+            (Network::Ipv4, TCP) => Some(Segmenting::Tcp4),
+            (Network::Ipv6, TCP) => Some(Segmenting::Tcp6),
+            (Network::Ipv4, UDP) => Some(Segmenting::Udp4),
+            (Network::Ipv6, UDP) => Some(Segmenting::Udp6),
+            _ => None,
+        }
+    }
+
     /// TCP rather than UDP.
     pub fn is_tcp(self) -> bool {
         matches!(self, Segmenting::Tcp4 | Segmenting::Tcp6)

@@ -7,7 +7,7 @@
 
 use std::ops::Range;
 
-use crate::header::{Gso, Offload, Partial};
+use crate::header::{Gso, Offload, Partial, Segmenting};
 use crate::packet::{PEEK, Packet, TAG, Tag};
 
 /// Bytes read out at a time to be summed.
@@ -65,8 +65,8 @@ impl Sum {
 
     #[inline]
     fn add_native(&mut self, value: u64) {
-        let (sum, carry) = self.sum.overflowing_add(value);
-        self.sum = sum + u64::from(carry);
+        // Of a frame this is less than 2^48.
+        self.sum += value;
     }
 
     /// The sum so far, in 16 bits.
@@ -151,7 +151,8 @@ impl Segments {
         let header_len = usize::from(gso.header_len);
         headers.get_mut(..header_len)?.copy_from_slice(packet.head().get(..header_len)?);
         let layers = packet.layers();
-        if layers.payload != Some(gso.header_len) || gso.size == 0 {
+        let is_that = layers.payload == Some(gso.header_len) && Segmenting::of(&layers) == Some(gso.kind);
+        if !is_that || gso.size == 0 {
             return None;
         }
         let (l3, transport) = (usize::from(layers.l3), usize::from(layers.transport));

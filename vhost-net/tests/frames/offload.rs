@@ -148,6 +148,7 @@ proptest! {
         changes in vec((any::<prop::sample::Index>(), any::<u8>()), 0..8),
         size in 0..2000u16,
         header_len in any::<Option<u8>>(),
+        other in any::<(bool, bool)>(),
     ) {
         let mut frame = partial(&shape);
         for (at, to) in changes {
@@ -156,6 +157,9 @@ proptest! {
         }
         let Ok(packet) = Packet::parse(&frame[..frame.len().min(PEEK)], frame.len()) else { return Ok(()) };
         let mut gso = gso(&shape, size);
+        if size % 2 == 0 {
+            gso.kind = super::offload::gso(&Shape { ipv6: other.0, tcp: other.1, ..shape.clone() }, size).kind;
+        }
         gso.header_len = header_len.map_or(gso.header_len, u16::from);
         let mut total = 0;
         let _ = segment(&packet, gso, |_, into| into.fill(0), |headers, payload| total += headers.len().min(1) * payload.len());

@@ -39,13 +39,16 @@ pub fn make() {
         ip(&format!("link set {name} addrgenmode none"));
         ip(&format!("link set {name} up"));
     }
-    let deadline = Instant::now() + Duration::from_secs(10);
-    while !String::from_utf8_lossy(
-        &Command::new("ip").args(["link", "show", "near"]).output().unwrap().stdout,
-    )
-    .contains("LOWER_UP")
-    {
-        assert!(Instant::now() < deadline, "the link does not come up");
+    let shown = || Command::new("ip").args(["link", "show", "near"]).output().unwrap().stdout;
+    until(|| String::from_utf8_lossy(&shown()).contains("LOWER_UP"));
+}
+
+/// Waits for what the kernel does in its own time, as it does with carriers.
+pub fn until(mut is_so: impl FnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !is_so() {
+        assert!(Instant::now() < deadline, "it does not come to that");
+        thread::sleep(Duration::from_millis(1));
     }
 }
 
@@ -92,19 +95,26 @@ pub fn send(
     sent
 }
 
-/// The frames that come in until there are `count`, or a second has gone by without.
+/// The frames that come in, until there are `count` of them.
 pub fn receive(port: &mut dyn Uplink, count: usize) -> Vec<(VnetHdr, Vec<u8>)> {
     let mut frames = Vec::new();
-    let mut deadline = Instant::now() + Duration::from_secs(1);
-    while frames.len() < count && Instant::now() < deadline {
+    until(|| {
         let most = count - frames.len();
         let got = port.receive(most, &mut |header, frame| frames.push((*header, frame.to_vec())));
         assert!(got <= most);
-        if got > 0 {
-            deadline = Instant::now() + Duration::from_secs(1);
-        }
-    }
+        frames.len() == count
+    });
     frames
+}
+
+/// Nothing comes in for a while.
+pub fn is_quiet(port: &mut dyn Uplink) -> bool {
+    let end = Instant::now() + Duration::from_millis(200);
+    let mut quiet = true;
+    while quiet && Instant::now() < end {
+        quiet = port.receive(1, &mut |_, _| ()) == 0;
+    }
+    quiet
 }
 
 /// To somebody else's address: what is not promiscuous does not see it.
