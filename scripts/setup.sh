@@ -19,8 +19,6 @@ librte-net-virtio23 a driver of network devices in testpmd
 librte-mempool-ring23 the packet buffers of testpmd
 e2fsprogs file systems in the guest, and checking them from outside
 util-linux setpriv, blkdiscard and blockdev
-iproute2 interfaces and namespaces of the network tests
-tcpdump reads captures, as an independent witness
 binutils prepares kernel modules and programs for the guest
 xz-utils unpacks kernel modules where they come compressed
 gcc links Rust programs
