@@ -2,7 +2,7 @@
 # Rates, latencies and CPU time of the engine beside its peers, in the same run: vbench drives each back end in turn
 # through a real session, without a guest. How to read the figures: docs/performance.md.
 #
-#   scripts/bench.sh [null|load|ram|tmpfs|disk|pacing|idle|guest|ring|all]   BENCH_ROUNDS (5) and BENCH_SECONDS (2) for each run
+#   scripts/bench.sh [null|load|ram|tmpfs|disk|net|pacing|idle|guest|ring|all]   BENCH_ROUNDS (5) and BENCH_SECONDS (2) for each run
 #   What is compared with what is in bench/matrices. BENCH_PAGES: directory for a page and JSON of each comparison
 #   ring: nanoseconds of the steps of a request on the ring, on one CPU; not in "all" (ring FILTER: those so named)
 #   guest: with and without a virtual machine, BENCH_ROUNDS (11) of 200,000 requests; needs /dev/kvm
@@ -17,7 +17,7 @@ seconds=${BENCH_SECONDS:-2}
 if [ "$what" = ring ]; then
     exec cargo bench -p poll-engine --bench ring -- "${@:2}"
 fi
-cargo build --release -p vhost-blk -p vbench -p kickless-guest -p kickless-tests --bins
+cargo build --release -p vhost-blk -p vhost-net -p vbench -p kickless-guest -p kickless-tests --bins
 bin=${CARGO_TARGET_DIR:-target}/release
 tmp=$(mktemp -d)
 daemon=
@@ -51,6 +51,10 @@ fi
 if [ "$what" = disk ] || [ "$what" = all ]; then
     echo "== on $(stat -f -c %T "${BENCH_DISK:-/var/tmp}")"
     compare disk disk --image-dir "${BENCH_DISK:-/var/tmp}"
+fi
+if [ "$what" = net ] || [ "$what" = all ]; then
+    compare net net
+    compare net-switch net-switch
 fi
 if [ "$what" = pacing ] || [ "$what" = all ]; then
     compare pacing null --only busy,adaptive
