@@ -164,7 +164,10 @@ fn serve(
         Served { name: wanted.name, key: wanted.place.key(), disk, stats, server, device, recorder }
     });
     let served: Vec<_> = served.collect();
-    let taken_over = taker.and_then(Option::take).map(Taker::running).is_some();
+    let taker = taker.and_then(Option::take);
+    if let Some(taker) = &taker {
+        taker.running();
+    }
     let given = Arc::new(OnceLock::new());
     let giver = control.and_then(|listener| {
         let (given, signals) = (Arc::clone(&given), signals.handle());
@@ -176,9 +179,10 @@ fn serve(
             .map_err(|e| warn!("nobody can take over from this process: {e}"))
             .ok()
     });
-    // Nobody to notify is the usual case. Taken over, the service has another main process now.
-    let main = taken_over.then(|| NotifyState::MainPid(std::process::id()));
-    let _ = sd_notify::notify(&main.into_iter().chain([NotifyState::Ready]).collect::<Vec<_>>());
+    say_ready(taker.is_some());
+
+    // The other process may leave now: whoever is next comes to us.
+    drop(taker);
 
     for signal in signals.forever() {
         match signal {
@@ -205,6 +209,13 @@ fn serve(
         }
         _ => Ok(()),
     }
+}
+
+/// To the service manager, if there is one. Taken over, the service has another main process now.
+fn say_ready(taken_over: bool) {
+    let main = taken_over.then(|| NotifyState::MainPid(std::process::id()));
+    // Nobody to notify is the usual case.
+    let _ = sd_notify::notify(&main.into_iter().chain([NotifyState::Ready]).collect::<Vec<_>>());
 }
 
 fn engine_config(cli: &Cli) -> EngineConfig {

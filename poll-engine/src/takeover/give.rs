@@ -30,6 +30,8 @@ const START: Duration = Duration::from_secs(120);
 /// How long sessions may take to come to a rest between two requests: longer than a front end may leave a reply unread.
 /// Queues run meanwhile.
 const PARK: Duration = Duration::from_secs(15);
+/// How long the new process may take to listen in our place. Nobody waits meanwhile.
+const FAREWELL: Duration = Duration::from_secs(2);
 /// How long queues may take to finish what is in flight. Guests wait meanwhile, as they do in the next two.
 const DRAIN: Duration = Duration::from_secs(5);
 /// How long the new process may take to receive all and to run. A few milliseconds is usual.
@@ -211,6 +213,11 @@ fn hand_over(
         freeze.leave();
     }
     fault_point::pass("giver-left");
+    if heard.is_ok() {
+        // It hangs up once it is in our place on the control socket. Had we left before, the next one would find nobody
+        // there; or we might remove its socket for ours.
+        let _ = channel.receive::<Request>(Instant::now() + FAREWELL, "take our place");
+    }
     info!("handed over: drained in {drained:.1?}, the new process runs after {:.1?}", begun.elapsed());
     Ok(heard)
 }

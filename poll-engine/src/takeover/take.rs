@@ -99,8 +99,9 @@ impl Taker {
         Ok(())
     }
 
-    /// Says that this process serves. The other one may be gone.
-    pub fn running(self) {
+    /// Says that this process serves. The other one may be gone; if not, it leaves when this is dropped: after this process
+    /// has taken its place on the control socket.
+    pub fn running(&self) {
         fault_point::pass("taker-serves");
         let _ = self.channel.send(&Request::Running, &[], Instant::now() + GREETING);
         fault_point::pass("taker-said");

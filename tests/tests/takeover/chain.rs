@@ -59,6 +59,9 @@ impl<'a> Chain<'a> {
         );
         let said = old.stderr();
         assert!(said.contains("handed over") && !said.contains("panicked"), "{said}");
+        // Whoever comes next finds the new one, at once.
+        let beside = self.control.with_extension("new");
+        assert!(self.control.exists() && !beside.exists(), "the old one has left before there was a new one");
         self.expect_alive();
     }
 
