@@ -222,3 +222,32 @@ fn a_sum_of_zero_is_said_as_ones() {
     sum.add(&[0xff, 0xff]);
     assert_eq!((sum.folded(), sum.checksum()), (0xffff, 0xffff));
 }
+
+#[test]
+fn frames_are_cut_as_what_they_are_only() {
+    for (ipv6, tcp) in [(false, false), (false, true), (true, false), (true, true)] {
+        let of = |ipv6, tcp| Shape {
+            tags: vec![],
+            ipv6,
+            tcp,
+            network_options: 0,
+            tcp_options: 0,
+            tcp_flags: 0,
+            identification: 0,
+            sequence: 0,
+            ecn: 0,
+            payload: vec![1; 100],
+        };
+        let shape = of(ipv6, tcp);
+        let frame = partial(&shape);
+        let (packet, _) = seen(&frame);
+        let right = gso(&shape, 10);
+        for (other_ipv6, other_tcp) in [(false, false), (false, true), (true, false), (true, true)] {
+            let kind = gso(&of(other_ipv6, other_tcp), 10).kind;
+            let is_cut = Segments::new(&packet, Gso { kind, ..right }).is_some();
+            assert_eq!(is_cut, kind == right.kind, "{kind:?} of {:?}", right.kind);
+        }
+        assert!(Segments::new(&packet, Gso { size: 0, ..right }).is_none());
+        assert!(Segments::new(&packet, Gso { header_len: right.header_len + 1, ..right }).is_none());
+    }
+}

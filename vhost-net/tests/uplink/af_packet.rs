@@ -51,6 +51,12 @@ fn frames_cross_both_ways_as_they_are() {
         assert_eq!((counters.tx_packets, counters.tx_bytes), (100, bytes));
         assert_eq!(counters.rx_missed_errors + counters.tx_errors + counters.tx_fifo_errors, 0);
     }
+    // Nor what others on this host send.
+    let mut other = AfPacket::open("near").unwrap();
+    send(&mut other, &plain, &frame(100, 0), 64, 100).unwrap();
+    other.flush();
+    assert_eq!(receive(&mut far, 1).len(), 1);
+    assert!(is_quiet(&mut near));
 }
 
 /// TCP over IPv4, with a partial checksum.
