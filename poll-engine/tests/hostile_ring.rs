@@ -10,7 +10,7 @@ use poll_engine::memory::{MapHold, MemoryError, MemoryMap, Ram};
 use poll_engine::ring::chain::Chain;
 use poll_engine::ring::driver::DriverRing;
 use poll_engine::ring::layout::{DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, Desc};
-use poll_engine::ring::{Ring, RingConfig, RingError};
+use poll_engine::ring::{Ahead, Ring, RingConfig, RingError};
 use poll_engine::stats::{ErrorKind, QueueStats};
 
 const SIZE: u16 = 16;
@@ -82,7 +82,7 @@ impl Guest {
         self.show(head);
         assert_eq!(self.ring.available()?, 1);
         // Hints follow the guest's values, too.
-        self.ring.prefetch(SIZE, &self.map);
+        self.ring.prefetch(SIZE, Ahead::HEADER, &self.map);
         let token = self.ring.take(&self.map, &mut Chain::default())?;
         self.ring.complete(token, 0);
         Ok(())

@@ -12,7 +12,7 @@ use poll_engine::memory::{MapHold, Ram};
 use poll_engine::ring::chain::Chain;
 use poll_engine::ring::driver::DriverRing;
 use poll_engine::ring::layout::{DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, PackedLayout};
-use poll_engine::ring::{Ring, RingConfig, RingError, Token};
+use poll_engine::ring::{Ahead, Ring, RingConfig, RingError, Token};
 use poll_engine::stats::QueueStats;
 use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
@@ -71,7 +71,7 @@ impl Guest {
 
 fn take(ring: &mut Ring, guest: &Guest) -> Result<Token, RingError> {
     assert!(ring.available()? > 0);
-    ring.prefetch(16, guest.ram.map());
+    ring.prefetch(16, Ahead::HEADER, guest.ram.map());
     ring.take(guest.ram.map(), &mut Chain::default())
 }
 

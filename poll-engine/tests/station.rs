@@ -17,6 +17,7 @@ use poll_engine::engine::station::{Queues, Station, Waker};
 use poll_engine::engine::{Engine, EngineConfig};
 use poll_engine::memory::Ram;
 use poll_engine::memory::map::MapHold;
+use poll_engine::ring::Ahead;
 use poll_engine::ring::driver::{Buffer, DriverRing};
 
 /// Where the queues of a station are.
@@ -68,7 +69,7 @@ impl Station for Mover {
         let Some((from, to)) = self.ids() else { return 0 };
         let Some((from, to)) = queues.pair(from, to) else { return 0 };
         let mut moved = 0;
-        while self.ends.given.load(Ordering::Acquire) > 0 && to.ready_for(1) == 1 {
+        while self.ends.given.load(Ordering::Acquire) > 0 && to.ready_for(1, Ahead::HEADER) == 1 {
             self.ends.given.fetch_sub(1, Ordering::AcqRel);
             let request = to.take().unwrap();
             to.chain().writable(0, 4).write(b"bell");
@@ -76,10 +77,10 @@ impl Station for Mover {
             moved += 1;
         }
         let ready = from.ready();
-        self.starved = ready > 0 && to.ready_for(1) == 0;
+        self.starved = ready > 0 && to.ready_for(1, Ahead::HEADER) == 0;
         for _ in 0..ready {
             let Some(source) = from.take() else { break };
-            if to.ready_for(1) == 0 {
+            if to.ready_for(1, Ahead::HEADER) == 0 {
                 from.untake(source);
                 break;
             }

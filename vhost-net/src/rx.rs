@@ -5,7 +5,7 @@ use poll_engine::memory::GuestSlice;
 use poll_engine::ring::chain::{ChainView, HeldChain, Slices};
 
 use crate::header::HEADER;
-use crate::tx::Head;
+use crate::tx::{GLANCE, Head};
 
 /// Most receive buffers that a packet is spread over: 64 KiB in buffers of a page.
 pub const MAX_BUFFERS: usize = 64;
@@ -122,9 +122,22 @@ pub fn deliver(
         return Err(if rx.is_broken() { Refused::Broken } else { Refused::NoBuffers });
     }
     let Some(request) = rx.take() else { return Err(Refused::Broken) };
+    let chain = rx.chain();
+    if head.is_glance() && form.header == HEADER && chain.writable_len() >= head.len() {
+        // Nearly always: straight from one buffer into another, but for what was looked at.
+        let mut to = chain.writable(0, head.len());
+        if let Some(first) = to.next().filter(|first| first.len() >= HEADER + GLANCE) {
+            let (header, ethernet) = head.glanced();
+            first.write_array(header);
+            first.part(HEADER, GLANCE).write_array(ethernet);
+            rest.fill(first.part(HEADER + GLANCE, usize::MAX));
+            to.for_each(|slice| rest.fill(slice));
+            rx.complete(request, head.len());
+            return Ok(());
+        }
+    }
     head.make_received(form.header);
     let (len, whole) = (head.len(), head.is_whole());
-    let chain = rx.chain();
     if chain.writable_len() >= len {
         let bytes = head.bytes(1);
         let mut to = chain.writable(0, len);

@@ -7,6 +7,7 @@ use std::time::Duration;
 use poll_engine::engine::queue::Request;
 use poll_engine::engine::reactor::{Io, QueueId};
 use poll_engine::engine::station::{Queues, Station};
+use poll_engine::ring::Ahead;
 use poll_engine::stats::ErrorKind;
 
 use crate::fallback::{Outcome, deliver_softened, takes};
@@ -21,6 +22,12 @@ use crate::tx::{Head, MIN_PACKET};
 
 /// Most packets from other reactors in one round.
 const MAX_PARCELS: usize = 32;
+/// Most packets of a queue in one round.
+const BURST: u16 = 32;
+/// What is fetched ahead of packets to be sent, and of buffers to receive into: drivers put the header before a packet that
+/// is aligned, so that both together are in two lines.
+const SENT: Ahead = Ahead { bytes: 76, write: false };
+const RECEIVED: Ahead = Ahead { bytes: 76, write: true };
 
 /// Rounds between two looks at a receive queue that has no buffers: about a microsecond.
 const PAUSE: u32 = 32;
@@ -140,14 +147,14 @@ impl Shard {
         }
         let Some(tx) = queues.get(source.id) else { return 0 };
         source.waits_until = None;
-        let ready = tx.ready();
+        let ready = tx.ready_for(BURST, SENT);
         if ready == 0 {
             return 0;
         }
         let now = if switching.is_some() { hub.now() } else { 0 };
         // Most often all go where the last one went.
         if let Some(rx) = source.last.and_then(|last| queues.get(last)) {
-            rx.ready_for(ready);
+            rx.ready_for(ready, RECEIVED);
         }
         let own = &hub.ports[source.port].pairs[source.pair];
         let mut way = Way { hub, targets, queues, spread, piece, own };
@@ -164,6 +171,9 @@ impl Shard {
                 tx.count_error(ErrorKind::Malformed, &bad);
                 tx.complete(request, 0);
                 continue;
+            }
+            if switching.as_ref().is_some_and(|switch| switch.looks_inside(from)) {
+                head.look_closer(&tx.chain());
             }
             if let Err(bad) = head.check(source.features) {
                 own.drop_tx(Drop::BadHeader);
@@ -240,7 +250,7 @@ impl Shard {
             for target in targets {
                 let Some(rx) = queues.get(target.id) else { continue };
                 let stats = &hub.ports[port].pairs[target.pair];
-                for _ in 0..rx.ready_for(16) {
+                for _ in 0..rx.ready_for(BURST, RECEIVED) {
                     head.make_up(u32::from(len).max(MIN_PACKET));
                     // Its payload is what has been in the buffer.
                     if deliver(rx, target.form, head, &[][..], spread).is_err() {

@@ -10,6 +10,8 @@ use crate::switch::vlan::{TPID, TagAction};
 
 /// Bytes of a packet that are looked at: two VLAN tags, IPv6 with options, TCP with options.
 pub const PEEK: usize = 128;
+/// Bytes of most packets that are looked at: both addresses, the type, and two more.
+pub const GLANCE: usize = 16;
 /// The shortest packet there is: both addresses and a type.
 pub const MIN_PACKET: u32 = 14;
 
@@ -64,10 +66,56 @@ impl Head {
         if packet < MIN_PACKET {
             return Err(BadPacket::Runt(packet));
         }
+        if self.glance(chain, header) {
+            (self.header, self.len) = (header, len);
+            return Ok(());
+        }
         let room = &mut self.bytes[..header + PEEK];
         self.copied = chain.readable(0, u32::MAX).read(room);
         (self.header, self.len, self.read) = (header, len, self.copied as u32);
         Ok(())
+    }
+
+    /// Copies all that may be looked at, where a glance has not been enough: what was seen at first is seen anew.
+    #[cold]
+    pub fn look_closer(&mut self, chain: &ChainView<'_>) {
+        if self.is_glance() {
+            let room = &mut self.bytes[..self.header + PEEK];
+            self.copied = chain.readable(0, u32::MAX).read(room);
+            self.read = self.copied as u32;
+        }
+    }
+
+    /// Copies no more than addresses and type, if the packet is plain and has no tag: what all but a few need.
+    #[inline]
+    fn glance(&mut self, chain: &ChainView<'_>, header: usize) -> bool {
+        let Some(first) = chain.readable(0, u32::MAX).next() else { return false };
+        let ethernet = first.part(header, GLANCE).read_array::<GLANCE>();
+        let (Some([0, 0]), Some(ethernet), HEADER) = (first.read_array(), ethernet, header) else {
+            return false;
+        };
+        if matches!([ethernet[12], ethernet[13]], [0x81, 0x00] | [0x88, 0xa8]) {
+            return false;
+        }
+        // Written as it was read, and as it will be read.
+        self.bytes[..2].fill(0);
+        self.bytes[HEADER..HEADER + GLANCE].copy_from_slice(&ethernet);
+        (self.copied, self.read) = (HEADER + GLANCE, (HEADER + GLANCE) as u32);
+        true
+    }
+
+    /// Whether no more than a [`GLANCE`] was copied, of a packet that asks for nothing.
+    #[inline]
+    pub fn is_glance(&self) -> bool {
+        self.copied == HEADER + GLANCE && self.header == HEADER && self.is_plain()
+    }
+
+    /// The header that a plain packet is received with, and what a glance has copied.
+    #[inline]
+    pub fn glanced(&self) -> ([u8; HEADER], [u8; GLANCE]) {
+        let mut ethernet = [0; GLANCE];
+        ethernet.copy_from_slice(&self.bytes[HEADER..HEADER + GLANCE]);
+        ([0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0], ethernet)
     }
 
     /// Makes a packet of this many bytes up: to everybody, from nobody.

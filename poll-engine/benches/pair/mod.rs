@@ -15,7 +15,7 @@ use poll_engine::engine::reactor::Io;
 use poll_engine::memory::{MapHold, MemoryMap, Ram};
 use poll_engine::ring::chain::Chain;
 use poll_engine::ring::driver::{Buffer, DriverRing};
-use poll_engine::ring::{Ring, RingConfig, Token};
+use poll_engine::ring::{Ahead, Ring, RingConfig, Token};
 use poll_engine::uring::Uring;
 use vhost_blk::backend::null::Null;
 use vhost_blk::disk::{Disk, DiskConfig, Storage};
@@ -188,7 +188,7 @@ impl Pair {
     #[inline(never)]
     pub fn pop(&mut self, batch: u16) {
         let ready = self.ring.available().unwrap().min(batch);
-        self.ring.prefetch(ready, &self.map);
+        self.ring.prefetch(ready, Ahead::HEADER, &self.map);
         for _ in 0..ready {
             let chain = &mut self.chains[self.popped];
             self.tokens[self.popped] = Some(self.ring.take(&self.map, chain).unwrap());
@@ -232,7 +232,7 @@ impl Pair {
     #[inline(never)]
     pub fn null(&mut self, batch: u16) {
         let ready = self.ring.available().unwrap().min(batch);
-        self.ring.prefetch(ready, &self.map);
+        self.ring.prefetch(ready, Ahead::HEADER, &self.map);
         let chain = &mut self.chains[0];
         for _ in 0..ready {
             let token = self.ring.take(&self.map, chain).unwrap();

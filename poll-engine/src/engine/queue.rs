@@ -16,7 +16,7 @@ use crate::memory::log::QueueLog;
 use crate::memory::map::{MapHold, MemoryError, MemoryMap};
 use crate::ring::chain::{Chain, ChainView, HeldChain, Pins};
 use crate::ring::inflight::QueueRegion;
-use crate::ring::{Ring, RingConfig, RingError, Token};
+use crate::ring::{Ahead, Ring, RingConfig, RingError, Token};
 use crate::stats::{ErrorKind, QueueStats};
 
 /// Most chains one queue may take in one round of the reactor. Enough to amortise a round and to overlap the cache
@@ -235,17 +235,17 @@ impl Queue {
     #[inline]
     pub fn ready(&mut self) -> u16 {
         self.stats.polls.add(1);
-        let ready = self.ready_for(BUDGET);
+        let ready = self.ready_for(BUDGET, Ahead::HEADER);
         if ready == 0 {
             self.stats.empty_polls.add(1);
         }
         ready
     }
 
-    /// As [`ready`](Self::ready), for a queue that is not polled but needed: how many chains there are to be taken, at most
-    /// `wanted`. None while the queue may take none.
+    /// As [`ready`](Self::ready), for a queue that is needed rather than polled: how many chains there are to be taken, at
+    /// most `wanted`, with what they need and `ahead` of their buffers on its way.
     #[inline]
-    pub fn ready_for(&mut self, wanted: u16) -> u16 {
+    pub fn ready_for(&mut self, wanted: u16, ahead: Ahead) -> u16 {
         let ready = match self.ring.available() {
             Ok(n) => n.min(wanted),
             Err(e) => {
@@ -257,7 +257,7 @@ impl Queue {
             return 0;
         }
         self.stats.in_flight_peak.raise(u64::from(self.ring.in_flight()) + u64::from(ready));
-        self.ring.prefetch(ready, self.hold.map());
+        self.ring.prefetch(ready, ahead, self.hold.map());
         self.round = self.clock.raw();
         ready
     }

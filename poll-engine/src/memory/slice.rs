@@ -154,10 +154,48 @@ impl<'m> GuestSlice<'m> {
         Some(pair)
     }
 
+    /// Copies the first `N` bytes out, in as few loads as there can be; `None` when the slice is shorter.
+    #[inline]
+    pub fn read_array<const N: usize>(&self) -> Option<[u8; N]> {
+        if self.len() < N {
+            return None;
+        }
+        let mut bytes = [0; N];
+        // SAFETY: N bytes are inside the mapped run. As in `read`, what was copied is what counts.
+        unsafe { ptr::copy_nonoverlapping(self.host, bytes.as_mut_ptr(), N) };
+        Some(bytes)
+    }
+
+    /// Writes the first `N` bytes, in as few stores as there can be; false when the slice is shorter.
+    #[inline]
+    pub fn write_array<const N: usize>(&self, bytes: [u8; N]) -> bool {
+        if self.len() < N {
+            return false;
+        }
+        // SAFETY: N bytes are inside the mapped run.
+        unsafe { ptr::copy_nonoverlapping(bytes.as_ptr(), self.host, N) };
+        true
+    }
+
     /// Asks the CPU to fetch the first cache line.
     #[inline]
     pub fn prefetch(&self) {
         prefetch(self.host);
+    }
+
+    /// Asks the CPU to fetch every cache line of the slice, to be read or to be written.
+    #[inline]
+    pub fn prefetch_lines(&self, write: bool) {
+        const LINE: usize = 64;
+        let before = self.host.addr() % LINE;
+        for at in (0..before + self.len()).step_by(LINE) {
+            let line = self.host.wrapping_sub(before).wrapping_add(at);
+            if write {
+                prefetch_write(line);
+            } else {
+                prefetch(line);
+            }
+        }
     }
 
     /// Asks the CPU to fetch the first cache line, to be written.

@@ -222,42 +222,70 @@ pub enum RingError {
 #[must_use = "a taken chain must be completed"]
 pub struct Token(Used);
 
-/// What a used element says of a chain, but for the bytes written.
+/// What a used element says of a chain, but for the bytes written. In two words, which are written and read whole: a read
+/// of several writes at once would wait until all the writes before them, guest memory's too, have reached the cache.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Used {
+    /// `id`, `len`, `writable`.
+    about: u64,
+    /// `entry`, `again`.
+    record: u32,
+}
+
+impl Used {
     /// The head's index, or the buffer ID of a packed ring.
-    id: u16,
+    #[inline]
+    fn id(self) -> u16 {
+        self.about as u16
+    }
+
     /// Descriptors in a packed ring; 1 in a split one.
-    len: u16,
+    #[inline]
+    fn len(self) -> u16 {
+        (self.about >> 16) as u16
+    }
+
     /// Bytes that could be written.
-    writable: u32,
+    #[inline]
+    fn writable(self) -> u32 {
+        (self.about >> 32) as u32
+    }
+
     /// Where a packed ring has recorded it.
-    entry: u16,
+    #[inline]
+    fn entry(self) -> u16 {
+        self.record as u16
+    }
+
     /// An earlier back end had taken it.
-    again: bool,
+    #[inline]
+    fn again(self) -> bool {
+        self.record >> 16 != 0
+    }
 }
 
 impl Token {
     pub(crate) fn new(id: u16, len: u16, writable: u32) -> Token {
-        Token(Used { id, len, writable, entry: 0, again: false })
+        let about = u64::from(id) | u64::from(len) << 16 | u64::from(writable) << 32;
+        Token(Used { about, record: 0 })
     }
 
     #[inline]
     fn recorded(mut self, entry: u16) -> Token {
-        self.0.entry = entry;
+        self.0.record |= u32::from(entry);
         self
     }
 
     #[inline]
     fn again(mut self) -> Token {
-        self.0.again = true;
+        self.0.record |= 1 << 16;
         self
     }
 
     /// Names the chain while it is in flight: the head's index in a split ring, the buffer ID in a packed one.
     #[inline]
     pub fn id(&self) -> u16 {
-        self.0.id
+        self.0.id()
     }
 
     #[inline]
@@ -271,6 +299,28 @@ impl Token {
 impl Drop for Token {
     fn drop(&mut self) {
         assert!(std::thread::panicking(), "chain {} was dropped without being completed", self.id());
+    }
+}
+
+/// What of a chain's first buffer to fetch ahead, before the chain is taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ahead {
+    /// So many bytes.
+    pub bytes: u32,
+    /// To be written: by the device, or beside what it reads.
+    pub write: bool,
+}
+
+impl Ahead {
+    /// The header of a request: drivers have what a device answers beside what it is asked.
+    pub const HEADER: Ahead = Ahead { bytes: DESC_SIZE, write: true };
+
+    #[inline]
+    fn fetch(self, map: &MemoryMap, addr: u64, len: u32) {
+        // The guest's values are used as hints only; `take` reads and checks them again.
+        if let Some(first) = map.slice(addr, self.bytes.min(len)) {
+            first.prefetch_lines(self.write);
+        }
     }
 }
 
@@ -355,8 +405,8 @@ impl Ring {
 
     /// Fetches ahead what the next `count` chains need.
     #[inline]
-    pub fn prefetch(&mut self, count: u16, map: &MemoryMap) {
-        each_format!(self, r => r.prefetch(count, map));
+    pub fn prefetch(&mut self, count: u16, ahead: Ahead, map: &MemoryMap) {
+        each_format!(self, r => r.prefetch(count, ahead, map));
     }
 
     /// Takes the next chain, which [`available`](Self::available) has counted: reads it once and checks it whole.

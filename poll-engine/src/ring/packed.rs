@@ -21,7 +21,7 @@ use super::inflight::QueueRegion;
 use super::inflight::packed::{Notes, PackedInflight};
 use super::layout::{DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, DESC_SIZE, Desc, PackedLayout};
 use super::table::{MIN_CHAIN_LIMIT, Table};
-use super::{MAX_SURVEYED, RingConfig, RingError, Token, Used, survey_desc};
+use super::{Ahead, MAX_SURVEYED, RingConfig, RingError, Token, Used, survey_desc};
 use crate::fault_point::pass;
 use crate::memory::iotlb::Miss;
 use crate::memory::log::{LoggedPart, QueueLog};
@@ -223,7 +223,7 @@ impl PackedRing {
     }
 
     #[inline]
-    pub(super) fn prefetch(&mut self, count: u16, map: &MemoryMap) {
+    pub(super) fn prefetch(&mut self, count: u16, ahead: Ahead, map: &MemoryMap) {
         // One chain has nothing to overlap with: a prefetch would only add to its latency.
         if count < 2 || !self.resubmits.is_empty() {
             return;
@@ -234,11 +234,7 @@ impl PackedRing {
         let from = usize::from(self.found - self.ready);
         let heads = self.heads.get(from..usize::from(self.found)).unwrap_or_default();
         for &head in heads.iter().take(count.into()) {
-            // The guest's values are used as hints only; `take` reads and checks them again. To be written: drivers have
-            // what a device answers beside what it is asked.
-            if let Some(first) = map.slice(self.layout.addr(head), DESC_SIZE) {
-                first.prefetch_write();
-            }
+            ahead.fetch(map, self.layout.addr(head), ahead.bytes);
         }
     }
 
@@ -284,17 +280,17 @@ impl PackedRing {
     pub(super) fn untake(&mut self, used: Used) {
         assert!(self.in_flight > 0, "untook more chains than were taken");
         self.in_flight -= 1;
-        if used.again {
+        if used.again() {
             // It stays recorded until it is completed.
-            self.resubmits.push(used.entry);
+            self.resubmits.push(used.entry());
             return;
         }
-        self.next_avail = self.next_avail.retreat(used.len, self.size());
-        self.held -= used.len;
+        self.next_avail = self.next_avail.retreat(used.len(), self.size());
+        self.held -= used.len();
         // What was seen behind it is looked for again.
         self.ready = 0;
         if let Some(inflight) = &mut self.inflight {
-            inflight.untaken(used.entry);
+            inflight.untaken(used.entry());
         }
     }
 
@@ -395,17 +391,17 @@ impl PackedRing {
     pub(super) fn complete(&mut self, used: Used, written: u32) {
         assert!(self.in_flight > 0, "completed more chains than were taken");
         let at = self.next_used;
-        self.next_used = at.advance(used.len, self.size());
-        self.held -= used.len;
+        self.next_used = at.advance(used.len(), self.size());
+        self.held -= used.len();
         self.in_flight -= 1;
-        self.unpublished += u32::from(used.len);
+        self.unpublished += u32::from(used.len());
         if let Some(inflight) = &mut self.inflight {
-            inflight.completed(used.entry);
+            inflight.completed(used.entry());
         }
         if self.in_order {
             self.join(at, used, written);
         } else {
-            self.write(at, used.id, written);
+            self.write(at, used.id(), written);
         }
     }
 
@@ -413,7 +409,7 @@ impl PackedRing {
     /// completely, so one that was not ends the batch.
     #[inline]
     fn join(&mut self, at: Position, used: Used, written: u32) {
-        let open = written == used.writable;
+        let open = written == used.writable();
         let at = match self.batch.take() {
             Some(batch) if batch.open => batch.at,
             Some(batch) => {
@@ -422,7 +418,7 @@ impl PackedRing {
             }
             None => at,
         };
-        self.batch = Some(Batch { at, id: used.id, written, open });
+        self.batch = Some(Batch { at, id: used.id(), written, open });
     }
 
     #[inline]

@@ -15,11 +15,10 @@ pub use vring::layout::need_event;
 use super::chain::Chain;
 use super::inflight::{QueueRegion, SplitInflight};
 use super::layout::{
-    AVAIL_F_NO_INTERRUPT, DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, DESC_SIZE, Desc, SplitLayout,
-    USED_F_NO_NOTIFY,
+    AVAIL_F_NO_INTERRUPT, DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, Desc, SplitLayout, USED_F_NO_NOTIFY,
 };
 use super::table::{MIN_CHAIN_LIMIT, Table};
-use super::{MAX_SURVEYED, RingConfig, RingError, Token, Used, survey_desc};
+use super::{Ahead, MAX_SURVEYED, RingConfig, RingError, Token, Used, survey_desc};
 use crate::fault_point::pass;
 use crate::memory::iotlb::Miss;
 use crate::memory::log::LoggedPart;
@@ -160,7 +159,7 @@ impl SplitRing {
 
     /// What is read here is a hint only; `take` reads and checks it again.
     #[inline]
-    pub(super) fn prefetch(&mut self, count: u16, map: &MemoryMap) {
+    pub(super) fn prefetch(&mut self, count: u16, ahead: Ahead, map: &MemoryMap) {
         if !self.resubmits.is_empty() {
             return;
         }
@@ -179,10 +178,8 @@ impl SplitRing {
         }
         for i in 0..count {
             let head = self.layout.avail_ring(self.next_avail.wrapping_add(i));
-            // To be written: drivers have what a device answers beside what it is asked.
-            if let Some(first) = map.slice(self.layout.desc(head).addr, DESC_SIZE) {
-                first.prefetch_write();
-            }
+            let desc = self.layout.desc(head);
+            ahead.fetch(map, desc.addr, desc.len);
         }
     }
 
@@ -229,14 +226,14 @@ impl SplitRing {
     pub(super) fn untake(&mut self, used: Used) {
         assert!(self.in_flight > 0, "untook more chains than were taken");
         self.in_flight -= 1;
-        if used.again {
+        if used.again() {
             // It stays recorded until it is completed.
-            self.resubmits.push(used.id);
+            self.resubmits.push(used.id());
             return;
         }
         self.next_avail = self.next_avail.wrapping_sub(1);
         if let Some(inflight) = &mut self.inflight {
-            inflight.untaken(used.id);
+            inflight.untaken(used.id());
         }
     }
 
@@ -324,10 +321,10 @@ impl SplitRing {
         if !self.joins {
             self.entry = self.next_used;
         }
-        self.layout.set_used_ring(self.entry, used.id, written);
-        self.joins = self.in_order && written == used.writable;
+        self.layout.set_used_ring(self.entry, used.id(), written);
+        self.joins = self.in_order && written == used.writable();
         if let Some(inflight) = &mut self.inflight {
-            inflight.completed(used.id);
+            inflight.completed(used.id());
         }
         self.next_used = self.next_used.wrapping_add(1);
         self.in_flight -= 1;

@@ -312,6 +312,12 @@ impl Shard {
         self.switch.ports[port.index()].ingress.as_ref().map_or(0, Limiter::open_at)
     }
 
+    /// Whether frames from a port are looked at behind their Ethernet header.
+    #[inline]
+    pub fn looks_inside(&self, port: PortId) -> bool {
+        self.switch.ports[port.index()].guard.is_some()
+    }
+
     /// Where a frame from a port goes. `now` is in nanoseconds, of a clock that all shards share and that does not go back.
     #[inline]
     pub fn decide(&mut self, from: PortId, frame: &Frame<'_>, now: u64) -> Verdict {

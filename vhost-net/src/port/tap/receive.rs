@@ -24,6 +24,7 @@ use poll_engine::device::QueueHandler;
 use poll_engine::engine::queue::{BUDGET, Queue, Request};
 use poll_engine::engine::reactor::Io;
 use poll_engine::memory::slice::GuestSlice;
+use poll_engine::ring::Ahead;
 use poll_engine::ring::chain::HeldChain;
 use poll_engine::stats::ErrorKind;
 
@@ -196,7 +197,7 @@ impl Receive {
             return false;
         }
         if self.ready == 0 {
-            self.ready = queue.ready_for(BUDGET);
+            self.ready = queue.ready_for(BUDGET, Ahead::HEADER);
         }
         let Some(request) = (self.ready > 0).then(|| queue.take()).flatten() else {
             self.ready = 0;
