@@ -165,9 +165,7 @@ fn serve(
     });
     let served: Vec<_> = served.collect();
     let taker = taker.and_then(Option::take);
-    if let Some(taker) = &taker {
-        taker.running();
-    }
+    let taken_over = taker.as_ref().map(Taker::running).is_some();
     let given = Arc::new(OnceLock::new());
     let giver = control.and_then(|listener| {
         let (given, signals) = (Arc::clone(&given), signals.handle());
@@ -179,7 +177,7 @@ fn serve(
             .map_err(|e| warn!("nobody can take over from this process: {e}"))
             .ok()
     });
-    say_ready(taker.is_some());
+    say_ready(taken_over);
 
     // The other process may leave now: whoever is next comes to us.
     drop(taker);
