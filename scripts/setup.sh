@@ -10,7 +10,7 @@ cpio packs the initramfs of the guest
 dash the shell of the guest
 fio verified load inside the guest
 iperf3 load on the network inside the guest
-ethtool offloads and queues of the guest's network cards
+ethtool offloads and queues of network cards in the guest
 iproute2 network namespaces of the tests
 tcpdump what arrives at a tap
 dpdk-dev testpmd, a peer of the network devices
