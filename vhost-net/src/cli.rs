@@ -75,6 +75,11 @@ pub struct Cli {
     #[arg(long, conflicts_with_all = ["wire", "loopback"])]
     pub switch: bool,
 
+    /// With --switch, join it to an interface of the host's. Keys: af-packet (any interface) or af-xdp (around the kernel's
+    /// stack, with queue), and of those of --port: vlan, trunk, native, isolated, flood-unknown, max-macs and the limits
+    #[arg(long, value_name = "KEY=VALUE,...", requires = "switch")]
+    pub uplink: Option<UplinkPort>,
+
     /// With --switch, how long an address is known that sends nothing
     #[arg(long, value_name = "SECONDS", default_value_t = 300, value_parser = clap::value_parser!(u32).range(1..))]
     pub mac_ageing: u32,
@@ -164,6 +169,43 @@ impl FromStr for ExtraPort {
     }
 }
 
+/// The interface that a switch is joined to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct UplinkPort {
+    /// Its name.
+    pub interface: String,
+    /// With AF_XDP, its queue; without, packet sockets.
+    pub xdp_queue: Option<u32>,
+    /// What it is to the switch.
+    pub rules: PortConfig,
+}
+
+impl FromStr for UplinkPort {
+    type Err = String;
+
+    fn from_str(s: &str) -> Result<UplinkPort, String> {
+        let (mut interface, mut xdp, mut queue) = (None, false, None);
+        let mut rules = PortConfig::default();
+        for pair in s.split(',') {
+            let (key, value) = pair.split_once('=').ok_or(format!("'{pair}' is no key and value"))?;
+            match key {
+                "af-packet" | "af-xdp" if interface.is_some() => return Err("one interface is enough".into()),
+                "af-packet" | "af-xdp" => (interface, xdp) = (Some(value.to_owned()), key == "af-xdp"),
+                "queue" => queue = Some(value.parse().map_err(|_| format!("queue={value}: write a number"))?),
+                "guard" | "ip" | "router" => return Err(format!("{key} is for ports of guests")),
+                key if rules.set(key, value)? => {}
+                other => return Err(format!("unknown key '{other}' (af-packet, af-xdp, queue, {KEYS})")),
+            }
+        }
+        let interface = interface.filter(|name| !name.is_empty()).ok_or("af-packet or af-xdp is missing")?;
+        match (xdp, queue) {
+            (false, Some(_)) => Err("queue goes with af-xdp".into()),
+            (false, None) => Ok(UplinkPort { interface, xdp_queue: None, rules }),
+            (true, queue) => Ok(UplinkPort { interface, xdp_queue: Some(queue.unwrap_or(0)), rules }),
+        }
+    }
+}
+
 fn loopback(s: &str) -> Result<Plan, String> {
     match s.split_once(':') {
         None if s == "echo" => Ok(Plan::Echo),
@@ -242,6 +284,25 @@ mod tests {
             "socket-path=/s,wait=maybe",
         ] {
             assert!(bad.parse::<ExtraPort>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn an_uplink_is_one_interface() {
+        let uplink: UplinkPort = "af-xdp=eth0,queue=3,trunk=5+6".parse().unwrap();
+        assert_eq!((uplink.interface.as_str(), uplink.xdp_queue), ("eth0", Some(3)));
+        assert_eq!("af-packet=eth0".parse::<UplinkPort>().unwrap().xdp_queue, None);
+        for bad in [
+            "",
+            "eth0",
+            "af-packet=",
+            "vlan=5",
+            "af-packet=a,af-xdp=b",
+            "af-packet=a,queue=1",
+            "af-packet=a,guard=on",
+            "af-packet=a,x=y",
+        ] {
+            assert!(bad.parse::<UplinkPort>().is_err(), "{bad}");
         }
     }
 }

@@ -9,6 +9,7 @@ use poll_engine::engine::queue::Queue;
 use poll_engine::engine::reactor::{Io, QueueId};
 use quanta::Clock;
 
+use crate::outside::News;
 use crate::parcel::Chute;
 use crate::stats::PairStats;
 use crate::switch::{PortId, Switch};
@@ -57,6 +58,15 @@ impl Port {
             running: AtomicUsize::new(0),
             waits,
         }
+    }
+
+    /// That of an uplink on this reactor, down until it is seen to be up.
+    pub fn uplink(name: String, reactor: usize) -> Port {
+        let port = Port::new(name, 1, false);
+        port.link.store(false, Ordering::Relaxed);
+        port.running.store(1, Ordering::Relaxed);
+        port.places.store(1 << (reactor % 64), Ordering::Relaxed);
+        port
     }
 }
 
@@ -107,6 +117,8 @@ pub struct Hub {
     pub(crate) inboxes: Vec<Inbox>,
     /// The ways between reactors, if there are several.
     pub(crate) chutes: OnceLock<Vec<Chute>>,
+    /// Of the uplink, if there is one.
+    pub outside: News,
 }
 
 impl Hub {
@@ -114,7 +126,8 @@ impl Hub {
     pub fn new(plan: Plan, ports: Vec<Arc<Port>>, reactors: usize) -> Hub {
         let inboxes = std::iter::repeat_with(Inbox::default).take(reactors).collect();
         let clock = Clock::new();
-        Hub { plan, ports, switch: None, start: clock.raw(), clock, inboxes, chutes: OnceLock::new() }
+        let (chutes, outside) = (OnceLock::new(), News::default());
+        Hub { plan, ports, switch: None, start: clock.raw(), clock, inboxes, chutes, outside }
     }
 
     /// Joins `ports` by a switch that has the same ones, of as many shards as there are reactors.

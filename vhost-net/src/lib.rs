@@ -18,6 +18,7 @@ pub mod header;
 pub mod hub;
 pub mod mac;
 pub mod offload;
+pub mod outside;
 pub mod packet;
 pub mod parcel;
 pub mod pcap;

@@ -16,14 +16,18 @@ use sd_notify::NotifyState;
 use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
 use signal_hook::iterator::Signals;
 use tracing::info;
-use vhost_net::cli::Cli;
+use vhost_net::cli::{Cli, UplinkPort};
 use vhost_net::device::{Card, Joined, MTU_RANGE, NetDevice};
 use vhost_net::hub::{Hub, Plan, Port};
 use vhost_net::mac::MacAddr;
+use vhost_net::outside::{HOST_OFFLOADS, Outside, host_features};
 use vhost_net::pcap::{Capture, CaptureConfig};
+use vhost_net::port::Uplink;
+use vhost_net::port::af_packet::AfPacket;
+use vhost_net::port::af_xdp::AfXdp;
 use vhost_net::port::tap::Tap;
 use vhost_net::port::tap::card::TapCard;
-use vhost_net::report::{cycles, report, tap_report};
+use vhost_net::report::{cycles, report, tap_report, uplink_report};
 use vhost_net::shard::Shard;
 use vhost_net::switch::fdb::{FdbConfig, MAX_PORTS};
 use vhost_net::switch::{self, PortConfig, PortId};
@@ -79,6 +83,7 @@ fn run(cli: &Cli) -> Result<()> {
     let wanted = wanted(cli)?;
     let plan = plan(cli, wanted.iter().filter(|w| w.tap.is_none()).count())?;
     let capture = capture(cli, &wanted)?;
+    let mut uplink = cli.uplink.as_ref().map(open_uplink).transpose()?;
     daemon::raise_descriptor_limit();
     let config = EngineConfig {
         cpus: cli.cpus.clone().unwrap_or_default(),
@@ -91,20 +96,31 @@ fn run(cli: &Cli) -> Result<()> {
     let mut signals = Signals::new([SIGTERM, SIGINT, SIGUSR1]).context("cannot handle signals")?;
     let ports = wanted.iter().filter(|w| w.tap.is_none());
     let ports = ports.map(|w| Arc::new(Port::new(w.name.clone(), w.card.pairs, w.wait)));
-    let (ports, reactors) = (ports.collect(), engine.reactors());
+    let (mut ports, reactors): (Vec<_>, _) = (ports.collect(), engine.reactors());
+    let out = ports.len();
+    // The last port is the uplink's, on the first reactor.
+    ports.extend(cli.uplink.iter().map(|u| Arc::new(Port::uplink(u.interface.clone(), 0))));
     let hub = Arc::new(match plan {
-        Plan::Switch => Hub::switched(Arc::new(switch(cli, &wanted, reactors)?), ports, reactors),
+        Plan::Switch => {
+            let outer = cli.uplink.as_ref().zip(uplink.as_mut().map(|u| u.link().mtu));
+            Hub::switched(Arc::new(switch(cli, &wanted, outer, reactors)?), ports, reactors)
+        }
         _ => Hub::new(plan, ports, reactors),
     });
     hub.connect(&engine);
     let listeners = wanted.iter().map(|w| w.place.listen()).collect::<Result<Vec<_>, _>>()?;
+    let withheld = if cli.packed == Switch::Off { features::RING_PACKED } else { 0 };
+    // What leaves by the uplink leaves as a guest has made it.
+    let withheld = withheld | uplink.as_ref().map_or(0, |u| HOST_OFFLOADS & !host_features(u.takes()));
     let shards = (0..engine.reactors()).map(|reactor| {
-        let shard = Shard::new(Arc::clone(&hub), reactor);
+        let mut shard = Shard::new(Arc::clone(&hub), reactor);
+        if let Some(uplink) = uplink.take_if(|_| reactor == 0) {
+            shard = shard.with_outside(Outside::new(out, uplink));
+        }
         engine.add_station(reactor, Box::new(shard)).context("cannot start a shard")
     });
     let shards = shards.collect::<Result<Vec<_>>>()?;
 
-    let withheld = if cli.packed == Switch::Off { features::RING_PACKED } else { 0 };
     let left = Arc::new(AtomicUsize::new(wanted.len()));
     let mut served = Vec::new();
     let mut ports = (0..).zip(&hub.ports);
@@ -144,14 +160,7 @@ fn run(cli: &Cli) -> Result<()> {
 
     for signal in signals.forever() {
         if signal == SIGUSR1 {
-            let mut text: String = served.iter().map(|s| s.report(&hub)).collect();
-            if cli.record_core_cycles {
-                text += &cycles(engine.stats(), &hub.ports);
-            }
-            if let Some(capture) = &capture {
-                text += &capture.line();
-                text.push('\n');
-            }
+            let text = statistics(cli, &served, &hub, &engine, capture.as_deref());
             daemon::print(&text);
         } else {
             break;
@@ -168,6 +177,22 @@ fn run(cli: &Cli) -> Result<()> {
     drop(engine);
     drop(capture);
     Ok(())
+}
+
+fn statistics(cli: &Cli, served: &[Served], hub: &Hub, engine: &Engine, capture: Option<&Capture>) -> String {
+    let mut text: String = served.iter().map(|s| s.report(hub)).collect();
+    if let Some(uplink) = &cli.uplink {
+        // The last port.
+        text += &uplink_report(&uplink.interface, hub, hub.ports.len() - 1);
+    }
+    if cli.record_core_cycles {
+        text += &cycles(engine.stats(), &hub.ports);
+    }
+    if let Some(capture) = capture {
+        text += &capture.line();
+        text.push('\n');
+    }
+    text
 }
 
 /// The capture that was asked for, with an interface for each port.
@@ -197,8 +222,21 @@ fn plan(cli: &Cli, ports: usize) -> Result<Plan> {
     }
 }
 
-/// The switch that joins these ports.
-fn switch(cli: &Cli, wanted: &[Wanted], reactors: usize) -> Result<switch::Switch> {
+fn open_uplink(uplink: &UplinkPort) -> Result<Box<dyn Uplink>> {
+    let UplinkPort { interface, xdp_queue, .. } = uplink;
+    Ok(match *xdp_queue {
+        Some(queue) => Box::new(AfXdp::open(interface, queue)?),
+        None => Box::new(AfPacket::open(interface)?),
+    })
+}
+
+/// The switch that joins these ports, and an uplink with its MTU.
+fn switch(
+    cli: &Cli,
+    wanted: &[Wanted],
+    uplink: Option<(&UplinkPort, u32)>,
+    reactors: usize,
+) -> Result<switch::Switch> {
     let mut configs: Vec<PortConfig> = vec![];
     for w in wanted.iter().filter(|w| w.tap.is_none()) {
         if configs.iter().any(|c| c.name == w.name) {
@@ -214,6 +252,7 @@ fn switch(cli: &Cli, wanted: &[Wanted], reactors: usize) -> Result<switch::Switc
         }
         configs.push(config);
     }
+    configs.extend(uplink.map(|(u, mtu)| PortConfig { name: u.interface.clone(), mtu, ..u.rules.clone() }));
     if configs.len() > MAX_PORTS {
         bail!("a switch has at most {MAX_PORTS} ports, not {}", configs.len());
     }

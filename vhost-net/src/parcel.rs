@@ -42,11 +42,25 @@ impl Chute {
 
     /// Sends a packet; false if too many are on their way.
     pub fn send(&self, port: usize, pair: usize, head: &Head, chain: &ChainView<'_>) -> bool {
+        self.pass(port, pair, head, |bytes| {
+            bytes.resize(chain.readable_len() as usize, 0);
+            chain.readable(0, u32::MAX).read(bytes);
+        })
+    }
+
+    /// The same, of a frame that is in memory of ours.
+    pub fn send_frame(&self, port: usize, pair: usize, head: &Head, frame: &[u8]) -> bool {
+        self.pass(port, pair, head, |bytes| {
+            bytes.clear();
+            bytes.extend_from_slice(frame);
+        })
+    }
+
+    fn pass(&self, port: usize, pair: usize, head: &Head, fill: impl FnOnce(&mut Vec<u8>)) -> bool {
         let Some(mut parcel) = self.free.pop() else { return false };
         (parcel.port, parcel.pair) = (port, pair);
         parcel.head.clone_from(head);
-        parcel.bytes.resize(chain.readable_len() as usize, 0);
-        chain.readable(0, u32::MAX).read(&mut parcel.bytes);
+        fill(&mut parcel.bytes);
         let sent = self.full.push(parcel).is_ok();
         self.waker.wake();
         sent

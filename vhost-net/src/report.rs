@@ -7,9 +7,10 @@ use std::sync::Arc;
 use poll_engine::engine::ReactorStats;
 use poll_engine::stats::QueueStats;
 
-use crate::hub::Port;
+use crate::hub::{Hub, Port};
 use crate::port::tap::Tap;
 use crate::stats::{DROPS, PairStats};
+use crate::switch::PortId;
 
 /// Column heads.
 const HEAD: &str = "pair      rx-packets           rx-bytes      tx-packets           tx-bytes   rx-drops   tx-drops   tx-waits    kicks  signals";
@@ -47,6 +48,39 @@ pub fn cycles<'a>(reactors: impl Iterator<Item = &'a ReactorStats>, ports: &[Arc
     let packets: u64 = ports.iter().flat_map(|p| &p.pairs).map(|p| p.tx_packets.get()).sum();
     let each = all as f64 / packets.max(1) as f64;
     let _ = writeln!(out, "busy-cycles per packet {each:.1}");
+    out
+}
+
+/// The report of the uplink at port number `port`: what it has counted itself, from its own point of view, and the switch.
+pub fn uplink_report(name: &str, hub: &Hub, port: usize) -> String {
+    let (link, c) = hub.outside.latest();
+    let state = if link.up { "up" } else { "down" };
+    let mut out = format!("uplink {name} {state} mtu {}\n", link.mtu);
+    let counters = [
+        ("rx_packets", c.rx_packets),
+        ("rx_bytes", c.rx_bytes),
+        ("rx_missed_errors", c.rx_missed_errors),
+        ("rx_length_errors", c.rx_length_errors),
+        ("tx_packets", c.tx_packets),
+        ("tx_bytes", c.tx_bytes),
+        ("tx_fifo_errors", c.tx_fifo_errors),
+        ("tx_carrier_errors", c.tx_carrier_errors),
+        ("tx_length_errors", c.tx_length_errors),
+        ("tx_errors", c.tx_errors),
+    ];
+    for (counter, n) in counters {
+        let _ = writeln!(out, "{counter} {n}");
+    }
+    let switched = hub.switch.as_ref().map(|s| s.counters(PortId(port as u16))).unwrap_or_default();
+    for (counter, n) in switched.iter().filter(|(_, n)| *n > 0) {
+        let _ = writeln!(out, "switch {counter} {n}");
+    }
+    for (why, counter) in DROPS {
+        let (rx, tx) = (hub.ports[port].pairs[0].rx_drops(why), hub.ports[port].pairs[0].tx_drops(why));
+        if rx + tx > 0 {
+            let _ = writeln!(out, "drops {counter} rx {rx} tx {tx}");
+        }
+    }
     out
 }
 

@@ -14,6 +14,7 @@ use crate::fallback::{Outcome, deliver_softened, takes};
 use crate::features::MRG_RXBUF;
 use crate::header::header_len;
 use crate::hub::{Change, Hub, Plan};
+use crate::outside::Outside;
 use crate::parcel::{Chute, Parcel};
 use crate::rx::{Form, Refused, Sent, Spread, deliver};
 use crate::stats::{Drop, PairStats};
@@ -77,6 +78,8 @@ pub struct Shard {
     /// A segment's head.
     piece: Head,
     spread: Spread,
+    /// The uplink, if it is here.
+    outside: Option<Outside>,
 }
 
 impl Shard {
@@ -85,7 +88,15 @@ impl Shard {
         let targets = hub.ports.iter().map(|_| Vec::new()).collect();
         let switching = hub.switch.as_ref().map(|switch| switch.shard(reactor));
         let (head, flooded, piece, spread) = (Head::new(), Head::new(), Head::new(), Spread::new());
-        Shard { hub, reactor, sources: Vec::new(), targets, switching, head, flooded, piece, spread }
+        let (sources, outside) = (Vec::new(), None);
+        Shard { hub, reactor, sources, targets, switching, head, flooded, piece, spread, outside }
+    }
+
+    /// With the uplink, whose port is one of the hub's.
+    #[must_use]
+    pub fn with_outside(mut self, outside: Outside) -> Shard {
+        self.outside = Some(outside);
+        self
     }
 
     #[cold]
@@ -132,7 +143,7 @@ impl Shard {
     /// Moves what a transmit queue has, at most a round's worth; how many packets.
     #[inline]
     fn drain(&mut self, at: usize, queues: &mut Queues<'_>) -> usize {
-        let Shard { hub, sources, targets, switching, head, flooded, piece, spread, .. } = self;
+        let Shard { hub, sources, targets, switching, head, flooded, piece, spread, outside, .. } = self;
         let source = &mut sources[at];
         if let Some(target) = source.waits_for {
             if source.pause > 0 {
@@ -157,7 +168,7 @@ impl Shard {
             rx.ready_for(ready, RECEIVED);
         }
         let own = &hub.ports[source.port].pairs[source.pair];
-        let mut way = Way { hub, targets, queues, spread, piece, own };
+        let mut way = Way { hub, targets, queues, spread, piece, own, outside };
         for moved in 0..usize::from(ready) {
             let from = PortId(source.port as u16);
             if let Some(switch) = switching.as_ref().filter(|s| !s.may_send(from, now)) {
@@ -213,33 +224,69 @@ impl Shard {
     /// Takes in what other reactors have for ports here, a bounded amount of it.
     #[inline]
     fn take_in(&mut self, queues: &mut Queues<'_>) -> usize {
-        let Shard { hub, reactor, targets, piece, spread, .. } = self;
+        let Shard { hub, reactor, targets, piece, spread, outside, .. } = self;
         let Some(chute) = hub.chutes.get().and_then(|chutes| chutes.get(*reactor)) else { return 0 };
         for taken in 0..MAX_PARCELS {
             let Some(mut parcel) = chute.receive() else { return taken };
-            let here = &targets[parcel.port];
-            let target = here.get(parcel.pair % here.len().max(1));
-            // Without one, its queues have stopped since.
-            if let Some((target, rx)) = target.and_then(|t| Some((t, queues.get(t.id)?))) {
-                let theirs = &hub.ports[parcel.port].pairs[target.pair];
-                let Parcel { head, bytes, .. } = &mut parcel;
-                if takes(head, target.features) {
-                    let (len, rest) = (head.packet_len(), bytes.as_slice().part(head.read(), u32::MAX));
-                    let delivered = deliver(rx, target.form, head, rest, spread);
-                    count(theirs, Some(Outcome::of(len, delivered)));
-                } else {
-                    let read = |at: u32, into: &mut [u8]| {
-                        let from = bytes.get(at as usize..).unwrap_or_default();
-                        let n = from.len().min(into.len());
-                        into[..n].copy_from_slice(&from[..n]);
-                    };
-                    let form = (target.form, target.features);
-                    count(theirs, deliver_softened(rx, form, head, piece, bytes.as_slice(), read, spread));
-                }
+            let Parcel { head, bytes, port, pair } = &mut parcel;
+            if let Some(outside) = outside.as_mut().filter(|o| o.port == *port) {
+                let rest = bytes.get(head.read() as usize..).unwrap_or_default();
+                leave(hub, outside, head, |outside, head| outside.send_copy(head, rest));
+            } else {
+                // Without a queue here, it has stopped since.
+                hand_in(hub, &targets[*port], queues, *port, *pair, head, bytes, piece, spread);
             }
             chute.give_back(parcel);
         }
         MAX_PARCELS
+    }
+
+    /// Takes in what comes from outside, a bounded amount of it.
+    #[inline]
+    fn come_in(&mut self, queues: &mut Queues<'_>) -> usize {
+        let Shard { hub, targets, switching, head, flooded, piece, spread, outside, .. } = self;
+        let (Some(outside), Some(switch)) = (outside, switching) else { return 0 };
+        let now = hub.now();
+        outside.look(hub, now);
+        let port = outside.port;
+        let own = &hub.ports[port].pairs[0];
+        let mut give = |to: usize, head: &mut Head, frame: &[u8]| {
+            let pair = flow(frame);
+            if hand_in(hub, &targets[to], queues, to, pair, head, frame, piece, spread) {
+                return;
+            }
+            let places = hub.ports[to].places.load(Ordering::Relaxed);
+            let chute = hub.chutes.get().and_then(|chutes| chutes.get(places.trailing_zeros() as usize));
+            match chute {
+                Some(chute) if chute.send_frame(to, pair, head, frame) => {}
+                Some(_) => own.drop_tx(Drop::NoBuffers),
+                None => own.drop_tx(Drop::LinkDown),
+            }
+        };
+        outside.uplink.receive(BURST.into(), &mut |header, frame| {
+            own.tx_packets.add(1);
+            own.tx_bytes.add(frame.len() as u64);
+            if frame.len() < MIN_PACKET as usize {
+                return own.drop_tx(Drop::Malformed);
+            }
+            if head.take_frame(header, frame).is_err() {
+                return own.drop_tx(Drop::BadHeader);
+            }
+            match switch.decide(PortId(port as u16), &described(head), now) {
+                Verdict::Drop(_) => {}
+                Verdict::One(to, action) => {
+                    head.retag(action);
+                    give(to.0.into(), head, frame);
+                }
+                Verdict::Flood(flood) => {
+                    for (to, action) in switch.egress(flood, now) {
+                        flooded.clone_from(head);
+                        flooded.retag(action);
+                        give(to.0.into(), flooded, frame);
+                    }
+                }
+            }
+        })
     }
 
     /// Fills the receive queues with packets from nowhere.
@@ -284,6 +331,75 @@ fn reason(refused: Refused) -> Drop {
     }
 }
 
+/// What a switch is to know of a packet.
+#[inline]
+fn described(head: &Head) -> Frame<'_> {
+    let len = head.packet_len();
+    let gso = if head.is_plain() { None } else { head.offload().gso };
+    gso.map_or(Frame::whole(head.packet(), len), |gso| {
+        let (header, size) = (u32::from(gso.header_len), u32::from(gso.size));
+        let packets = len.saturating_sub(header).div_ceil(size).max(1);
+        Frame { head: head.packet(), len, packets, longest: header + size }
+    })
+}
+
+/// Which of its receiver's queues a frame from outside goes to: the same for all that two hosts say to each other.
+fn flow(frame: &[u8]) -> usize {
+    let addresses = match frame.get(12..14) {
+        Some([0x08, 0x00]) => frame.get(26..34),
+        Some([0x86, 0xdd]) => frame.get(22..54),
+        _ => None,
+    };
+    let sum =
+        addresses.unwrap_or_default().iter().fold(0u32, |sum, byte| sum.wrapping_mul(31) ^ u32::from(*byte));
+    (sum ^ sum >> 8 ^ sum >> 16) as usize & 0xff
+}
+
+/// Gives a packet whose bytes are ours to a port; false if it has no queue here.
+#[allow(clippy::too_many_arguments)] // parts of a shard, of which others are borrowed
+fn hand_in(
+    hub: &Hub,
+    here: &[Target],
+    queues: &mut Queues<'_>,
+    port: usize,
+    pair: usize,
+    head: &mut Head,
+    bytes: &[u8],
+    piece: &mut Head,
+    spread: &mut Spread,
+) -> bool {
+    let target = here.get(pair % here.len().max(1));
+    let Some((target, rx)) = target.and_then(|t| Some((t, queues.get(t.id)?))) else { return false };
+    let theirs = &hub.ports[port].pairs[target.pair];
+    if takes(head, target.features) {
+        let (len, rest) = (head.packet_len(), bytes.part(head.read(), u32::MAX));
+        count(theirs, Some(Outcome::of(len, deliver(rx, target.form, head, rest, spread))));
+    } else {
+        let read = |at: u32, into: &mut [u8]| {
+            let from = bytes.get(at as usize..).unwrap_or_default();
+            let n = from.len().min(into.len());
+            into[..n].copy_from_slice(&from[..n]);
+        };
+        count(theirs, deliver_softened(rx, (target.form, target.features), head, piece, bytes, read, spread));
+    }
+    true
+}
+
+/// Has a packet leave by the uplink, and counts it.
+fn leave(hub: &Hub, outside: &mut Outside, head: &Head, send: impl FnOnce(&mut Outside, &Head) -> bool) {
+    let theirs = &hub.ports[outside.port].pairs[0];
+    if !takes(head, outside.uplink.takes()) {
+        // Guests are not offered what the uplink does not take.
+        return theirs.drop_rx(Drop::BadHeader);
+    }
+    if send(outside, head) {
+        theirs.rx_packets.add(1);
+        theirs.rx_bytes.add(head.packet_len().into());
+    } else {
+        theirs.drop_rx(Drop::LinkDown);
+    }
+}
+
 /// Counts what became of a packet that was changed for its receiver.
 #[cold]
 fn count(theirs: &PairStats, outcome: Option<Outcome>) {
@@ -303,6 +419,7 @@ struct Way<'a, 'q> {
     spread: &'a mut Spread,
     piece: &'a mut Head,
     own: &'a PairStats,
+    outside: &'a mut Option<Outside>,
 }
 
 impl Way<'_, '_> {
@@ -317,14 +434,7 @@ impl Way<'_, '_> {
         head: &mut Head,
         flooded: &mut Head,
     ) -> Given {
-        let len = head.packet_len();
-        let gso = if head.is_plain() { None } else { head.offload().gso };
-        let frame = gso.map_or(Frame::whole(head.packet(), len), |gso| {
-            let (header, size) = (u32::from(gso.header_len), u32::from(gso.size));
-            let packets = len.saturating_sub(header).div_ceil(size).max(1);
-            Frame { head: head.packet(), len, packets, longest: header + size }
-        });
-        match switch.decide(PortId(source.port as u16), &frame, now) {
+        match switch.decide(PortId(source.port as u16), &described(head), now) {
             Verdict::Drop(_) => self.finish(source, request),
             Verdict::One(to, action) => {
                 head.retag(action);
@@ -412,9 +522,17 @@ impl Way<'_, '_> {
         }
     }
 
-    /// To a port that has no queue here, by way of a reactor where it has one.
-    #[cold]
+    /// To a port that has no queue here: the uplink, or one that has a queue on another reactor, by way of that.
     fn send_away(&mut self, source: &Source, port: usize, head: &Head, request: Option<Request>) -> Given {
+        if let Some(outside) = self.outside.as_mut().filter(|o| o.port == port) {
+            if let Some(tx) = self.queues.finishing(source.id) {
+                let chain = tx.chain();
+                leave(self.hub, outside, head, |outside, head| {
+                    outside.send(head, &mut chain.readable(head.read(), u32::MAX))
+                });
+            }
+            return request.map_or(Given::Nowhere, |request| self.finish(source, request));
+        }
         let places = self.hub.ports[port].places.load(Ordering::Relaxed);
         let chute = self.hub.chutes.get().and_then(|chutes| chutes.get(places.trailing_zeros() as usize));
         match (chute, self.queues.finishing(source.id)) {
@@ -446,6 +564,12 @@ fn swap_addresses(packet: &mut [u8]) {
 }
 
 impl Station for Shard {
+    fn attach(&mut self, io: &mut Io<'_>) {
+        if let Some(outside) = &mut self.outside {
+            outside.watch(io);
+        }
+    }
+
     fn poll(&mut self, queues: &mut Queues<'_>, _: &mut Io<'_>) -> usize {
         if let Some(changes) = self.hub.inboxes[self.reactor].take() {
             self.change(changes);
@@ -454,13 +578,36 @@ impl Station for Shard {
         for at in 0..self.sources.len() {
             moved += self.drain(at, queues);
         }
+        moved += self.come_in(queues);
+        if let Some(outside) = &mut self.outside {
+            outside.uplink.flush();
+        }
         if let Plan::Generate(len) = self.hub.plan {
             moved += self.generate(len, queues);
         }
         moved
     }
 
-    fn prepare_sleep(&mut self, queues: &mut Queues<'_>, _: &mut Io<'_>) -> bool {
+    fn complete(&mut self, _: &mut Queues<'_>, _: &mut Io<'_>, tag: u32, _: i32, more: bool) {
+        if let Some(outside) = &mut self.outside {
+            outside.complete(tag, more);
+        }
+    }
+
+    fn stop(&mut self, _: &mut Queues<'_>, io: &mut Io<'_>) {
+        if let Some(outside) = &mut self.outside {
+            outside.unwatch(io);
+        }
+    }
+
+    fn in_flight(&self) -> usize {
+        self.outside.as_ref().map_or(0, Outside::in_flight)
+    }
+
+    fn prepare_sleep(&mut self, queues: &mut Queues<'_>, io: &mut Io<'_>) -> bool {
+        if let Some(outside) = &mut self.outside {
+            outside.watch(io);
+        }
         for source in self.sources.iter().filter(|s| s.waits_until.is_none()) {
             queues.wake_on(source.waits_for.unwrap_or(source.id));
         }
@@ -471,7 +618,9 @@ impl Station for Shard {
     }
 
     fn longest_sleep(&self) -> Option<Duration> {
-        let until = self.sources.iter().filter_map(|s| s.waits_until).min()?;
+        let until = self.sources.iter().filter_map(|s| s.waits_until).min();
+        // The link of an uplink is looked at now and then.
+        let Some(until) = until else { return self.outside.is_some().then_some(LONGEST_SLEEP) };
         // No longer than what a driver may be without service that makes its ring anew.
         Some(Duration::from_nanos(until.saturating_sub(self.hub.now())).clamp(SHORTEST_SLEEP, LONGEST_SLEEP))
     }

@@ -4,6 +4,7 @@
 use poll_engine::ring::chain::ChainView;
 
 use crate::header::{BadHeader, Gso, HEADER, HEADER_WITH_HASH, Offload, Partial, VnetHdr};
+use crate::outside::HOST_OFFLOADS;
 use crate::packet::Packet;
 use crate::switch::ethernet::TAG;
 use crate::switch::vlan::{TPID, TagAction};
@@ -164,6 +165,20 @@ impl Head {
         self.copied = HEADER + bytes.len().min(PEEK);
         self.bytes[HEADER..self.copied].copy_from_slice(&bytes[..self.copied - HEADER]);
         self.len = self.copied as u32 + more;
+    }
+
+    /// Takes in a frame that is in memory of ours, with what its header says.
+    pub fn take_frame(&mut self, header: &VnetHdr, frame: &[u8]) -> Result<(), BadHeader> {
+        let n = frame.len().min(PEEK);
+        self.begin(&frame[..n], (frame.len() - n) as u32);
+        self.read = n as u32;
+        if header.flags | header.gso_type == 0 {
+            return Ok(());
+        }
+        let packet = Packet::parse(frame, frame.len()).map_err(|_| BadHeader::GsoNotOfPacket)?;
+        let offload = header.check(&packet, HOST_OFFLOADS)?;
+        self.set_offload(offload);
+        Ok(())
     }
 
     /// Where in the chain a byte of the packet is, by its place in the packet. Of one behind the addresses and tags.

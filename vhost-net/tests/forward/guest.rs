@@ -19,6 +19,8 @@ use vhost_net::device::{Card, Joined, NetDevice};
 use vhost_net::features::MRG_RXBUF;
 use vhost_net::header::VnetHdr;
 use vhost_net::hub::{Hub, Port};
+use vhost_net::outside::Outside;
+use vhost_net::port::Uplink;
 use vhost_net::shard::Shard;
 use vhost_net::switch::fdb::FdbConfig;
 use vhost_net::switch::{PortConfig, PortId, Switch};
@@ -44,19 +46,37 @@ pub struct Back {
 impl Back {
     /// With a port for each text, which says what it is.
     pub fn start(ports: &[&str], pairs: u16, reactors: usize) -> Back {
+        Back::start_with(ports, pairs, reactors, None)
+    }
+
+    /// With an uplink as well, whose port is the last one.
+    pub fn start_with(
+        ports: &[&str],
+        pairs: u16,
+        reactors: usize,
+        mut uplink: Option<Box<dyn Uplink>>,
+    ) -> Back {
         // More reactors than CPUs are slow, but right.
         let cpus = usable_cpus().unwrap();
         let cpus = CpuList((0..reactors).map(|i| cpus[i % cpus.len()]).collect());
         let config = EngineConfig { cpus, pacing: Pacing::Event, ..EngineConfig::default() };
         let engine = Arc::new(Engine::start(&config).unwrap());
-        let configs: Vec<_> = (0..).zip(ports).map(|(at, text)| port_config(at, text)).collect();
+        let mut configs: Vec<_> = (0..).zip(ports).map(|(at, text)| port_config(at, text)).collect();
+        configs.extend(uplink.iter().map(|_| PortConfig::new("uplink")));
         let switch = Arc::new(Switch::new(FdbConfig::default(), &configs, reactors));
         let made = ports.iter().zip(&configs);
         let made = made.map(|(text, c)| Arc::new(Port::new(c.name.clone(), pairs, text.contains("wait"))));
-        let hub = Arc::new(Hub::switched(Arc::clone(&switch), made.collect(), reactors));
+        let mut made: Vec<_> = made.collect();
+        made.extend(uplink.iter().map(|_| Arc::new(Port::uplink("uplink".into(), 0))));
+        let hub = Arc::new(Hub::switched(Arc::clone(&switch), made, reactors));
         hub.connect(&engine);
-        let stations = (0..reactors)
-            .map(|at| engine.add_station(at, Box::new(Shard::new(Arc::clone(&hub), at))).unwrap());
+        let stations = (0..reactors).map(|at| {
+            let mut shard = Shard::new(Arc::clone(&hub), at);
+            if let Some(uplink) = uplink.take_if(|_| at == 0) {
+                shard = shard.with_outside(Outside::new(ports.len(), uplink));
+            }
+            engine.add_station(at, Box::new(shard)).unwrap()
+        });
         let stations = stations.collect();
         let dir = tempfile::tempdir().unwrap();
         let servers = (0..ports.len()).map(|at| {

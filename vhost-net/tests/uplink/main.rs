@@ -1,8 +1,15 @@
 //! Uplinks over a pair of virtual interfaces, in a network namespace of the test's own.
 
+#[path = "../../../poll-engine/tests/support/peer.rs"]
+mod peer;
+
 mod af_packet;
 mod af_xdp;
+#[path = "../forward/guest.rs"]
+#[allow(dead_code)] // each test program uses its part
+mod guest;
 mod pair;
+mod switched;
 
 use libtest_mimic::{Arguments, Failed, Trial};
 
@@ -22,6 +29,6 @@ fn main() {
         };
         Trial::test(name, test).with_ignored_flag(lacking.is_some())
     };
-    libtest_mimic::run(&args, af_packet::TESTS.iter().chain(af_xdp::TESTS).copied().map(trial).collect())
-        .exit();
+    let tests = af_packet::TESTS.iter().chain(af_xdp::TESTS).chain(switched::TESTS);
+    libtest_mimic::run(&args, tests.copied().map(trial).collect()).exit();
 }

@@ -1,0 +1,131 @@
+//! The switch's port to the rest of the network: an uplink on one reactor, and what is known of it elsewhere.
+
+use std::sync::{Mutex, PoisonError};
+
+use poll_engine::engine::reactor::Io;
+use poll_engine::memory::slice::GuestSlice;
+
+use crate::features::{
+    CSUM, GUEST_CSUM, GUEST_ECN, GUEST_TSO4, GUEST_TSO6, GUEST_USO4, GUEST_USO6, HOST_ECN, HOST_TSO4,
+    HOST_TSO6, HOST_USO,
+};
+use crate::header::VnetHdr;
+use crate::hub::Hub;
+use crate::port::{Counters, Link, Uplink};
+use crate::tx::Head;
+
+/// Nanoseconds between two looks at the link.
+const LOOK: u64 = 100_000_000;
+/// The label of what watches the descriptor, and of ending that.
+const WATCH: u32 = 0;
+const UNWATCH: u32 = 1;
+
+/// What an uplink may be asked for, as features that a guest's card can have.
+pub fn host_features(takes: u64) -> u64 {
+    let pairs = [
+        (GUEST_CSUM, CSUM),
+        (GUEST_TSO4, HOST_TSO4),
+        (GUEST_TSO6, HOST_TSO6),
+        (GUEST_ECN, HOST_ECN),
+        (GUEST_USO4 | GUEST_USO6, HOST_USO),
+    ];
+    pairs.iter().filter(|(guest, _)| takes & guest == *guest).map(|(_, host)| host).sum()
+}
+
+/// All that [`host_features`] can be.
+pub const HOST_OFFLOADS: u64 = CSUM | HOST_TSO4 | HOST_TSO6 | HOST_ECN | HOST_USO;
+
+/// What others are told of an uplink, now and then.
+#[derive(Debug, Default)]
+pub struct News(Mutex<(Link, Counters)>);
+
+impl News {
+    /// The latest.
+    pub fn latest(&self) -> (Link, Counters) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn tell(&self, news: (Link, Counters)) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = news;
+    }
+}
+
+/// An uplink, where it is polled.
+pub struct Outside {
+    /// Its number among the ports.
+    pub port: usize,
+    /// The uplink.
+    pub uplink: Box<dyn Uplink>,
+    next_look: u64,
+    watched: bool,
+    /// A frame that came in pieces from another reactor, put together.
+    joined: Vec<u8>,
+}
+
+impl Outside {
+    /// Port number `port` of a hub.
+    pub fn new(port: usize, uplink: Box<dyn Uplink>) -> Outside {
+        Outside { port, uplink, next_look: 0, watched: false, joined: Vec::new() }
+    }
+
+    /// Has the reactor woken by what comes in.
+    pub fn watch(&mut self, io: &mut Io<'_>) {
+        if !self.watched {
+            self.watched = true;
+            let label = io.label(WATCH);
+            io.uring().watch(self.uplink.descriptor(), label);
+        }
+    }
+
+    /// A completion: of the watch, which goes on or not.
+    pub fn complete(&mut self, tag: u32, more: bool) {
+        if tag == WATCH {
+            self.watched = more;
+        }
+    }
+
+    /// Is not woken any more.
+    pub fn unwatch(&mut self, io: &mut Io<'_>) {
+        if self.watched {
+            let (watch, own) = (io.label(WATCH), io.label(UNWATCH));
+            io.uring().unwatch(watch, own);
+        }
+    }
+
+    /// Operations of the reactor's io_uring that are still to end.
+    pub fn in_flight(&self) -> usize {
+        self.watched.into()
+    }
+
+    /// Looks at the link now and then, and says what it has come to.
+    pub fn look(&mut self, hub: &Hub, now: u64) {
+        if now < self.next_look {
+            return;
+        }
+        self.next_look = now + LOOK;
+        let link = self.uplink.link();
+        let was = hub.outside.latest().0;
+        hub.outside.tell((link, self.uplink.counters()));
+        if link.up != was.up {
+            hub.set_link(self.port, link.up);
+        }
+    }
+
+    /// Sends what a guest has sent; false if it went nowhere, which the uplink has counted.
+    #[inline]
+    pub fn send(&mut self, head: &Head, rest: &mut dyn Iterator<Item = GuestSlice<'_>>) -> bool {
+        self.uplink.send(&header(head), head.packet(), rest).is_ok()
+    }
+
+    /// Sends what was copied on another reactor.
+    pub fn send_copy(&mut self, head: &Head, rest: &[u8]) -> bool {
+        self.joined.clear();
+        self.joined.extend_from_slice(head.packet());
+        self.joined.extend_from_slice(rest);
+        self.uplink.send(&header(head), &self.joined, &mut std::iter::empty()).is_ok()
+    }
+}
+
+fn header(head: &Head) -> VnetHdr {
+    if head.is_plain() { VnetHdr::default() } else { head.offload().header() }
+}
