@@ -318,7 +318,12 @@ impl Ahead {
     #[inline]
     fn fetch(self, map: &MemoryMap, addr: u64, len: u32) {
         // The guest's values are used as hints only; `take` reads and checks them again.
-        if let Some(first) = map.slice(addr, self.bytes.min(len)) {
+        if self.bytes == DESC_SIZE && self.write {
+            // A header is in one line.
+            if let Some(first) = map.slice(addr, DESC_SIZE) {
+                first.prefetch_write();
+            }
+        } else if let Some(first) = map.slice(addr, self.bytes.min(len)) {
             first.prefetch_lines(self.write);
         }
     }
