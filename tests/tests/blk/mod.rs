@@ -145,6 +145,9 @@ impl Front {
 
     /// All but the queues.
     fn negotiate(socket: &Path, queues: usize, format: u64, ram: Ram) -> Front {
+        // A daemon's sockets are made one after the other.
+        let made = || Ok(socket.exists().then_some(()));
+        wait::until("the socket", LIMIT, made).unwrap();
         let mut front = Frontend::connect(socket, queues as u64).unwrap();
         front.set_owner().unwrap();
         let protocol_bit = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();

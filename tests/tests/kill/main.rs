@@ -38,6 +38,7 @@ fn killed_at_random(scene: &Scene, packed: bool, kills: usize, args: &[&str]) ->
     let seed = seed();
     let image = Image::create(scene, "disk.img", (BLOCKS * BLOCK) as u64)?;
     let mut front = Front::new(seed, packed);
+    front.model.may_tear = args.contains(&"--direct=off");
     let mut random = Random(seed ^ 0x6b69_6c6c);
     let (mut checked, mut left) = (0, 0);
     let mut pauses = Vec::new();
