@@ -10,6 +10,7 @@ use poll_engine::engine::placement::CpuList;
 
 use crate::device::{MAX_PAIRS, MTU_RANGE};
 use crate::hub::Plan;
+use crate::mac::{MacAddr, NotAMac};
 use crate::pcap::SNAPLEN;
 use crate::pcap::filter::Filter;
 use crate::switch::PortConfig;
@@ -226,23 +227,16 @@ fn mtu(s: &str) -> Result<u16, String> {
         .ok_or(format!("an MTU is a number from {least} to {most}"))
 }
 
-/// An address as people write it.
+/// A card's address as people write it.
 pub fn mac(s: &str) -> Result<[u8; 6], String> {
-    let mut mac = [0; 6];
-    let mut parts = s.split([':', '-']);
-    for byte in &mut mac {
-        *byte = parts
-            .next()
-            .filter(|part| part.len() == 2)
-            .and_then(|part| u8::from_str_radix(part, 16).ok())
-            .ok_or(format!("'{s}' is no MAC address (write 52:54:00:12:34:56)"))?;
+    let mac: MacAddr = s.replace('-', ":").parse().map_err(|e: NotAMac| e.to_string())?;
+    if mac.is_group() {
+        return Err(format!("'{s}' is a group's address, not a card's"));
     }
-    match parts.next() {
-        Some(_) => Err(format!("'{s}' is longer than a MAC address")),
-        None if mac[0] & 1 == 1 => Err(format!("'{s}' is a group's address, not a card's")),
-        None if mac == [0; 6] => Err("a card's address is not zero".into()),
-        None => Ok(mac),
+    if !mac.is_station() {
+        return Err("a card's address is not zero".into());
     }
+    Ok(mac.0)
 }
 
 #[cfg(test)]

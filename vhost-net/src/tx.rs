@@ -121,14 +121,13 @@ impl Head {
 
     /// Makes a packet of this many bytes up: to everybody, from nobody.
     pub fn make_up(&mut self, len: u32) {
-        self.bytes = [0; HEADER_WITH_HASH + PEEK + TAG];
-        self.bytes[HEADER..HEADER + 6].fill(0xff);
-        self.bytes[HEADER + 6] = 2;
+        let mut packet = [0; PEEK];
+        packet[..6].fill(0xff);
+        packet[6] = 2;
         // IEEE 802 local experimental.
-        self.bytes[HEADER + 12..HEADER + 14].copy_from_slice(&[0x88, 0xb5]);
-        self.header = HEADER;
-        self.len = len + HEADER as u32;
-        self.copied = (self.len as usize).min(HEADER + PEEK);
+        packet[12..14].copy_from_slice(&[0x88, 0xb5]);
+        let copied = (len as usize).min(PEEK);
+        self.begin(&packet[..copied], len - copied as u32);
     }
 
     /// Holds the header against the packet, of a driver with these features. It asks for nothing else from here on.

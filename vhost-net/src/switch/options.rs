@@ -5,6 +5,7 @@ use std::net::IpAddr;
 use std::str::FromStr;
 use std::time::Duration;
 
+use daemon::on_off;
 use ipnet::IpNet;
 
 use super::PortConfig;
@@ -25,14 +26,6 @@ fn number<T: TryFrom<u64>>(key: &str, value: &str) -> Result<T, String> {
     let n = digits.parse().ok().and_then(|n: u64| n.checked_mul(factor)).filter(|&n| n > 0);
     n.and_then(|n| n.try_into().ok())
         .ok_or(format!("{key}={value}: write a number above 0, such as 500k, 10M or 1G"))
-}
-
-fn switch(key: &str, value: &str) -> Result<bool, String> {
-    match value {
-        "on" => Ok(true),
-        "off" => Ok(false),
-        _ => Err(format!("{key}={value}: write on or off")),
-    }
 }
 
 fn parse<T: FromStr<Err: Display>>(key: &str, value: &str) -> Result<T, String> {
@@ -57,15 +50,15 @@ impl PortConfig {
                 Vlan::Trunk { native, .. } => *native = Some(parse_vid(value)?),
                 Vlan::Access(_) => return Err("native= goes with trunk=, not with vlan=".into()),
             },
-            "guard" => self.is_guarded = switch(key, value)?,
+            "guard" => self.is_guarded = on_off(key, value)?,
             "ip" => {
                 let net = value.parse().or_else(|_| value.parse::<IpAddr>().map(IpNet::from));
                 let wrong = |_| format!("{key}={value}: write an address or a network, such as 10.0.0.0/24");
                 self.guard.ips.push(net.map_err(wrong)?);
             }
-            "router" => self.guard.is_router = switch(key, value)?,
-            "isolated" => self.is_isolated = switch(key, value)?,
-            "flood-unknown" => self.floods_unknown = switch(key, value)?,
+            "router" => self.guard.is_router = on_off(key, value)?,
+            "isolated" => self.is_isolated = on_off(key, value)?,
+            "flood-unknown" => self.floods_unknown = on_off(key, value)?,
             "max-macs" => self.max_addresses = number(key, value)?,
             "tx-bps" => self.ingress.bits = Some(number(key, value)?),
             "tx-pps" => self.ingress.packets = Some(number(key, value)?),
