@@ -11,7 +11,8 @@ dash the shell of the guest
 fio verified load inside the guest
 iperf3 load on the network inside the guest
 ethtool offloads and queues of network cards in the guest
-iproute2 network namespaces of the tests
+iproute2 network namespaces of the tests, and what they compare with
+pciutils what lspci says of devices in the guest
 tcpdump what arrives at a tap
 dpdk-dev testpmd, a peer of the network devices
 librte-net-vhost23 the vhost-user ports of testpmd
@@ -20,7 +21,8 @@ librte-mempool-ring23 the packet buffers of testpmd
 e2fsprogs file systems in the guest, and checking them from outside
 util-linux setpriv, blkdiscard and blockdev
 binutils prepares kernel modules and programs for the guest
-xz-utils unpacks kernel modules where they come compressed
+xz-utils unpacks kernels and their modules
+zstd unpacks kernels
 gcc links Rust programs
 libc6-dev links Rust programs
 make runs the Makefile

@@ -206,6 +206,9 @@ step "build" cargo build --workspace --bins
 step "build with fault points" cargo build -p vhost-blk --profile fault-points --features fault-points
 if command -v apt-get >/dev/null; then
     step "guest image" scripts/guest-image.sh
+    # A newer kernel and emulator, for what Debian 12 is too old for.
+    step "backports" scripts/backports.sh
+    step "guest image of the newer kernel" scripts/guest-image.sh target/guest-backports target/backports/linux
 else
     note "skipped guest image: made of Debian packages, and there is no apt-get here"
 fi

@@ -2,9 +2,12 @@
 
 pub mod migration;
 pub mod nic;
+pub mod overlay;
+pub mod release;
 
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
@@ -14,6 +17,8 @@ use crate::accel::{self, Accel};
 use crate::agent::{Agent, Output, Shell};
 use crate::process::{self, Process};
 use crate::qemu::nic::Nic;
+use crate::qemu::overlay::Overlay;
+use crate::qemu::release::Release;
 use crate::qmp::Qmp;
 use crate::scene::{Scene, tail};
 use crate::wait;
@@ -117,6 +122,9 @@ pub struct VmBuilder {
     kernel_args: String,
     accel: Option<Accel>,
     boot_limit: Duration,
+    release: Release,
+    overlay: Option<Arc<Overlay>>,
+    args: Vec<String>,
 }
 
 impl Default for VmBuilder {
@@ -132,6 +140,9 @@ impl Default for VmBuilder {
             kernel_args: KERNEL_ARGS.to_owned(),
             accel: None,
             boot_limit: BOOT_LIMIT,
+            release: Release::Stable,
+            overlay: None,
+            args: Vec::new(),
         }
     }
 }
@@ -202,6 +213,27 @@ impl VmBuilder {
         self
     }
 
+    /// Sets which emulator and kernel it is made of.
+    #[must_use]
+    pub fn release(mut self, release: Release) -> Self {
+        self.release = release;
+        self
+    }
+
+    /// Lays files over the image the guest boots from.
+    #[must_use]
+    pub fn overlay(mut self, files: Overlay) -> Self {
+        self.overlay = Some(Arc::new(files));
+        self
+    }
+
+    /// Adds an option of QEMU's, as `device` and `igb`.
+    #[must_use]
+    pub fn arg(mut self, option: &str, value: &str) -> Self {
+        self.args.extend([format!("-{option}"), value.to_owned()]);
+        self
+    }
+
     /// Starts the machine and waits for the agent in the guest. An emulated one that does not come up is started once more:
     /// on a host that stands still now and then, QEMU's emulation has been seen to hang in the kernel's first second.
     pub fn boot(self, scene: &Scene) -> Result<Vm> {
@@ -240,11 +272,16 @@ impl VmBuilder {
         let qmp_path = kernel_log.with_extension("qmp");
         let agent = Agent::listen(&agent_path)?;
         let qmp = Agent::listen(&qmp_path)?;
-        let mut args = self.args(accel, &kernel_log, &agent_path, &qmp_path);
+        let mut initramfs = self.release.guest("initramfs");
+        if let Some(overlay) = &self.overlay {
+            initramfs = kernel_log.with_extension("initramfs");
+            overlay.pack(self.release, &initramfs)?;
+        }
+        let mut args = self.args(accel, &initramfs, &kernel_log, &agent_path, &qmp_path);
         if incoming {
             args.extend(["-incoming", "defer"].map(str::to_owned));
         }
-        let program = process::find_program(QEMU).with_context(|| format!("no {QEMU}"))?;
+        let program = self.release.emulator().with_context(|| format!("no {QEMU}"))?;
         let mut process = Process::spawn(scene, "qemu", &program, &args)?;
         let qmp = Qmp::new(accept(&qmp, &mut process)?)?;
         let agent = Agent::new(accept(&agent, &mut process)?)?;
@@ -253,8 +290,14 @@ impl VmBuilder {
         Ok(Vm { process, agent, qmp, kernel_log, accel, tolerated: Vec::new(), builder: self })
     }
 
-    fn args(&self, accel: Accel, kernel_log: &Path, agent: &Path, qmp: &Path) -> Vec<String> {
-        let guest = guest_dir();
+    fn args(
+        &self,
+        accel: Accel,
+        initramfs: &Path,
+        kernel_log: &Path,
+        agent: &Path,
+        qmp: &Path,
+    ) -> Vec<String> {
         let mut args = Vec::new();
         let mut add = |option: &str, value: String| args.extend([format!("-{option}"), value]);
         add("accel", accel.qemu_accel().to_owned());
@@ -274,8 +317,8 @@ impl VmBuilder {
             add("object", format!("memory-backend-memfd,id=boot-mem{n},size={mib}M,share=on"));
             add("device", format!("pc-dimm,id=boot-dimm{n},memdev=boot-mem{n}"));
         }
-        add("kernel", guest.join("vmlinux").display().to_string());
-        add("initrd", guest.join("initramfs").display().to_string());
+        add("kernel", self.release.guest("vmlinux").display().to_string());
+        add("initrd", initramfs.display().to_string());
         add("append", self.kernel_args.clone());
         add("serial", format!("file:{}", kernel_log.display()));
         add("chardev", format!("socket,id=agent,path={}", agent.display()));
@@ -294,6 +337,7 @@ impl VmBuilder {
             add("device", nic.device(self.packed, accel).to_string());
         }
         args.extend(["-nodefaults", "-display", "none"].map(str::to_owned));
+        args.extend(self.args.iter().cloned());
         args
     }
 }
