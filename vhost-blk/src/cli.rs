@@ -175,8 +175,8 @@ impl FromStr for ExtraDisk {
                 "backend" => disk.backend = Some(value.parse()?),
                 "record" => disk.record = Some(value.into()),
                 "serial" => disk.serial = serial(value)?,
-                "read-only" => disk.read_only = on_off(key, value)?,
-                "incoming" => disk.incoming = on_off(key, value)?,
+                "read-only" => disk.read_only = on_off(value).map_err(|e| format!("{key}: {e}"))?,
+                "incoming" => disk.incoming = on_off(value).map_err(|e| format!("{key}: {e}"))?,
                 other => {
                     return Err(format!(
                         "unknown key '{other}' (socket-path, blk-file, backend, serial, read-only, incoming, record)"

@@ -72,7 +72,7 @@ struct Served {
 
 fn run(cli: &Cli) -> Result<()> {
     if cli.print_capabilities {
-        println!("{}", serde_json::json!({ "type": "block", "features": ["read-only", "blk-file"] }));
+        daemon::print_capabilities("block", &["read-only", "blk-file"]);
         return Ok(());
     }
     daemon::init_log(&cli.log)?;

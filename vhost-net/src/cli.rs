@@ -1,20 +1,21 @@
-//! The command line, by QEMU's back-end conventions (docs/interop/vhost-user.rst, "Backend program conventions").
+//! The command line, by QEMU's back-end conventions (docs/interop/vhost-user.rst, "Backend program conventions"), and the
+//! file that says the same.
 
-use std::path::PathBuf;
-use std::str::FromStr;
+use std::path::{Path, PathBuf};
 
-use clap::Parser;
-use daemon::{Switch, on_off, ring_size};
+use anyhow::{Result, anyhow};
+use clap::{Args, Parser};
+use daemon::file::File;
+use daemon::{Switch, from_text, ring_size};
 use poll_engine::engine::pacing::Pacing;
 use poll_engine::engine::placement::CpuList;
+use serde::Deserialize;
 
-use crate::device::{MAX_PAIRS, MTU_RANGE};
+use crate::check::check;
+use crate::device::MAX_PAIRS;
 use crate::hub::Plan;
-use crate::mac::{MacAddr, NotAMac};
-use crate::pcap::SNAPLEN;
 use crate::pcap::filter::Filter;
-use crate::switch::PortConfig;
-use crate::switch::options::KEYS;
+use crate::spec::{PortSpec, mac, mtu};
 
 /// Poll-mode vhost-user network back end.
 ///
@@ -22,50 +23,70 @@ use crate::switch::options::KEYS;
 /// memory, and packets are copied once, from the memory of one guest to that of the other.
 ///
 /// SIGTERM finishes what is in flight and exits; SIGUSR1 prints statistics.
-#[allow(clippy::struct_excessive_bools)] // options, each by itself
 #[derive(Debug, Parser)]
 #[command(name = "vhost-net", version, max_term_width = 110)]
 pub struct Cli {
+    /// Read all that follows from a file instead (TOML): options by their long names, ports as [[port]] and [uplink]
+    #[arg(long, value_name = "FILE", conflicts_with = "Options")]
+    pub config: Option<PathBuf>,
+
+    /// Say whether the options, or the file, are right, and exit
+    #[arg(long)]
+    pub check: bool,
+
+    /// Print what this program can do as JSON (for management software) and exit
+    #[arg(long)]
+    pub print_capabilities: bool,
+
+    /// All else.
+    #[command(flatten)]
+    pub options: Options,
+}
+
+/// What is served and how, on the command line or in a file.
+#[allow(clippy::struct_excessive_bools)] // options, each by itself
+#[derive(Clone, Debug, Args, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Options {
     /// Unix socket to listen on; a stale one is replaced
-    #[arg(long, value_name = "PATH", conflicts_with = "fd")]
+    #[arg(long, value_name = "PATH")]
     pub socket_path: Option<PathBuf>,
 
     /// Inherited Unix socket, listening or connected, by descriptor number
     #[arg(long, value_name = "FDNUM")]
     pub fd: Option<i32>,
 
-    /// Print what this program can do as JSON (for management software) and exit
-    #[arg(long)]
-    pub print_capabilities: bool,
-
     /// Join the first port to this tap; one that does not exist is made, and goes when this ends
-    #[arg(long, value_name = "NAME", conflicts_with_all = ["wire", "loopback"])]
+    #[arg(long, value_name = "NAME")]
     pub tap: Option<String>,
 
     /// Join the first port to an inherited tap, by descriptor numbers: one for each pair of queues
-    #[arg(long, value_name = "FDNUM,...", value_delimiter = ',', conflicts_with_all = ["tap", "wire", "loopback"])]
+    #[arg(long, value_name = "FDNUM,...", value_delimiter = ',')]
     pub tap_fds: Vec<i32>,
 
     /// Capture what crosses taps to a new file (pcapng), for Wireshark and tcpdump
     #[arg(long, value_name = "FILE")]
     pub pcap: Option<PathBuf>,
 
-    /// Bytes of each frame to capture, at most
-    #[arg(long, value_name = "BYTES", default_value_t = SNAPLEN, requires = "pcap", value_parser = clap::value_parser!(u32).range(14..))]
-    pub pcap_snaplen: u32,
+    /// Bytes of each frame to capture, at most (262144)
+    #[arg(long, value_name = "BYTES", value_parser = clap::value_parser!(u32).range(14..))]
+    #[serde(deserialize_with = "snaplen")]
+    pub pcap_snaplen: Option<u32>,
 
     /// What to capture, such as "tcp port 80 or arp"; without: everything
-    #[arg(long, value_name = "EXPRESSION", default_value = "", hide_default_value = true, requires = "pcap")]
-    pub pcap_filter: Filter,
+    #[arg(long, value_name = "EXPRESSION")]
+    #[serde(deserialize_with = "filter")]
+    pub pcap_filter: Option<Filter>,
 
-    /// Serve a further port; repeat for more. Keys: socket-path, name, mac, mtu, wait, tap; with --switch also vlan, trunk
-    /// (such as 5+10-19), native, guard, ip, router, isolated, flood-unknown, max-macs, tx-bps, tx-pps, rx-bps, rx-pps,
-    /// burst-ms, broadcast-pps, multicast-pps, unknown-pps
+    /// Serve a further port; repeat for more. Keys: socket-path, fd, name, mac, mtu, wait, link, tap, tap-fds; with --switch
+    /// also vlan, trunk (such as 5+10-19), native, guard, ip, router, isolated, flood-unknown, max-macs, tx-bps, tx-pps,
+    /// rx-bps, rx-pps, burst-ms, broadcast-pps, multicast-pps, unknown-pps
     #[arg(long, value_name = "KEY=VALUE,...")]
-    pub port: Vec<ExtraPort>,
+    pub port: Vec<PortSpec>,
 
     /// Join each port to itself, for measuring: echo, discard, or generate:BYTES
-    #[arg(long, value_name = "KIND", value_parser = loopback, conflicts_with = "wire")]
+    #[arg(long, value_name = "KIND", value_parser = plan)]
+    #[serde(deserialize_with = "loopback")]
     pub loopback: Option<Plan>,
 
     /// Join two ports to each other, and nothing else
@@ -73,44 +94,52 @@ pub struct Cli {
     pub wire: bool,
 
     /// Join all ports by a switch that learns addresses
-    #[arg(long, conflicts_with_all = ["wire", "loopback"])]
+    #[arg(long)]
     pub switch: bool,
 
     /// With --switch, join it to an interface of the host's. Keys: af-packet (any interface) or af-xdp (around the kernel's
     /// stack, with queue), and of those of --port: vlan, trunk, native, isolated, flood-unknown, max-macs and the limits
-    #[arg(long, value_name = "KEY=VALUE,...", requires = "switch")]
-    pub uplink: Option<UplinkPort>,
+    #[arg(long, value_name = "KEY=VALUE,...")]
+    pub uplink: Option<PortSpec>,
 
     /// With --switch, how long an address is known that sends nothing
     #[arg(long, value_name = "SECONDS", default_value_t = 300, value_parser = clap::value_parser!(u32).range(1..))]
+    #[serde(deserialize_with = "seconds")]
     pub mac_ageing: u32,
 
     /// Address of the first port's card (such as 52:54:00:12:34:56); without, the front end's or the guest's own
     #[arg(long, value_name = "MAC", value_parser = mac)]
+    #[serde(deserialize_with = "some_mac")]
     pub mac: Option<[u8; 6]>,
 
     /// MTU that cards advise to their guests
     #[arg(long, value_name = "BYTES", value_parser = mtu)]
+    #[serde(deserialize_with = "some_mtu")]
     pub mtu: Option<u16>,
 
     /// Pairs of queues that each card offers (1 to 16)
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=i64::from(MAX_PAIRS)))]
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = pairs)]
+    #[serde(deserialize_with = "num_pairs")]
     pub num_queue_pairs: u16,
 
     /// Largest ring a queue may have (a power of two up to 32768)
     #[arg(long, value_name = "N", default_value_t = 1024, value_parser = ring_size)]
+    #[serde(deserialize_with = "size")]
     pub queue_size: u16,
 
     /// Offer packed rings, which a driver may then choose
     #[arg(long, value_enum, default_value_t = Switch::On)]
+    #[serde(deserialize_with = "switched")]
     pub packed: Switch,
 
     /// CPUs to run on, one pinned reactor each (such as 2-3,6); without: one reactor, not pinned
     #[arg(long, value_name = "LIST")]
+    #[serde(deserialize_with = "cpus")]
     pub cpus: Option<CpuList>,
 
     /// How to wait for packets: busy never sleeps, adaptive spins a while first, event sleeps at once
     #[arg(long, value_name = "MODE", default_value = "adaptive")]
+    #[serde(deserialize_with = "pacing")]
     pub poll: Pacing,
 
     /// Count the cycles that reactors are busy for, for the statistics
@@ -122,92 +151,63 @@ pub struct Cli {
     pub log: String,
 }
 
-/// One `--port`.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct ExtraPort {
-    /// Where to listen.
-    pub socket_path: PathBuf,
-    /// For people.
-    pub name: Option<String>,
-    /// The card's address.
-    pub mac: Option<[u8; 6]>,
-    /// The MTU it advises.
-    pub mtu: Option<u16>,
-    /// Packets for it wait for its buffers.
-    pub wait: bool,
-    /// What it is to a switch.
-    pub rules: PortConfig,
-    /// The tap that it is joined to.
-    pub tap: Option<String>,
+from_text! {
+    snaplen: Option<u32> = |s| s.parse().ok().filter(|n| *n >= 14).map(Some).ok_or("write a number of bytes from 14 on");
+    filter: Option<Filter> = |s| s.parse().map(Some);
+    loopback: Option<Plan> = |s| plan(s).map(Some);
+    seconds: u32 = |s| s.parse().ok().filter(|n| *n > 0).ok_or("write a number of seconds above 0");
+    some_mac: Option<[u8; 6]> = |s| mac(s).map(Some);
+    some_mtu: Option<u16> = |s| mtu(s).map(Some);
+    num_pairs: u16 = pairs;
+    size: u16 = ring_size;
+    switched: Switch = |s| <Switch as clap::ValueEnum>::from_str(s, false);
+    cpus: Option<CpuList> = |s| s.replace('+', ",").parse().map(Some);
+    pacing: Pacing = str::parse;
 }
 
-impl FromStr for ExtraPort {
-    type Err = String;
-
-    fn from_str(s: &str) -> Result<ExtraPort, String> {
-        let mut port = ExtraPort::default();
-        for pair in s.split(',') {
-            let (key, value) = pair.split_once('=').unwrap_or((pair, "on"));
-            match key {
-                "socket-path" => port.socket_path = value.into(),
-                "name" => port.name = Some(value.into()),
-                "mac" => port.mac = Some(mac(value)?),
-                "mtu" => port.mtu = Some(mtu(value)?),
-                "wait" => port.wait = on_off(key, value)?,
-                "tap" => port.tap = Some(value.into()),
-                key if port.rules.set(key, value)? => {}
-                other => {
-                    return Err(format!(
-                        "unknown key '{other}' (socket-path, name, mac, mtu, wait, tap, {KEYS})"
-                    ));
-                }
-            }
+impl Cli {
+    /// What is asked for, which goes together.
+    pub fn options(&self) -> Result<Options> {
+        if let Some(path) = &self.config {
+            return Options::read(path);
         }
-        if port.socket_path.as_os_str().is_empty() {
-            return Err("socket-path is missing".into());
-        }
-        Ok(port)
+        check(&self.options)?;
+        Ok(self.options.clone())
     }
 }
 
-/// The interface that a switch is joined to.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct UplinkPort {
-    /// Its name.
-    pub interface: String,
-    /// With AF_XDP, its queue; without, packet sockets.
-    pub xdp_queue: Option<u32>,
-    /// What it is to the switch.
-    pub rules: PortConfig,
-}
-
-impl FromStr for UplinkPort {
-    type Err = String;
-
-    fn from_str(s: &str) -> Result<UplinkPort, String> {
-        let (mut interface, mut xdp, mut queue) = (None, false, None);
-        let mut rules = PortConfig::default();
-        for pair in s.split(',') {
-            let (key, value) = pair.split_once('=').ok_or(format!("'{pair}' is no key and value"))?;
-            match key {
-                "af-packet" | "af-xdp" if interface.is_some() => return Err("one interface is enough".into()),
-                "af-packet" | "af-xdp" => (interface, xdp) = (Some(value.to_owned()), key == "af-xdp"),
-                "queue" => queue = Some(value.parse().map_err(|_| format!("queue={value}: write a number"))?),
-                "guard" | "ip" | "router" => return Err(format!("{key} is for ports of guests")),
-                key if rules.set(key, value)? => {}
-                other => return Err(format!("unknown key '{other}' (af-packet, af-xdp, queue, {KEYS})")),
-            }
-        }
-        let interface = interface.filter(|name| !name.is_empty()).ok_or("af-packet or af-xdp is missing")?;
-        match (xdp, queue) {
-            (false, Some(_)) => Err("queue goes with af-xdp".into()),
-            (false, None) => Ok(UplinkPort { interface, xdp_queue: None, rules }),
-            (true, queue) => Ok(UplinkPort { interface, xdp_queue: Some(queue.unwrap_or(0)), rules }),
-        }
+impl Default for Options {
+    /// Those of a command line without any.
+    fn default() -> Options {
+        Cli::parse_from([""]).options
     }
 }
 
-fn loopback(s: &str) -> Result<Plan, String> {
+impl Options {
+    /// Those of a file, which go together.
+    pub fn read(path: &Path) -> Result<Options> {
+        let file = File::read(path)?;
+        let options = file.parse()?;
+        check(&options).map_err(|e| anyhow!("{}: {e}", file.place(&e.at)))?;
+        Ok(options)
+    }
+
+    /// All ports of guests. The first may be described by options of its own.
+    pub fn ports(&self) -> Vec<PortSpec> {
+        let first = (self.socket_path.is_some() || self.fd.is_some()).then(|| PortSpec {
+            socket_path: self.socket_path.clone(),
+            fd: self.fd,
+            mac: self.mac,
+            tap: self.tap.clone(),
+            tap_fds: self.tap_fds.clone(),
+            ..PortSpec::default()
+        });
+        let with_mtu = |port: PortSpec| PortSpec { mtu: port.mtu.or(self.mtu), ..port };
+        first.into_iter().chain(self.port.iter().cloned()).map(with_mtu).collect()
+    }
+}
+
+fn plan(s: &str) -> Result<Plan, String> {
     match s.split_once(':') {
         None if s == "echo" => Ok(Plan::Echo),
         None if s == "discard" => Ok(Plan::Discard),
@@ -219,24 +219,9 @@ fn loopback(s: &str) -> Result<Plan, String> {
     }
 }
 
-fn mtu(s: &str) -> Result<u16, String> {
-    let (least, most) = (MTU_RANGE.start(), MTU_RANGE.end());
-    s.parse()
-        .ok()
-        .filter(|n| MTU_RANGE.contains(n))
-        .ok_or(format!("an MTU is a number from {least} to {most}"))
-}
-
-/// A card's address as people write it.
-pub fn mac(s: &str) -> Result<[u8; 6], String> {
-    let mac: MacAddr = s.replace('-', ":").parse().map_err(|e: NotAMac| e.to_string())?;
-    if mac.is_group() {
-        return Err(format!("'{s}' is a group's address, not a card's"));
-    }
-    if !mac.is_station() {
-        return Err("a card's address is not zero".into());
-    }
-    Ok(mac.0)
+fn pairs(s: &str) -> Result<u16, String> {
+    let pairs = s.parse().ok().filter(|n| (1..=MAX_PAIRS).contains(n));
+    pairs.ok_or(format!("a card has 1 to {MAX_PAIRS} pairs of queues, not '{s}'"))
 }
 
 #[cfg(test)]
@@ -250,53 +235,72 @@ mod tests {
     }
 
     #[test]
-    fn addresses_are_six_bytes_of_one_card() {
-        assert_eq!(mac("52:54:00:12:34:5f"), Ok([0x52, 0x54, 0, 0x12, 0x34, 0x5f]));
-        for bad in [
-            "",
-            "52:54:00:12:34",
-            "52:54:00:12:34:56:78",
-            "53:54:00:12:34:56",
-            "5:54:00:12:34:56",
-            "00:00:00:00:00:00",
-        ] {
-            assert!(mac(bad).is_err(), "{bad}");
+    fn a_file_takes_the_place_of_options() {
+        assert!(Cli::try_parse_from(["", "--config=x", "--check"]).is_ok());
+        assert!(Cli::try_parse_from(["", "--config=x", "--switch"]).is_err());
+    }
+
+    /// Of each option some value, on the command line and in a file.
+    const EACH: [(&str, &str); 21] = [
+        ("--socket-path=/s", "socket-path = '/s'"),
+        ("--fd=3", "fd = 3"),
+        ("--tap=t", "tap = 't'"),
+        ("--tap-fds=4,5", "tap-fds = [4, 5]"),
+        ("--pcap=/p", "pcap = '/p'"),
+        ("--pcap-snaplen=96", "pcap-snaplen = 96"),
+        ("--pcap-filter=arp", "pcap-filter = 'arp'"),
+        ("--port=socket-path=/a,vlan=5,wait", "port = [{ socket-path = '/a', vlan = 5, wait = true }]"),
+        ("--loopback=generate:64", "loopback = 'generate:64'"),
+        ("--wire", "wire = true"),
+        ("--switch", "switch = true"),
+        ("--uplink=af-xdp=e,queue=1", "uplink = { af-xdp = 'e', queue = 1 }"),
+        ("--mac-ageing=9", "mac-ageing = 9"),
+        ("--mac=52:54:00:00:00:01", "mac = '52:54:00:00:00:01'"),
+        ("--mtu=9000", "mtu = 9000"),
+        ("--num-queue-pairs=4", "num-queue-pairs = 4"),
+        ("--queue-size=256", "queue-size = 256"),
+        ("--packed=off", "packed = false"),
+        ("--cpus=0-1", "cpus = [0, 1]"),
+        ("--poll=busy", "poll = 'busy'"),
+        ("--log=debug", "log = 'debug'\nrecord-core-cycles = true"),
+    ];
+
+    #[test]
+    fn a_file_says_all_that_the_command_line_does() {
+        let options = Cli::command().get_arguments().filter(|a| a.get_long().is_some()).count();
+        // Those that are not for a file; and one that shares its line above.
+        let others = ["config", "check", "print-capabilities", "record-core-cycles"].len();
+        assert_eq!(EACH.len(), options - others, "an option is missing here");
+        for (arg, line) in EACH {
+            let mut args = vec!["", arg];
+            if line.contains("record-core-cycles") {
+                args.push("--record-core-cycles");
+            }
+            let said = Cli::parse_from(args).options;
+            let written: Options = toml::from_str(line).unwrap();
+            assert_eq!(format!("{said:?}"), format!("{written:?}"), "{line}");
+            assert_ne!(format!("{written:?}"), format!("{:?}", Options::default()), "{line}");
         }
     }
 
     #[test]
-    fn further_ports_are_key_value_lists() {
-        let port: ExtraPort = "socket-path=/s,name=a,wait,mtu=9000,tap=t0".parse().unwrap();
-        assert_eq!((port.name.as_deref(), port.wait, port.mtu), (Some("a"), true, Some(9000)));
-        assert_eq!(port.tap.as_deref(), Some("t0"));
-        for bad in [
-            "",
-            "name=a",
-            "socket-path=/s,x=y",
-            "socket-path=/s,mtu=1",
-            "socket-path=/s,vlan=0",
-            "socket-path=/s,wait=maybe",
+    fn what_the_command_line_refuses_a_file_may_not_say() {
+        for line in [
+            "pcap-snaplen = 13",
+            "pcap-filter = 'nothing'",
+            "loopback = 'generate:59'",
+            "mac-ageing = 0",
+            "mac = '01:00:00:00:00:00'",
+            "mtu = 67",
+            "num-queue-pairs = 17",
+            "queue-size = 1000",
+            "packed = 'maybe'",
+            "cpus = 'x'",
+            "poll = 'often'",
+            "config = 'x'",
+            "uplink = 'e'",
         ] {
-            assert!(bad.parse::<ExtraPort>().is_err(), "{bad}");
-        }
-    }
-
-    #[test]
-    fn an_uplink_is_one_interface() {
-        let uplink: UplinkPort = "af-xdp=eth0,queue=3,trunk=5+6".parse().unwrap();
-        assert_eq!((uplink.interface.as_str(), uplink.xdp_queue), ("eth0", Some(3)));
-        assert_eq!("af-packet=eth0".parse::<UplinkPort>().unwrap().xdp_queue, None);
-        for bad in [
-            "",
-            "eth0",
-            "af-packet=",
-            "vlan=5",
-            "af-packet=a,af-xdp=b",
-            "af-packet=a,queue=1",
-            "af-packet=a,guard=on",
-            "af-packet=a,x=y",
-        ] {
-            assert!(bad.parse::<UplinkPort>().is_err(), "{bad}");
+            assert!(toml::from_str::<Options>(line).is_err(), "{line}");
         }
     }
 }

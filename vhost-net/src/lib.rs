@@ -10,6 +10,7 @@
 //! belongs to. [`port`] is what a device can be joined to besides another guest, and [`pcap`] writes down what crosses it.
 //! [`switch`] says which port a frame goes to. [`features`] names the feature bits.
 
+pub mod check;
 pub mod cli;
 pub mod device;
 pub mod fallback;
@@ -27,6 +28,7 @@ pub mod report;
 pub mod rss;
 pub mod rx;
 pub mod shard;
+pub mod spec;
 pub mod stats;
 pub mod switch;
 pub mod tx;

@@ -16,12 +16,11 @@ use sd_notify::NotifyState;
 use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
 use signal_hook::iterator::Signals;
 use tracing::info;
-use vhost_net::cli::{Cli, UplinkPort};
+use vhost_net::cli::{Cli, Options};
 use vhost_net::device::{Card, Joined, MTU_RANGE, NetDevice};
 use vhost_net::hub::{Hub, Plan, Port};
-use vhost_net::mac::MacAddr;
 use vhost_net::outside::{HOST_OFFLOADS, Outside, host_features};
-use vhost_net::pcap::{Capture, CaptureConfig};
+use vhost_net::pcap::{Capture, CaptureConfig, SNAPLEN};
 use vhost_net::port::Uplink;
 use vhost_net::port::af_packet::AfPacket;
 use vhost_net::port::af_xdp::AfXdp;
@@ -29,20 +28,20 @@ use vhost_net::port::tap::Tap;
 use vhost_net::port::tap::card::TapCard;
 use vhost_net::report::{cycles, report, tap_report, uplink_report};
 use vhost_net::shard::Shard;
-use vhost_net::switch::fdb::{FdbConfig, MAX_PORTS};
+use vhost_net::spec::PortSpec;
+use vhost_net::switch::fdb::FdbConfig;
 use vhost_net::switch::{self, PortConfig, PortId};
 
 fn main() -> ExitCode {
     daemon::main(run)
 }
 
-/// A port as asked for.
+/// A port as asked for, and what is open of it.
 struct Wanted {
     name: String,
     place: Place,
+    spec: PortSpec,
     card: Card,
-    wait: bool,
-    rules: PortConfig,
     /// What it is joined to, if not to a hub.
     tap: Option<Arc<Tap>>,
 }
@@ -76,40 +75,45 @@ impl Served {
 
 fn run(cli: &Cli) -> Result<()> {
     if cli.print_capabilities {
-        println!("{}", serde_json::json!({ "type": "net", "features": [] }));
+        daemon::print_capabilities("net", &[]);
         return Ok(());
     }
-    daemon::init_log(&cli.log)?;
-    let wanted = wanted(cli)?;
-    let plan = plan(cli, wanted.iter().filter(|w| w.tap.is_none()).count())?;
-    let capture = capture(cli, &wanted)?;
-    let mut uplink = cli.uplink.as_ref().map(open_uplink).transpose()?;
+    let options = &cli.options()?;
+    if cli.check {
+        daemon::print(&format!("nothing is wrong, {} ports", options.ports().len()));
+        return Ok(());
+    }
+    daemon::init_log(&options.log)?;
+    let wanted = options.ports().into_iter().map(|spec| open(spec, options)).collect::<Result<Vec<_>>>()?;
+    let plan = plan(options);
+    let capture = capture(options, &wanted)?;
+    let mut uplink = options.uplink.as_ref().map(open_uplink).transpose()?;
     daemon::raise_descriptor_limit();
     let config = EngineConfig {
-        cpus: cli.cpus.clone().unwrap_or_default(),
-        pacing: cli.poll,
-        count_cycles: cli.record_core_cycles,
+        cpus: options.cpus.clone().unwrap_or_default(),
+        pacing: options.poll,
+        count_cycles: options.record_core_cycles,
         ..EngineConfig::default()
     };
     let engine = Arc::new(Engine::start(&config)?);
     // Before the sockets: whoever sees one may send signals.
     let mut signals = Signals::new([SIGTERM, SIGINT, SIGUSR1]).context("cannot handle signals")?;
     let ports = wanted.iter().filter(|w| w.tap.is_none());
-    let ports = ports.map(|w| Arc::new(Port::new(w.name.clone(), w.card.pairs, w.wait)));
+    let ports = ports.map(|w| Arc::new(Port::new(w.name.clone(), w.card.pairs, w.spec.wait)));
     let (mut ports, reactors): (Vec<_>, _) = (ports.collect(), engine.reactors());
     let out = ports.len();
     // The last port is the uplink's, on the first reactor.
-    ports.extend(cli.uplink.iter().map(|u| Arc::new(Port::uplink(u.interface.clone(), 0))));
+    ports.extend(options.uplink.iter().map(|u| Arc::new(Port::uplink(u.name(), 0))));
     let hub = Arc::new(match plan {
         Plan::Switch => {
-            let outer = cli.uplink.as_ref().zip(uplink.as_mut().map(|u| u.link().mtu));
-            Hub::switched(Arc::new(switch(cli, &wanted, outer, reactors)?), ports, reactors)
+            let switch = switch(options, &wanted, uplink.as_mut().map(|u| u.link().mtu), reactors);
+            Hub::switched(Arc::new(switch), ports, reactors)
         }
         _ => Hub::new(plan, ports, reactors),
     });
     hub.connect(&engine);
     let listeners = wanted.iter().map(|w| w.place.listen()).collect::<Result<Vec<_>, _>>()?;
-    let withheld = if cli.packed == Switch::Off { features::RING_PACKED } else { 0 };
+    let withheld = if options.packed == Switch::Off { features::RING_PACKED } else { 0 };
     // What leaves by the uplink leaves as a guest has made it.
     let withheld = withheld | uplink.as_ref().map_or(0, |u| HOST_OFFLOADS & !host_features(u.takes()));
     let shards = (0..engine.reactors()).map(|reactor| {
@@ -160,7 +164,7 @@ fn run(cli: &Cli) -> Result<()> {
 
     for signal in signals.forever() {
         if signal == SIGUSR1 {
-            let text = statistics(cli, &served, &hub, &engine, capture.as_deref());
+            let text = statistics(options, &served, &hub, &engine, capture.as_deref());
             daemon::print(&text);
         } else {
             break;
@@ -179,13 +183,19 @@ fn run(cli: &Cli) -> Result<()> {
     Ok(())
 }
 
-fn statistics(cli: &Cli, served: &[Served], hub: &Hub, engine: &Engine, capture: Option<&Capture>) -> String {
+fn statistics(
+    options: &Options,
+    served: &[Served],
+    hub: &Hub,
+    engine: &Engine,
+    capture: Option<&Capture>,
+) -> String {
     let mut text: String = served.iter().map(|s| s.report(hub)).collect();
-    if let Some(uplink) = &cli.uplink {
+    if let Some(uplink) = &options.uplink {
         // The last port.
-        text += &uplink_report(&uplink.interface, hub, hub.ports.len() - 1);
+        text += &uplink_report(&uplink.name(), hub, hub.ports.len() - 1);
     }
-    if cli.record_core_cycles {
+    if options.record_core_cycles {
         text += &cycles(engine.stats(), &hub.ports);
     }
     if let Some(capture) = capture {
@@ -196,110 +206,56 @@ fn statistics(cli: &Cli, served: &[Served], hub: &Hub, engine: &Engine, capture:
 }
 
 /// The capture that was asked for, with an interface for each port.
-fn capture(cli: &Cli, wanted: &[Wanted]) -> Result<Option<Arc<Capture>>> {
-    let Some(path) = &cli.pcap else { return Ok(None) };
+fn capture(options: &Options, wanted: &[Wanted]) -> Result<Option<Arc<Capture>>> {
+    let Some(path) = &options.pcap else { return Ok(None) };
     if let Some(port) = wanted.iter().find(|w| w.tap.is_none()) {
         bail!("--pcap captures ports that are joined to a tap, and {} is not", port.name);
     }
     let names: Vec<&str> = wanted.iter().map(|w| w.name.as_str()).collect();
-    let config = CaptureConfig { snaplen: cli.pcap_snaplen, filter: cli.pcap_filter.clone() };
+    let filter = options.pcap_filter.clone().unwrap_or_default();
+    let config = CaptureConfig { snaplen: options.pcap_snaplen.unwrap_or(SNAPLEN), filter };
     Ok(Some(Arc::new(Capture::create(path, &names, config)?)))
 }
 
-fn plan(cli: &Cli, ports: usize) -> Result<Plan> {
-    match (cli.loopback, cli.wire, ports) {
-        _ if cli.switch => Ok(Plan::Switch),
+/// How the ports are joined that have no tap.
+fn plan(options: &Options) -> Plan {
+    match (options.switch, options.wire, options.loopback) {
+        (true, ..) => Plan::Switch,
+        (_, true, _) => Plan::Wire,
+        (.., Some(plan)) => plan,
         // A hub without ports.
-        (None, false, 0) => Ok(Plan::Discard),
-        (Some(plan), _, _) => Ok(plan),
-        (None, true, 2) => Ok(Plan::Wire),
-        (None, true, n) => {
-            bail!("a wire has two ends, and there are {n} ports; name two with --socket-path and --port")
-        }
-        (None, false, _) => {
-            bail!("nothing to join the ports to; give --switch, --wire, --loopback or --tap (see --help)")
-        }
+        _ => Plan::Discard,
     }
 }
 
-fn open_uplink(uplink: &UplinkPort) -> Result<Box<dyn Uplink>> {
-    let UplinkPort { interface, xdp_queue, .. } = uplink;
-    Ok(match *xdp_queue {
-        Some(queue) => Box::new(AfXdp::open(interface, queue)?),
-        None => Box::new(AfPacket::open(interface)?),
+fn open_uplink(spec: &PortSpec) -> Result<Box<dyn Uplink>> {
+    let name = spec.name();
+    Ok(match spec.af_xdp {
+        Some(_) => Box::new(AfXdp::open(&name, spec.queue.unwrap_or(0))?),
+        None => Box::new(AfPacket::open(&name)?),
     })
 }
 
 /// The switch that joins these ports, and an uplink with its MTU.
-fn switch(
-    cli: &Cli,
-    wanted: &[Wanted],
-    uplink: Option<(&UplinkPort, u32)>,
-    reactors: usize,
-) -> Result<switch::Switch> {
-    let mut configs: Vec<PortConfig> = vec![];
-    for w in wanted.iter().filter(|w| w.tap.is_none()) {
-        if configs.iter().any(|c| c.name == w.name) {
-            bail!("two ports are called {}; give each a name of its own", w.name);
-        }
-        let mut config = PortConfig { name: w.name.clone(), ..w.rules.clone() };
-        if let Some(mtu) = w.card.mtu {
-            config.mtu = mtu.into();
-        }
-        if config.is_guarded {
-            let mac = w.card.mac.with_context(|| format!("port {}: guard=on needs its mac=", w.name))?;
-            config.guard.macs = vec![MacAddr(mac)];
-        }
-        configs.push(config);
-    }
-    configs.extend(uplink.map(|(u, mtu)| PortConfig { name: u.interface.clone(), mtu, ..u.rules.clone() }));
-    if configs.len() > MAX_PORTS {
-        bail!("a switch has at most {MAX_PORTS} ports, not {}", configs.len());
-    }
-    let ageing = Some(Duration::from_secs(cli.mac_ageing.into()));
-    Ok(switch::Switch::new(FdbConfig { ageing }, &configs, reactors))
+fn switch(options: &Options, wanted: &[Wanted], uplink_mtu: Option<u32>, reactors: usize) -> switch::Switch {
+    let mut configs: Vec<_> = wanted.iter().filter(|w| w.tap.is_none()).map(|w| w.spec.rules()).collect();
+    let outer = options.uplink.iter().zip(uplink_mtu);
+    configs.extend(outer.map(|(spec, mtu)| PortConfig { mtu, ..spec.rules() }));
+    let ageing = Some(Duration::from_secs(options.mac_ageing.into()));
+    switch::Switch::new(FdbConfig { ageing }, &configs, reactors)
 }
 
-fn wanted(cli: &Cli) -> Result<Vec<Wanted>> {
-    let first = match (&cli.socket_path, cli.fd) {
-        (Some(path), _) => Some(Place::Path(path.clone())),
-        (None, Some(fd)) => Some(Place::Fd(fd)),
-        (None, None) => None,
+/// Opens what a port is joined to. A card that is joined to a tap has its MTU and as many pairs of queues.
+fn open(spec: PortSpec, options: &Options) -> Result<Wanted> {
+    let tap = match (&spec.tap, spec.tap_fds.as_slice()) {
+        (Some(name), _) => Some(Tap::open(name, options.num_queue_pairs, spec.mtu)?),
+        (None, []) => None,
+        (None, numbers) => Some(Tap::inherit_numbers(numbers, spec.mtu)?),
     };
-    let mut all = Vec::new();
-    if let Some(place) = first {
-        let tap = match (&cli.tap, cli.tap_fds.as_slice()) {
-            (Some(name), _) => Some(Tap::open(name, cli.num_queue_pairs, cli.mtu)?),
-            (None, []) => None,
-            (None, numbers) => Some(Tap::inherit_numbers(numbers, cli.mtu)?),
-        };
-        let card = card(cli, cli.mac, cli.mtu, tap.as_deref());
-        let rules = PortConfig::default();
-        all.push(Wanted { name: place.key(), place, card, wait: false, rules, tap });
-    } else if cli.tap.is_some() || !cli.tap_fds.is_empty() {
-        bail!("a tap needs a port: give --socket-path (see --help)");
-    }
-    for port in &cli.port {
-        let mtu = port.mtu.or(cli.mtu);
-        let tap = port.tap.as_ref().map(|name| Tap::open(name, cli.num_queue_pairs, mtu)).transpose()?;
-        let place = Place::Path(port.socket_path.clone());
-        let name = port.name.clone().unwrap_or_else(|| place.key());
-        let card = card(cli, port.mac, mtu, tap.as_deref());
-        all.push(Wanted { name, place, card, wait: port.wait, rules: port.rules.clone(), tap });
-    }
-    let has_rules = |w: &&Wanted| w.rules.has_rules() && (!cli.switch || w.tap.is_some());
-    if let Some(w) = all.iter().find(has_rules) {
-        bail!("port {}: rules for its packets need --switch, and no tap of its own", w.name);
-    }
-    if all.is_empty() {
-        bail!("nothing to serve; give --socket-path or --port (see --help)");
-    }
-    Ok(all)
-}
-
-/// A card; one that is joined to a tap has its MTU and as many pairs of queues.
-fn card(cli: &Cli, mac: Option<[u8; 6]>, mtu: Option<u16>, tap: Option<&Tap>) -> Card {
-    let of_tap = tap.and_then(|tap| u16::try_from(tap.mtu()).ok()).filter(|mtu| MTU_RANGE.contains(mtu));
-    let pairs = tap.map_or(cli.num_queue_pairs, Tap::pairs);
-    Card { mac, mtu: mtu.or(of_tap), pairs, ring_size: cli.queue_size }
+    let place = spec.place().with_context(|| format!("port {}: nowhere to listen", spec.name()))?;
+    let of_tap = tap.as_ref().and_then(|tap| u16::try_from(tap.mtu()).ok());
+    let mtu = spec.mtu.or(of_tap.filter(|mtu| MTU_RANGE.contains(mtu)));
+    let pairs = tap.as_ref().map_or(options.num_queue_pairs, |tap| tap.pairs());
+    let card = Card { mac: spec.mac, mtu, pairs, ring_size: options.queue_size };
+    Ok(Wanted { name: spec.name(), place, spec, card, tap })
 }

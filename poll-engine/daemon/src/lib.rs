@@ -1,5 +1,8 @@
 //! What the daemons have in common besides the engine: how they are called, where they listen, what they log.
 
+pub mod file;
+pub mod said;
+
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -58,6 +61,12 @@ pub fn raise_descriptor_limit() {
     if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
         let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
     }
+}
+
+/// What management software reads (vhost-user.json: VhostUserBackendCapabilities): what kind of back end this is, and
+/// which optional arguments of that kind it takes.
+pub fn print_capabilities(kind: &str, features: &[&str]) {
+    print(&serde_json::json!({ "type": kind, "features": features }).to_string());
 }
 
 /// Prints to standard output; whoever asked may have closed the pipe.
@@ -133,12 +142,12 @@ impl From<Fixed> for FixedBuffers {
     }
 }
 
-/// The value of a key that is on or off.
-pub fn on_off(key: &str, value: &str) -> Result<bool, String> {
+/// A value that is on or off.
+pub fn on_off(value: &str) -> Result<bool, String> {
     match value {
         "on" => Ok(true),
         "off" => Ok(false),
-        other => Err(format!("{key} is on or off, not '{other}'")),
+        other => Err(format!("'{other}' is neither on nor off")),
     }
 }
 

@@ -17,7 +17,6 @@ pub mod ethernet;
 pub mod fdb;
 pub mod guard;
 pub mod limit;
-pub mod options;
 pub mod vlan;
 
 use std::sync::Arc;
@@ -51,8 +50,6 @@ pub struct PortConfig {
     pub vlan: Vlan,
     /// What it may send from.
     pub guard: GuardConfig,
-    /// It may send from its card's own address only.
-    pub is_guarded: bool,
     /// What may come from it.
     pub ingress: Rate,
     /// What may go to it.
@@ -90,7 +87,6 @@ impl Default for PortConfig {
             name: String::new(),
             vlan: Vlan::default(),
             guard: GuardConfig::default(),
-            is_guarded: false,
             ingress: Rate::default(),
             egress: Rate::default(),
             storm: StormRates::default(),

@@ -22,6 +22,7 @@ use vhost_net::hub::{Hub, Port};
 use vhost_net::outside::Outside;
 use vhost_net::port::Uplink;
 use vhost_net::shard::Shard;
+use vhost_net::spec::PortSpec;
 use vhost_net::switch::fdb::FdbConfig;
 use vhost_net::switch::{PortConfig, PortId, Switch};
 
@@ -139,15 +140,8 @@ pub fn mac(at: usize) -> vhost_net::mac::MacAddr {
 }
 
 fn port_config(at: usize, text: &str) -> PortConfig {
-    let mut config = PortConfig::new(format!("port{at}"));
-    for pair in text.split(',').filter(|pair| !pair.is_empty() && *pair != "wait") {
-        let (key, value) = pair.split_once('=').unwrap();
-        assert!(config.set(key, value).unwrap(), "{pair}");
-    }
-    if config.is_guarded {
-        config.guard.macs = vec![mac(at)];
-    }
-    config
+    let given = if text.is_empty() { String::new() } else { format!(",{text}") };
+    format!("name=port{at},mac={}{given}", mac(at)).parse::<PortSpec>().unwrap().rules()
 }
 
 /// A receive or a transmit queue.

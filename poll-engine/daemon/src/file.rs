@@ -1,0 +1,143 @@
+//! A configuration file: TOML, and where in it something is wrong.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, anyhow};
+use serde::de::DeserializeOwned;
+use toml::de::{DeTable, DeValue};
+
+/// A step into a file's tables: the value of a key, or an item of a list.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// A key.
+    Key(&'static str),
+    /// An item.
+    Item(usize),
+}
+
+/// A file that was read.
+#[derive(Debug)]
+pub struct File {
+    path: PathBuf,
+    text: String,
+}
+
+impl File {
+    /// Reads it.
+    pub fn read(path: &Path) -> Result<File> {
+        let text =
+            std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+        Ok(File { path: path.to_owned(), text })
+    }
+
+    /// What it says. What is wrong with it is one line, with the place and the key.
+    pub fn parse<T: DeserializeOwned>(&self) -> Result<T> {
+        toml::from_str(&self.text).map_err(|e| {
+            let at = e.span().map_or(0, |span| span.start);
+            let document = DeTable::parse(&self.text).ok();
+            let key = document.as_ref().and_then(|table| key_at(table.get_ref(), at));
+            let what = e.message().lines().collect::<Vec<_>>().join(", ");
+            match key.filter(|key| !what.contains(&format!("`{key}`"))) {
+                Some(key) => anyhow!("{}: {key}: {what}", self.line(at)),
+                None => anyhow!("{}: {what}", self.line(at)),
+            }
+        })
+    }
+
+    /// The file and the line of what is found by these steps; as far as it is there. Without any, the file.
+    pub fn place(&self, steps: &[Step]) -> String {
+        let document = DeTable::parse(&self.text);
+        let (Ok(document), [_, ..]) = (document, steps) else { return self.path.display().to_string() };
+        let mut at = 0;
+        let mut value: Option<&DeValue<'_>> = None;
+        for step in steps {
+            let table = match value {
+                None => Some(document.get_ref()),
+                Some(DeValue::Table(table)) => Some(table),
+                Some(_) => None,
+            };
+            let found = match (step, table, value) {
+                (Step::Key(key), Some(table), _) => {
+                    table.iter().find(|(k, _)| k.get_ref() == key).map(|(k, v)| (k.span(), v))
+                }
+                (Step::Item(item), _, Some(DeValue::Array(items))) => items.get(*item).map(|v| (v.span(), v)),
+                _ => None,
+            };
+            let Some((span, next)) = found else { break };
+            (at, value) = (span.start, Some(next.get_ref()));
+        }
+        self.line(at)
+    }
+
+    fn line(&self, at: usize) -> String {
+        let line = self.text.get(..at).map_or(1, |before| before.matches('\n').count() + 1);
+        format!("{}:{line}", self.path.display())
+    }
+}
+
+/// The innermost key that byte `at` is of.
+fn key_at(table: &DeTable<'_>, at: usize) -> Option<String> {
+    table.iter().find_map(|(key, value)| {
+        let inner = match value.get_ref() {
+            DeValue::Table(table) => key_at(table, at),
+            DeValue::Array(items) => items.iter().find_map(|item| match item.get_ref() {
+                DeValue::Table(table) => key_at(table, at),
+                _ => None,
+            }),
+            _ => None,
+        };
+        let is_table = matches!(value.get_ref(), DeValue::Table(_));
+        let is_here = key.span().contains(&at) || !is_table && value.span().contains(&at);
+        inner.or_else(|| is_here.then(|| key.get_ref().to_string()))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde::Deserialize;
+
+    #[derive(Debug, Default, Deserialize)]
+    #[serde(default, deny_unknown_fields)]
+    #[allow(dead_code)] // parsed only
+    struct Zoo {
+        name: String,
+        pet: Vec<Pet>,
+    }
+
+    #[derive(Debug, Default, Deserialize)]
+    #[serde(default, deny_unknown_fields)]
+    #[allow(dead_code)] // parsed only
+    struct Pet {
+        legs: u8,
+    }
+
+    fn file(text: &str) -> File {
+        File { path: "f".into(), text: text.into() }
+    }
+
+    #[test]
+    fn what_is_wrong_is_said_with_line_and_key() {
+        for (text, said) in [
+            ("name = 1", "f:1: name: invalid type"),
+            ("name = 'a'\n\n[[pet]]\nlegs = 4\n[[pet]]\nlegs = 400\n", "f:6: legs: invalid value"),
+            ("\n[[pet]]\nwings = 2\n", "f:3: unknown field `wings`"),
+            ("\n\nname = \n", "f:3: "),
+            ("name = 'a'\nname = 'b'\n", "f:2: "),
+        ] {
+            let e = file(text).parse::<Zoo>().unwrap_err().to_string();
+            assert!(e.starts_with(said) && !e.contains('\n'), "{text}: {e}");
+        }
+    }
+
+    #[test]
+    fn places_are_found_by_steps() {
+        let file = file("name = 'a'\n\n[[pet]]\nlegs = 4\n\n[[pet]]\n\nlegs = 3\n");
+        let [pet, legs] = [Step::Key("pet"), Step::Key("legs")];
+        assert_eq!(file.place(&[Step::Key("name")]), "f:1");
+        assert_eq!(file.place(&[]), "f");
+        assert_eq!(file.place(&[pet, Step::Item(1), legs]), "f:8");
+        assert_eq!(file.place(&[pet, Step::Item(1), Step::Key("wings")]), "f:6", "as far as it is there");
+        assert_eq!(file.place(&[pet, Step::Item(7), legs]), "f:3");
+    }
+}

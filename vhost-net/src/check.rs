@@ -1,0 +1,283 @@
+//! What is asked for, held against itself before anything is opened.
+
+use std::collections::HashMap;
+
+use daemon::file::Step;
+
+use crate::cli::Options;
+use crate::spec::PortSpec;
+use crate::switch::fdb::MAX_PORTS;
+
+/// What does not go together, and where it stands in a file.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{why}")]
+pub struct Wrong {
+    /// The place.
+    pub at: Vec<Step>,
+    /// One line.
+    pub why: String,
+}
+
+fn wrong(at: &[Step], why: impl Into<String>) -> Wrong {
+    Wrong { at: at.to_vec(), why: why.into() }
+}
+
+/// The first thing that is wrong, if anything is.
+pub fn check(options: &Options) -> Result<(), Wrong> {
+    let ports = options.ports();
+    first_port(options)?;
+    joined(options, &ports)?;
+    // Those of the list are the last ones.
+    let listed = ports.len() - options.port.len();
+    for (i, spec) in ports.iter().enumerate() {
+        let place = |key: Option<&'static str>| match (i.checked_sub(listed), key) {
+            (Some(item), key) => {
+                [Step::Key("port"), Step::Item(item)].into_iter().chain(key.map(Step::Key)).collect()
+            }
+            (None, key) => key.map(Step::Key).into_iter().collect::<Vec<_>>(),
+        };
+        port(spec, options.switch)
+            .map_err(|(key, why)| wrong(&place(key), format!("port {}: {why}", spec.name())))?;
+    }
+    distinct(&ports, listed)?;
+    if let Some(spec) = &options.uplink {
+        let at = |key: Option<&'static str>| {
+            [Some("uplink"), key].into_iter().flatten().map(Step::Key).collect::<Vec<_>>()
+        };
+        uplink(spec).map_err(|(key, why)| wrong(&at(key), format!("uplink: {why}")))?;
+    }
+    let most = MAX_PORTS - usize::from(options.uplink.is_some());
+    if options.switch && ports.len() > most {
+        return Err(wrong(
+            &[Step::Key("port")],
+            format!("a switch has at most {most} ports besides its uplink, not {}", ports.len()),
+        ));
+    }
+    Ok(())
+}
+
+fn first_port(options: &Options) -> Result<(), Wrong> {
+    match options {
+        Options { socket_path: None, fd: None, tap: Some(_), .. } => {
+            Err(wrong(&[Step::Key("tap")], "a tap needs a port: give --socket-path (see --help)"))
+        }
+        Options { socket_path: None, fd: None, tap_fds, .. } if !tap_fds.is_empty() => {
+            Err(wrong(&[Step::Key("tap-fds")], "a tap needs a port: give --socket-path (see --help)"))
+        }
+        Options { socket_path: None, fd: None, mac: Some(_), .. } => {
+            Err(wrong(&[Step::Key("mac")], "mac is that of the port of --socket-path; write mac= for others"))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// How the ports are joined.
+fn joined(options: &Options, ports: &[PortSpec]) -> Result<(), Wrong> {
+    let hub = ports.iter().filter(|port| !port.has_tap()).count();
+    let ways = [("switch", options.switch), ("wire", options.wire), ("loopback", options.loopback.is_some())];
+    let chosen: Vec<_> = ways.iter().filter(|(_, chosen)| *chosen).map(|(way, _)| *way).collect();
+    if ports.is_empty() {
+        return Err(wrong(&[], "nothing to serve; give --socket-path or --port (see --help)"));
+    }
+    match chosen.as_slice() {
+        [_, second, ..] => {
+            let why = format!("ports are joined in one way; choose one of {}", chosen.join(", "));
+            return Err(wrong(&[Step::Key(second)], why));
+        }
+        [] if hub > 0 => {
+            return Err(wrong(
+                &[],
+                "nothing to join the ports to; give --switch, --wire, --loopback or --tap (see --help)",
+            ));
+        }
+        ["wire"] if hub != 2 => {
+            let why = format!(
+                "a wire has two ends, and there are {hub} ports; name two with --socket-path and --port"
+            );
+            return Err(wrong(&[Step::Key("wire")], why));
+        }
+        _ => {}
+    }
+    if options.uplink.is_some() && !options.switch {
+        return Err(wrong(&[Step::Key("uplink")], "an uplink goes with a switch; give --switch"));
+    }
+    for (key, is_there) in
+        [("pcap-snaplen", options.pcap_snaplen.is_some()), ("pcap-filter", options.pcap_filter.is_some())]
+    {
+        if is_there && options.pcap.is_none() {
+            return Err(wrong(&[Step::Key(key)], format!("{key} goes with pcap, the file to capture to")));
+        }
+    }
+    Ok(())
+}
+
+type PortWrong = (Option<&'static str>, String);
+
+fn port(port: &PortSpec, switch: bool) -> Result<(), PortWrong> {
+    let fail = |key: &'static str, why: &str| Err((Some(key), why.to_owned()));
+    match (&port.socket_path, port.fd) {
+        (Some(path), None) if path.as_os_str().is_empty() => {
+            return fail("socket-path", "socket-path is empty");
+        }
+        (Some(_), Some(_)) => return fail("fd", "socket-path and fd exclude each other"),
+        (None, None) => return Err((None, "socket-path is missing".into())),
+        _ => {}
+    }
+    if port.tap.is_some() && !port.tap_fds.is_empty() {
+        return fail("tap-fds", "tap and tap-fds exclude each other");
+    }
+    for (key, is_there) in [
+        ("af-packet", port.af_packet.is_some()),
+        ("af-xdp", port.af_xdp.is_some()),
+        ("queue", port.queue.is_some()),
+    ] {
+        if is_there {
+            return fail(key, &format!("{key} is for the uplink"));
+        }
+    }
+    if port.has_rules() && (!switch || port.has_tap()) {
+        return Err((None, "rules for its packets need --switch, and no tap of its own".into()));
+    }
+    if port.guard && port.mac.is_none() {
+        return fail("guard", "guard=on needs its mac=");
+    }
+    vlans(port)
+}
+
+fn vlans(port: &PortSpec) -> Result<(), PortWrong> {
+    match port {
+        PortSpec { vlan: Some(_), trunk: Some(_), .. } => {
+            Err((Some("trunk"), "vlan and trunk exclude each other".into()))
+        }
+        PortSpec { trunk: None, native: Some(_), .. } => {
+            Err((Some("native"), "native goes with trunk".into()))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// No two ports have a name, a socket or a tap together.
+fn distinct(ports: &[PortSpec], listed: usize) -> Result<(), Wrong> {
+    type Named = fn(&PortSpec) -> Option<String>;
+    let what: [(&str, &'static str, Named); 3] = [
+        ("the socket", "socket-path", |port| port.place().map(|place| place.key())),
+        ("the tap", "tap", |port| port.tap.clone()),
+        ("the name", "name", |port| Some(port.name())),
+    ];
+    for (what, key, of) in what {
+        let mut seen = HashMap::new();
+        for (i, port) in ports.iter().enumerate() {
+            let Some(is) = of(port) else { continue };
+            if seen.insert(is.clone(), i).is_some() {
+                let at = [Step::Key("port"), Step::Item(i.saturating_sub(listed)), Step::Key(key)];
+                return Err(wrong(&at, format!("two ports have {what} {is}; give each its own")));
+            }
+        }
+    }
+    Ok(())
+}
+
+fn uplink(port: &PortSpec) -> Result<(), PortWrong> {
+    let fail = |key: &'static str, why: &str| Err((Some(key), why.to_owned()));
+    let interface = match (&port.af_packet, &port.af_xdp) {
+        (Some(_), Some(_)) => return fail("af-xdp", "one interface is enough: af-packet or af-xdp"),
+        (Some(name), None) | (None, Some(name)) => name,
+        (None, None) => return Err((None, "af-packet or af-xdp is missing".into())),
+    };
+    if interface.is_empty() {
+        return Err((None, "the interface has no name".into()));
+    }
+    if port.queue.is_some() && port.af_xdp.is_none() {
+        return fail("queue", "queue goes with af-xdp");
+    }
+    let guests = [
+        ("socket-path", port.socket_path.is_some()),
+        ("fd", port.fd.is_some()),
+        ("mac", port.mac.is_some()),
+        ("mtu", port.mtu.is_some()),
+        ("wait", port.wait),
+        ("tap", port.tap.is_some()),
+        ("tap-fds", !port.tap_fds.is_empty()),
+        ("guard", port.guard),
+        ("ip", !port.ip.is_empty()),
+        ("router", port.router),
+    ];
+    if let Some((key, _)) = guests.iter().find(|(_, is_there)| *is_there) {
+        return fail(key, &format!("{key} is for ports of guests"));
+    }
+    vlans(port)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::Cli;
+    use clap::Parser;
+
+    fn said(args: &str) -> Result<(), Wrong> {
+        check(&Cli::parse_from(args.split(' ')).options)
+    }
+
+    #[test]
+    fn what_goes_together() {
+        for args in [
+            "x --socket-path=/s --tap=t",
+            "x --fd=3 --tap-fds=4,5",
+            "x --socket-path=/s --loopback=echo",
+            "x --wire --port=socket-path=/a --port=socket-path=/b",
+            "x --wire --socket-path=/a --mac=52:54:00:00:00:01 --port=socket-path=/b",
+            "x --switch --port=socket-path=/a,guard,mac=52:54:00:00:00:01,trunk=5,native=6",
+            "x --switch --port=socket-path=/a --uplink=af-packet=e,trunk=5+6,rx-bps=1G",
+            "x --switch --port=socket-path=/a --uplink=af-xdp=e,queue=3",
+            "x --socket-path=/s --tap=t --pcap=/p --pcap-snaplen=96",
+            "x --switch --port=socket-path=/a,vlan=5 --port=socket-path=/b,tap=t",
+        ] {
+            assert_eq!(said(args), Ok(()), "{args}");
+        }
+    }
+
+    #[test]
+    fn what_does_not_is_said_with_its_place() {
+        let [port, item] = [Step::Key("port"), Step::Item(0)];
+        let of = |key| vec![port, item, Step::Key(key)];
+        let top = |key| vec![Step::Key(key)];
+        let up = |key| vec![Step::Key("uplink"), Step::Key(key)];
+        for (args, at) in [
+            ("x", vec![]),
+            ("x --switch", vec![]),
+            ("x --tap=t", top("tap")),
+            ("x --tap-fds=3", top("tap-fds")),
+            ("x --port=socket-path=/a --switch --mac=52:54:00:00:00:01", top("mac")),
+            ("x --port=socket-path=/a", vec![]),
+            ("x --port=socket-path=/a --wire", top("wire")),
+            ("x --port=socket-path=/a --switch --wire", top("wire")),
+            ("x --port=socket-path=/a --switch --loopback=echo", top("loopback")),
+            ("x --port=socket-path=/a --wire --uplink=af-packet=e --port=socket-path=/b", top("uplink")),
+            ("x --port=socket-path=/a --switch --pcap-snaplen=99", top("pcap-snaplen")),
+            ("x --port=socket-path=/a --switch --pcap-filter=arp", top("pcap-filter")),
+            ("x --switch --port=name=a", vec![port, item]),
+            ("x --switch --port=socket-path=", of("socket-path")),
+            ("x --switch --port=socket-path=/a,fd=3", of("fd")),
+            ("x --socket-path=/a --fd=3 --loopback=echo", top("fd")),
+            ("x --switch --port=socket-path=/a,tap=t,tap-fds=3", of("tap-fds")),
+            ("x --switch --port=socket-path=/a,af-xdp=e", of("af-xdp")),
+            ("x --switch --port=socket-path=/a,tap=t,vlan=5", vec![port, item]),
+            ("x --loopback=echo --port=socket-path=/a,vlan=5", vec![port, item]),
+            ("x --switch --port=socket-path=/a,guard", of("guard")),
+            ("x --switch --port=socket-path=/a,vlan=5,trunk=6", of("trunk")),
+            ("x --switch --port=socket-path=/a,vlan=5,native=6", of("native")),
+            ("x --switch --socket-path=/a --port=socket-path=/a", of("socket-path")),
+            ("x --switch --socket-path=/a --port=socket-path=/b,name=/a", of("name")),
+            ("x --socket-path=/a --tap=t --port=socket-path=/b,tap=t", of("tap")),
+            ("x --switch --port=socket-path=/a --uplink=vlan=5", top("uplink")),
+            ("x --switch --port=socket-path=/a --uplink=af-packet=", top("uplink")),
+            ("x --switch --port=socket-path=/a --uplink=af-packet=e,af-xdp=f", up("af-xdp")),
+            ("x --switch --port=socket-path=/a --uplink=af-packet=e,queue=1", up("queue")),
+            ("x --switch --port=socket-path=/a --uplink=af-packet=e,guard", up("guard")),
+            ("x --switch --port=socket-path=/a --uplink=af-packet=e,mtu=1500", up("mtu")),
+            ("x --switch --port=socket-path=/a --uplink=af-packet=e,native=1", up("native")),
+        ] {
+            assert_eq!(said(args).map_err(|e| e.at), Err(at), "{args}");
+        }
+    }
+}
