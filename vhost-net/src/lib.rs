@@ -4,15 +4,17 @@
 //! guest TX ring ─► chain ─► header (peeked once) ─► packet ─► where to ─► port ─► one copy ─► guest RX ring | uplink
 //! ```
 //!
-//! A [`hub`] joins ports, each a [`device`] on a socket of its own. On every reactor it has a [`shard`], which takes packets
-//! ([`tx`]) and gives them ([`rx`]). [`header`] is what comes before every packet in a ring, and what may be wrong with it,
+//! A [`hub`] joins ports, each a [`device`] on a socket of its own. On every reactor it has a [`shard`], which forwards
+//! packets a [`burst`] at a time ([`tx`]) by the [`exits`] that there are ([`rx`]). [`header`] is what comes before every packet in a ring, and what may be wrong with it,
 //! [`packet`] what is to be known of a frame, [`offload`] what is done to it in software, [`rss`] which receive queue it
 //! belongs to. [`port`] is what a device can be joined to besides another guest, and [`pcap`] writes down what crosses it.
 //! [`switch`] says which port a frame goes to. [`features`] names the feature bits.
 
+pub mod burst;
 pub mod check;
 pub mod cli;
 pub mod device;
+pub mod exits;
 pub mod fallback;
 pub mod features;
 pub mod header;

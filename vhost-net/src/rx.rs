@@ -5,7 +5,7 @@ use poll_engine::memory::GuestSlice;
 use poll_engine::ring::chain::{ChainView, HeldChain, Slices};
 
 use crate::header::HEADER;
-use crate::tx::{GLANCE, Head};
+use crate::tx::{GLANCE, Glance, Head};
 
 /// Most receive buffers that a packet is spread over: 64 KiB in buffers of a page.
 pub const MAX_BUFFERS: usize = 64;
@@ -109,6 +109,32 @@ impl Spread {
     }
 }
 
+/// Copies a packet of which no more is to be known than a glance has told, straight from one guest's buffers into another
+/// guest's buffer. False, and nothing was copied, unless that is one buffer that has room for it all.
+#[inline]
+pub fn copy(packet: &Glance, from: &ChainView<'_>, to: &ChainView<'_>) -> bool {
+    const HEAD: usize = HEADER + GLANCE;
+    let len = packet.len_in_ring() as usize;
+    let (Some(sent), Some(to)) = (from.first_readable(), to.first_writable()) else { return false };
+    if to.len() < len {
+        return false;
+    }
+    // What the sender's header says besides is nobody's concern.
+    let _ = to.write_array::<HEADER>([0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0]);
+    let _ = to.part(HEADER, GLANCE).write_array(packet.bytes());
+    sent.part(HEAD, usize::MAX).copy_to(&to.part(HEAD, len - HEAD));
+    if sent.len() < len {
+        copy_rest(from, sent.len(), to.part(sent.len(), len - sent.len()));
+    }
+    true
+}
+
+/// What a sender has in further buffers.
+#[cold]
+fn copy_rest(from: &ChainView<'_>, offset: usize, to: GuestSlice<'_>) {
+    InChain::new(from.readable(offset as u32, u32::MAX)).fill(to);
+}
+
 /// Puts a packet into the next receive buffer or buffers: its head, and what is behind that in the sender's chain.
 #[inline]
 pub fn deliver(
@@ -123,19 +149,6 @@ pub fn deliver(
     }
     let Some(request) = rx.take() else { return Err(Refused::Broken) };
     let chain = rx.chain();
-    if head.is_glance() && form.header == HEADER && chain.writable_len() >= head.len() {
-        // Nearly always: straight from one buffer into another, but for what was looked at.
-        let mut to = chain.writable(0, head.len());
-        if let Some(first) = to.next().filter(|first| first.len() >= HEADER + GLANCE) {
-            let (header, ethernet) = head.glanced();
-            first.write_array(header);
-            first.part(HEADER, GLANCE).write_array(ethernet);
-            rest.fill(first.part(HEADER + GLANCE, usize::MAX));
-            to.for_each(|slice| rest.fill(slice));
-            rx.complete(request, head.len());
-            return Ok(());
-        }
-    }
     head.make_received(form.header);
     let (len, whole) = (head.len(), head.is_whole());
     if chain.writable_len() >= len {

@@ -1,16 +1,16 @@
 //! A packet as a guest sends it: the head is copied out of guest memory once, and all that is decided is decided by the
 //! copy; what is behind it is payload, which goes from guest to guest unread.
 
+use std::num::NonZero;
+
 use poll_engine::ring::chain::ChainView;
 
 use crate::header::{BadHeader, Gso, HEADER, HEADER_WITH_HASH, Offload, Partial, VnetHdr};
 use crate::outside::HOST_OFFLOADS;
-use crate::packet::Packet;
+use crate::packet::{PEEK, Packet};
 use crate::switch::ethernet::TAG;
 use crate::switch::vlan::{TPID, TagAction};
 
-/// Bytes of a packet that are looked at: two VLAN tags, IPv6 with options, TCP with options.
-pub const PEEK: usize = 128;
 /// Bytes of most packets that are looked at: both addresses, the type, and two more.
 pub const GLANCE: usize = 16;
 /// The shortest packet there is: both addresses and a type.
@@ -25,6 +25,71 @@ pub enum BadPacket {
     /// Shorter than an Ethernet header.
     #[error("a packet of {0} bytes is shorter than an Ethernet header")]
     Runt(u32),
+}
+
+/// What all but a few packets are told by: their addresses and type, copied out of guest memory once, of a packet that asks
+/// for nothing and has no VLAN tag.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Glance {
+    ethernet: [u8; GLANCE],
+    len: NonZero<u32>,
+}
+
+impl Glance {
+    /// Of the packet in a chain, whose header has this many bytes. `None` if there is more to be known of it, or if it is none.
+    #[inline]
+    pub fn of(chain: &ChainView<'_>, header: usize) -> Option<Glance> {
+        let first = chain.first_readable()?;
+        let ethernet = first.part(header, GLANCE).read_array::<GLANCE>()?;
+        let is_plain = first.read_array() == Some([0, 0]) && header == HEADER;
+        let is_tagged = matches!([ethernet[12], ethernet[13]], [0x81, 0x00] | [0x88, 0xa8]);
+        if !is_plain || is_tagged {
+            return None;
+        }
+        Some(Glance { ethernet, len: NonZero::new(chain.readable_len() - HEADER as u32)? })
+    }
+
+    /// Bytes of the packet.
+    #[inline]
+    #[expect(clippy::len_without_is_empty, reason = "no packet is empty")]
+    pub fn len(&self) -> u32 {
+        self.len.get()
+    }
+
+    /// Bytes of header and packet.
+    #[inline]
+    pub fn len_in_ring(&self) -> u32 {
+        HEADER as u32 + self.len()
+    }
+
+    /// What was copied.
+    #[inline]
+    pub fn bytes(&self) -> [u8; GLANCE] {
+        self.ethernet
+    }
+
+    /// Whether both come from the same address and go to the same one.
+    #[inline]
+    pub fn has_addresses_of(&self, other: &Glance) -> bool {
+        const ADDRESSES: u128 = u128::MAX >> 32;
+        let [a, b] = [self, other].map(|glance| u128::from_le_bytes(glance.ethernet));
+        (a ^ b) & ADDRESSES == 0
+    }
+
+    /// What was for us is from us, as an echo does.
+    #[inline]
+    pub fn swap_addresses(&mut self) {
+        swap_addresses(&mut self.ethernet);
+    }
+}
+
+/// What was for us is from us, as an echo does.
+pub fn swap_addresses(packet: &mut [u8]) {
+    if let Some((to, rest)) = packet.split_at_mut_checked(6)
+        && let Some(from) = rest.get_mut(..6)
+    {
+        to.swap_with_slice(from);
+    }
 }
 
 /// The copied head of a packet, with its header before it as the rings want it.
@@ -67,56 +132,19 @@ impl Head {
         if packet < MIN_PACKET {
             return Err(BadPacket::Runt(packet));
         }
-        if self.glance(chain, header) {
-            (self.header, self.len) = (header, len);
-            return Ok(());
-        }
         let room = &mut self.bytes[..header + PEEK];
         self.copied = chain.readable(0, u32::MAX).read(room);
         (self.header, self.len, self.read) = (header, len, self.copied as u32);
         Ok(())
     }
 
-    /// Copies all that may be looked at, where a glance has not been enough: what was seen at first is seen anew.
-    #[cold]
-    pub fn look_closer(&mut self, chain: &ChainView<'_>) {
-        if self.is_glance() {
-            let room = &mut self.bytes[..self.header + PEEK];
-            self.copied = chain.readable(0, u32::MAX).read(room);
-            self.read = self.copied as u32;
-        }
-    }
-
-    /// Copies no more than addresses and type, if the packet is plain and has no tag: what all but a few need.
+    /// Takes over what a glance has copied.
     #[inline]
-    fn glance(&mut self, chain: &ChainView<'_>, header: usize) -> bool {
-        let Some(first) = chain.readable(0, u32::MAX).next() else { return false };
-        let ethernet = first.part(header, GLANCE).read_array::<GLANCE>();
-        let (Some([0, 0]), Some(ethernet), HEADER) = (first.read_array(), ethernet, header) else {
-            return false;
-        };
-        if matches!([ethernet[12], ethernet[13]], [0x81, 0x00] | [0x88, 0xa8]) {
-            return false;
-        }
-        // Written as it was read, and as it will be read.
-        self.bytes[..2].fill(0);
-        self.bytes[HEADER..HEADER + GLANCE].copy_from_slice(&ethernet);
-        (self.copied, self.read) = (HEADER + GLANCE, (HEADER + GLANCE) as u32);
-        true
-    }
-
-    /// Whether no more than a [`GLANCE`] was copied, of a packet that asks for nothing.
-    #[inline]
-    pub fn is_glance(&self) -> bool {
-        self.copied == HEADER + GLANCE && self.header == HEADER && self.is_plain()
-    }
-
-    /// The header that a plain packet is received with, and what a glance has copied.
-    #[inline]
-    pub fn glanced(&self) -> ([u8; HEADER], [u8; GLANCE]) {
-        let mut ethernet = [0; GLANCE];
-        ethernet.copy_from_slice(&self.bytes[HEADER..HEADER + GLANCE]);
-        ([0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0], ethernet)
+    pub fn take_glance(&mut self, glance: &Glance) {
+        self.bytes[..HEADER].fill(0);
+        self.bytes[HEADER..HEADER + GLANCE].copy_from_slice(&glance.ethernet);
+        (self.header, self.copied, self.len) = (HEADER, HEADER + GLANCE, glance.len_in_ring());
+        self.read = self.copied as u32;
     }
 
     /// Makes a packet of this many bytes up: to everybody, from nobody.

@@ -1,12 +1,16 @@
 //! A queue as its handler sees it: take chains, give them back. Ring, memory, notification and counting behind it.
 #![allow(unsafe_code)] // pairs chains with the map that translated them
 
+mod burst;
+
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use crossbeam::sync::WaitGroup;
 use quanta::Clock;
 use tracing::{info, warn};
+
+pub use burst::MAX_BURST;
 
 use super::alarm::Alarm;
 use super::reactor::Io;
@@ -126,6 +130,7 @@ pub struct Queue {
     hold: MapHold,
     /// The chain taken last, until it is held or given back.
     chain: Chain,
+    burst: burst::Burst,
     pub(super) notifier: Notifier,
     stats: Arc<QueueStats>,
     broken: bool,
@@ -161,6 +166,7 @@ impl Queue {
             ring,
             hold,
             chain: Chain::default(),
+            burst: burst::Burst::default(),
             notifier,
             stats,
             broken: false,
@@ -495,6 +501,7 @@ impl Queue {
     /// Goes over to a new memory map. Returns what is to be dropped last: the hold on the old one, which lives on in the
     /// requests that point into it, and `adopted`, unless one of them points to what was revoked.
     pub(super) fn set_map(&mut self, change: MapChange) -> (MapHold, Option<WaitGroup>) {
+        assert!(!self.burst.is_open(), "a burst lasts no longer than a round");
         let MapChange { hold, ring, revoked, adopted } = change;
         if let (Some(config), false) = (&ring, self.broken) {
             match self.ring.relocate(config, hold.map()) {

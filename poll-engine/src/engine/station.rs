@@ -69,12 +69,13 @@ impl Queues<'_> {
         self.tasks.get_mut(place)?.touch(false)
     }
 
-    /// Two different queues, as [`get`](Self::get) has them; `None` unless both are there.
+    /// A queue of which chains were taken, as [`finishing`](Self::finishing) has it, and another one that may take some, as
+    /// [`get`](Self::get) has it. `None` unless both are there.
     #[inline]
-    pub fn pair(&mut self, a: QueueId, b: QueueId) -> Option<(&mut Queue, &mut Queue)> {
-        let [a, b] = [self.position(a)?, self.position(b)?];
+    pub fn pair(&mut self, taken: QueueId, takes: QueueId) -> Option<(&mut Queue, &mut Queue)> {
+        let [a, b] = [self.position(taken)?, self.position(takes)?];
         let [a, b] = self.tasks.get_disjoint_mut([a, b]).ok()?;
-        Some((a.touch(true)?, b.touch(true)?))
+        Some((a.touch(false)?, b.touch(true)?))
     }
 
     /// Has this queue's driver wake the reactor, which is about to sleep, by making chains available: buffers that are

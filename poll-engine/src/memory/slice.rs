@@ -32,6 +32,12 @@ impl RawSlice {
         self.host
     }
 
+    /// Asks the CPU to fetch the cache lines of the first `len` bytes, to be read or to be written.
+    #[inline]
+    pub(crate) fn prefetch_lines(self, len: u32, write: bool) {
+        prefetch_lines(self.host, self.len.min(len) as usize, write);
+    }
+
     pub(crate) fn host_range(self) -> Range<usize> {
         self.host.addr()..self.host.addr() + self.len as usize
     }
@@ -186,22 +192,27 @@ impl<'m> GuestSlice<'m> {
     /// Asks the CPU to fetch every cache line of the slice, to be read or to be written.
     #[inline]
     pub fn prefetch_lines(&self, write: bool) {
-        const LINE: usize = 64;
-        let before = self.host.addr() % LINE;
-        for at in (0..before + self.len()).step_by(LINE) {
-            let line = self.host.wrapping_sub(before).wrapping_add(at);
-            if write {
-                prefetch_write(line);
-            } else {
-                prefetch(line);
-            }
-        }
+        prefetch_lines(self.host, self.len(), write);
     }
 
     /// Asks the CPU to fetch the first cache line, to be written.
     #[inline]
     pub fn prefetch_write(&self) {
         prefetch_write(self.host);
+    }
+}
+
+#[inline]
+fn prefetch_lines(host: *const u8, len: usize, write: bool) {
+    const LINE: usize = 64;
+    let before = host.addr() % LINE;
+    for at in (0..before + len).step_by(LINE) {
+        let line = host.wrapping_sub(before).wrapping_add(at);
+        if write {
+            prefetch_write(line);
+        } else {
+            prefetch(line);
+        }
     }
 }
 

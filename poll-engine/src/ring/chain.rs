@@ -6,7 +6,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::RingError;
+use super::{Ahead, RingError};
 use crate::memory::iotlb::Revoked;
 use crate::memory::log::DirtyLog;
 use crate::memory::map::{MapHold, MemoryMap};
@@ -56,6 +56,14 @@ impl Chain {
             return Err(RingError::TooManyBytes);
         }
         Ok(())
+    }
+
+    /// Asks the CPU to fetch what is wanted of the first buffer.
+    #[inline]
+    pub(crate) fn fetch(&self, ahead: Ahead) {
+        if let Some(first) = self.slices.first() {
+            first.prefetch_lines(ahead.bytes, ahead.write);
+        }
     }
 
     /// The host address of the first byte, 0 without one: to be prefetched, not to be used.
@@ -175,6 +183,22 @@ impl<'a> ChainView<'a> {
     #[inline]
     pub fn writable_len(&self) -> u32 {
         self.chain.writable_len as u32
+    }
+
+    /// The first device-readable buffer.
+    #[inline]
+    pub fn first_readable(&self) -> Option<GuestSlice<'a>> {
+        let raw = self.chain.slices[..self.chain.readable].first()?;
+        // SAFETY: a ChainView holds slices and the map that made them.
+        Some(unsafe { raw.in_map(self.map) })
+    }
+
+    /// The first device-writable buffer.
+    #[inline]
+    pub fn first_writable(&self) -> Option<GuestSlice<'a>> {
+        let raw = self.chain.slices[self.chain.readable..].first()?;
+        // SAFETY: a ChainView holds slices and the map that made them.
+        Some(unsafe { raw.in_map(self.map) })
     }
 
     /// The last byte the device may write: where many devices put a status.

@@ -314,6 +314,8 @@ pub struct Ahead {
 impl Ahead {
     /// The header of a request: drivers have what a device answers beside what it is asked.
     pub const HEADER: Ahead = Ahead { bytes: DESC_SIZE, write: true };
+    /// Nothing of the buffers, only what is needed to take the chains.
+    pub const RING: Ahead = Ahead { bytes: 0, write: false };
 
     #[inline]
     fn fetch(self, map: &MemoryMap, addr: u64, len: u32) {

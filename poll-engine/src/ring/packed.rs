@@ -231,6 +231,9 @@ impl PackedRing {
         // Used descriptors will be written over these, once the first of them is complete; the driver waits for that. In
         // order, one stands for all.
         self.layout.prefetch_write(self.next_used.index, if self.in_order { 1 } else { self.found_descs });
+        if ahead == Ahead::RING {
+            return;
+        }
         let from = usize::from(self.found - self.ready);
         let heads = self.heads.get(from..usize::from(self.found)).unwrap_or_default();
         for &head in heads.iter().take(count.into()) {

@@ -176,6 +176,9 @@ impl SplitRing {
         for i in 0..count {
             self.layout.prefetch_desc(self.layout.avail_ring(self.next_avail.wrapping_add(i)));
         }
+        if ahead == Ahead::RING {
+            return;
+        }
         for i in 0..count {
             let head = self.layout.avail_ring(self.next_avail.wrapping_add(i));
             let desc = self.layout.desc(head);

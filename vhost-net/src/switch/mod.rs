@@ -326,6 +326,16 @@ impl Shard {
         })
     }
 
+    /// If frames between the same addresses as the one just decided on, without a tag as it was, go the same way at the same
+    /// time: where to, and how many bytes they may have. `None` where each is to be decided on.
+    #[inline]
+    pub fn repeats(&self, from: PortId, verdict: Verdict) -> Option<(PortId, u32)> {
+        let Verdict::One(to, TagAction::Keep) = verdict else { return None };
+        let [from, out] = [from, to].map(|port| &self.switch.ports[port.index()]);
+        let is_same = from.guard.is_none() && from.ingress.is_none() && out.egress.is_none();
+        is_same.then_some((to, out.longest))
+    }
+
     #[cold]
     fn age(&mut self, now: u64) {
         if let Some((period, ends)) = self.switch.fdb.age(now) {

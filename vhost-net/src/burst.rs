@@ -1,0 +1,359 @@
+//! A burst of a transmit queue on its way, in stages, so that each waits for memory once and not for every packet:
+//!
+//! ```text
+//! take the chains ─► glance at each ─► decide for a run of packets between the same addresses ─► copy the run to its receiver
+//! ```
+//!
+//! A packet that asks for anything, has a tag, goes to many, or does not fit, goes by itself: its head is copied out of guest
+//! memory and decided on ([`Head`]).
+
+use poll_engine::engine::queue::MAX_BURST;
+use poll_engine::engine::reactor::QueueId;
+use poll_engine::engine::station::Queues;
+use poll_engine::ring::Ahead;
+use poll_engine::stats::ErrorKind;
+
+use crate::exits::{Exits, Given, Origin, Ran};
+use crate::hub::{Hub, Plan};
+use crate::stats::{Drop, PairStats};
+use crate::switch::{self, Frame, PortId, Verdict};
+use crate::tx::{Glance, Head, swap_addresses};
+
+/// What is fetched ahead of packets: the header, and a packet that is aligned behind it.
+const SENT: Ahead = Ahead { bytes: 76, write: false };
+/// Rounds between two looks at a receive queue that has no buffers: about a microsecond.
+const PAUSE: u32 = 32;
+
+/// A transmit queue on this reactor.
+#[derive(Debug)]
+pub struct Source {
+    id: QueueId,
+    /// Its port.
+    pub port: usize,
+    /// Which of its port's.
+    pub pair: usize,
+    /// Bytes of the header before its packets.
+    header: usize,
+    features: u64,
+    /// The receive queue that its next packet waits for, and for how many rounds nobody looks whether it has buffers now:
+    /// looking takes the line from the driver that is about to write there.
+    waits_for: Option<QueueId>,
+    pause: u32,
+    /// When its rate limit lets it send again, of the hub's clock.
+    pub waits_until: Option<u64>,
+    /// Where its packet before went.
+    last: Option<QueueId>,
+}
+
+impl Source {
+    /// A queue of a port, whose packets have a header of so many bytes.
+    pub fn new(id: QueueId, (port, pair): (usize, usize), header: usize, features: u64) -> Source {
+        let (waits_for, waits_until, last) = (None, None, None);
+        Source { id, port, pair, header, features, waits_for, waits_until, pause: 0, last }
+    }
+
+    /// What has to have chains before it can go on.
+    pub fn wake_on(&self) -> QueueId {
+        self.waits_for.unwrap_or(self.id)
+    }
+
+    /// Whether its next packet still has to wait for buffers of its receiver.
+    #[inline]
+    fn is_held_up(&mut self, queues: &mut Queues<'_>) -> bool {
+        let Some(target) = self.waits_for else { return false };
+        if self.pause > 0 {
+            self.pause -= 1;
+            return true;
+        }
+        if queues.get(target).is_some_and(|rx| !rx.has_chain()) {
+            self.pause = PAUSE;
+            return true;
+        }
+        self.waits_for = None;
+        false
+    }
+}
+
+/// Room for what is known of the packets of a burst.
+#[derive(Debug)]
+pub struct Burst {
+    glances: [Option<Glance>; MAX_BURST],
+    heads: Heads,
+}
+
+/// Of a packet that goes by itself: its head, and that for one of many receivers.
+#[derive(Debug)]
+struct Heads {
+    head: Head,
+    flooded: Head,
+}
+
+impl Burst {
+    /// Without packets.
+    pub fn new() -> Burst {
+        Burst { glances: [None; MAX_BURST], heads: Heads { head: Head::new(), flooded: Head::new() } }
+    }
+
+    /// Moves what a transmit queue has, at most a burst; how many packets.
+    #[inline]
+    pub fn forward(
+        &mut self,
+        source: &mut Source,
+        hub: &Hub,
+        exits: &mut Exits,
+        switching: Option<&mut switch::Shard>,
+        queues: &mut Queues<'_>,
+    ) -> usize {
+        if source.is_held_up(queues) {
+            return 0;
+        }
+        let Some(tx) = queues.get(source.id) else { return 0 };
+        source.waits_until = None;
+        let taken = tx.take_burst(MAX_BURST, SENT);
+        if taken == 0 {
+            return 0;
+        }
+        // Most often all go where the last one went.
+        if let Some(rx) = source.last.and_then(|last| queues.get(last)) {
+            rx.ready_for(taken as u16, Ahead::RING);
+        }
+        let id = source.id;
+        let (port, own) = (PortId(source.port as u16), &hub.ports[source.port].pairs[source.pair]);
+        let glances = &mut self.glances[..taken];
+        if switching.as_ref().is_some_and(|switch| switch.looks_inside(port)) {
+            glances.fill(None);
+        } else if let Some(tx) = queues.finishing(id) {
+            for (at, glance) in glances.iter_mut().enumerate() {
+                *glance = Glance::of(&tx.burst(at), source.header);
+            }
+        }
+        if hub.plan == Plan::Echo {
+            glances.iter_mut().flatten().for_each(Glance::swap_addresses);
+        }
+        let now = if switching.is_some() { hub.now() } else { 0 };
+        let way = Way::planned(hub.plan, source.port);
+        let mut pass = Pass { source, port, own, hub, exits, switching, queues, now, way };
+        let mut done = 0;
+        while done < taken && pass.may_send() {
+            let moved = if glances[done].is_some() {
+                pass.run(&glances[done..], done, &mut self.heads)
+            } else {
+                pass.single(done, &mut self.heads)
+            };
+            if moved == 0 {
+                break;
+            }
+            done += moved;
+        }
+        if let Some(tx) = queues.finishing(id) {
+            tx.end_burst(done, |_| 0);
+        }
+        done
+    }
+}
+
+impl Default for Burst {
+    fn default() -> Burst {
+        Burst::new()
+    }
+}
+
+/// Where packets go.
+#[derive(Clone, Copy)]
+struct Way {
+    /// To this port; `None`: nowhere.
+    to: Option<usize>,
+    /// Those between the same addresses; `None`: all.
+    like: Option<Glance>,
+    /// Those of no more bytes.
+    longest: u32,
+}
+
+impl Way {
+    /// The one of all packets of a port. `None` where a switch decides.
+    fn planned(plan: Plan, port: usize) -> Option<Way> {
+        let to = match plan {
+            Plan::Switch => return None,
+            Plan::Echo => Some(port),
+            Plan::Wire => Some(1 - port),
+            Plan::Discard | Plan::Generate(_) => None,
+        };
+        Some(Way { to, like: None, longest: u32::MAX })
+    }
+
+    #[inline]
+    fn is_of(&self, packet: &Glance) -> bool {
+        packet.len() <= self.longest && self.like.is_none_or(|like| like.has_addresses_of(packet))
+    }
+}
+
+/// A burst in the making.
+struct Pass<'a, 'q> {
+    source: &'a mut Source,
+    port: PortId,
+    own: &'a PairStats,
+    hub: &'a Hub,
+    exits: &'a mut Exits,
+    switching: Option<&'a mut switch::Shard>,
+    queues: &'a mut Queues<'q>,
+    now: u64,
+    /// As far as it is known.
+    way: Option<Way>,
+}
+
+impl Pass<'_, '_> {
+    /// Whether the port's rate limit lets it send; if not, when.
+    #[inline]
+    fn may_send(&mut self) -> bool {
+        let limits = self.switching.as_ref().filter(|switch| !switch.may_send(self.port, self.now));
+        self.source.waits_until = limits.map(|switch| switch.may_send_at(self.port));
+        self.source.waits_until.is_none()
+    }
+
+    /// Moves packets from number `at` on that go where the first one goes; how many, 0 if it has to wait.
+    #[inline]
+    fn run(&mut self, packets: &[Option<Glance>], at: usize, heads: &mut Heads) -> usize {
+        let Some(first) = &packets[0] else { return self.single(at, heads) };
+        let way = match self.way.filter(|way| way.is_of(first)) {
+            Some(way) => way,
+            None => match self.find(first) {
+                Ok(way) => way,
+                Err(verdict) => {
+                    heads.head.take_glance(first);
+                    return self.act(verdict, at, heads);
+                }
+            },
+        };
+        let more = packets[1..].iter().take_while(|p| p.as_ref().is_some_and(|p| way.is_of(p)));
+        let run = &packets[..=more.count()];
+        let Some(to) = way.to else { return self.sent(run) };
+        match self.exits.run(self.queues, self.from(at), to, run) {
+            Ran::Some(target, moved) => {
+                self.source.last = Some(target);
+                self.sent(&run[..moved])
+            }
+            Ran::Single => {
+                heads.head.take_glance(first);
+                self.give(to, at, &mut heads.head)
+            }
+            Ran::Waits(target) => self.wait(target),
+        }
+    }
+
+    /// Asks the switch. Those that are not simply to be copied to one port come back with what is to be done.
+    fn find(&mut self, packet: &Glance) -> Result<Way, Verdict> {
+        let Some(switch) = &mut self.switching else { return Ok(Way { to: None, like: None, longest: 0 }) };
+        let verdict = switch.decide(self.port, &Frame::whole(&packet.bytes(), packet.len()), self.now);
+        let (to, longest) = switch.repeats(self.port, verdict).ok_or(verdict)?;
+        let way = Way { to: Some(to.0.into()), like: Some(*packet), longest };
+        self.way = Some(way);
+        Ok(way)
+    }
+
+    /// Moves packet number `at`, of which there is more to be known; 0 if it has to wait.
+    fn single(&mut self, at: usize, heads: &mut Heads) -> usize {
+        let Some(tx) = self.queues.finishing(self.source.id) else { return 0 };
+        let (chain, head) = (tx.burst(at), &mut heads.head);
+        if let Err(bad) = head.peek(&chain, self.source.header) {
+            self.own.drop_tx(Drop::Malformed);
+            tx.count_error(ErrorKind::Malformed, &bad);
+            return 1;
+        }
+        if let Err(bad) = head.check(self.source.features) {
+            self.own.drop_tx(Drop::BadHeader);
+            tx.count_error(ErrorKind::Malformed, &bad);
+            return 1;
+        }
+        if self.hub.plan == Plan::Echo {
+            swap_addresses(head.packet_mut());
+        }
+        let Some(switch) = &mut self.switching else {
+            let to = Way::planned(self.hub.plan, self.source.port).and_then(|way| way.to);
+            return match to {
+                Some(to) => self.give(to, at, head),
+                None => self.sent_one(head.packet_len()),
+            };
+        };
+        let verdict = switch.decide(self.port, &described(head), self.now);
+        self.act(verdict, at, heads)
+    }
+
+    /// Does what a switch has decided of a packet by itself.
+    #[cold]
+    fn act(&mut self, verdict: Verdict, at: usize, heads: &mut Heads) -> usize {
+        let Heads { head, flooded } = heads;
+        let bytes = head.packet_len();
+        match verdict {
+            Verdict::Drop(_) => {}
+            Verdict::One(to, action) => {
+                head.retag(action);
+                return self.give_bytes(to.0.into(), at, head, bytes);
+            }
+            Verdict::Flood(flood) => {
+                let from = self.from(at);
+                let Some(switch) = &self.switching else { return 1 };
+                for (to, action) in switch.egress(flood, self.now) {
+                    flooded.clone_from(head);
+                    flooded.retag(action);
+                    let to = to.0.into();
+                    if let Given::Waits(target) = self.exits.give(self.queues, from, to, flooded) {
+                        // It would be late for the others.
+                        self.exits.refuse(to, target);
+                    }
+                }
+            }
+        }
+        self.sent_one(bytes)
+    }
+
+    fn give(&mut self, to: usize, at: usize, head: &mut Head) -> usize {
+        let bytes = head.packet_len();
+        self.give_bytes(to, at, head, bytes)
+    }
+
+    /// Gives a packet, which had so many bytes, to a port.
+    fn give_bytes(&mut self, to: usize, at: usize, head: &mut Head, bytes: u32) -> usize {
+        match self.exits.give(self.queues, self.from(at), to, head) {
+            Given::Waits(target) => return self.wait(target),
+            Given::To(target) => self.source.last = Some(target),
+            Given::Away => {}
+        }
+        self.sent_one(bytes)
+    }
+
+    fn from(&self, at: usize) -> Origin {
+        Origin { id: self.source.id, port: self.source.port, pair: self.source.pair, at }
+    }
+
+    #[inline]
+    fn sent(&self, packets: &[Option<Glance>]) -> usize {
+        self.own.tx_packets.add(packets.len() as u64);
+        self.own.tx_bytes.add(packets.iter().flatten().map(|p| u64::from(p.len())).sum());
+        packets.len()
+    }
+
+    fn sent_one(&self, bytes: u32) -> usize {
+        self.own.tx_packets.add(1);
+        self.own.tx_bytes.add(bytes.into());
+        1
+    }
+
+    #[cold]
+    fn wait(&mut self, target: QueueId) -> usize {
+        (self.source.waits_for, self.source.last) = (Some(target), Some(target));
+        self.source.pause = PAUSE;
+        self.own.tx_waits.add(1);
+        0
+    }
+}
+
+/// What a switch is to know of a packet.
+pub fn described(head: &Head) -> Frame<'_> {
+    let len = head.packet_len();
+    let gso = if head.is_plain() { None } else { head.offload().gso };
+    gso.map_or(Frame::whole(head.packet(), len), |gso| {
+        let (header, size) = (u32::from(gso.header_len), u32::from(gso.size));
+        let packets = len.saturating_sub(header).div_ceil(size).max(1);
+        Frame { head: head.packet(), len, packets, longest: header + size }
+    })
+}

@@ -1,0 +1,310 @@
+//! The ways out of a hub on one reactor: the receive queues there, the uplink, and the ways to other reactors.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use poll_engine::engine::queue::Queue;
+use poll_engine::engine::reactor::QueueId;
+use poll_engine::engine::station::Queues;
+use poll_engine::ring::Ahead;
+
+use crate::fallback::{Outcome, deliver_softened, takes};
+use crate::header::HEADER;
+use crate::hub::Hub;
+use crate::outside::Outside;
+use crate::parcel::Chute;
+use crate::rx::{Form, Refused, Sent, Spread, copy, deliver};
+use crate::stats::{Drop, PairStats};
+use crate::tx::{Glance, Head};
+
+/// What is fetched ahead of buffers to receive into: drivers put the header before a packet that is aligned, so that both
+/// together are in two lines.
+pub const RECEIVED: Ahead = Ahead { bytes: 76, write: true };
+
+/// A receive queue on this reactor.
+#[derive(Clone, Copy, Debug)]
+pub struct Target {
+    /// The queue.
+    pub id: QueueId,
+    /// Which of its port's.
+    pub pair: usize,
+    /// What its driver expects.
+    pub form: Form,
+    /// What was negotiated.
+    pub features: u64,
+}
+
+/// A packet on its way: in a burst of a transmit queue.
+#[derive(Clone, Copy, Debug)]
+pub struct Origin {
+    /// The transmit queue.
+    pub id: QueueId,
+    /// Its port.
+    pub port: usize,
+    /// Which of its port's queues.
+    pub pair: usize,
+    /// Its number in the burst.
+    pub at: usize,
+}
+
+/// What became of a packet.
+#[derive(Clone, Copy, Debug)]
+pub enum Given {
+    /// It went to this queue, or was to.
+    To(QueueId),
+    /// It went elsewhere, or nowhere, and is done with.
+    Away,
+    /// This queue has no room for it yet, and it is to wait.
+    Waits(QueueId),
+}
+
+/// What became of packets of a burst to one receiver.
+#[derive(Clone, Copy, Debug)]
+pub enum Ran {
+    /// So many of them went to this queue; whatever the next one needs is to be looked at by itself.
+    Some(QueueId, usize),
+    /// The first of them goes another way, or nowhere.
+    Single,
+    /// This queue has no room for any of them yet, and they are to wait.
+    Waits(QueueId),
+}
+
+/// The ways out.
+pub struct Exits {
+    hub: Arc<Hub>,
+    reactor: usize,
+    /// Receive queues here, by port.
+    pub targets: Vec<Vec<Target>>,
+    /// The uplink, if it is here.
+    pub outside: Option<Outside>,
+    /// A segment's head.
+    piece: Head,
+    spread: Spread,
+}
+
+impl Exits {
+    /// Those of `hub` on this reactor: none yet.
+    pub fn new(hub: Arc<Hub>, reactor: usize) -> Exits {
+        let targets = hub.ports.iter().map(|_| Vec::new()).collect();
+        Exits { hub, reactor, targets, outside: None, piece: Head::new(), spread: Spread::new() }
+    }
+
+    /// A receive queue runs.
+    pub fn open(&mut self, port: usize, target: Target) {
+        self.targets[port].push(target);
+        self.targets[port].sort_by_key(|t| t.pair);
+        self.hub.ports[port].places.fetch_or(1 << (self.reactor % 64), Ordering::Relaxed);
+    }
+
+    /// A receive queue has stopped.
+    pub fn close(&mut self, port: usize, pair: usize) {
+        self.targets[port].retain(|t| t.pair != pair);
+        if self.targets[port].is_empty() {
+            let others = !(1 << (self.reactor % 64));
+            self.hub.ports[port].places.fetch_and(others, Ordering::Relaxed);
+        }
+    }
+
+    /// A port's queue of the same pair, if there are as many.
+    #[inline]
+    fn target(&self, port: usize, pair: usize) -> Option<Target> {
+        let here = &self.targets[port];
+        here.get(pair).or_else(|| here.get(pair % here.len().max(1))).copied()
+    }
+
+    /// Copies the packets of a burst from `from` on, of which no more is to be known than these glances, to a port that gets
+    /// them as they are: as many as are in one buffer each.
+    #[inline]
+    pub fn run(
+        &mut self,
+        queues: &mut Queues<'_>,
+        from: Origin,
+        port: usize,
+        packets: &[Option<Glance>],
+    ) -> Ran {
+        let Some(target) = self.target(port, from.pair).filter(|t| t.form.header == HEADER) else {
+            return Ran::Single;
+        };
+        let Some((tx, rx)) = queues.pair(from.id, target.id) else { return Ran::Single };
+        let room = rx.take_burst(packets.len(), RECEIVED);
+        if room == 0 {
+            let waits = self.hub.ports[port].waits && !rx.is_broken();
+            return if waits { Ran::Waits(target.id) } else { Ran::Single };
+        }
+        let (mut done, mut bytes) = (0, 0);
+        for (at, packet) in packets.iter().flatten().take(room).enumerate() {
+            if !copy(packet, &tx.burst(from.at + at), &rx.burst(at)) {
+                break;
+            }
+            done += 1;
+            bytes += u64::from(packet.len());
+        }
+        rx.end_burst(done, |at| packets[at].as_ref().map_or(0, Glance::len_in_ring));
+        if done == 0 {
+            return Ran::Single;
+        }
+        let theirs = &self.hub.ports[port].pairs[target.pair];
+        theirs.rx_packets.add(done as u64);
+        theirs.rx_bytes.add(bytes);
+        Ran::Some(target.id, done)
+    }
+
+    /// Gives a packet of a burst to a port, as it takes it.
+    pub fn give(&mut self, queues: &mut Queues<'_>, from: Origin, port: usize, head: &mut Head) -> Given {
+        let Some(target) = self.target(port, from.pair) else {
+            self.send_away(queues, from, port, head);
+            return Given::Away;
+        };
+        let Some((tx, rx)) = queues.pair(from.id, target.id) else {
+            self.stats_of(from).drop_tx(Drop::LinkDown);
+            return Given::Away;
+        };
+        let chain = tx.burst(from.at);
+        let read = |at: u32, into: &mut [u8]| _ = chain.readable(at, into.len() as u32).read(into);
+        let outcome = fit(rx, target, head, &mut self.piece, &chain, read, &mut self.spread);
+        let port = &self.hub.ports[port];
+        let nothing = matches!(outcome, Some(Outcome { packets: 0, why: Some(Refused::NoBuffers), .. }));
+        if nothing && port.waits {
+            return Given::Waits(target.id);
+        }
+        count(&port.pairs[target.pair], outcome);
+        Given::To(target.id)
+    }
+
+    /// Gives a packet whose bytes are ours to a port; false if it has no queue here.
+    pub fn hand_in(
+        &mut self,
+        queues: &mut Queues<'_>,
+        port: usize,
+        pair: usize,
+        head: &mut Head,
+        bytes: &[u8],
+    ) -> bool {
+        let here = &self.targets[port];
+        let target = here.get(pair % here.len().max(1)).copied();
+        let Some((target, rx)) = target.and_then(|t| Some((t, queues.get(t.id)?))) else { return false };
+        let read = |at: u32, into: &mut [u8]| {
+            let from = bytes.get(at as usize..).unwrap_or_default();
+            let n = from.len().min(into.len());
+            into[..n].copy_from_slice(&from[..n]);
+        };
+        let outcome = fit(rx, target, head, &mut self.piece, bytes, read, &mut self.spread);
+        count(&self.hub.ports[port].pairs[target.pair], outcome);
+        true
+    }
+
+    /// A packet that could wait does not.
+    #[cold]
+    pub fn refuse(&self, port: usize, target: QueueId) {
+        if let Some(target) = self.targets[port].iter().find(|t| t.id == target) {
+            self.hub.ports[port].pairs[target.pair].drop_rx(Drop::NoBuffers);
+        }
+    }
+
+    /// To a port that has no queue here: the uplink, or one that has a queue on another reactor, by way of that.
+    #[cold]
+    fn send_away(&mut self, queues: &mut Queues<'_>, from: Origin, port: usize, head: &Head) {
+        let Some(tx) = queues.finishing(from.id) else { return };
+        let chain = tx.burst(from.at);
+        let rest = &mut chain.readable(head.read(), u32::MAX);
+        if self.leave(port, head, |outside, head| outside.send(head, rest)) {
+            return;
+        }
+        // The receiver's counters are another reactor's.
+        match self.hub.chute_to(port) {
+            Some(chute) if chute.send(port, from.pair, head, &chain) => {}
+            Some(_) => self.stats_of(from).drop_tx(Drop::NoBuffers),
+            None => self.stats_of(from).drop_tx(Drop::LinkDown),
+        }
+    }
+
+    fn stats_of(&self, from: Origin) -> &PairStats {
+        &self.hub.ports[from.port].pairs[from.pair]
+    }
+
+    /// Has a packet leave by the uplink, and counts it; false if that is not here.
+    pub fn leave(
+        &mut self,
+        port: usize,
+        head: &Head,
+        send: impl FnOnce(&mut Outside, &Head) -> bool,
+    ) -> bool {
+        let Some(outside) = self.outside.as_mut().filter(|o| o.port == port) else { return false };
+        let theirs = &self.hub.ports[port].pairs[0];
+        if !takes(head, outside.uplink.takes()) {
+            // Guests are not offered what the uplink does not take.
+            theirs.drop_rx(Drop::BadHeader);
+        } else if send(outside, head) {
+            theirs.rx_packets.add(1);
+            theirs.rx_bytes.add(head.packet_len().into());
+        } else {
+            theirs.drop_rx(Drop::LinkDown);
+        }
+        true
+    }
+
+    /// Fills the receive queues with packets from nowhere, at most so many each; how many.
+    pub fn generate(&mut self, queues: &mut Queues<'_>, head: &mut Head, len: u32, burst: u16) -> usize {
+        let mut made = 0;
+        for (port, targets) in self.targets.iter().enumerate() {
+            for target in targets {
+                let Some(rx) = queues.get(target.id) else { continue };
+                let stats = &self.hub.ports[port].pairs[target.pair];
+                for _ in 0..rx.ready_for(burst, RECEIVED) {
+                    head.make_up(len);
+                    // Its payload is what has been in the buffer.
+                    if deliver(rx, target.form, head, &[][..], &mut self.spread).is_err() {
+                        break;
+                    }
+                    stats.rx_packets.add(1);
+                    stats.rx_bytes.add(len.into());
+                    made += 1;
+                }
+            }
+        }
+        made
+    }
+}
+
+impl Hub {
+    /// The way to a reactor that has a receive queue of a port.
+    pub(crate) fn chute_to(&self, port: usize) -> Option<&Chute> {
+        let places = self.ports[port].places.load(Ordering::Relaxed);
+        self.chutes.get().and_then(|chutes| chutes.get(places.trailing_zeros() as usize))
+    }
+}
+
+/// Puts a packet into receive buffers in the form in which their driver takes it.
+fn fit(
+    rx: &mut Queue,
+    target: Target,
+    head: &mut Head,
+    piece: &mut Head,
+    sent: &(impl Sent + ?Sized),
+    read: impl Fn(u32, &mut [u8]),
+    spread: &mut Spread,
+) -> Option<Outcome> {
+    if !takes(head, target.features) {
+        return deliver_softened(rx, (target.form, target.features), head, piece, sent, read, spread);
+    }
+    let (len, rest) = (head.packet_len(), sent.part(head.read(), u32::MAX));
+    Some(Outcome::of(len, deliver(rx, target.form, head, rest, spread)))
+}
+
+fn reason(refused: Refused) -> Drop {
+    match refused {
+        Refused::NoBuffers => Drop::NoBuffers,
+        Refused::TooLong => Drop::TooLong,
+        Refused::Broken => Drop::LinkDown,
+    }
+}
+
+/// Counts what became of a packet for its receiver.
+fn count(theirs: &PairStats, outcome: Option<Outcome>) {
+    let Some(outcome) = outcome else { return theirs.drop_rx(Drop::BadHeader) };
+    theirs.rx_packets.add(outcome.packets);
+    theirs.rx_bytes.add(outcome.bytes);
+    if let Some(why) = outcome.why {
+        (0..outcome.refused).for_each(|_| theirs.drop_rx(reason(why)));
+    }
+}
