@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use daemon::file::Step;
 
 use crate::cli::Options;
+use crate::device::MAX_PAIRS;
 use crate::spec::PortSpec;
 use crate::switch::fdb::MAX_PORTS;
 
@@ -126,6 +127,13 @@ fn port(port: &PortSpec, switch: bool) -> Result<(), PortWrong> {
     if port.tap.is_some() && !port.tap_fds.is_empty() {
         return fail("tap-fds", "tap and tap-fds exclude each other");
     }
+    if port.tap_fds.len() > usize::from(MAX_PAIRS) {
+        let why = format!(
+            "a card has at most {MAX_PAIRS} pairs of queues, and there are {} descriptors; pass fewer",
+            port.tap_fds.len()
+        );
+        return fail("tap-fds", &why);
+    }
     for (key, is_there) in [
         ("af-packet", port.af_packet.is_some()),
         ("af-xdp", port.af_xdp.is_some()),
@@ -179,12 +187,15 @@ fn distinct(ports: &[PortSpec], listed: usize) -> Result<(), Wrong> {
 
 fn uplink(port: &PortSpec) -> Result<(), PortWrong> {
     let fail = |key: &'static str, why: &str| Err((Some(key), why.to_owned()));
-    let interface = match (&port.af_packet, &port.af_xdp) {
-        (Some(_), Some(_)) => return fail("af-xdp", "one interface is enough: af-packet or af-xdp"),
-        (Some(name), None) | (None, Some(name)) => name,
-        (None, None) => return Err((None, "af-packet or af-xdp is missing".into())),
-    };
-    if interface.is_empty() {
+    let ways = [("tap", &port.tap), ("af-packet", &port.af_packet), ("af-xdp", &port.af_xdp)];
+    let mut ways = ways.into_iter().filter(|(_, name)| name.is_some());
+    if ways.next().is_none() {
+        return Err((None, "tap, af-packet or af-xdp is missing".into()));
+    }
+    if let Some((key, _)) = ways.next() {
+        return fail(key, "one interface is enough: tap, af-packet or af-xdp");
+    }
+    if port.interface() == Some("") {
         return Err((None, "the interface has no name".into()));
     }
     if port.queue.is_some() && port.af_xdp.is_none() {
@@ -196,7 +207,6 @@ fn uplink(port: &PortSpec) -> Result<(), PortWrong> {
         ("mac", port.mac.is_some()),
         ("mtu", port.mtu.is_some()),
         ("wait", port.wait),
-        ("tap", port.tap.is_some()),
         ("tap-fds", !port.tap_fds.is_empty()),
         ("guard", port.guard),
         ("ip", !port.ip.is_empty()),
@@ -229,6 +239,8 @@ mod tests {
             "x --switch --port=socket-path=/a,guard,mac=52:54:00:00:00:01,trunk=5,native=6",
             "x --switch --port=socket-path=/a --uplink=af-packet=e,trunk=5+6,rx-bps=1G",
             "x --switch --port=socket-path=/a --uplink=af-xdp=e,queue=3",
+            "x --switch --port=socket-path=/a --uplink=tap=t,trunk=5",
+            "x --fd=3 --tap-fds=4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19",
             "x --socket-path=/s --tap=t --pcap=/p --pcap-snaplen=96",
             "x --switch --port=socket-path=/a,vlan=5 --port=socket-path=/b,tap=t",
         ] {
@@ -272,6 +284,13 @@ mod tests {
             ("x --switch --port=socket-path=/a --uplink=vlan=5", top("uplink")),
             ("x --switch --port=socket-path=/a --uplink=af-packet=", top("uplink")),
             ("x --switch --port=socket-path=/a --uplink=af-packet=e,af-xdp=f", up("af-xdp")),
+            ("x --switch --port=socket-path=/a --uplink=tap=e,af-packet=f", up("af-packet")),
+            ("x --switch --port=socket-path=/a --uplink=tap=e,queue=0", up("queue")),
+            ("x --switch --port=socket-path=/a --uplink=tap=", top("uplink")),
+            (
+                "x --switch --port=socket-path=/a,tap-fds=4+5+6+7+8+9+10+11+12+13+14+15+16+17+18+19+20",
+                of("tap-fds"),
+            ),
             ("x --switch --port=socket-path=/a --uplink=af-packet=e,queue=1", up("queue")),
             ("x --switch --port=socket-path=/a --uplink=af-packet=e,guard", up("guard")),
             ("x --switch --port=socket-path=/a --uplink=af-packet=e,mtu=1500", up("mtu")),

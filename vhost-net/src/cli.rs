@@ -97,8 +97,9 @@ pub struct Options {
     #[arg(long)]
     pub switch: bool,
 
-    /// With --switch, join it to an interface of the host's. Keys: af-packet (any interface) or af-xdp (around the kernel's
-    /// stack, with queue), and of those of --port: vlan, trunk, native, isolated, flood-unknown, max-macs and the limits
+    /// With --switch, join it to the host. Keys: tap (the host itself; made if there is none), af-packet (any interface) or
+    /// af-xdp (around the kernel's stack, with queue), and of those of --port: vlan, trunk, native, isolated, flood-unknown,
+    /// max-macs and the limits
     #[arg(long, value_name = "KEY=VALUE,...")]
     pub uplink: Option<PortSpec>,
 

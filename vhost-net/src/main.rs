@@ -15,7 +15,7 @@ use poll_engine::stats::QueueStats;
 use sd_notify::NotifyState;
 use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
 use signal_hook::iterator::Signals;
-use tracing::info;
+use tracing::{info, warn};
 use vhost_net::cli::{Cli, Options};
 use vhost_net::device::{Card, Joined, MTU_RANGE, NetDevice};
 use vhost_net::hub::{Hub, Plan, Port};
@@ -24,8 +24,10 @@ use vhost_net::pcap::{Capture, CaptureConfig, SNAPLEN};
 use vhost_net::port::Uplink;
 use vhost_net::port::af_packet::AfPacket;
 use vhost_net::port::af_xdp::AfXdp;
+use vhost_net::port::interface::exists;
 use vhost_net::port::tap::Tap;
 use vhost_net::port::tap::card::TapCard;
+use vhost_net::port::tap::uplink::TapUplink;
 use vhost_net::report::{cycles, report, tap_report, uplink_report};
 use vhost_net::shard::Shard;
 use vhost_net::spec::PortSpec;
@@ -87,7 +89,7 @@ fn run(cli: &Cli) -> Result<()> {
     let wanted = options.ports().into_iter().map(|spec| open(spec, options)).collect::<Result<Vec<_>>>()?;
     let plan = plan(options);
     let capture = capture(options, &wanted)?;
-    let mut uplink = options.uplink.as_ref().map(open_uplink).transpose()?;
+    let mut uplink = options.uplink.as_ref().map(|spec| open_uplink(spec, &wanted)).transpose()?;
     daemon::raise_descriptor_limit();
     let config = EngineConfig {
         cpus: options.cpus.clone().unwrap_or_default(),
@@ -228,12 +230,23 @@ fn plan(options: &Options) -> Plan {
     }
 }
 
-fn open_uplink(spec: &PortSpec) -> Result<Box<dyn Uplink>> {
-    let name = spec.name();
-    Ok(match spec.af_xdp {
-        Some(_) => Box::new(AfXdp::open(&name, spec.queue.unwrap_or(0))?),
-        None => Box::new(AfPacket::open(&name)?),
-    })
+fn open_uplink(spec: &PortSpec, wanted: &[Wanted]) -> Result<Box<dyn Uplink>> {
+    let name = spec.interface().context("the uplink has no interface")?;
+    let told = wanted.iter().filter_map(|w| w.card.mtu).max();
+    let mut uplink: Box<dyn Uplink> = match (&spec.tap, &spec.af_xdp) {
+        // One that is made has the cards' MTU.
+        (Some(_), _) => Box::new(TapUplink::open(name, told.filter(|_| !exists(name)))?),
+        (_, Some(_)) => Box::new(AfXdp::open(name, spec.queue.unwrap_or(0))?),
+        _ => Box::new(AfPacket::open(name)?),
+    };
+    let has = uplink.link().mtu;
+    if let Some(told) = told.filter(|told| u32::from(*told) > has) {
+        warn!(
+            "uplink {name} has an MTU of {has}, and guests are told {told}: what is longer does not leave by it; \
+             ip link set {name} mtu {told}, or --mtu {has}"
+        );
+    }
+    Ok(uplink)
 }
 
 /// The switch that joins these ports, and an uplink with its MTU.

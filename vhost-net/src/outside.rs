@@ -11,14 +11,14 @@ use crate::features::{
 };
 use crate::header::VnetHdr;
 use crate::hub::Hub;
-use crate::port::{Counters, Link, Uplink};
+use crate::port::{Counters, FIRST_TAG, Link, READABLE, Uplink};
 use crate::tx::Head;
 
 /// Nanoseconds between two looks at the link.
 const LOOK: u64 = 100_000_000;
-/// The label of what watches the descriptor, and of ending that.
-const WATCH: u32 = 0;
-const UNWATCH: u32 = 1;
+/// The labels of what watches the descriptor, and of ending that; others are the uplink's own.
+const WATCH: u32 = READABLE;
+const UNWATCH: u32 = READABLE + 1;
 
 /// What an uplink may be asked for, as features that a guest's card can have.
 pub fn host_features(takes: u64) -> u64 {
@@ -58,6 +58,9 @@ pub struct Outside {
     pub uplink: Box<dyn Uplink>,
     next_look: u64,
     watched: bool,
+    /// What is watched may be a descriptor of before.
+    stale: bool,
+    stopping: bool,
     /// A frame that came in pieces from another reactor, put together.
     joined: Vec<u8>,
 }
@@ -65,27 +68,58 @@ pub struct Outside {
 impl Outside {
     /// Port number `port` of a hub.
     pub fn new(port: usize, uplink: Box<dyn Uplink>) -> Outside {
-        Outside { port, uplink, next_look: 0, watched: false, joined: Vec::new() }
+        Outside {
+            port,
+            uplink,
+            next_look: 0,
+            watched: false,
+            stale: false,
+            stopping: false,
+            joined: Vec::new(),
+        }
     }
 
     /// Has the reactor woken by what comes in.
     pub fn watch(&mut self, io: &mut Io<'_>) {
-        if !self.watched {
+        if !self.watched && !self.stopping {
             self.watched = true;
             let label = io.label(WATCH);
             io.uring().watch(self.uplink.descriptor(), label);
         }
     }
 
-    /// A completion: of the watch, which goes on or not.
-    pub fn complete(&mut self, tag: u32, more: bool) {
-        if tag == WATCH {
-            self.watched = more;
+    /// A completion: of the watch, which goes on or not, or of what the uplink has begun.
+    pub fn complete(&mut self, tag: u32, result: i32, more: bool) {
+        match tag {
+            WATCH => {
+                self.watched = more;
+                self.uplink.complete(READABLE, result);
+            }
+            FIRST_TAG.. => self.uplink.complete(tag, result),
+            _ => {}
         }
     }
 
-    /// Is not woken any more.
-    pub fn unwatch(&mut self, io: &mut Io<'_>) {
+    /// Has what was sent go, at the end of each round, and what is to be received come.
+    pub fn flush(&mut self, io: &mut Io<'_>) {
+        self.uplink.flush();
+        if self.stopping {
+            return;
+        }
+        if std::mem::take(&mut self.stale) {
+            self.unwatch(io);
+        }
+        self.watch(io);
+        self.uplink.submit(io);
+    }
+
+    /// Begins nothing more, and is not woken any more.
+    pub fn stop(&mut self, io: &mut Io<'_>) {
+        self.stopping = true;
+        self.unwatch(io);
+    }
+
+    fn unwatch(&mut self, io: &mut Io<'_>) {
         if self.watched {
             let (watch, own) = (io.label(WATCH), io.label(UNWATCH));
             io.uring().unwatch(watch, own);
@@ -94,7 +128,7 @@ impl Outside {
 
     /// Operations of the reactor's io_uring that are still to end.
     pub fn in_flight(&self) -> usize {
-        self.watched.into()
+        usize::from(self.watched) + self.uplink.in_flight()
     }
 
     /// Looks at the link now and then, and says what it has come to.
@@ -107,6 +141,8 @@ impl Outside {
         let was = hub.outside.latest().0;
         hub.outside.tell((link, self.uplink.counters()));
         if link.up != was.up {
+            // One that was gone may have come back as another.
+            self.stale = link.up && self.watched;
             hub.set_link(self.port, link.up);
         }
     }
@@ -114,7 +150,7 @@ impl Outside {
     /// Sends what a guest has sent; false if it went nowhere, which the uplink has counted.
     #[inline]
     pub fn send(&mut self, head: &Head, rest: &mut dyn Iterator<Item = GuestSlice<'_>>) -> bool {
-        self.uplink.send(&header(head), head.packet(), rest).is_ok()
+        self.uplink.send(&header(head), head.packet_len() as usize, head.packet(), rest).is_ok()
     }
 
     /// Sends what was copied on another reactor.
@@ -122,7 +158,7 @@ impl Outside {
         self.joined.clear();
         self.joined.extend_from_slice(head.packet());
         self.joined.extend_from_slice(rest);
-        self.uplink.send(&header(head), &self.joined, &mut std::iter::empty()).is_ok()
+        self.uplink.send(&header(head), self.joined.len(), &self.joined, &mut std::iter::empty()).is_ok()
     }
 }
 

@@ -61,6 +61,7 @@ pub fn uplink_report(name: &str, hub: &Hub, port: usize) -> String {
         ("rx_bytes", c.rx_bytes),
         ("rx_missed_errors", c.rx_missed_errors),
         ("rx_length_errors", c.rx_length_errors),
+        ("rx_errors", c.rx_errors),
         ("tx_packets", c.tx_packets),
         ("tx_bytes", c.tx_bytes),
         ("tx_fifo_errors", c.tx_fifo_errors),

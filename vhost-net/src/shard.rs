@@ -170,7 +170,7 @@ impl Station for Shard {
         }
     }
 
-    fn poll(&mut self, queues: &mut Queues<'_>, _: &mut Io<'_>) -> usize {
+    fn poll(&mut self, queues: &mut Queues<'_>, io: &mut Io<'_>) -> usize {
         if let Some(changes) = self.hub.inboxes[self.reactor].take() {
             self.change(changes);
         }
@@ -181,7 +181,7 @@ impl Station for Shard {
         }
         moved += self.come_in(queues);
         if let Some(outside) = &mut self.exits.outside {
-            outside.uplink.flush();
+            outside.flush(io);
         }
         if let Plan::Generate(len) = self.hub.plan {
             let len = u32::from(len).max(MIN_PACKET);
@@ -190,15 +190,15 @@ impl Station for Shard {
         moved
     }
 
-    fn complete(&mut self, _: &mut Queues<'_>, _: &mut Io<'_>, tag: u32, _: i32, more: bool) {
+    fn complete(&mut self, _: &mut Queues<'_>, _: &mut Io<'_>, tag: u32, result: i32, more: bool) {
         if let Some(outside) = &mut self.exits.outside {
-            outside.complete(tag, more);
+            outside.complete(tag, result, more);
         }
     }
 
     fn stop(&mut self, _: &mut Queues<'_>, io: &mut Io<'_>) {
         if let Some(outside) = &mut self.exits.outside {
-            outside.unwatch(io);
+            outside.stop(io);
         }
     }
 
@@ -216,7 +216,9 @@ impl Station for Shard {
         if matches!(self.hub.plan, Plan::Generate(_)) {
             self.exits.targets.iter().flatten().for_each(|t| queues.wake_on(t.id));
         }
-        self.hub.chutes.get().and_then(|chutes| chutes.get(self.reactor)).is_some_and(Chute::has_parcel)
+        let has_work = self.exits.outside.as_ref().is_some_and(|outside| outside.uplink.has_work());
+        let chute = self.hub.chutes.get().and_then(|chutes| chutes.get(self.reactor));
+        has_work || chute.is_some_and(Chute::has_parcel)
     }
 
     fn longest_sleep(&self) -> Option<Duration> {

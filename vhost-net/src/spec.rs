@@ -41,7 +41,7 @@ pub struct PortSpec {
     /// Its link is down.
     #[serde(rename = "link", deserialize_with = "is_down")]
     pub link_down: bool,
-    /// The tap that it is joined to.
+    /// The tap that it is joined to, or that the uplink is.
     pub tap: Option<String>,
     /// Or the queues of one that are inherited.
     #[serde(deserialize_with = "numbers")]
@@ -143,9 +143,14 @@ impl PortSpec {
 
     /// What it is called.
     pub fn name(&self) -> String {
-        let interface = || self.af_packet.clone().or(self.af_xdp.clone());
-        let name = self.name.clone().or_else(interface).or_else(|| self.place().map(|place| place.key()));
+        let interface = || self.interface().map(str::to_owned);
+        let name = self.name.clone().or_else(|| self.place().map(|place| place.key())).or_else(interface);
         name.unwrap_or_default()
+    }
+
+    /// The interface of an uplink.
+    pub fn interface(&self) -> Option<&str> {
+        [&self.tap, &self.af_packet, &self.af_xdp].into_iter().find_map(Option::as_deref)
     }
 
     /// Whether it is joined to a tap and nothing else.

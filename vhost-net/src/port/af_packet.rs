@@ -17,15 +17,16 @@ use std::mem::{self, MaybeUninit};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::ptr;
 
-use libc::{c_int, c_void, iovec, mmsghdr, msghdr, sockaddr_ll, tpacket_auxdata};
+use libc::{c_int, iovec, mmsghdr, msghdr, sockaddr_ll, tpacket_auxdata};
 use nix::errno::Errno;
 use poll_engine::memory::slice::GuestSlice;
 use tracing::{info, warn};
 
-use super::interface::{Interface, join_promiscuous};
+use super::interface::{Interface, errno, join_promiscuous};
+use super::outgoing::{Parts, Staged, is_small};
 use super::{Counters, Link, Refused, Uplink, UplinkError};
 use crate::features::{GUEST_CSUM, GUEST_ECN, GUEST_TSO4, GUEST_TSO6};
-use crate::header::{GSO_NONE, VnetHdr};
+use crate::header::VnetHdr;
 use crate::packet::{ETHERNET, ETHERTYPE_VLAN, LARGEST, TAG};
 
 /// Frames received or sent in one system call.
@@ -37,10 +38,6 @@ const SHORT_HEADER: usize = 10;
 const FRAME: usize = SHORT_HEADER + TAG;
 /// Bytes of a buffer for a received frame.
 const BUFFER: usize = (FRAME + LARGEST).next_multiple_of(64);
-/// Bytes of a frame, header and all, that is copied to be sent with others.
-const SMALL: usize = 2048;
-/// Most parts of a frame that is sent from where it is. Linux takes 1024 at most.
-const PARTS: usize = 256;
 /// Bytes the kernel keeps for us at most, as far as it lets us.
 const SOCKET_BUFFER: c_int = 8 << 20;
 
@@ -56,16 +53,14 @@ pub struct AfPacket {
     interface: Interface,
     index: Option<u32>,
     received: Vec<u8>,
-    /// Small frames that wait to be sent: what is where in `staged`.
-    staged: Vec<u8>,
-    ends: Vec<usize>,
+    staged: Staged,
     counters: Counters,
 }
 
 impl AfPacket {
     /// Joins an interface, which must be there and up. It is set to be promiscuous until this is dropped.
     pub fn open(name: &str) -> Result<AfPacket, UplinkError> {
-        let interface = Interface::new(name);
+        let interface = Interface::new(name).map_err(|e| of_open(name, "open a socket", errno(&e)))?;
         if interface.index().is_none() {
             return Err(UplinkError::Missing(name.to_owned()));
         }
@@ -75,19 +70,18 @@ impl AfPacket {
         let socket = socket.map_err(|e| of_open(name, "open a packet socket", e))?;
         // SAFETY: it was just opened, and nobody else has it.
         let socket = unsafe { OwnedFd::from_raw_fd(socket) };
-        let index = interface.index_up(socket.as_fd())?;
+        let index = interface.index_up()?;
         let mut port = AfPacket {
             socket,
             interface,
             index: None,
             received: vec![0; BATCH * BUFFER],
-            staged: Vec::with_capacity(BATCH * SMALL),
-            ends: Vec::with_capacity(BATCH),
+            staged: Staged::new(BATCH),
             counters: Counters::default(),
         };
         port.prepare().map_err(|e| of_open(name, "prepare a packet socket", e))?;
         port.bind(index).map_err(|e| of_open(name, "bind a packet socket", e))?;
-        let link = port.interface.link(port.socket.as_fd());
+        let link = port.interface.link();
         info!(
             "uplink {name}: packet socket, MTU {}, {}",
             link.mtu,
@@ -210,37 +204,24 @@ impl AfPacket {
     ) -> Result<(), Refused> {
         self.flush();
         let header = header.to_bytes();
-        let mut vectors = [const { MaybeUninit::<iovec>::uninit() }; PARTS];
-        let mut count = 0;
-        let mut len = 0;
-        let own = [&header[..SHORT_HEADER], head].map(|part| (part.as_ptr().cast_mut(), part.len()));
-        for (base, part) in own.into_iter().chain(rest.map(|slice| (slice.host_addr(), slice.len()))) {
-            if count == PARTS {
-                return Err(self.counters.refused(Refused::TooLong));
-            }
-            vectors[count].write(iovec { iov_base: base.cast::<c_void>(), iov_len: part });
-            (count, len) = (count + 1, len + part);
-        }
-        // SAFETY: plain numbers and null pointers, for which zeros are valid.
-        let mut message: msghdr = unsafe { mem::zeroed() };
-        message.msg_iov = vectors.as_mut_ptr().cast();
-        message.msg_iovlen = count;
-        // SAFETY: the first `count` vectors are written; each points to bytes of ours or of a map that `rest` keeps
-        // alive, which the kernel only reads, before this returns.
-        let sent = unsafe { libc::sendmsg(self.socket.as_raw_fd(), &raw const message, libc::MSG_DONTWAIT) };
-        match Errno::result(sent) {
+        let Some(mut parts) = Parts::new(&header[..SHORT_HEADER], head, rest) else {
+            return Err(self.counters.refused(Refused::TooLong));
+        };
+        let sent = parts.read_by(|vectors, count| {
+            // SAFETY: plain numbers and null pointers, for which zeros are valid.
+            let mut message: msghdr = unsafe { mem::zeroed() };
+            (message.msg_iov, message.msg_iovlen) = (vectors, count);
+            // SAFETY: the vectors are as many, of bytes that the kernel only reads, before this returns.
+            unsafe { libc::sendmsg(self.socket.as_raw_fd(), &raw const message, libc::MSG_DONTWAIT) }
+        });
+        match sent {
             Ok(_) => {
                 self.counters.tx_packets += 1;
-                self.counters.tx_bytes += (len - SHORT_HEADER) as u64;
+                self.counters.tx_bytes += (parts.len - SHORT_HEADER) as u64;
                 Ok(())
             }
-            Err(why) => Err(self.counters.refused(refused(why))),
+            Err(why) => Err(self.counters.refused(refused(errno(&why)))),
         }
-    }
-
-    /// Takes back the last frame, which was not whole.
-    fn unstage(&mut self) {
-        self.staged.truncate(self.ends.last().copied().unwrap_or(0));
     }
 }
 
@@ -261,46 +242,29 @@ impl Uplink for AfPacket {
     fn send(
         &mut self,
         header: &VnetHdr,
+        len: usize,
         head: &[u8],
         rest: &mut dyn Iterator<Item = GuestSlice<'_>>,
     ) -> Result<(), Refused> {
-        let small = header.gso_type == GSO_NONE && head.len() + SHORT_HEADER <= SMALL;
-        if !small {
+        if !is_small(header, len) {
             return self.send_large(header, head, rest);
         }
-        if self.ends.len() == BATCH {
+        if self.staged.is_full() {
             self.flush();
         }
-        let begin = self.staged.len();
-        self.staged.extend_from_slice(&header.to_bytes()[..SHORT_HEADER]);
-        self.staged.extend_from_slice(head);
-        while let Some(slice) = rest.next() {
-            let at = self.staged.len();
-            if at - begin + slice.len() > SMALL {
-                // Not so small after all: what was copied is still there.
-                let copied: [u8; SMALL] =
-                    std::array::from_fn(|i| self.staged.get(begin + i).copied().unwrap_or(0));
-                self.unstage();
-                let copied = &copied[SHORT_HEADER..at - begin];
-                return self.send_large(header, copied, &mut std::iter::once(slice).chain(rest));
-            }
-            self.staged.resize(at + slice.len(), 0);
-            slice.read(&mut self.staged[at..]);
-        }
-        self.ends.push(self.staged.len());
-        Ok(())
+        let is_staged = self.staged.push(&header.to_bytes()[..SHORT_HEADER], head, rest);
+        if is_staged { Ok(()) } else { Err(self.counters.refused(Refused::TooLong)) }
     }
 
     fn flush(&mut self) {
-        let total = self.ends.len();
+        let total = self.staged.len();
         let mut first = 0;
         while first < total {
             // SAFETY: plain numbers and null pointers, for which zeros are valid.
             let mut messages: [mmsghdr; BATCH] = unsafe { mem::zeroed() };
             let mut vectors = [const { MaybeUninit::<iovec>::uninit() }; BATCH];
-            let begin_of = |at: usize| if at == 0 { 0 } else { self.ends[at - 1] };
             for at in first..total {
-                let frame = &self.staged[begin_of(at)..self.ends[at]];
+                let frame = self.staged.frame(at);
                 let vector = iovec { iov_base: frame.as_ptr().cast_mut().cast(), iov_len: frame.len() };
                 messages[at].msg_hdr.msg_iov = vectors[at].write(vector);
                 messages[at].msg_hdr.msg_iovlen = 1;
@@ -330,11 +294,10 @@ impl Uplink for AfPacket {
             };
             for at in first..first + sent {
                 self.counters.tx_packets += 1;
-                self.counters.tx_bytes += (self.ends[at] - begin_of(at) - SHORT_HEADER) as u64;
+                self.counters.tx_bytes += (self.staged.frame(at).len() - SHORT_HEADER) as u64;
             }
             first += sent;
         }
-        self.ends.clear();
         self.staged.clear();
     }
 
@@ -360,7 +323,7 @@ impl Uplink for AfPacket {
                 },
             }
         }
-        let mut link = self.interface.link(self.socket.as_fd());
+        let mut link = self.interface.link();
         link.up &= self.index.is_some();
         link
     }

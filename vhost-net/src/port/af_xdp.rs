@@ -8,8 +8,7 @@
 //! given one queue, or rules (`ethtool -L`, `ethtool -N`).
 #![allow(unsafe_code)] // frames in memory that is shared with the kernel
 
-use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::ptr;
 
 use nix::errno::Errno;
@@ -22,7 +21,7 @@ use xdp::socket::{XdpSocket, XdpSocketBuilder};
 use xdp::umem::{FrameSize, UmemCfgBuilder};
 use xdp::{CompletionRing, FillRing, RingConfigBuilder, RxRing, TxRing, Umem};
 
-use super::interface::{Interface, promiscuous};
+use super::interface::{Interface, errno, promiscuous};
 use super::xdp_program::{Mode, Program};
 use super::{Counters, Link, Refused, Uplink, UplinkError};
 use crate::header::{F_NEEDS_CSUM, GSO_NONE, VnetHdr};
@@ -50,8 +49,8 @@ pub struct AfXdp {
     inward: HeapSlab,
     outward: HeapSlab,
     umem: Umem,
-    /// Keeps the interface promiscuous, and is asked about it.
-    promiscuous: OwnedFd,
+    /// Keeps the interface promiscuous.
+    _promiscuous: OwnedFd,
     interface: Interface,
     index: u32,
     queue: u32,
@@ -72,10 +71,10 @@ unsafe impl Send for AfXdp {}
 impl AfXdp {
     /// Joins a queue of an interface, which must be there and up, and have no XDP program yet.
     pub fn open(name: &str, queue: u32) -> Result<AfXdp, UplinkError> {
-        let interface = Interface::new(name);
+        let interface = Interface::new(name).map_err(|e| of_open(name, "open a socket", errno(&e)))?;
         let index = interface.index().ok_or_else(|| UplinkError::Missing(name.to_owned()))?;
         let promiscuous = promiscuous(index).map_err(|why| of_open(name, "open a packet socket", why))?;
-        interface.index_up(promiscuous.as_fd())?;
+        interface.index_up()?;
         if let Ok(queues) = NicIndex::new(index).queue_counts()
             && queues.rx_count() > 1
         {
@@ -99,7 +98,7 @@ impl AfXdp {
             inward: HeapSlab::with_capacity(BATCH),
             outward: HeapSlab::with_capacity(BATCH),
             umem,
-            promiscuous,
+            _promiscuous: promiscuous,
             interface,
             index,
             queue,
@@ -186,6 +185,7 @@ impl Uplink for AfXdp {
     fn send(
         &mut self,
         header: &VnetHdr,
+        _: usize,
         head: &[u8],
         rest: &mut dyn Iterator<Item = GuestSlice<'_>>,
     ) -> Result<(), Refused> {
@@ -269,7 +269,7 @@ impl Uplink for AfXdp {
                 *self = AfXdp { counters, ..new };
             }
         }
-        let mut link = self.interface.link(self.promiscuous.as_fd());
+        let mut link = self.interface.link();
         link.up &= !self.gone;
         link
     }
@@ -347,10 +347,6 @@ fn bound(index: u32, queue: u32, zero_copy: bool) -> Result<Bound, Failed> {
         return Err(("make rings", Errno::EINVAL));
     };
     Ok(Bound { socket, received, fill: rings.fill_ring, sent, completed: rings.completion_ring, umem })
-}
-
-fn errno(why: &io::Error) -> Errno {
-    Errno::from_raw(why.raw_os_error().unwrap_or(libc::EINVAL))
 }
 
 fn of_socket(why: &SocketError) -> Failed {

@@ -1,12 +1,13 @@
-//! What the kernel says of a network interface (netdevice(7)).
+//! What the kernel says of a network interface, and what it is told (netdevice(7)).
 #![allow(unsafe_code)] // ioctls
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
-use libc::{c_char, ifreq};
+use libc::{c_char, c_int, c_short, ifreq};
 use nix::errno::Errno;
 use nix::net::if_::if_nametoindex;
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 
 use super::{Link, UplinkError};
 use crate::mac::MacAddr;
@@ -14,7 +15,9 @@ use crate::mac::MacAddr;
 mod ioctl {
     use libc::ifreq;
     nix::ioctl_read_bad!(flags, libc::SIOCGIFFLAGS, ifreq);
+    nix::ioctl_write_ptr_bad!(set_flags, libc::SIOCSIFFLAGS, ifreq);
     nix::ioctl_read_bad!(mtu, libc::SIOCGIFMTU, ifreq);
+    nix::ioctl_write_ptr_bad!(set_mtu, libc::SIOCSIFMTU, ifreq);
     nix::ioctl_read_bad!(hardware_address, libc::SIOCGIFHWADDR, ifreq);
 }
 
@@ -44,16 +47,44 @@ pub fn promiscuous(index: u32) -> Result<OwnedFd, Errno> {
     Ok(socket)
 }
 
-/// An interface by its name, asked through any socket.
-#[derive(Clone, Debug)]
+/// A request that names an interface; refused if none can have that name.
+pub(super) fn request(name: &str) -> io::Result<ifreq> {
+    // SAFETY: plain numbers, for which zeros are valid.
+    let mut request: ifreq = unsafe { std::mem::zeroed() };
+    let bytes = name.as_bytes();
+    let is_name = !bytes.is_empty() && bytes.len() < libc::IFNAMSIZ && name != "." && name != "..";
+    if !is_name || bytes.iter().any(|b| matches!(b, b'/' | b':') || !b.is_ascii_graphic()) {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    for (to, &byte) in request.ifr_name.iter_mut().zip(bytes) {
+        *to = byte as c_char;
+    }
+    Ok(request)
+}
+
+/// Whether an interface can have this name.
+pub fn is_name(name: &str) -> bool {
+    request(name).is_ok()
+}
+
+/// Whether there is an interface of this name.
+pub fn exists(name: &str) -> bool {
+    if_nametoindex(name).is_ok()
+}
+
+/// An interface by its name, to be asked about and changed.
+#[derive(Debug)]
 pub struct Interface {
     name: String,
+    /// Of any family: one is needed to ask.
+    socket: OwnedFd,
 }
 
 impl Interface {
     /// An interface of this name, whether it is there or not.
-    pub fn new(name: &str) -> Interface {
-        Interface { name: name.to_owned() }
+    pub fn new(name: &str) -> io::Result<Interface> {
+        let socket = socket(AddressFamily::Unix, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
+        Ok(Interface { name: name.to_owned(), socket })
     }
 
     /// The name.
@@ -62,10 +93,10 @@ impl Interface {
     }
 
     /// Its index, if it is there and up.
-    pub fn index_up(&self, socket: BorrowedFd<'_>) -> Result<u32, UplinkError> {
+    pub fn index_up(&self) -> Result<u32, UplinkError> {
         let index = self.index().ok_or_else(|| UplinkError::Missing(self.name.clone()))?;
-        match self.flags(socket) {
-            Ok(flags) if flags & libc::IFF_UP != 0 => Ok(index),
+        match self.is_up() {
+            Ok(true) => Ok(index),
             _ => Err(UplinkError::Down(self.name.clone())),
         }
     }
@@ -76,48 +107,73 @@ impl Interface {
     }
 
     /// Its link.
-    pub fn link(&self, socket: BorrowedFd<'_>) -> Link {
+    pub fn link(&self) -> Link {
         let up = libc::IFF_UP | libc::IFF_RUNNING;
-        let flags = self.flags(socket).unwrap_or(0);
-        Link { up: flags & up == up, mtu: self.mtu(socket).unwrap_or(0) }
+        let flags = self.flags().map_or(0, |(_, flags)| flags);
+        Link { up: flags & up == up, mtu: self.mtu().unwrap_or(0) }
     }
 
     /// Its MAC address.
-    pub fn mac(&self, socket: BorrowedFd<'_>) -> io::Result<MacAddr> {
-        let mut request = self.request()?;
+    pub fn mac(&self) -> io::Result<MacAddr> {
+        let mut request = request(&self.name)?;
         // SAFETY: the request has a name, and is there to be filled in.
-        unsafe { ioctl::hardware_address(socket.as_raw_fd(), &raw mut request) }?;
+        unsafe { ioctl::hardware_address(self.fd(), &raw mut request) }?;
         // SAFETY: SIOCGIFHWADDR fills this member in.
         let address = unsafe { request.ifr_ifru.ifru_hwaddr };
         Ok(MacAddr(std::array::from_fn(|i| address.sa_data[i] as u8)))
     }
 
-    fn flags(&self, socket: BorrowedFd<'_>) -> io::Result<i32> {
-        let mut request = self.request()?;
-        // SAFETY: the request has a name, and is there to be filled in.
-        unsafe { ioctl::flags(socket.as_raw_fd(), &raw mut request) }?;
-        // SAFETY: SIOCGIFFLAGS fills this member in.
-        Ok(i32::from(unsafe { request.ifr_ifru.ifru_flags }))
+    /// Whether the administrator has it up.
+    pub fn is_up(&self) -> io::Result<bool> {
+        Ok(self.flags()?.1 & libc::IFF_UP != 0)
     }
 
-    fn mtu(&self, socket: BorrowedFd<'_>) -> io::Result<u32> {
-        let mut request = self.request()?;
+    /// Sets it up.
+    pub fn set_up(&self) -> io::Result<()> {
+        let (mut request, flags) = self.flags()?;
+        request.ifr_ifru.ifru_flags = (flags | libc::IFF_UP) as c_short;
+        // SAFETY: the request is whole.
+        unsafe { ioctl::set_flags(self.fd(), &raw const request)? };
+        Ok(())
+    }
+
+    /// Bytes of its largest packet, without an Ethernet header.
+    pub fn mtu(&self) -> io::Result<u32> {
+        let mut request = request(&self.name)?;
         // SAFETY: the request has a name, and is there to be filled in.
-        unsafe { ioctl::mtu(socket.as_raw_fd(), &raw mut request) }?;
+        unsafe { ioctl::mtu(self.fd(), &raw mut request) }?;
         // SAFETY: SIOCGIFMTU fills this member in.
         Ok(unsafe { request.ifr_ifru.ifru_mtu } as u32)
     }
 
-    /// A request that names it.
-    fn request(&self) -> io::Result<ifreq> {
-        // SAFETY: plain numbers, for which zeros are valid.
-        let mut request: ifreq = unsafe { std::mem::zeroed() };
-        if self.name.len() >= request.ifr_name.len() {
-            return Err(Errno::ENODEV.into());
-        }
-        for (to, byte) in request.ifr_name.iter_mut().zip(self.name.bytes()) {
-            *to = byte as c_char;
-        }
-        Ok(request)
+    /// Changes that.
+    pub fn set_mtu(&self, mtu: u32) -> io::Result<()> {
+        let mut request = request(&self.name)?;
+        request.ifr_ifru.ifru_mtu = mtu as c_int;
+        // SAFETY: the request is whole.
+        unsafe { ioctl::set_mtu(self.fd(), &raw const request)? };
+        Ok(())
     }
+
+    fn flags(&self) -> io::Result<(ifreq, c_int)> {
+        let mut request = request(&self.name)?;
+        // SAFETY: the request has a name, and is there to be filled in.
+        unsafe { ioctl::flags(self.fd(), &raw mut request) }?;
+        Ok((request, flags_of(&request)))
+    }
+
+    fn fd(&self) -> c_int {
+        self.socket.as_raw_fd()
+    }
+}
+
+/// The flags that the kernel has filled in.
+pub(super) fn flags_of(request: &ifreq) -> c_int {
+    // SAFETY: a plain number, whatever was filled in.
+    c_int::from(unsafe { request.ifr_ifru.ifru_flags } as u16)
+}
+
+/// What the kernel said.
+pub(super) fn errno(why: &io::Error) -> Errno {
+    Errno::from_raw(why.raw_os_error().unwrap_or(libc::EINVAL))
 }

@@ -1,18 +1,20 @@
 //! What a device can be joined to besides another guest.
 //!
 //! An [`Uplink`] is where a switch meets the rest of the network: it gives frames in buffers of the host, and takes them
-//! scattered over a guest's memory. [`af_packet`] works on any interface, [`af_xdp`] goes
-//! around the kernel's stack.
+//! scattered over a guest's memory. [`af_packet`] works on any interface, [`af_xdp`] goes around the kernel's stack, a
+//! [`tap`] is the host itself.
 
 pub mod af_packet;
 pub mod af_xdp;
 pub mod interface;
+mod outgoing;
 pub mod tap;
 mod xdp_program;
 
 use std::io;
 use std::os::fd::BorrowedFd;
 
+use poll_engine::engine::reactor::Io;
 use poll_engine::memory::slice::GuestSlice;
 use thiserror::Error;
 
@@ -98,6 +100,8 @@ pub struct Counters {
     pub rx_missed_errors: u64,
     /// Frames longer than any can be, or less than an Ethernet header.
     pub rx_length_errors: u64,
+    /// Reads that failed.
+    pub rx_errors: u64,
     /// Frames sent.
     pub tx_packets: u64,
     /// Their bytes.
@@ -125,23 +129,47 @@ impl Counters {
     }
 }
 
+/// The tag under which an uplink hears that its descriptor is readable.
+pub const READABLE: u32 = 0;
+/// The first tag of its own operations.
+pub const FIRST_TAG: u32 = 2;
+
 /// A way out of the switch. It lives on one reactor.
 pub trait Uplink: Send {
     /// Receives at most `most` frames. Each goes to `take` with what its header says of checksum and segmentation;
     /// returns how many. Never waits.
     fn receive(&mut self, most: usize, take: &mut dyn FnMut(&VnetHdr, &[u8])) -> usize;
 
-    /// Sends a frame: `head`, then `rest` of a guest's memory, of which nothing is used after this returns. `header`
-    /// must ask for what the uplink [takes](Self::takes) only. Frames may wait for [`flush`](Self::flush).
+    /// Sends a frame of `len` bytes: `head`, then `rest` of a guest's memory, of which nothing is used after this
+    /// returns. `header` must ask for what the uplink [takes](Self::takes) only. Frames may wait for
+    /// [`flush`](Self::flush).
     fn send(
         &mut self,
         header: &VnetHdr,
+        len: usize,
         head: &[u8],
         rest: &mut dyn Iterator<Item = GuestSlice<'_>>,
     ) -> Result<(), Refused>;
 
     /// Hands over what was sent: to be called at the end of each round.
     fn flush(&mut self);
+
+    /// Begins what goes through the reactor's io_uring, under labels from [`FIRST_TAG`] on: called after each
+    /// [`flush`](Self::flush).
+    fn submit(&mut self, _: &mut Io<'_>) {}
+
+    /// An operation of that kind has come to this; or the [descriptor](Self::descriptor) is [`READABLE`].
+    fn complete(&mut self, _tag: u32, _result: i32) {}
+
+    /// Operations that are still to complete.
+    fn in_flight(&self) -> usize {
+        0
+    }
+
+    /// There is something to be received or begun, which no completion will tell of.
+    fn has_work(&self) -> bool {
+        false
+    }
 
     /// Offloads that frames may be sent with, as the feature bits of a driver that takes them (`GUEST_*`).
     fn takes(&self) -> u64;

@@ -60,7 +60,7 @@ fn frames_cross_both_ways_as_they_are() {
 }
 
 /// TCP over IPv4, with a partial checksum.
-fn segment(payload: usize) -> (VnetHdr, Vec<u8>) {
+pub fn segment(payload: usize) -> (VnetHdr, Vec<u8>) {
     let builder = PacketBuilder::ethernet2([2, 0, 0, 0, 0, 8], [2, 0, 0, 0, 0, 9])
         .ipv4([10, 0, 0, 1], [10, 0, 0, 2], 64)
         .tcp(1, 2, 3, 4);

@@ -63,7 +63,7 @@ fn frames_go_round_and_round_the_shared_memory() {
         for (at, port) in [&mut near, &mut far].into_iter().enumerate() {
             for _ in 0..64 {
                 if sent[at] < count
-                    && port.send(&PLAIN, &frame(100, sent[at]), &mut std::iter::empty()).is_ok()
+                    && port.send(&PLAIN, 100, &frame(100, sent[at]), &mut std::iter::empty()).is_ok()
                 {
                     sent[at] += 1;
                 }
@@ -90,7 +90,7 @@ fn frames_that_it_does_not_take_are_counted() {
     assert_eq!(send(&mut near, &PLAIN, &frame(4000, 1), 64, 100), Err(Refused::TooLong));
     // Nothing has gone, and nothing is lost: there is as much room as before.
     for i in 0..5000 {
-        assert_eq!(near.send(&PLAIN, &frame(4000, i), &mut std::iter::empty()), Err(Refused::TooLong));
+        assert_eq!(near.send(&PLAIN, 4000, &frame(4000, i), &mut std::iter::empty()), Err(Refused::TooLong));
     }
     send(&mut near, &PLAIN, &frame(1514, 1), 64, 100).unwrap();
     let counters = near.counters();

@@ -1,4 +1,4 @@
-//! Uplinks over a pair of virtual interfaces, in a network namespace of the test's own.
+//! Uplinks over a pair of virtual interfaces and over a tap, in a network namespace of the test's own.
 
 #[path = "../../../poll-engine/tests/support/peer.rs"]
 mod peer;
@@ -10,6 +10,7 @@ mod af_xdp;
 mod guest;
 mod pair;
 mod switched;
+mod tap;
 
 use libtest_mimic::{Arguments, Failed, Trial};
 
@@ -29,6 +30,6 @@ fn main() {
         };
         Trial::test(name, test).with_ignored_flag(lacking.is_some())
     };
-    let tests = af_packet::TESTS.iter().chain(af_xdp::TESTS).chain(switched::TESTS);
+    let tests = af_packet::TESTS.iter().chain(af_xdp::TESTS).chain(switched::TESTS).chain(tap::TESTS);
     libtest_mimic::run(&args, tests.copied().map(trial).collect()).exit();
 }

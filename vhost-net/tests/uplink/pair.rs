@@ -56,6 +56,8 @@ pub fn until(mut is_so: impl FnMut() -> bool) {
 pub fn alone(run: fn()) {
     let thread = thread::spawn(move || {
         unshare(CloneFlags::CLONE_NEWNET).unwrap();
+        // The kernel of a tap would send frames of its own.
+        let _ = std::fs::write("/proc/sys/net/ipv6/conf/default/disable_ipv6", "1");
         run();
     });
     if let Err(panic) = thread.join() {
@@ -72,7 +74,8 @@ pub fn send(
     part: usize,
 ) -> Result<(), Refused> {
     let mut ram = Ram::new(0, 1 << 20, false).unwrap();
-    let (head, rest) = frame.split_at(head.min(frame.len()));
+    let len = frame.len();
+    let (head, rest) = frame.split_at(head.min(len));
     let parts: Vec<(u64, u32)> = rest
         .chunks(part)
         .map(|chunk| {
@@ -87,7 +90,7 @@ pub fn send(
     for (slice, chunk) in slices.iter().zip(rest.chunks(part)) {
         slice.write(chunk);
     }
-    let sent = port.send(header, head, &mut slices.iter().copied());
+    let sent = port.send(header, len, head, &mut slices.iter().copied());
     // What waits to be sent must not depend on the guest any more.
     for slice in &slices {
         slice.fill(0xee);

@@ -17,37 +17,37 @@ pub const TESTS: &[Test] = &[
     ("switched::the_link_goes_and_comes_back", link),
 ];
 
-const FAR: MacAddr = MacAddr([2, 0, 0, 0, 0, 9]);
-const UPLINK: PortId = PortId(2);
+pub const FAR: MacAddr = MacAddr([2, 0, 0, 0, 0, 9]);
+pub const UPLINK: PortId = PortId(2);
 
-fn frame(dst: MacAddr, src: MacAddr, fill: u8, len: usize) -> Vec<u8> {
+pub fn frame(dst: MacAddr, src: MacAddr, fill: u8, len: usize) -> Vec<u8> {
     let mut frame = [dst.0, src.0].concat();
     frame.extend([0x88, 0xb5]);
     frame.resize(len, fill);
     frame
 }
 
-fn send(far: &mut AfPacket, frame: &[u8]) {
-    far.send(&VnetHdr::default(), frame, &mut std::iter::empty()).unwrap();
+pub fn send(far: &mut AfPacket, frame: &[u8]) {
+    far.send(&VnetHdr::default(), frame.len(), frame, &mut std::iter::empty()).unwrap();
     far.flush();
 }
 
 fn packet() {
     for reactors in [1, 2] {
         pair::make();
-        talk(Box::new(AfPacket::open("near").unwrap()), reactors);
+        talk(Box::new(AfPacket::open("near").unwrap()), "far", reactors);
         pair::ip("link del near");
     }
 }
 
 fn xdp() {
     pair::make();
-    talk(Box::new(AfXdp::open("near", 0).unwrap()), 1);
+    talk(Box::new(AfXdp::open("near", 0).unwrap()), "far", 1);
 }
 
-fn talk(uplink: Box<dyn Uplink>, reactors: usize) {
+pub fn talk(uplink: Box<dyn Uplink>, far: &str, reactors: usize) {
     let back = Back::start_with(&["", ""], 2, reactors, Some(uplink));
-    let mut far = AfPacket::open("far").unwrap();
+    let mut far = AfPacket::open(far).unwrap();
     let mut guests = [back.guest(0, 2), back.guest(1, 2)];
     pair::until(|| back.switch.is_up(UPLINK));
     // Nobody knows anybody yet: to all.

@@ -2,13 +2,15 @@
 //! memory, with the virtio header that both sides know, so that what the kernel and the guest leave undone (checksums,
 //! segmentation) stays undone on the way (Linux, Documentation/networking/tuntap.rst).
 //!
-//! [`transmit`] is guest to tap, [`receive`] is tap to guest, [`card`] the network card that they belong to.
+//! [`transmit`] is guest to tap, [`receive`] is tap to guest, [`card`] the network card that they belong to; [`uplink`]
+//! joins a switch instead.
 
 pub mod card;
 pub mod counters;
 pub mod receive;
 mod sys;
 pub mod transmit;
+pub mod uplink;
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -19,10 +21,10 @@ use tracing::{info, warn};
 
 use self::counters::{ReceiveDrop, TransmitDrop, Way};
 use self::receive::Receive;
-use self::sys::Interface;
 use self::transmit::Transmit;
 use crate::features;
 use crate::header::HEADER;
+use crate::port::interface::{Interface, exists, is_name};
 
 /// Most queues of a tap (the kernel's `MAX_TAP_QUEUES`).
 pub const MAX_PAIRS: u16 = 256;
@@ -120,11 +122,11 @@ impl Tap {
     /// Attaches to the tap `name`, which is made, and set up, if there is none. With an `mtu`, one that is made gets it,
     /// and one that is there must have it.
     pub fn open(name: &str, pairs: u16, mtu: Option<u16>) -> Result<Arc<Tap>, TapError> {
-        if !sys::is_name(name) {
+        if !is_name(name) {
             return Err(TapError::Name(name.into()));
         }
         check_pairs(pairs.into())?;
-        let is_new = !sys::exists(name);
+        let is_new = !exists(name);
         let tun = open_tun()?;
         let (name, is_multi_queue) = attach_first(tun.as_fd(), name, pairs)?;
         let mut tuns = vec![tun];
@@ -255,7 +257,7 @@ impl Tap {
     /// Has the kernel leave undone what a driver of these features takes undone. For the device's whole life until the
     /// next call: it holds for all queues of a tap.
     pub fn negotiated(&self, features: u64) -> io::Result<()> {
-        self.unless_gone(sys::set_offload(self.pairs[0].tun.as_fd(), offload(features)))
+        self.unless_gone(sys::set_offload(self.tun().as_fd(), offload(features)))
     }
 
     /// A queue of a tap that has been deleted runs as well: into nothing.
@@ -263,8 +265,7 @@ impl Tap {
         match done {
             // The latter is what a queue says that was out of use.
             Err(e)
-                if matches!(e.raw_os_error(), Some(libc::EBADFD | libc::EINVAL))
-                    && !sys::exists(&self.name) =>
+                if matches!(e.raw_os_error(), Some(libc::EBADFD | libc::EINVAL)) && !exists(&self.name) =>
             {
                 self.has_gone();
                 Ok(())
@@ -283,9 +284,27 @@ impl Tap {
         Ok(Transmit::new(self.run(pair)?, features, ring_size))
     }
 
+    /// The only descriptor of a tap with one queue, the first of others.
+    fn tun(&self) -> &OwnedFd {
+        &self.pairs[0].tun
+    }
+
+    /// Why the kernel does not take a frame.
+    fn why_not_sent(&self, errno: i32) -> TransmitDrop {
+        match errno {
+            libc::EIO => TransmitDrop::Down,
+            libc::EBADFD => {
+                self.has_gone();
+                TransmitDrop::Gone
+            }
+            libc::EAGAIN => TransmitDrop::Full,
+            _ => TransmitDrop::Refused,
+        }
+    }
+
     /// Says whether the guest's end of the link is up.
     pub fn set_carrier(&self, up: bool) -> io::Result<()> {
-        sys::set_carrier(self.pairs[0].tun.as_fd(), up)
+        sys::set_carrier(self.tun().as_fd(), up)
     }
 
     /// Whether the interface has been deleted.

@@ -39,8 +39,8 @@ use crate::packet::LARGEST;
 use crate::pcap::{Direction, Probe};
 
 /// Reads of a batch, at most, and of the first one after the tap was empty.
-const MAX_BATCH: usize = 16;
-const FIRST_BATCH: usize = 2;
+pub(super) const MAX_BATCH: usize = 16;
+pub(super) const FIRST_BATCH: usize = 2;
 /// Bytes of a spill: more than any frame has.
 const SPILL: usize = 68 << 10;
 /// Iovecs for the guest's pieces of one read; with those of header and spill, `UIO_MAXIOV`.
@@ -330,7 +330,7 @@ impl Receive {
     fn batch_is_complete(&mut self, queue: &mut Queue) {
         let brought = self.reads[..self.submitted].iter().filter(|r| r.frame.is_some()).count();
         let is_drained = brought < self.submitted;
-        self.batch = (if is_drained { brought + 1 } else { 2 * brought }).clamp(FIRST_BATCH, MAX_BATCH);
+        self.batch = next_batch(brought, self.submitted);
         if self.state == State::Reading {
             self.state = if is_drained { State::Empty } else { State::Readable };
         }
@@ -492,6 +492,11 @@ impl Receive {
         }
         (self.taken, self.used, self.ready) = (0, 0, 0);
     }
+}
+
+/// How many reads the next batch is to have, after one of `submitted` reads that brought so many frames.
+pub(super) fn next_batch(brought: usize, submitted: usize) -> usize {
+    (if brought < submitted { brought + 1 } else { 2 * brought }).clamp(FIRST_BATCH, MAX_BATCH)
 }
 
 /// Whether a driver with these features takes what a header says is left undone. The kernel leaves no more undone than it

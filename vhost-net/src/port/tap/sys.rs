@@ -1,14 +1,14 @@
-//! What the kernel is asked about taps and interfaces: one function for each ioctl (linux/if_tun.h, netdevice(7)).
+//! What the kernel is asked about taps: one function for each ioctl (linux/if_tun.h).
 #![allow(unsafe_code)] // ioctls
 
-use std::ffi::CString;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
-use libc::{c_char, c_int, c_short, ifreq};
+use libc::{c_int, c_short, ifreq};
 use nix::fcntl::{OFlag, open};
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 use nix::sys::stat::Mode;
+
+use crate::port::interface::{flags_of, request};
 
 mod ioctl {
     use libc::{c_int, ifreq};
@@ -19,44 +19,11 @@ mod ioctl {
     nix::ioctl_write_ptr_bad!(tun_set_vnet_le, libc::TUNSETVNETLE, c_int);
     nix::ioctl_write_ptr_bad!(tun_set_queue, libc::TUNSETQUEUE, ifreq);
     nix::ioctl_write_ptr_bad!(tun_set_carrier, libc::TUNSETCARRIER, c_int);
-    nix::ioctl_read_bad!(get_flags, libc::SIOCGIFFLAGS, ifreq);
-    nix::ioctl_write_ptr_bad!(set_flags, libc::SIOCSIFFLAGS, ifreq);
-    nix::ioctl_read_bad!(get_mtu, libc::SIOCGIFMTU, ifreq);
-    nix::ioctl_write_ptr_bad!(set_mtu, libc::SIOCSIFMTU, ifreq);
-}
-
-/// A request that names an interface; `None` if no interface can have that name.
-fn request(name: &str) -> Option<ifreq> {
-    // SAFETY: plain numbers, for which zeros are valid.
-    let mut request: ifreq = unsafe { std::mem::zeroed() };
-    let bytes = name.as_bytes();
-    let is_name = !bytes.is_empty() && bytes.len() < libc::IFNAMSIZ && name != "." && name != "..";
-    if !is_name || bytes.iter().any(|b| matches!(b, b'/' | b':') || !b.is_ascii_graphic()) {
-        return None;
-    }
-    for (to, &byte) in request.ifr_name.iter_mut().zip(bytes) {
-        *to = byte as c_char;
-    }
-    Some(request)
-}
-
-/// Whether an interface can have this name.
-pub(super) fn is_name(name: &str) -> bool {
-    request(name).is_some()
-}
-
-fn named(name: &str) -> io::Result<ifreq> {
-    request(name).ok_or_else(|| io::ErrorKind::InvalidInput.into())
 }
 
 fn name_of(request: &ifreq) -> String {
     let bytes = request.ifr_name.iter().take_while(|&&c| c != 0);
     bytes.map(|&c| char::from(c as u8)).collect()
-}
-
-fn flags_of(request: &ifreq) -> c_int {
-    // SAFETY: the kernel has filled the flags in.
-    c_int::from(unsafe { request.ifr_ifru.ifru_flags } as u16)
 }
 
 /// A descriptor that can be attached to a tap.
@@ -66,7 +33,7 @@ pub(super) fn open_tun() -> io::Result<OwnedFd> {
 
 /// Attaches `tun` to the interface of this name, which is made if there is none; the name that it has.
 pub(super) fn attach(tun: BorrowedFd<'_>, name: &str, flags: c_int) -> io::Result<String> {
-    let mut request = named(name)?;
+    let mut request = request(name)?;
     request.ifr_ifru.ifru_flags = flags as c_short;
     // SAFETY: the request is whole; the kernel writes into it, which the macro's const pointer does not say, so it goes
     // there as a pointer made from a mutable reference.
@@ -131,63 +98,4 @@ pub(super) fn set_carrier(tun: BorrowedFd<'_>, on: bool) -> io::Result<()> {
     // SAFETY: the argument is a number that outlives the call.
     unsafe { ioctl::tun_set_carrier(tun.as_raw_fd(), &raw const on)? };
     Ok(())
-}
-
-/// Whether there is an interface of this name.
-pub(super) fn exists(name: &str) -> bool {
-    CString::new(name).is_ok_and(|name| nix::net::if_::if_nametoindex(name.as_c_str()).is_ok())
-}
-
-/// An interface, to be asked about and changed.
-pub(super) struct Interface<'a> {
-    name: &'a str,
-    socket: OwnedFd,
-}
-
-impl<'a> Interface<'a> {
-    pub(super) fn new(name: &'a str) -> io::Result<Interface<'a>> {
-        let socket = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
-        Ok(Interface { name, socket })
-    }
-
-    fn fd(&self) -> c_int {
-        self.socket.as_fd().as_raw_fd()
-    }
-
-    pub(super) fn mtu(&self) -> io::Result<u32> {
-        let mut request = named(self.name)?;
-        // SAFETY: the request is whole, and the kernel fills the MTU in.
-        let mtu = unsafe {
-            ioctl::get_mtu(self.fd(), &raw mut request)?;
-            request.ifr_ifru.ifru_mtu
-        };
-        Ok(mtu as u32)
-    }
-
-    pub(super) fn set_mtu(&self, mtu: u32) -> io::Result<()> {
-        let mut request = named(self.name)?;
-        request.ifr_ifru.ifru_mtu = mtu as c_int;
-        // SAFETY: the request is whole.
-        unsafe { ioctl::set_mtu(self.fd(), &raw const request)? };
-        Ok(())
-    }
-
-    fn flags(&self) -> io::Result<(ifreq, c_int)> {
-        let mut request = named(self.name)?;
-        // SAFETY: the request is whole.
-        unsafe { ioctl::get_flags(self.fd(), &raw mut request)? };
-        Ok((request, flags_of(&request)))
-    }
-
-    pub(super) fn is_up(&self) -> io::Result<bool> {
-        Ok(self.flags()?.1 & libc::IFF_UP != 0)
-    }
-
-    pub(super) fn set_up(&self) -> io::Result<()> {
-        let (mut request, flags) = self.flags()?;
-        request.ifr_ifru.ifru_flags = (flags | libc::IFF_UP) as c_short;
-        // SAFETY: the request is whole.
-        unsafe { ioctl::set_flags(self.fd(), &raw const request)? };
-        Ok(())
-    }
 }

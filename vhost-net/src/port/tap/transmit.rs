@@ -136,15 +136,7 @@ impl Transmit {
 
     #[cold]
     fn failed(&self, result: i32, queue: &Queue) {
-        let why = match -result {
-            libc::EIO => TransmitDrop::Down,
-            libc::EBADFD => {
-                self.to.tap.has_gone();
-                TransmitDrop::Gone
-            }
-            libc::EAGAIN => TransmitDrop::Full,
-            _ => TransmitDrop::Refused,
-        };
+        let why = self.to.tap.why_not_sent(-result);
         self.pair().transmit.dropped(why);
         match why {
             TransmitDrop::Refused => {
