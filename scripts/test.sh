@@ -159,8 +159,10 @@ soak() {
     # By count; 0 leaves a part out. One that fails does not keep the others from running.
     [ "$kills" = 0 ] || part "the daemon killed $kills times, half of them with packed rings" $((kills + 600)) \
         env KICKLESS_KILLS=$((kills / 2)) "${tests[@]}" kill -- --nocapture killed_at_random
-    [ "$moves" = 0 ] || part "a guest moved $moves times under load" $((moves * 60 + 600)) \
-        env KICKLESS_MIGRATIONS="$moves" "${tests[@]}" kvm -- --nocapture migrates_to_and_fro
+    [ "$moves" = 0 ] || part "a bare-metal guest moved $moves times in each way, under load" $((moves * 120 + 600)) \
+        env KICKLESS_MIGRATIONS="$moves" "${tests[@]}" kvm -- --nocapture migrates
+    [ "$moves" = 0 ] || part "Linux with fio moved $moves times in each way" $((moves * 120 + 600)) \
+        env KICKLESS_MIGRATIONS="$moves" "${tests[@]}" qemu -- --nocapture guest_migrates
     [ "$upgrades" = 0 ] || part "$upgrades live upgrades, with split rings and with packed ones" $((upgrades * 4 + 600)) \
         env KICKLESS_TAKEOVERS="$upgrades" "${tests[@]}" takeover -- --nocapture --test-threads=1 twenty
     [ "$packets" = 0 ] || part "$packets packets through the switch, with each ring format" $((packets / 5000 + 600)) \

@@ -8,7 +8,6 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use kickless_tests::daemon::Options;
 use kickless_tests::image::{Image, MIB};
-use kickless_tests::qemu::migration::Migration;
 use kickless_tests::runner::{self, Test};
 use kickless_tests::scenario::{Expect, Load, Op, Plan, Platform};
 use kickless_tests::scene::Scene;
@@ -39,11 +38,6 @@ fn main() -> std::process::ExitCode {
             });
         }
     }
-    tests.push(Test {
-        name: "linux_qemu_guest_migrates".to_owned(),
-        needs: Box::new(|| Platform::LinuxQemu.missing_needs()),
-        run: Box::new(guest_migrates),
-    });
     runner::run(tests, "KICKLESS_REQUIRE_LINUX")
 }
 
@@ -51,32 +45,6 @@ fn speed_of_kvm(_: &Scene) -> Result<Option<String>> {
     let rate = vmm::speed::instructions_a_second()?;
     println!("{:.1} million instructions a second", rate / 1e6);
     ensure!(rate > 1e5, "{rate} instructions a second");
-    Ok(None)
-}
-
-/// A guest moves and goes on with what it was at, to another daemon and back; so does one without a disk of ours.
-fn guest_migrates(scene: &Scene) -> Result<Option<String>> {
-    let mut guest = Plan::new().boot(Platform::LinuxQemu, scene)?;
-    let count = "i=0; while test $i -lt 40; do i=$((i + 1)); echo $i >/tmp/count; sleep 0.1; done";
-    guest.qemu()?.start("count", count)?;
-    guest.migrate(scene, &Migration::default())?;
-    let counted = guest.qemu()?.join("count", Duration::from_secs(60))?;
-    ensure!(counted.code == 0 && guest.qemu()?.check("cat /tmp/count")? == "40", "{counted:?}");
-    guest.power_off()?;
-
-    let image = Image::create(scene, "disk.img", 16 * MIB)?;
-    let here = Options::default().spawn(scene, "here", &image)?;
-    let there = Options::default().args(&["--incoming"]).spawn(scene, "there", &image)?;
-    let mut guest = plan().disk(here.socket(), 2).boot(Platform::LinuxQemu, scene)?;
-    for daemon in [&there, &here] {
-        guest.run(&Load::verified().requests(500))?.expect_clean()?;
-        // Idle: under load an emulated guest loses memory, with or without a disk of ours (scenarios/migration.rs).
-        guest.migrate(scene, &Migration::to(&[daemon.socket()]))?;
-        guest.run(&Load::verified().requests(500).seed(2))?.expect_clean()?;
-    }
-    guest.power_off()?;
-    here.terminate()?;
-    there.terminate()?;
     Ok(None)
 }
 

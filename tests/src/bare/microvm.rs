@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use poll_engine::device::features::RING_PACKED;
 
 use super::{Host, MEMORY, cmdline, program};
 use crate::accel::Accel;
@@ -56,7 +57,9 @@ impl Microvm {
             ensure!(device.kind == vmm::backend::Kind::Block, "only disks in microvm so far");
             add("chardev", format!("socket,id=c{i},path={},reconnect=1", device.socket.display()));
             let (queues, size) = (device.queues, plan.ring_size);
-            add("device", format!("vhost-user-blk,chardev=c{i},num-queues={queues},queue-size={size}"));
+            let packed = if plan.features & RING_PACKED == 0 { "off" } else { "on" };
+            let device = format!("vhost-user-blk,chardev=c{i},num-queues={queues},queue-size={size}");
+            add("device", format!("{device},packed={packed}"));
         }
         if incoming {
             add("incoming", "defer".to_owned());

@@ -19,10 +19,12 @@ const SLOW: u64 = 1 << 20;
 const FAST: u64 = 1 << 30;
 
 /// How a guest is to move.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub struct Migration {
     pub(crate) sockets: Vec<PathBuf>,
     post_copy: bool,
+    /// Bytes a second that come without having been asked for, once the guest has gone before its memory.
+    background: u64,
 }
 
 /// What QEMU says of a migration that is over.
@@ -36,17 +38,57 @@ pub struct Migrated {
     pub requested: u64,
 }
 
+/// What becomes of each attempt to move a guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// Memory comes first, then the guest.
+    PreCopy,
+    /// The guest comes first, and memory as it is needed.
+    PostCopy,
+    /// Given up when some of the memory has gone over.
+    Cancelled,
+}
+
+/// How often a guest moves in each way: `KICKLESS_MIGRATIONS`, or 3.
+pub fn rounds() -> Result<usize> {
+    match std::env::var("KICKLESS_MIGRATIONS") {
+        Ok(number) => number.parse().context("KICKLESS_MIGRATIONS is no number"),
+        Err(_) => Ok(3),
+    }
+}
+
+/// How long the guest stood still: prints the distribution for each way, to be recorded.
+pub fn print_downtimes(moves: &[(Way, Migrated)]) {
+    for way in [Way::PreCopy, Way::PostCopy] {
+        let of_way = moves.iter().filter(|(w, _)| *w == way);
+        let mut downtimes: Vec<_> = of_way.map(|(_, moved)| moved.downtime).collect();
+        downtimes.sort();
+        if let (Some(least), Some(most)) = (downtimes.first(), downtimes.last()) {
+            let (count, median) = (downtimes.len(), downtimes[downtimes.len() / 2]);
+            println!("{way:?}: {count} moves; downtime: least {least:?}, median {median:?}, most {most:?}");
+        }
+    }
+}
+
 impl Migration {
     /// To back ends at these sockets, one for each disk and then for each network card, in order. Memory comes
     /// first, then the guest.
     pub fn to(sockets: &[&Path]) -> Migration {
-        Migration { sockets: sockets.iter().map(|&s| s.to_owned()).collect(), post_copy: false }
+        let sockets = sockets.iter().map(|&s| s.to_owned()).collect();
+        Migration { sockets, post_copy: false, background: 4 * SLOW }
     }
 
     /// The guest comes first, and memory as it is needed.
     #[must_use]
     pub fn post_copy(mut self) -> Migration {
         self.post_copy = true;
+        self
+    }
+
+    /// Sets how many bytes a second come without having been asked for, once the guest has gone before its memory.
+    #[must_use]
+    pub fn background(mut self, bytes: u64) -> Migration {
+        self.background = bytes;
         self
     }
 
@@ -84,7 +126,7 @@ impl Migration {
         for qmp in [&mut *here, &mut *there] {
             qmp.execute("migrate-set-capabilities", &post_copy)?;
         }
-        let parameters = json!({ "max-bandwidth": bandwidth, "max-postcopy-bandwidth": 4 * SLOW });
+        let parameters = json!({ "max-bandwidth": bandwidth, "max-postcopy-bandwidth": self.background });
         here.execute("migrate-set-parameters", &parameters)?;
         let socket = scene.fresh_log("migration");
         // Taken, so that the next one has another name.
@@ -121,6 +163,7 @@ impl Vm {
         let mut there = self.destination(scene, how)?;
         let moved = how.run(&mut self.qmp, &mut there.qmp, scene)?;
         there.agent.go_on_after(&self.agent);
+        self.expect_no_complaints()?;
         there.tolerated.append(&mut self.tolerated);
         // The old one holds a guest that must not run again.
         *self = there;

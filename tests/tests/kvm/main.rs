@@ -72,6 +72,13 @@ const ALL: &[(&str, Platform, Scenario)] = &[
     ("a_scenario_of_ten_lines", Microvm, ten_lines::restart),
 ];
 
+/// What is run with packed rings, too, in QEMU.
+const PACKED_IN_QEMU: &[(&str, Scenario)] = &[
+    ("verified_random_io_on_four_queues", blocks::four_queues),
+    ("daemon_killed_under_load", lifecycle::killed_under_load),
+    ("a_guest_migrates_in_every_way", migration::every_way),
+];
+
 /// What is run with packed rings, too, in the machine of ours.
 const PACKED: &[(&str, Scenario)] = &[
     ("queues_reset_in_flight", lifecycle::queue_resets),
@@ -86,7 +93,10 @@ const PACKED: &[(&str, Scenario)] = &[
     ("disk_grows_online", lifecycle::growth),
     ("memory_comes_and_goes_under_load", lifecycle::memory),
     ("device_reset_again_and_again", lifecycle::resets),
+    ("daemon_restarted_under_load", lifecycle::restarted),
     ("daemon_upgraded_under_load", lifecycle::upgraded),
+    ("daemon_killed_between_requests", lifecycle::killed),
+    ("daemon_killed_under_load", lifecycle::killed_under_load),
     ("interrupts_are_those_the_ring_asked_for", interrupts::counted),
     ("no_interrupts_for_a_driver_that_polls", interrupts::suppressed),
     ("no_wake_up_is_lost_adaptive", interrupts::wake_ups_adaptive),
@@ -105,15 +115,19 @@ fn main() -> std::process::ExitCode {
         needs: Box::new(move || platform.missing_needs()),
         run: Box::new(move |scene| scenario(scene, platform)),
     });
-    let packed = PACKED.iter().map(|&(name, scenario)| Test {
-        name: format!("packed::{name}"),
-        needs: Box::new(move || Bare.missing_needs()),
+    let packed = |name: String, platform: Platform, scenario: Scenario| Test {
+        name,
+        needs: Box::new(move || platform.missing_needs()),
         run: Box::new(move |scene| {
             scene.use_packed();
-            scenario(scene, Bare)
+            scenario(scene, platform)
         }),
-    });
-    runner::run(split.chain(packed).collect(), "KICKLESS_REQUIRE_KVM")
+    };
+    let ours = PACKED.iter().map(|&(name, scenario)| packed(format!("packed::{name}"), Bare, scenario));
+    let qemus = PACKED_IN_QEMU
+        .iter()
+        .map(|&(name, scenario)| packed(format!("packed::{Microvm}::{name}"), Microvm, scenario));
+    runner::run(split.chain(ours).chain(qemus).collect(), "KICKLESS_REQUIRE_KVM")
 }
 
 /// A guest with one disk of 64 MiB.

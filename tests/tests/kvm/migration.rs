@@ -5,29 +5,13 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use kickless_tests::daemon::{Daemon, Kind, Options};
 use kickless_tests::image::{Image, MIB};
-use kickless_tests::qemu::migration::Migration;
+use kickless_tests::qemu::migration::{self, Migration, Way};
 use kickless_tests::scenario::{Load, Op, Plan, Platform};
 use kickless_tests::scene::Scene;
 use poll_engine::memory::userfault;
 
-/// How often the guest moves in each way: `KICKLESS_MIGRATIONS`, or 3.
-fn rounds() -> Result<usize> {
-    match std::env::var("KICKLESS_MIGRATIONS") {
-        Ok(number) => number.parse().context("KICKLESS_MIGRATIONS is no number"),
-        Err(_) => Ok(3),
-    }
-}
-
 /// Bytes of a request: several pages.
 const BLOCK: u32 = 16384;
-
-/// What becomes of an attempt to move.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Way {
-    PreCopy,
-    PostCopy,
-    Cancelled,
-}
 
 /// Moves the guest to and fro in these ways, each under a load.
 fn to_and_fro(scene: &Scene, platform: Platform, ways: &[Way]) -> Result<Option<String>> {
@@ -40,8 +24,8 @@ fn to_and_fro(scene: &Scene, platform: Platform, ways: &[Way]) -> Result<Option<
         Options::default().args(&["--incoming"]).spawn(scene, "there", &image)?,
     ];
     let mut guest = Plan::new().cpus(2).disk(daemons[0].socket(), 4).boot(platform, scene)?;
-    let (mut at, mut downtimes) = (0, Vec::new());
-    for round in 0..rounds()? {
+    let (mut at, mut moves) = (0, Vec::new());
+    for round in 0..migration::rounds()? {
         for &way in ways {
             let context = || format!("round {round}, {way:?}");
             let to = Migration::to(&[daemons[1 - at].socket()]);
@@ -72,7 +56,7 @@ fn to_and_fro(scene: &Scene, platform: Platform, ways: &[Way]) -> Result<Option<
                         "no page was missing in {}",
                         context()
                     );
-                    downtimes.push(moved.downtime);
+                    moves.push((way, moved));
                 }
             }
             ensure!(guest.is_at_work(), "the load was over too early to prove anything ({})", context());
@@ -82,16 +66,12 @@ fn to_and_fro(scene: &Scene, platform: Platform, ways: &[Way]) -> Result<Option<
             daemons.iter_mut().try_for_each(Daemon::expect_alive)?;
         }
     }
-    downtimes.sort();
-    if let (Some(least), Some(most)) = (downtimes.first(), downtimes.last()) {
-        let median = downtimes[downtimes.len() / 2];
-        println!("{} moves; downtime: least {least:?}, median {median:?}, most {most:?}", downtimes.len());
-    }
+    migration::print_downtimes(&moves);
     guest.power_off()?;
     if ways.contains(&Way::PostCopy) {
         for line in ["its guest comes before its memory", "all memory of its guest has come"] {
             let said: usize = daemons.iter().map(|d| d.times_said(line)).sum();
-            ensure!(said == rounds()?, "{said} times: {line}");
+            ensure!(said == migration::rounds()?, "{said} times: {line}");
         }
     }
     for mut daemon in daemons {
@@ -110,4 +90,12 @@ pub fn after_it_has_come(scene: &Scene, platform: Platform) -> Result<Option<Str
         return Ok(Some("userfaultfd is not permitted here".to_owned()));
     }
     to_and_fro(scene, platform, &[Way::PostCopy])
+}
+
+pub fn every_way(scene: &Scene, platform: Platform) -> Result<Option<String>> {
+    if userfault::is_available() {
+        return to_and_fro(scene, platform, &[Way::PreCopy, Way::Cancelled, Way::PostCopy]);
+    }
+    let skipped = to_and_fro(scene, platform, &[Way::PreCopy, Way::Cancelled])?;
+    Ok(skipped.or_else(|| Some("all but post-copy has passed: userfaultfd is not permitted here".to_owned())))
 }

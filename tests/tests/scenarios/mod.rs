@@ -47,7 +47,7 @@ pub const ALL: &[(&str, Scenario)] = &[
     ("daemon_killed_under_load_packed", lifecycle::daemon_killed_packed),
     ("memory_plugged_and_unplugged_under_load", memory::hotplug),
     ("memory_in_many_regions", memory::many_regions),
-    ("migrates_to_and_fro_before_its_memory", migration::pre_copy),
+    ("guest_migrates_under_load", migration::every_way),
 ];
 
 /// Those that are run with packed rings, too.
@@ -59,6 +59,7 @@ pub const PACKED: &[(&str, Scenario)] = &[
     ("disk_unplugged_and_plugged_again", lifecycle::replug),
     ("daemon_upgraded_under_load", lifecycle::daemon_upgraded),
     ("memory_plugged_and_unplugged_under_load", memory::hotplug),
+    ("guest_migrates_under_load", migration::every_way),
 ];
 
 /// How long a run of fio may take.
