@@ -28,6 +28,8 @@ const EXTENSIONS: usize = 8;
 pub const ETHERTYPE_IPV4: u16 = 0x0800;
 /// EtherType of ARP.
 pub const ETHERTYPE_ARP: u16 = 0x0806;
+/// EtherType of RARP.
+pub const ETHERTYPE_RARP: u16 = 0x8035;
 /// EtherType of IPv6.
 pub const ETHERTYPE_IPV6: u16 = 0x86dd;
 /// EtherType of a customer's VLAN tag (IEEE 802.1Q).
@@ -49,6 +51,18 @@ pub const IPV6: u8 = 41;
 pub const GRE: u8 = 47;
 /// Protocol number of ICMPv6.
 pub const ICMPV6: u8 = 58;
+
+const ROUTING: u8 = 43;
+const FRAGMENT: u8 = 44;
+const AUTHENTICATION: u8 = 51;
+const OPTIONS: u8 = 60;
+
+/// Whether a header of IPv6 is one that others follow: hop-by-hop options, routing, fragment, authentication, destination
+/// options, mobility, host identity, shim6.
+#[inline]
+pub fn is_extension(protocol: u8) -> bool {
+    matches!(protocol, 0 | ROUTING | FRAGMENT | AUTHENTICATION | OPTIONS | 135 | 139 | 140)
+}
 
 /// A MAC address.
 pub type Mac = [u8; 6];
@@ -97,6 +111,7 @@ pub enum Network {
 
 /// Where the headers of a frame are. Offsets count from its first byte.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(clippy::struct_excessive_bools)] // each of its own meaning
 pub struct Layers {
     /// What lies behind the Ethernet header.
     pub network: Network,
@@ -110,6 +125,8 @@ pub struct Layers {
     pub payload: Option<u16>,
     /// It is a fragment; no transport header is looked for in those.
     pub fragment: bool,
+    /// It is a fragment, and not the first one.
+    pub later: bool,
     /// IPv6 has extension headers.
     pub extended: bool,
     /// All headers of IP were seen; not so if there are more, or longer ones, than one looks behind.
@@ -120,10 +137,10 @@ pub struct Layers {
     pub destination: u16,
 }
 
-/// An ARP packet, of IPv4 over Ethernet.
+/// An ARP or RARP packet, of IPv4 over Ethernet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Arp {
-    /// 1 to ask, 2 to answer.
+    /// 1 to ask, 2 to answer; of RARP 3 and 4.
     pub operation: u16,
     /// Who says so.
     pub sender_mac: Mac,
@@ -221,7 +238,14 @@ impl<'a> Packet<'a> {
         Some(Tag { tpid: word(self.head, 12)?, tci: word(self.head, 14)? })
     }
 
-    /// EtherType behind the tags.
+    /// Tags that were looked behind.
+    #[inline]
+    pub fn tags(&self) -> usize {
+        (usize::from(self.l3) - ETHERNET) / TAG
+    }
+
+    /// EtherType behind the tags; that of a tag if there are more than one looks behind.
+    #[inline]
     pub fn ethertype(&self) -> u16 {
         self.ethertype
     }
@@ -235,6 +259,7 @@ impl<'a> Packet<'a> {
             transport: self.l3,
             payload: None,
             fragment: false,
+            later: false,
             extended: false,
             whole: false,
             source: self.l3,
@@ -259,7 +284,8 @@ impl<'a> Packet<'a> {
         }
         let transport = l3 + header;
         // More fragments, or an offset.
-        let fragment = u16::from_be_bytes([fixed[6], fixed[7]]) & 0x3fff != 0;
+        let place = u16::from_be_bytes([fixed[6], fixed[7]]) & 0x3fff;
+        let fragment = place != 0;
         let protocol = fixed[9];
         Some(Layers {
             network: Network::Ipv4,
@@ -267,6 +293,7 @@ impl<'a> Packet<'a> {
             transport: transport as u16,
             payload: if fragment { None } else { self.payload(protocol, transport) },
             fragment,
+            later: place & 0x1fff != 0,
             whole: true,
             source: (l3 + 12) as u16,
             destination: (l3 + 16) as u16,
@@ -299,20 +326,9 @@ impl<'a> Packet<'a> {
 
     /// Goes behind the extension headers, from `at` on. None if there is more of them than can be seen.
     fn extensions(&self, layers: &mut Layers, at: &mut usize) -> Option<()> {
-        const HOP_BY_HOP: u8 = 0;
-        const ROUTING: u8 = 43;
-        const FRAGMENT: u8 = 44;
-        const AUTHENTICATION: u8 = 51;
-        const DESTINATION: u8 = 60;
-        const MOBILITY: u8 = 135;
-        const HIP: u8 = 139;
-        const SHIM6: u8 = 140;
         for _ in 0..=EXTENSIONS {
             let (kind, here) = (layers.protocol, *at);
-            if !matches!(
-                kind,
-                HOP_BY_HOP | ROUTING | FRAGMENT | AUTHENTICATION | DESTINATION | MOBILITY | HIP | SHIM6
-            ) {
+            if !is_extension(kind) {
                 return Some(());
             }
             let [next, len]: [u8; 2] = bytes(self.head, here)?;
@@ -327,13 +343,16 @@ impl<'a> Packet<'a> {
             match kind {
                 // RFC 6275, 6.4: type 2, one segment left or none, one address.
                 ROUTING if len == 24 && header[2] == 2 => layers.destination = (here + 8) as u16,
-                DESTINATION => {
+                OPTIONS => {
                     if let Some(address) = home_address(header) {
                         layers.source = (here + address) as u16;
                     }
                 }
                 // An atomic fragment (RFC 6946) is a whole packet.
-                FRAGMENT => layers.fragment |= u16::from_be_bytes([header[2], header[3]]) & 0xfff9 != 0,
+                FRAGMENT => {
+                    let place = u16::from_be_bytes([header[2], header[3]]);
+                    (layers.fragment, layers.later) = (place & 0xfff9 != 0, place & 0xfff8 != 0);
+                }
                 _ => {}
             }
             layers.protocol = next;
@@ -357,10 +376,10 @@ impl<'a> Packet<'a> {
         (header >= least && payload <= self.head.len()).then_some(payload as u16)
     }
 
-    /// The ARP packet, if it is one of IPv4 over Ethernet and all there (RFC 826).
+    /// The ARP or RARP packet, if it is one of IPv4 over Ethernet and all there (RFC 826, RFC 903).
     pub fn arp(&self) -> Option<Arp> {
         let arp: [u8; 28] = bytes(self.head, usize::from(self.l3))?;
-        if self.ethertype != ETHERTYPE_ARP || arp[..6] != [0, 1, 8, 0, 6, 4] {
+        if !matches!(self.ethertype, ETHERTYPE_ARP | ETHERTYPE_RARP) || arp[..6] != [0, 1, 8, 0, 6, 4] {
             return None;
         }
         Some(Arp {
@@ -389,13 +408,17 @@ impl<'a> Packet<'a> {
         Some((word(self.head, at)?, word(self.head, at + 2)?))
     }
 
+    /// The type of an ICMPv6 message, if one begins here.
+    pub fn icmpv6(&self, layers: &Layers) -> Option<u8> {
+        let begins =
+            layers.network == Network::Ipv6 && layers.whole && layers.protocol == ICMPV6 && !layers.later;
+        if begins { self.head.get(usize::from(layers.transport)).copied() } else { None }
+    }
+
     /// The packet of neighbour discovery, if it is one (RFC 4861, 4).
     pub fn neighbour(&self, layers: &Layers) -> Option<Neighbour> {
-        if layers.network != Network::Ipv6 || !layers.whole || layers.protocol != ICMPV6 || layers.fragment {
-            return None;
-        }
+        let kind = self.icmpv6(layers).filter(|_| !layers.fragment)?;
         let at = usize::from(layers.transport);
-        let kind = *self.head.get(at)?;
         // Where options begin.
         let fixed = match kind {
             133 => 8,
@@ -416,8 +439,8 @@ impl<'a> Packet<'a> {
                 return Some(found);
             }
             if matches!(option, 1 | 2) {
-                // Which of two is taken would be up to who reads it.
-                if found.link_layer.is_some() {
+                // Which of two is taken would be up to who reads it; and Ethernet's are of one unit.
+                if found.link_layer.is_some() || units != 1 {
                     return Some(found);
                 }
                 found.link_layer = bytes(self.head, here + 2);

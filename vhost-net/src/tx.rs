@@ -7,9 +7,8 @@ use poll_engine::ring::chain::ChainView;
 
 use crate::header::{BadHeader, Gso, HEADER, HEADER_WITH_HASH, Offload, Partial, VnetHdr};
 use crate::outside::HOST_OFFLOADS;
-use crate::packet::{PEEK, Packet};
-use crate::switch::ethernet::TAG;
-use crate::switch::vlan::{TPID, TagAction};
+use crate::packet::{ETHERTYPE_VLAN, PEEK, Packet, TAG};
+use crate::switch::vlan::TagAction;
 
 /// Bytes of most packets that are looked at: both addresses, the type, and two more.
 pub const GLANCE: usize = 16;
@@ -289,7 +288,7 @@ impl Head {
             TagAction::Set(tci) => self.bytes[at + 2..at + TAG].copy_from_slice(&tci.to_be_bytes()),
             TagAction::Push(tci) => {
                 self.bytes.copy_within(at..self.copied, at + TAG);
-                self.bytes[at..at + 2].copy_from_slice(&TPID.to_be_bytes());
+                self.bytes[at..at + 2].copy_from_slice(&ETHERTYPE_VLAN.to_be_bytes());
                 self.bytes[at + 2..at + TAG].copy_from_slice(&tci.to_be_bytes());
                 self.copied += TAG;
                 self.len += TAG as u32;

@@ -11,8 +11,11 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use ipnet::IpNet;
 
 use super::DropReason;
-use super::ethernet::{ARP, IPV4, IPV6, RARP, is_tpid};
 use crate::mac::MacAddr;
+use crate::packet::{
+    ETHERTYPE_ARP, ETHERTYPE_IPV4, ETHERTYPE_IPV6, ETHERTYPE_QINQ, ETHERTYPE_RARP, ETHERTYPE_VLAN, ICMPV6,
+    Mac, Neighbour, Packet, UDP, is_extension,
+};
 
 /// What a port may send from.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -33,24 +36,13 @@ pub struct Guard {
     is_router: bool,
 }
 
-/// Tags below the outer one that are looked behind.
-const INNER_TAGS: usize = 1;
-/// Extension headers of IPv6 that are looked behind.
-const EXTENSIONS: usize = 8;
-const ICMPV6: u8 = 58;
-const UDP: u8 = 17;
-
 fn link_local(mac: u64) -> Ipv6Addr {
     let (vendor, serial) = ((mac ^ 2 << 40) >> 24, mac & 0xff_ffff);
     Ipv6Addr::from(0xfe80 << 112 | u128::from(vendor) << 40 | 0xff_fe00_0000 | u128::from(serial))
 }
 
-fn field<const N: usize>(bytes: &[u8], at: usize) -> Option<[u8; N]> {
-    bytes.get(at..)?.first_chunk().copied()
-}
-
-fn is_mac(bytes: &[u8], at: usize, mac: u64) -> bool {
-    field(bytes, at).is_some_and(|m| MacAddr(m).to_u64() == mac)
+fn is_mac(mac: Mac, other: u64) -> bool {
+    MacAddr(mac).to_u64() == other
 }
 
 impl Guard {
@@ -61,24 +53,21 @@ impl Guard {
         (!config.macs.is_empty() || !config.ips.is_empty()).then_some(guard)
     }
 
-    /// Whether a frame from `src` may pass. `ethertype` is what `packet` is: what comes behind the outer tag, as far as
-    /// it is at hand.
-    #[inline]
-    pub fn check(&self, src: u64, mut ethertype: u16, mut packet: &[u8]) -> Result<(), DropReason> {
+    /// Whether a frame may pass, of which at least [`PEEK`](crate::packet::PEEK) bytes are at hand.
+    pub fn check(&self, packet: &Packet<'_>) -> Result<(), DropReason> {
+        let src = MacAddr(packet.source()).to_u64();
         if !self.macs.is_empty() && !self.macs.contains(&src) {
             return Err(DropReason::GuardMac);
         }
-        for _ in 0..INNER_TAGS {
-            if is_tpid(ethertype) && self.ips.is_empty() {
-                ethertype = field(packet, 2).map(u16::from_be_bytes).ok_or(DropReason::GuardProtocol)?;
-                packet = &packet[4..];
-            }
-        }
-        match ethertype {
-            IPV4 => self.ipv4(packet).ok_or(DropReason::GuardIp),
-            IPV6 => self.ipv6(src, packet),
-            ARP | RARP => self.arp(src, ethertype, packet).ok_or(DropReason::GuardArp),
-            _ if is_tpid(ethertype) || !self.ips.is_empty() => Err(DropReason::GuardProtocol),
+        let is_stacked = packet.tags() > 1 || packet.tag().is_some_and(|tag| tag.tpid != ETHERTYPE_VLAN);
+        match packet.ethertype() {
+            _ if is_stacked && !self.ips.is_empty() => Err(DropReason::GuardProtocol),
+            ETHERTYPE_IPV4 => self.ipv4(packet).ok_or(DropReason::GuardIp),
+            ETHERTYPE_IPV6 => self.ipv6(src, packet),
+            ETHERTYPE_ARP | ETHERTYPE_RARP => self.arp(src, packet).ok_or(DropReason::GuardArp),
+            // Further tags than one looks behind.
+            ETHERTYPE_VLAN | ETHERTYPE_QINQ => Err(DropReason::GuardProtocol),
+            _ if !self.ips.is_empty() => Err(DropReason::GuardProtocol),
             _ => Ok(()),
         }
     }
@@ -89,59 +78,58 @@ impl Guard {
     }
 
     /// ARP (RFC 826) and RARP (RFC 903) for IPv4 on Ethernet: who sends is who it says.
-    fn arp(&self, src: u64, ethertype: u16, packet: &[u8]) -> Option<()> {
-        const ETHERNET_IPV4: [u8; 6] = [0, 1, 8, 0, 6, 4];
+    fn arp(&self, src: u64, packet: &Packet<'_>) -> Option<()> {
         const REQUEST: u16 = 1;
         const REVERSE_REQUEST: u16 = 3;
-        let operation = u16::from_be_bytes(field(packet, 6)?);
-        let is_right = packet.starts_with(&ETHERNET_IPV4) && packet.len() >= 28 && is_mac(packet, 8, src);
-        let ip = Ipv4Addr::from(field::<4>(packet, 14)?);
-        let asks = operation == if ethertype == ARP { REQUEST } else { REVERSE_REQUEST };
-        let is_allowed = match ethertype {
-            ARP => self.allows(ip) || ip.is_unspecified() && asks,
-            _ => asks && (self.allows(ip) || ip.is_unspecified()),
+        let arp = packet.arp().filter(|arp| is_mac(arp.sender_mac, src))?;
+        let ip = Ipv4Addr::from(arp.sender_ip);
+        let is_allowed = if packet.ethertype() == ETHERTYPE_ARP {
+            self.allows(ip) || ip.is_unspecified() && arp.operation == REQUEST
+        } else {
+            arp.operation == REVERSE_REQUEST && (self.allows(ip) || ip.is_unspecified())
         };
-        (is_right && is_allowed).then_some(())
+        is_allowed.then_some(())
     }
 
-    #[inline]
-    fn ipv4(&self, packet: &[u8]) -> Option<()> {
+    fn ipv4(&self, packet: &Packet<'_>) -> Option<()> {
         if self.ips.is_empty() {
             return Some(());
         }
-        let header: &[u8; 20] = packet.first_chunk()?;
-        let from = Ipv4Addr::from(field::<4>(header, 12)?);
-        let is_whole = header[0] >> 4 == 4 && header[0] & 0xf >= 5;
+        let layers = packet.layers();
+        let from = Ipv4Addr::from(packet.ipv4_source(&layers)?);
         let is_allowed = if from.is_unspecified() {
             // A client that has no address yet (RFC 2131, 4.1): in one piece, from port 68 to 67.
-            let is_fragment = u16::from_be_bytes([header[6], header[7]]) & 0x3fff != 0;
-            let ports = field(packet, 4 * usize::from(header[0] & 0xf))?;
-            header[9] == UDP && !is_fragment && ports == [0, 68, 0, 67]
+            layers.protocol == UDP && packet.ports(&layers) == Some((68, 67))
         } else {
             self.allows(from)
         };
-        (is_whole && is_allowed).then_some(())
+        is_allowed.then_some(())
     }
 
-    #[inline]
-    fn ipv6(&self, src: u64, packet: &[u8]) -> Result<(), DropReason> {
-        let header: &[u8; 40] = packet.first_chunk().ok_or(DropReason::GuardIp)?;
-        let from = Ipv6Addr::from(field::<16>(header, 8).ok_or(DropReason::GuardIp)?);
+    fn ipv6(&self, src: u64, packet: &Packet<'_>) -> Result<(), DropReason> {
+        let layers = packet.layers();
+        let from = packet.ipv6_source(&layers).map(Ipv6Addr::from).ok_or(DropReason::GuardIp)?;
         let is_unspecified = from.is_unspecified();
-        if header[0] >> 4 != 6 || !(is_unspecified || self.allows_ipv6(src, from)) {
+        if !is_unspecified && !self.allows_ipv6(src, from) {
             return Err(DropReason::GuardIp);
         }
-        // What comes behind the packet pads the frame.
-        let end = 40 + usize::from(u16::from_be_bytes([header[4], header[5]]));
-        let payload = packet.get(40..end).unwrap_or(&packet[40..]);
-        match upper_layer(header[6], payload).ok_or(DropReason::GuardNd)? {
-            Upper::Icmp { message, is_fragment } => {
-                let is_whole = !is_fragment && packet.len() >= end;
-                self.neighbours(src, is_unspecified, message, is_whole).ok_or(DropReason::GuardNd)
-            }
-            Upper::Other if is_unspecified && !self.ips.is_empty() => Err(DropReason::GuardIp),
-            Upper::Other => Ok(()),
+        let begins = layers.fragment && !layers.later;
+        if !layers.whole || begins && is_extension(layers.protocol) {
+            // What is behind there may be neighbour discovery.
+            return Err(DropReason::GuardNd);
         }
+        if layers.protocol == ICMPV6 && !layers.later {
+            // In pieces it is none (RFC 6980).
+            return match packet.icmpv6(&layers) {
+                Some(133..=137) => packet
+                    .neighbour(&layers)
+                    .filter(|message| self.allows_neighbour(src, is_unspecified, message))
+                    .map_or(Err(DropReason::GuardNd), |_| Ok(())),
+                Some(_) => Ok(()),
+                None => Err(DropReason::GuardNd),
+            };
+        }
+        if is_unspecified && !self.ips.is_empty() { Err(DropReason::GuardIp) } else { Ok(()) }
     }
 
     fn allows_ipv6(&self, src: u64, ip: Ipv6Addr) -> bool {
@@ -149,70 +137,23 @@ impl Guard {
     }
 
     /// Neighbour discovery (RFC 4861, 4): the addresses that it announces are the sender's own.
-    fn neighbours(&self, src: u64, is_unspecified: bool, message: &[u8], is_whole: bool) -> Option<()> {
+    fn allows_neighbour(&self, src: u64, is_unspecified: bool, message: &Neighbour) -> bool {
         const ROUTER_SOLICITATION: u8 = 133;
         const ROUTER_ADVERTISEMENT: u8 = 134;
         const SOLICITATION: u8 = 135;
         const ADVERTISEMENT: u8 = 136;
-        const REDIRECT: u8 = 137;
-        let owns_target =
-            || field::<16>(message, 8).is_some_and(|ip| self.allows_ipv6(src, Ipv6Addr::from(ip)));
-        let (options, is_allowed) = match *message.first()? {
-            ROUTER_SOLICITATION => (8, true),
-            ROUTER_ADVERTISEMENT => (16, self.is_router),
+        let owns_target = || message.target.is_some_and(|ip| self.allows_ipv6(src, Ipv6Addr::from(ip)));
+        let is_allowed = match message.kind {
+            ROUTER_SOLICITATION => true,
+            ROUTER_ADVERTISEMENT => self.is_router,
             // Without a source it is duplicate detection, and takes the address from whoever has it.
-            SOLICITATION => (24, !is_unspecified || owns_target()),
-            ADVERTISEMENT => (24, owns_target()),
-            REDIRECT => return self.is_router.then_some(()),
-            _ => return Some(()),
+            SOLICITATION => !is_unspecified || owns_target(),
+            ADVERTISEMENT => owns_target(),
+            // Redirects are about others' addresses.
+            _ => return self.is_router,
         };
-        (is_allowed && is_whole && are_own(message.get(options..)?, src)).then_some(())
+        is_allowed && message.whole && message.link_layer.is_none_or(|mac| is_mac(mac, src))
     }
-}
-
-/// Whether the link-layer addresses in these options (RFC 4861, 4.6.1) are `src`.
-fn are_own(mut options: &[u8], src: u64) -> bool {
-    while let [kind, words, ..] = *options {
-        if matches!(kind, 1 | 2) && (words != 1 || !is_mac(options, 2, src)) {
-            return false;
-        }
-        match options.get(8 * usize::from(words)..) {
-            Some(rest) if words > 0 => options = rest,
-            _ => return false,
-        }
-    }
-    options.is_empty()
-}
-
-enum Upper<'a> {
-    Icmp { message: &'a [u8], is_fragment: bool },
-    Other,
-}
-
-/// What is behind the extension headers (RFC 8200, 4). `None` when that cannot be seen.
-fn upper_layer(mut next: u8, mut bytes: &[u8]) -> Option<Upper<'_>> {
-    const HOP_BY_HOP: u8 = 0;
-    const ROUTING: u8 = 43;
-    const FRAGMENT: u8 = 44;
-    const AUTHENTICATION: u8 = 51;
-    const DESTINATION: u8 = 60;
-    let mut is_fragment = false;
-    for _ in 0..=EXTENSIONS {
-        let len = match next {
-            ICMPV6 => return Some(Upper::Icmp { message: bytes, is_fragment }),
-            HOP_BY_HOP | ROUTING | DESTINATION => 8 * (1 + usize::from(*bytes.get(1)?)),
-            AUTHENTICATION => 4 * (2 + usize::from(*bytes.get(1)?)),
-            FRAGMENT if u16::from_be_bytes(field(bytes, 2)?) & 0xfff8 != 0 => return Some(Upper::Other),
-            FRAGMENT => {
-                is_fragment = true;
-                8
-            }
-            _ => return Some(Upper::Other),
-        };
-        next = *bytes.first()?;
-        bytes = bytes.get(len..)?;
-    }
-    None
 }
 
 #[cfg(test)]
@@ -226,6 +167,17 @@ mod tests {
     fn guard(ips: &[&str], is_router: bool) -> Guard {
         let ips = ips.iter().map(|ip| ip.parse().unwrap()).collect();
         Guard::new(&GuardConfig { macs: vec![MacAddr::from_u64(OWN)], ips, is_router }).unwrap()
+    }
+
+    const IPV4: u16 = ETHERTYPE_IPV4;
+    const IPV6: u16 = ETHERTYPE_IPV6;
+    const ARP: u16 = ETHERTYPE_ARP;
+    const RARP: u16 = ETHERTYPE_RARP;
+
+    fn verdict(g: &Guard, src: u64, ethertype: u16, payload: &[u8]) -> Result<(), DropReason> {
+        let header = [[0xff; 6], MacAddr::from_u64(src).0].concat();
+        let frame = [&header[..], &ethertype.to_be_bytes(), payload].concat();
+        Packet::parse(&frame, frame.len()).map_or(Err(DropReason::Runt), |packet| g.check(&packet))
     }
 
     fn arp(operation: u8, mac: u64, ip: [u8; 4]) -> Vec<u8> {
@@ -269,14 +221,14 @@ mod tests {
     #[test]
     fn every_frame_comes_from_an_address_of_the_port() {
         let g = guard(&[], false);
-        assert_eq!(g.check(OWN, 0x88cc, &[]), Ok(()));
-        assert_eq!(g.check(OTHER, 0x88cc, &[]), Err(DropReason::GuardMac));
+        assert_eq!(verdict(&g, OWN, 0x88cc, &[]), Ok(()));
+        assert_eq!(verdict(&g, OTHER, 0x88cc, &[]), Err(DropReason::GuardMac));
         assert!(Guard::new(&GuardConfig::default()).is_none());
     }
 
     #[test]
     fn arp_says_nothing_but_the_ports_addresses() {
-        let check = |g: &Guard, packet: &[u8]| g.check(OWN, ARP, packet).is_ok();
+        let check = |g: &Guard, packet: &[u8]| verdict(g, OWN, ARP, packet).is_ok();
         let g = guard(&GUARDED, false);
         for operation in [1, 2] {
             assert!(check(&g, &arp(operation, OWN, [10, 0, 0, 1])));
@@ -293,14 +245,14 @@ mod tests {
         let any = guard(&[], false);
         assert!(check(&any, &arp(2, OWN, [1, 2, 3, 4])) && !check(&any, &arp(2, OTHER, [1, 2, 3, 4])));
         // What announces a guest that has moved.
-        assert_eq!(g.check(OWN, RARP, &arp(3, OWN, [0; 4])), Ok(()));
-        assert_eq!(g.check(OWN, RARP, &arp(4, OWN, [0; 4])), Err(DropReason::GuardArp));
+        assert_eq!(verdict(&g, OWN, RARP, &arp(3, OWN, [0; 4])), Ok(()));
+        assert_eq!(verdict(&g, OWN, RARP, &arp(4, OWN, [0; 4])), Err(DropReason::GuardArp));
     }
 
     #[test]
     fn ipv4_comes_from_the_ports_addresses_or_asks_for_one() {
         let g = guard(&GUARDED, false);
-        let check = |packet: &[u8]| g.check(OWN, IPV4, packet).is_ok();
+        let check = |packet: &[u8]| verdict(&g, OWN, IPV4, packet).is_ok();
         assert!(check(&ipv4([10, 0, 0, 1], 6, [0; 4])));
         assert!(!check(&ipv4([10, 0, 0, 2], 6, [0; 4])));
         let dhcp = ipv4([0; 4], 17, [0, 68, 0, 67]);
@@ -319,21 +271,30 @@ mod tests {
     fn nothing_hides_behind_what_the_guard_does_not_know() {
         let g = guard(&GUARDED, false);
         for ethertype in [0x8100, 0x88a8, 0x8847, 0x8864, 0x0100, 0] {
-            assert_eq!(g.check(OWN, ethertype, &[0; 60]), Err(DropReason::GuardProtocol), "{ethertype:#x}");
+            assert_eq!(
+                verdict(&g, OWN, ethertype, &[0; 60]),
+                Err(DropReason::GuardProtocol),
+                "{ethertype:#x}"
+            );
         }
-        // With Ethernet addresses only, ARP is looked at behind a second tag, and a third one does not pass.
+        // With Ethernet addresses only, ARP is looked at behind two tags, and a third one does not pass.
         let any = guard(&[], false);
         let tagged = |mac| [vec![0, 7, 8, 6], arp(2, mac, [1, 2, 3, 4])].concat();
-        assert_eq!(any.check(OWN, 0x8100, &tagged(OWN)), Ok(()));
-        assert_eq!(any.check(OWN, 0x88a8, &tagged(OTHER)), Err(DropReason::GuardArp));
-        assert_eq!(any.check(OWN, 0x8100, &[0, 7, 0x81, 0, 0, 8, 8, 6]), Err(DropReason::GuardProtocol));
-        assert_eq!(any.check(OWN, 0x8100, &[0, 7, 8]), Err(DropReason::GuardProtocol));
+        assert_eq!(verdict(&any, OWN, 0x8100, &tagged(OWN)), Ok(()));
+        assert_eq!(verdict(&any, OWN, 0x88a8, &tagged(OTHER)), Err(DropReason::GuardArp));
+        let twice = |mac| [vec![0, 7, 0x81, 0], tagged(mac)].concat();
+        assert_eq!(verdict(&any, OWN, 0x8100, &twice(OWN)), Ok(()));
+        assert_eq!(verdict(&any, OWN, 0x8100, &twice(OTHER)), Err(DropReason::GuardArp));
+        assert_eq!(verdict(&g, OWN, 0x8100, &twice(OWN)), Err(DropReason::GuardProtocol));
+        let thrice = [vec![0, 7, 0x81, 0], twice(OWN)].concat();
+        assert_eq!(verdict(&any, OWN, 0x8100, &thrice), Err(DropReason::GuardProtocol));
+        assert_eq!(verdict(&any, OWN, 0x8100, &[0, 7, 8]), Err(DropReason::Runt));
     }
 
     #[test]
     fn ipv6_comes_from_the_ports_addresses() {
         let g = guard(&GUARDED, false);
-        let check = |packet: &[u8]| g.check(OWN, IPV6, packet);
+        let check = |packet: &[u8]| verdict(&g, OWN, IPV6, packet);
         assert_eq!(check(&ipv6("2001:db8::1", 17, &[0; 8])), Ok(()));
         assert_eq!(check(&ipv6("2001:db8::2", 17, &[0; 8])), Err(DropReason::GuardIp));
         assert_eq!(check(&ipv6("fe80::5054:ff:fe00:1", 17, &[0; 8])), Ok(()), "made of its Ethernet address");
@@ -347,7 +308,7 @@ mod tests {
     #[test]
     fn neighbour_discovery_announces_nothing_but_the_ports_addresses() {
         let g = guard(&GUARDED, false);
-        let check = |packet: &[u8]| g.check(OWN, IPV6, packet).is_ok();
+        let check = |packet: &[u8]| verdict(&g, OWN, IPV6, packet).is_ok();
         let (own, other) = ("2001:db8::1", "2001:db8::2");
         assert!(check(&ipv6(own, 58, &nd(136, own, (2, OWN)))));
         assert!(!check(&ipv6(own, 58, &nd(136, other, (2, OWN)))));
@@ -362,7 +323,10 @@ mod tests {
         );
         for router in [134, 137] {
             let packet = ipv6(own, 58, &nd(router, own, (1, OWN)));
-            assert!(!check(&packet) && guard(&GUARDED, true).check(OWN, IPV6, &packet).is_ok(), "{router}");
+            assert!(
+                !check(&packet) && verdict(&guard(&GUARDED, true), OWN, IPV6, &packet).is_ok(),
+                "{router}"
+            );
         }
         let echo = ipv6(own, 58, &[128, 0, 0, 0, 0, 0, 0, 1]);
         assert!(check(&echo));
@@ -371,14 +335,14 @@ mod tests {
         assert!(!check(&ipv6(own, 58, &endless)), "an option of no length");
         // Without a list of IP addresses its own link-layer address is still the only one it announces.
         let any = guard(&[], false);
-        assert!(any.check(OWN, IPV6, &ipv6(other, 58, &nd(136, other, (2, OWN)))).is_ok());
-        assert!(any.check(OWN, IPV6, &ipv6(other, 58, &nd(136, other, (2, OTHER)))).is_err());
+        assert!(verdict(&any, OWN, IPV6, &ipv6(other, 58, &nd(136, other, (2, OWN)))).is_ok());
+        assert!(verdict(&any, OWN, IPV6, &ipv6(other, 58, &nd(136, other, (2, OTHER)))).is_err());
     }
 
     #[test]
     fn extension_headers_hide_nothing() {
         let g = guard(&GUARDED, false);
-        let check = |packet: &[u8]| g.check(OWN, IPV6, packet);
+        let check = |packet: &[u8]| verdict(&g, OWN, IPV6, packet);
         let own = "2001:db8::1";
         let (good, bad) = (nd(136, own, (2, OWN)), nd(136, "2001:db8::2", (2, OWN)));
         for next in [0u8, 43, 60] {
@@ -391,6 +355,9 @@ mod tests {
         assert_eq!(check(&ipv6(own, 44, &fragment(0, &good))), Err(DropReason::GuardNd));
         assert_eq!(check(&ipv6(own, 44, &fragment(8, &bad))), Ok(()));
         assert_eq!(check(&ipv6(own, 44, &fragment(0, &[128, 0, 0, 0]))), Ok(()));
+        // The first of several, with what comes next in the others.
+        let split = [&[60, 0, 0, 1, 0, 0, 0, 0, 58, 0, 0, 0, 0, 0, 0, 0], &good[..]].concat();
+        assert_eq!(check(&ipv6(own, 44, &split)), Err(DropReason::GuardNd));
         let long: Vec<u8> = [60u8, 0, 0, 0, 0, 0, 0, 0].repeat(20);
         assert_eq!(check(&ipv6(own, 60, &long)), Err(DropReason::GuardNd), "more than anybody sends");
         assert_eq!(check(&ipv6(own, 60, &[58, 9])), Err(DropReason::GuardNd), "beyond what is at hand");

@@ -13,7 +13,6 @@
 //! them from the guest's memory again forwards what nobody has looked at.
 
 pub mod counters;
-pub mod ethernet;
 pub mod fdb;
 pub mod guard;
 pub mod limit;
@@ -23,8 +22,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::mac::MacAddr;
+use crate::packet::{ETHERNET, Packet, TAG};
 pub use counters::{DropReason, PortCounters};
-use ethernet::Ethernet;
 use fdb::{Fdb, FdbConfig, Learnt, Period};
 use guard::{Guard, GuardConfig};
 use limit::{Limiter, Rate, Storm, StormRates};
@@ -176,7 +175,7 @@ impl Switch {
             is_up: AtomicBool::new(false),
             is_isolated: config.is_isolated,
             floods_unknown: config.floods_unknown,
-            longest: config.mtu.saturating_add(ethernet::HEADER as u32),
+            longest: config.mtu.saturating_add(ETHERNET as u32),
             vlan: config.vlan.clone(),
             guard: Guard::new(&config.guard),
             ingress: Limiter::new(config.ingress),
@@ -266,7 +265,7 @@ impl Port {
             return Err(DropReason::Isolated);
         }
         let action = self.vlan.emit(frame.vid, frame.tag)?;
-        let tag = if frame.tag.is_some() { ethernet::TAG as u32 } else { 0 };
+        let tag = if frame.tag.is_some() { TAG as u32 } else { 0 };
         if frame.longest > self.longest + tag {
             return Err(DropReason::TooLong);
         }
@@ -352,8 +351,9 @@ impl Shard {
         if !port.is_up.load(Ordering::Relaxed) {
             return Err(here(DropReason::LinkDown));
         }
-        let ethernet = Ethernet::parse(frame.head).ok_or(here(DropReason::Runt))?;
-        let Ethernet { dst, src, tag, .. } = ethernet;
+        let packet = Packet::parse(frame.head, frame.head.len()).map_err(|_| here(DropReason::Runt))?;
+        let [dst, src] = [packet.destination(), packet.source()].map(|mac| MacAddr(mac).to_u64());
+        let tag = Tag::of(&packet);
         if src & GROUP != 0 || src == 0 {
             return Err(here(DropReason::BadSource));
         }
@@ -362,7 +362,7 @@ impl Shard {
         }
         let vid = port.vlan.admit(tag).map_err(here)?;
         if let Some(guard) = &port.guard {
-            guard.check(src, ethernet.ethertype, &frame.head[ethernet.payload..]).map_err(here)?;
+            guard.check(&packet).map_err(here)?;
         }
         if let Some(limit) = &port.ingress
             && !limit.take(now, frame.packets, frame.len)

@@ -4,9 +4,8 @@ use std::fmt;
 use std::str::FromStr;
 
 use super::DropReason;
+use crate::packet::{ETHERTYPE_VLAN, Packet};
 
-/// `ETH_P_8021Q`.
-pub const TPID: u16 = 0x8100;
 const VID: u16 = 0xfff;
 /// The highest number of a VLAN; 4095 is reserved.
 const LAST: u16 = 0xffe;
@@ -111,6 +110,15 @@ pub struct Tag {
     pub tci: u16,
     /// Another one follows.
     pub is_stacked: bool,
+}
+
+impl Tag {
+    /// A frame's, if it is a customer's: a service's is its own affair.
+    #[inline]
+    pub fn of(packet: &Packet<'_>) -> Option<Tag> {
+        let tag = packet.tag().filter(|tag| tag.tpid == ETHERTYPE_VLAN)?;
+        Some(Tag { tci: tag.tci, is_stacked: packet.tags() > 1 })
+    }
 }
 
 impl Vlan {
