@@ -97,6 +97,8 @@ struct Pair {
     /// Taken and not completed, in the order they were taken first.
     taken: Vec<(Taken, Option<Token>)>,
     nth: u64,
+    /// The latest of those that the driver has seen completed.
+    latest: u64,
     /// Completed and not published, as the driver will see them.
     completed: VecDeque<Taken>,
     added: usize,
@@ -113,6 +115,7 @@ impl Pair {
             shown: VecDeque::new(),
             taken: Vec::new(),
             nth: 0,
+            latest: 0,
             completed: VecDeque::new(),
             added: 0,
         }
@@ -156,11 +159,32 @@ impl Pair {
         self.completed.push_back(taken);
     }
 
+    /// Stopped and started again, with nothing in flight but what an earlier back end had begun: that is available again,
+    /// unless the driver of a split ring has seen others overtake it.
+    fn stop(&mut self) {
+        if self.taken.iter().any(|(_, token)| token.is_some()) {
+            return;
+        }
+        self.publish(None);
+        let overtaken = self.taken.iter().any(|(taken, _)| taken.nth < self.latest);
+        let is_split = self.kept.config.format == RingFormat::Split;
+        assert_eq!(self.ring.return_resubmits(), !(is_split && overtaken));
+        if is_split && overtaken {
+            return;
+        }
+        self.taken.drain(..).rev().for_each(|(taken, _)| self.shown.push_front(taken.id));
+        let config = RingConfig { base: self.ring.base(), ..self.kept.config };
+        let ring = Ring::activate(&config, &self.kept.map).unwrap();
+        self.ring = ring.recover(self.kept.region().with_known_base(true)).unwrap();
+        assert_eq!((self.ring.resubmits(), self.ring.in_flight()), (0, 0));
+    }
+
     /// Publishes; the back end is killed when the driver can see it and `clears` entries are cleared, if told to be.
     fn publish(&mut self, dies: Option<usize>) {
         let before = self.kept.bytes();
         self.ring.publish();
         for taken in self.completed.drain(..) {
+            self.latest = self.latest.max(taken.nth);
             assert_eq!(
                 self.kept.driver.collect(),
                 Some((taken.id, 8)),
@@ -226,6 +250,7 @@ enum Op {
     Complete(usize),
     Publish(Option<usize>),
     Die,
+    Stop,
 }
 
 fn op() -> impl Strategy<Value = Op> {
@@ -236,6 +261,7 @@ fn op() -> impl Strategy<Value = Op> {
         3 => Just(Op::Publish(None)),
         1 => (0usize..8).prop_map(|n| Op::Publish(Some(n))),
         1 => Just(Op::Die),
+        1 => Just(Op::Stop),
     ]
 }
 
@@ -250,6 +276,7 @@ proptest! {
                 Op::Complete(which) => pair.complete(which),
                 Op::Publish(dies) => pair.publish(dies),
                 Op::Die => pair.die(),
+                Op::Stop => pair.stop(),
             }
         }
         pair.finish();

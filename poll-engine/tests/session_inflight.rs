@@ -97,6 +97,42 @@ fn stopping_finishes_what_another_back_end_had_begun() {
     }
 }
 
+/// A queue whose handler has nothing to do with chains, as a receive queue without packets, gives back what another back
+/// end had begun: it stops at once, and the next start serves all of it.
+#[test]
+fn stopping_gives_back_what_nobody_has_a_use_for() {
+    let first = Back::start(Pacing::Adaptive);
+    let mut peer = first.front();
+    let mut guest = Guest::new(0);
+    let (spec, fd) = get(&mut peer);
+    assert!(set(&mut peer, &spec, &fd));
+    start(&guest, &mut peer);
+    (0..3).for_each(|_| guest.round_trip());
+    first.echo.hold.store(true, Ordering::Release);
+    (0..8).for_each(|_| guest.submit());
+    until("8 requests in flight", || first.echo.held.load(Ordering::Acquire) == 8);
+    for pacing in ALL {
+        let second = Back::start(pacing);
+        second.echo.idle.store(true, Ordering::Release);
+        let mut peer = second.front();
+        assert!(set(&mut peer, &spec, &fd));
+        start(&guest, &mut peer);
+        assert_eq!(guest.stop(&mut peer), 3, "none of the 8 is taken");
+        assert_eq!(guest.driver.finished(), 0);
+        // Nothing of it is in flight any more, for whoever comes next.
+        let mut record = vec![0; spec.mmap_size as usize];
+        nix::sys::uio::pread(&fd, &mut record, 0).unwrap();
+        assert!((0..16).all(|i| record[16 + 16 * i] == 0), "said to be in flight");
+    }
+    let last = Back::start(Pacing::Event);
+    let mut peer = last.front();
+    (guest.kick, guest.call) = (eventfd(), eventfd());
+    assert!(set(&mut peer, &spec, &fd));
+    start(&guest, &mut peer);
+    (0..8).for_each(|_| guest.wait());
+    assert_eq!(guest.stop(&mut peer), 11);
+}
+
 /// Stopped, started again, by turns with the record it had and with a new one, and reset.
 #[test]
 fn a_record_goes_through_stops_and_resets() {

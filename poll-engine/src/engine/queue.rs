@@ -213,6 +213,23 @@ impl Queue {
         self.is_running() && self.ring.resubmits() > 0
     }
 
+    /// Gets rid of the chains of an earlier back end, for a handler that has nothing to do with them: a receive queue
+    /// without packets. They are available again for the next start; or come back empty, if the driver has let others
+    /// overtake them. Nothing may be in flight.
+    #[cold]
+    pub(super) fn return_resubmits(&mut self) {
+        if self.ring.return_resubmits() {
+            return;
+        }
+        while self.has_resubmits() {
+            if let Some(request) = self.take() {
+                self.complete(request, 0);
+            } else if self.is_running() {
+                return;
+            }
+        }
+    }
+
     /// Where the next start of this queue begins.
     pub fn base(&self) -> u32 {
         self.ring.base()

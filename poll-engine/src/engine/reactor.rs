@@ -172,6 +172,12 @@ impl Task {
         self.stopping.is_some() && self.queue.in_flight() == 0 && !self.queue.has_resubmits()
     }
 
+    /// Is to stop, and its handler does not know when it will have a use for what an earlier back end had begun.
+    fn waits_idly(&self) -> bool {
+        let idle = self.stopping.is_some() && !self.handler.wants_chains();
+        idle && self.queue.in_flight() == 0 && self.queue.has_resubmits()
+    }
+
     /// The queue, for a station; one that is to take chains only if the queue may.
     #[inline]
     pub(super) fn touch(&mut self, takes: bool) -> Option<&mut Queue> {
@@ -635,6 +641,9 @@ impl Reactor {
         let all = self.stations.len();
         self.stations.retain(|s| s.leaving.is_none() || s.station.in_flight() > 0);
         self.awaited -= all - self.stations.len();
+        for task in self.tasks.iter_mut().filter(|t| t.waits_idly()) {
+            task.queue.return_resubmits();
+        }
         while let Some(place) = self.tasks.iter().position(Task::is_done) {
             let mut task = self.tasks.swap_remove(place);
             self.places[usize::from(task.id.slot)] = None;

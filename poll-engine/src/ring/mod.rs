@@ -375,6 +375,13 @@ impl Ring {
         each_format!(self, r => r.resubmits())
     }
 
+    /// Makes what is to be taken again available again, as if no back end had taken it; nothing may be in flight. False
+    /// where that cannot be said to the driver: in a split ring, when chains made available later have been used before.
+    pub fn return_resubmits(&mut self) -> bool {
+        debug_assert_eq!(self.in_flight(), 0);
+        each_format!(self, r => r.return_resubmits())
+    }
+
     /// Whether the front end has taken the memory of the in-flight record away.
     pub fn has_faulted(&self) -> bool {
         each_format!(self, r => r.has_faulted())

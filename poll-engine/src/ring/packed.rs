@@ -14,7 +14,7 @@
 
 use std::sync::atomic::{Ordering, fence};
 
-use vring::packed::{EVENT_SIZE, Event, PackedDesc, Position, Rest};
+use vring::packed::{DESC_F_AVAIL, DESC_F_USED, EVENT_SIZE, Event, PackedDesc, Position, Rest};
 
 use super::chain::Chain;
 use super::inflight::QueueRegion;
@@ -163,6 +163,29 @@ impl PackedRing {
     #[inline]
     pub(super) fn resubmits(&self) -> u16 {
         self.resubmits.len() as u16
+    }
+
+    pub(super) fn return_resubmits(&mut self) -> bool {
+        let Some(inflight) = &mut self.inflight else { return self.resubmits.is_empty() };
+        // Used descriptors may have been written over them. Their driver looks at none of these places before one is
+        // used, so the record's copies go there, in the order in which they were taken.
+        let (size, mut at) = (self.layout.size(), self.next_used);
+        for &entry in self.resubmits.iter().rev() {
+            for desc in inflight.chain(entry).1 {
+                let flags = desc.flags & !(DESC_F_AVAIL | DESC_F_USED) | at.available();
+                self.layout.set_desc(at.index, PackedDesc { flags, ..desc });
+                if let Some(log) = &self.log {
+                    log.descs.wrote(u64::from(DESC_SIZE) * u64::from(at.index), DESC_SIZE.into());
+                }
+                at = at.next(size);
+                pass("return-written");
+            }
+        }
+        for entry in self.resubmits.drain(..) {
+            inflight.untaken(entry);
+        }
+        (self.next_avail, self.held, self.ready) = (self.next_used, 0, 0);
+        true
     }
 
     pub(super) fn has_faulted(&self) -> bool {

@@ -122,6 +122,22 @@ impl SplitRing {
         self.resubmits.len() as u16
     }
 
+    pub(super) fn return_resubmits(&mut self) -> bool {
+        let first = self.next_avail.wrapping_sub(self.resubmits());
+        let mut slots = (0..).map(|i| self.layout.avail_ring(first.wrapping_add(i)));
+        if !self.resubmits.iter().rev().all(|&head| slots.next() == Some(head)) {
+            return false;
+        }
+        // Latest first: a record with some of them left is as right as the whole.
+        for head in self.resubmits.drain(..) {
+            if let Some(inflight) = &mut self.inflight {
+                inflight.untaken(head);
+            }
+        }
+        (self.next_avail, self.seen_avail) = (first, first);
+        true
+    }
+
     pub(super) fn has_faulted(&self) -> bool {
         self.inflight.as_ref().is_some_and(SplitInflight::has_faulted)
     }

@@ -35,6 +35,8 @@ pub struct Echo {
     pub resets: AtomicUsize,
     pub hold: AtomicBool,
     pub held: Arc<AtomicUsize>,
+    /// It has nothing to do with requests.
+    pub idle: AtomicBool,
     /// What it takes along, if it offers that.
     pub state: Mutex<Option<Vec<u8>>>,
     gate: EventFd,
@@ -115,6 +117,9 @@ impl QueueHandler for Handler {
         io.uring().watch(self.gate.as_fd(), label);
     }
     fn poll(&mut self, queue: &mut Queue, _: &mut Io<'_>) -> usize {
+        if !self.wants_chains() {
+            return 0;
+        }
         let ready = queue.ready();
         for _ in 0..ready {
             let Some(request) = queue.take() else { break };
@@ -137,6 +142,9 @@ impl QueueHandler for Handler {
             self.echo.held.fetch_sub(1, Ordering::AcqRel);
             queue.complete_held(request, written, &chain);
         }
+    }
+    fn wants_chains(&self) -> bool {
+        !self.echo.idle.load(Ordering::Acquire)
     }
     fn detach(&mut self, io: &mut Io<'_>) {
         let (watch, own) = (io.label(0), io.label(1));
@@ -164,6 +172,7 @@ impl Back {
             resets: AtomicUsize::new(0),
             hold: AtomicBool::new(false),
             held: Arc::default(),
+            idle: AtomicBool::new(false),
             state: Mutex::default(),
             gate: eventfd(),
         });
