@@ -97,14 +97,9 @@ pub struct Cli {
     #[arg(long, value_enum, default_value_t = Fixed::Auto)]
     pub fixed_buffers: Fixed,
 
-    /// Unix socket on which a newer vhost-blk can take over from this one (see --takeover)
-    #[arg(long, value_name = "PATH")]
-    pub control: Option<PathBuf>,
-
-    /// Take over from the running vhost-blk whose --control is PATH, while its guests run: serves the same sockets,
-    /// sessions and images. If this one cannot start, the running one goes on
-    #[arg(long, value_name = "PATH")]
-    pub takeover: Option<PathBuf>,
+    /// Live upgrade.
+    #[command(flatten)]
+    pub upgrade: daemon::takeover::Options,
 
     /// What to log: error, warn, info, debug or trace, also by module (poll_engine=debug)
     #[arg(long, value_name = "FILTER", default_value = "info")]

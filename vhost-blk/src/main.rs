@@ -1,25 +1,21 @@
 //! `vhost-blk`: opens images, starts reactors, serves sockets, obeys signals.
 
 use std::fs::File;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, OnceLock};
-use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use daemon::{Place, Switch, path_key};
+use daemon::takeover::{self, Heir, Source};
+use daemon::{Place, Switch};
 use poll_engine::device::features;
 use poll_engine::engine::{Engine, EngineConfig};
 use poll_engine::memory::Ram;
-use poll_engine::session::listen::{ListenError, Listener};
 use poll_engine::session::serve::Export;
 use poll_engine::session::server::Server;
 use poll_engine::stats::QueueStats;
-use poll_engine::takeover::TakeoverError;
-use poll_engine::takeover::give::{Giver, Lot};
-use poll_engine::takeover::take::Taker;
-use sd_notify::NotifyState;
+use poll_engine::takeover::give::Lot;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1};
 use signal_hook::iterator::Signals;
 use tracing::{info, warn};
@@ -29,21 +25,12 @@ use vhost_blk::disk::{Disk, DiskConfig, Storage};
 use vhost_blk::open::{Owner, open};
 use vhost_blk::record::Recorder;
 use vhost_blk::report::report;
-use vhost_blk::takeover::{About, Inherited, Medium, PROGRAM, claim};
+use vhost_blk::takeover::{About, Medium, PROGRAM};
+
+type Inherited = takeover::Inherited<About>;
 
 fn main() -> ExitCode {
     daemon::main(run)
-}
-
-/// How long getting ready may take while guests wait. The process that we take over from waits a little longer.
-const READY: Duration = Duration::from_secs(4);
-
-/// Where front ends of a disk come from.
-enum Source {
-    /// A socket of our own.
-    Own(Listener),
-    /// That of the process that we take over from, by its place there.
-    Other(usize),
 }
 
 /// A disk as asked for.
@@ -78,30 +65,18 @@ fn run(cli: &Cli) -> Result<()> {
     daemon::init_log(&cli.log)?;
     let wanted = wanted(cli)?;
     daemon::raise_descriptor_limit();
-    let Some(path) = &cli.takeover else { return serve(cli, wanted, None) };
-    let (taker, offered) = Taker::connect(path, PROGRAM)?;
     let keys: Vec<_> = wanted.iter().map(|w| w.place.key()).collect();
-    let claimed = claim(offered, &keys).map_err(anyhow::Error::from);
-    let mut taker = Some(taker);
-    let outcome = claimed.and_then(|disks| serve(cli, wanted, Some((&mut taker, disks))));
-    if let (Err(e), Some(taker)) = (&outcome, taker) {
-        // So that it goes on at once, and says why.
-        taker.give_up(&format!("{e:#}"));
-    }
-    outcome
+    takeover::run(&cli.upgrade, PROGRAM, &keys, |heir, inherited| serve(cli, wanted, heir, inherited))
 }
 
-/// Serves until told to stop; with `from`, in the place of another process, which is done with then.
+/// Serves until told to stop.
 fn serve(
     cli: &Cli,
     wanted: Vec<Wanted>,
-    from: Option<(&mut Option<Taker>, Vec<Option<Inherited>>)>,
+    heir: &mut Heir,
+    mut inherited: Vec<Option<Inherited>>,
 ) -> Result<()> {
     // Everything that can be wrong is found out before anybody can connect, or the other process stops.
-    let (taker, mut inherited) = match from {
-        Some((taker, inherited)) => (Some(taker), inherited),
-        None => (None, wanted.iter().map(|_| None).collect()),
-    };
     let places: Vec<_> = inherited.iter().map(|i| i.as_ref().map(|i| i.place)).collect();
     let disks = wanted.iter().zip(&mut inherited).map(|(w, i)| open_disk(w, cli, i.take()));
     let disks = disks.collect::<Result<Vec<_>>>()?;
@@ -110,20 +85,14 @@ fn serve(
     let engine = Arc::new(Engine::start(&engine_config(cli))?);
     // Before the sockets: whoever sees one may send signals.
     let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP, SIGUSR1]).context("cannot handle signals")?;
-    let listeners = wanted.iter().zip(places).map(|(w, place)| match place {
-        Some(place) => Ok(Source::Other(place)),
-        None => w.place.listen().map(Source::Own),
-    });
-    let listeners = listeners.collect::<Result<Vec<_>, _>>()?;
-    let control = cli.control.as_deref().map(|path| listen_for_successor(path, cli)).transpose()?;
+    let sources = wanted.iter().zip(places).map(|(w, inherited)| Source::of(&w.place, inherited));
+    let sources = sources.collect::<Result<Vec<_>, _>>()?;
+    let control = heir.listen()?;
 
-    // With another process: guests wait from here on.
-    let (snapshots, baton) =
-        taker.as_ref().and_then(|taker| taker.as_ref()).map(Taker::ask).transpose()?.unzip();
-    let mut snapshots: Vec<_> = snapshots.unwrap_or_default().into_iter().map(Some).collect();
+    heir.ask()?;
     let left = Arc::new(AtomicUsize::new(wanted.len()));
     let (mut served, mut prepared) = (Vec::new(), Vec::new());
-    for (((wanted, disk), recorder), source) in wanted.into_iter().zip(disks).zip(recorders).zip(listeners) {
+    for (((wanted, disk), recorder), source) in wanted.into_iter().zip(disks).zip(recorders).zip(sources) {
         let withheld = if cli.packed == Switch::Off { features::RING_PACKED } else { 0 };
         let device = BlkDevice::new(Arc::clone(&disk), cli.num_queues, cli.queue_size, recorder.clone());
         let device = Arc::new(device.without(withheld));
@@ -137,25 +106,10 @@ fn serve(
                 signals.close();
             }
         };
-        let server = match source {
-            Source::Own(listener) => Server::prepare(export, listener, ended),
-            Source::Other(place) => {
-                let snapshot = snapshots.get_mut(place).and_then(Option::take);
-                Server::resume(export, snapshot.context("a state of the running process is missing")?, ended)
-            }
-        };
-        prepared.push(server.context("cannot start a control thread")?);
+        prepared.push(heir.prepare(export, source, ended)?);
         served.push((wanted, disk, stats, device, recorder));
     }
-    let until = Instant::now() + READY;
-    for (server, (wanted, ..)) in prepared.iter().zip(&served) {
-        server.wait_ready(until).with_context(|| wanted.place.key())?;
-    }
-    if let (Some(taker), Some(baton)) = (taker.as_ref().and_then(|taker| taker.as_ref()), baton) {
-        taker.seize(baton)?;
-    }
-    // Nobody else serves now, so nothing may fail any more.
-    let servers: Vec<_> = prepared.into_iter().map(|server| Arc::new(server.go())).collect();
+    let servers = heir.go(served.iter().map(|(wanted, ..)| &wanted.place).zip(prepared))?;
     let served = served.into_iter().zip(servers).map(|((wanted, disk, stats, device, recorder), server)| {
         info!("serving {}, {} bytes", wanted.name, disk.capacity());
         if let Some(recorder) = &recorder {
@@ -164,23 +118,8 @@ fn serve(
         Served { name: wanted.name, key: wanted.place.key(), disk, stats, server, device, recorder }
     });
     let served: Vec<_> = served.collect();
-    let taker = taker.and_then(Option::take);
-    let taken_over = taker.as_ref().map(Taker::running).is_some();
-    let given = Arc::new(OnceLock::new());
-    let giver = control.and_then(|listener| {
-        let (given, signals) = (Arc::clone(&given), signals.handle());
-        let when_given = move |outcome| {
-            let _ = given.set(outcome);
-            signals.close();
-        };
-        wait_for_successor(listener, cli, &served, when_given)
-            .map_err(|e| warn!("nobody can take over from this process: {e}"))
-            .ok()
-    });
-    say_ready(taken_over);
-
-    // The other process may leave now: whoever is next comes to us.
-    drop(taker);
+    let over = signals.handle();
+    let mut successor = heir.settle(control, || served.iter().map(lot).collect(), move || over.close());
 
     for signal in signals.forever() {
         match signal {
@@ -189,11 +128,7 @@ fn serve(
             _ => break,
         }
     }
-    // Waits for what may be in the middle of being handed over.
-    drop(giver);
-    if given.get().is_none() {
-        let _ = sd_notify::notify(&[NotifyState::Stopping]);
-    }
+    successor.bid_farewell();
     info!("stopping: finishing what is in flight");
     // All at once, then each awaited by its drop.
     for s in &served {
@@ -201,19 +136,7 @@ fn serve(
     }
     drop(served);
     drop(engine);
-    match Arc::into_inner(given).and_then(OnceLock::into_inner) {
-        Some(Err(e)) => {
-            Err(anyhow::Error::from(e).context("handed over to a process that was not heard of again"))
-        }
-        _ => Ok(()),
-    }
-}
-
-/// To the service manager, if there is one. Taken over, the service has another main process now.
-fn say_ready(taken_over: bool) {
-    let main = taken_over.then(|| NotifyState::MainPid(std::process::id()));
-    // Nobody to notify is the usual case.
-    let _ = sd_notify::notify(&main.into_iter().chain([NotifyState::Ready]).collect::<Vec<_>>());
+    successor.outcome()
 }
 
 fn engine_config(cli: &Cli) -> EngineConfig {
@@ -225,35 +148,9 @@ fn engine_config(cli: &Cli) -> EngineConfig {
     }
 }
 
-/// Listens where a newer process can take over: in the place of the one that we take over from, if it is the same.
-fn listen_for_successor(path: &Path, cli: &Cli) -> Result<Listener, ListenError> {
-    if cli.takeover.as_deref().is_some_and(|other| path_key(other) == path_key(path)) {
-        return Listener::bind_private_beside(path);
-    }
-    Listener::bind_private(path)
-}
-
-fn wait_for_successor(
-    mut listener: Listener,
-    cli: &Cli,
-    served: &[Served],
-    given: impl FnOnce(Result<(), TakeoverError>) + Send + 'static,
-) -> Result<Giver> {
-    if let (Some(path), true) = (&cli.control, cli.takeover.is_some()) {
-        listener.replace(path)?;
-    }
-    let lot = |s: &Served| {
-        let (about, fd) = About::disk(&s.disk)?;
-        anyhow::Ok(Lot {
-            key: s.key.clone(),
-            about: serde_json::to_value(about)?,
-            fds: fd.into_iter().collect(),
-            server: Arc::clone(&s.server),
-            device: Arc::clone(&s.device) as _,
-        })
-    };
-    let lots = served.iter().map(lot).collect::<Result<_>>()?;
-    Ok(Giver::start(listener, PROGRAM, lots, given)?)
+fn lot(s: &Served) -> Result<Lot> {
+    let (about, fd) = About::disk(&s.disk)?;
+    takeover::lot(s.key.clone(), &about, fd.into_iter().collect(), &s.server, Arc::clone(&s.device) as _)
 }
 
 fn wanted(cli: &Cli) -> Result<Vec<Wanted>> {
@@ -315,9 +212,10 @@ fn open_disk(wanted: &Wanted, cli: &Cli, other: Option<Inherited>) -> Result<Arc
         (None, None) => bail!("a disk without an image"),
     };
     if let Some(other) = &other {
-        other.expect(&wanted.place.key(), About { medium, read_only: wanted.read_only })?;
+        let ours = About { medium, read_only: wanted.read_only };
+        other.about.expect(&wanted.place.key(), ours)?;
     }
-    let fd = other.and_then(|other| other.fd);
+    let fd = other.and_then(|other| other.fds.into_iter().next());
     let (storage, capacity) = match (&wanted.file, wanted.synthetic) {
         (Some(path), _) => {
             let beside = fd.map(File::from);

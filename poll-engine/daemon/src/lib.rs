@@ -2,6 +2,7 @@
 
 pub mod file;
 pub mod said;
+pub mod takeover;
 
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
