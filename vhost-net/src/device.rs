@@ -140,6 +140,19 @@ impl Device for NetDevice {
         Err(ConfigRefused { offset, end: offset.saturating_add(bytes.len() as u32) })
     }
 
+    fn adopt_config(&self, theirs: &[u8]) -> Result<(), String> {
+        let (ours, up) =
+            (self.config(), theirs.get(6).is_some_and(|status| u16::from(*status) & LINK_UP != 0));
+        let fixed = [(0..6, "the card's address"), (8..10, "--num-queue-pairs"), (10..12, "the MTU")];
+        if let Some((_, what)) =
+            fixed.into_iter().find(|(at, _)| theirs.get(at.clone()) != Some(&ours[at.clone()]))
+        {
+            return Err(format!("{what} differs"));
+        }
+        self.set_link(up).map_err(|e| e.to_string())?;
+        Ok(())
+    }
+
     fn start_queue(&self, index: u16, features: u64, size: u16) -> io::Result<Box<dyn QueueHandler>> {
         match &self.joined {
             Joined::Hub(hub, port) => {

@@ -33,4 +33,5 @@ pub mod shard;
 pub mod spec;
 pub mod stats;
 pub mod switch;
+pub mod takeover;
 pub mod tx;

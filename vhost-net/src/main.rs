@@ -6,13 +6,13 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use daemon::takeover::{self, Heir, Inherited, Source};
 use daemon::{Place, Switch};
 use poll_engine::device::features;
 use poll_engine::engine::{Engine, EngineConfig};
 use poll_engine::session::serve::Export;
 use poll_engine::session::server::Server;
 use poll_engine::stats::QueueStats;
-use sd_notify::NotifyState;
 use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
 use signal_hook::iterator::Signals;
 use tracing::{info, warn};
@@ -33,6 +33,7 @@ use vhost_net::shard::Shard;
 use vhost_net::spec::PortSpec;
 use vhost_net::switch::fdb::FdbConfig;
 use vhost_net::switch::{self, PortConfig, PortId};
+use vhost_net::takeover::{About, PROGRAM};
 
 fn main() -> ExitCode {
     daemon::main(run)
@@ -53,7 +54,9 @@ struct Served {
     name: String,
     counted: Counted,
     stats: Vec<Arc<QueueStats>>,
-    server: Server,
+    server: Arc<Server>,
+    key: String,
+    device: Arc<NetDevice>,
 }
 
 /// Where a port's packets are counted.
@@ -88,9 +91,29 @@ fn run(cli: &Cli) -> Result<()> {
     daemon::init_log(&options.log)?;
     let wanted = options.ports().into_iter().map(|spec| open(spec, options)).collect::<Result<Vec<_>>>()?;
     let plan = plan(options);
+    if let (Some(_), Some(w)) = (&cli.upgrade.control, wanted.iter().find(|w| w.tap.is_some())) {
+        bail!("{}: a port that is joined to a tap cannot be handed over; leave --control out", w.name);
+    }
+    daemon::raise_descriptor_limit();
+    let keys: Vec<_> = wanted.iter().map(|w| w.place.key()).collect();
+    takeover::run(&cli.upgrade, PROGRAM, &keys, |heir, inherited| {
+        for (key, other) in keys.iter().zip(&inherited) {
+            other.as_ref().map_or(Ok(()), |other: &Inherited<About>| other.about.expect(key, plan.into()))?;
+        }
+        serve(options, wanted, plan, heir, inherited.iter().map(|i| i.as_ref().map(|i| i.place)))
+    })
+}
+
+/// Serves until told to stop; ports with a place are those of another process.
+fn serve(
+    options: &Options,
+    wanted: Vec<Wanted>,
+    plan: Plan,
+    heir: &mut Heir,
+    places: impl Iterator<Item = Option<usize>>,
+) -> Result<()> {
     let capture = capture(options, &wanted)?;
     let mut uplink = options.uplink.as_ref().map(|spec| open_uplink(spec, &wanted)).transpose()?;
-    daemon::raise_descriptor_limit();
     let config = EngineConfig {
         cpus: options.cpus.clone().unwrap_or_default(),
         pacing: options.poll,
@@ -114,7 +137,9 @@ fn run(cli: &Cli) -> Result<()> {
         _ => Hub::new(plan, ports, reactors),
     });
     hub.connect(&engine);
-    let listeners = wanted.iter().map(|w| w.place.listen()).collect::<Result<Vec<_>, _>>()?;
+    let sources = wanted.iter().zip(places).map(|(w, inherited)| Source::of(&w.place, inherited));
+    let sources = sources.collect::<Result<Vec<_>, _>>()?;
+    let control = heir.listen()?;
     let withheld = if options.packed == Switch::Off { features::RING_PACKED } else { 0 };
     // What leaves by the uplink leaves as a guest has made it.
     let withheld = withheld | uplink.as_ref().map_or(0, |u| HOST_OFFLOADS & !host_features(u.takes()));
@@ -127,11 +152,12 @@ fn run(cli: &Cli) -> Result<()> {
     });
     let shards = shards.collect::<Result<Vec<_>>>()?;
 
+    heir.ask()?;
     let left = Arc::new(AtomicUsize::new(wanted.len()));
-    let mut served = Vec::new();
+    let (mut prepared, mut ready) = (Vec::new(), Vec::new());
     let mut ports = (0..).zip(&hub.ports);
-    for (index, (wanted, listener)) in (0..).zip(wanted.into_iter().zip(listeners)) {
-        let (joined, counted) = if let Some(tap) = wanted.tap {
+    for (index, (mut wanted, source)) in (0..).zip(wanted.into_iter().zip(sources)) {
+        let (joined, counted) = if let Some(tap) = wanted.tap.take() {
             let capture = capture.as_ref().map(|capture| (Arc::clone(capture), index));
             (Joined::Tap(TapCard::new(Arc::clone(&tap), capture)), Counted::Tap(tap))
         } else {
@@ -143,7 +169,7 @@ fn run(cli: &Cli) -> Result<()> {
         let stats: Vec<_> =
             std::iter::repeat_with(Arc::default).take(2 * usize::from(wanted.card.pairs)).collect();
         let (name, engine) = (wanted.name.clone(), Arc::clone(&engine));
-        let export = Export { name, device, stats: stats.clone(), engine };
+        let export = Export { name, device: Arc::clone(&device) as _, stats: stats.clone(), engine };
         let (left, signals) = (Arc::clone(&left), signals.handle());
         let ended = move || {
             // A connected --fd has had its one front end.
@@ -151,18 +177,26 @@ fn run(cli: &Cli) -> Result<()> {
                 signals.close();
             }
         };
-        let server = Server::start(export, listener, ended).context("cannot start a control thread")?;
+        prepared.push(heir.prepare(export, source, ended)?);
+        ready.push((wanted, counted, stats, device));
+    }
+    let servers = heir.go(ready.iter().map(|(wanted, ..)| &wanted.place).zip(prepared))?;
+    let mut served = Vec::new();
+    for ((Wanted { name, place, .. }, counted, stats, device), server) in ready.into_iter().zip(servers) {
         if let Counted::Tap(tap) = &counted {
             tap.on_gone(server.config_notifier());
         }
-        info!("serving {}", wanted.name);
-        served.push(Served { name: wanted.name, counted, stats, server });
+        info!("serving {name}");
+        served.push(Served { name, key: place.key(), counted, stats, server, device });
     }
     if let Some(capture) = &capture {
         capture.keep();
     }
-    // Nobody to notify is the usual case.
-    let _ = sd_notify::notify(&[NotifyState::Ready]);
+    let about = About::from(plan);
+    let lot =
+        |s: &Served| takeover::lot(s.key.clone(), &about, vec![], &s.server, Arc::clone(&s.device) as _);
+    let over = signals.handle();
+    let mut successor = heir.settle(control, || served.iter().map(lot).collect(), move || over.close());
 
     for signal in signals.forever() {
         if signal == SIGUSR1 {
@@ -172,7 +206,7 @@ fn run(cli: &Cli) -> Result<()> {
             break;
         }
     }
-    let _ = sd_notify::notify(&[NotifyState::Stopping]);
+    successor.bid_farewell();
     info!("stopping: finishing what is in flight");
     // All at once, then each awaited by its drop.
     for s in &served {
@@ -182,7 +216,7 @@ fn run(cli: &Cli) -> Result<()> {
     drop(shards);
     drop(engine);
     drop(capture);
-    Ok(())
+    successor.outcome()
 }
 
 fn statistics(
