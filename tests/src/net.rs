@@ -54,6 +54,7 @@ pub struct Options {
     poll: &'static str,
     /// More of each `--port`.
     port_keys: &'static str,
+    control: bool,
     args: Vec<String>,
 }
 
@@ -67,6 +68,7 @@ impl Options {
             join: "--wire",
             poll: "adaptive",
             port_keys: "",
+            control: false,
             args: Vec::new(),
         }
     }
@@ -102,6 +104,20 @@ impl Options {
         self
     }
 
+    /// Sets the number of ports.
+    #[must_use]
+    pub fn ports(mut self, ports: usize) -> Self {
+        self.ports = ports;
+        self
+    }
+
+    /// Has others able to take over from it: [`Daemon::upgrade`].
+    #[must_use]
+    pub fn upgradable(mut self) -> Self {
+        self.control = true;
+        self
+    }
+
     /// Adds arguments of `vhost-net` that have no counterpart in other back ends.
     #[must_use]
     pub fn args(mut self, args: &[&str]) -> Self {
@@ -130,12 +146,14 @@ impl Options {
             Kind::VhostNet => self.vhost_net_args(&sockets),
             Kind::Testpmd => self.testpmd_args(&sockets)?,
         };
+        let control = self.control.then(|| scene.path(&format!("{name}.control")));
+        args.extend(control.iter().map(|path| format!("--control={}", path.display())));
         if let Some(netns) = netns {
             let [nsenter, rest @ ..] = netns.enter();
             args = rest.into_iter().chain([program.display().to_string()]).chain(args).collect();
             program = nsenter.into();
         }
-        Daemon::start(scene, name, program, args, sockets, None)
+        Daemon::start(scene, name, program, args, sockets, control)
     }
 
     fn vhost_net_args(&self, sockets: &[PathBuf]) -> Vec<String> {

@@ -250,6 +250,10 @@ pub struct Load {
     pub flush_every: u32,
     /// Whether latencies are recorded.
     pub record: bool,
+    /// Network: packets may be missing or come twice, and after so long without one it is gone on. Zero: none may be.
+    pub patience: Duration,
+    /// Queues are reset after so many requests, with others in flight; 0 for never.
+    pub reset_every: u32,
     /// Makes contents and order differ.
     pub seed: u64,
     /// How long it may take in all, before it counts as hanging.
@@ -273,6 +277,8 @@ impl Load {
             indirect: true,
             flush_every: 0,
             record: true,
+            patience: Duration::ZERO,
+            reset_every: 0,
             seed: 1,
             limit: Duration::from_secs(60),
         }
@@ -367,6 +373,20 @@ impl Load {
         self
     }
 
+    /// Allows for packets that are missing, or come twice. It must poll: nothing interrupts a guest that waits in vain.
+    #[must_use]
+    pub fn lossy(mut self) -> Self {
+        (self.patience, self.wait) = (Duration::from_millis(20), Wait::Poll);
+        self
+    }
+
+    /// Resets queues after so many requests.
+    #[must_use]
+    pub fn reset_every(mut self, requests: u32) -> Self {
+        self.reset_every = requests;
+        self
+    }
+
     /// Sets the seed.
     #[must_use]
     pub fn seed(mut self, seed: u64) -> Self {
@@ -395,6 +415,12 @@ pub struct Outcome {
     pub errors: u64,
     /// Reads that were not as expected.
     pub mismatches: u64,
+    /// Packets that have not come, and that have come again, where that may be.
+    pub missing: u64,
+    /// See [`missing`](Self::missing).
+    pub repeated: u64,
+    /// Resets of queues.
+    pub resets: u64,
     /// Notifications the driver sent.
     pub kicks: u64,
     /// Interrupts taken.

@@ -124,6 +124,9 @@ pub mod misdeed {
     pub const COUNT: u32 = 8;
 }
 
+/// Times [`Order::patience`] after which nothing more is expected.
+pub const GIVES_UP: u64 = 100;
+
 /// What the guest is to do. Which fields matter depends on the kind.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
@@ -179,6 +182,9 @@ pub struct Order {
     /// Not 0: after so many requests a queue is reset, with others in flight, set up anew, and those that the device had
     /// not taken are submitted again.
     pub reset_every: u32,
+    /// Network: packets may be missing, or come twice. After so many ticks without one another is sent, as if one had come,
+    /// and after [`GIVES_UP`] times as many the rest counts as missing. 0: none may be.
+    pub patience: u64,
 }
 
 /// Why an order was not carried out: [`Report::failure`].
@@ -231,6 +237,10 @@ pub struct LaneReport {
     pub drained: u64,
     /// Requests that a reset found not taken.
     pub untaken: u64,
+    /// Packets that have not come, where that may be.
+    pub missing: u64,
+    /// Packets that have come again.
+    pub repeated: u64,
 }
 
 /// What has come of an order.

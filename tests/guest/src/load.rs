@@ -18,7 +18,7 @@ use crate::transport::Transport;
 
 enum Lane {
     Block(BlockLane),
-    Echo(EchoLane),
+    Echo(Box<EchoLane>),
 }
 
 impl Lane {
@@ -254,10 +254,22 @@ fn prepare(
             Lane::Block(BlockLane::new(ring, transport, info.features, &own, number, arena, who)?)
         } else {
             let transmit = rings.next().ok_or(failure::QUEUE)?;
+            let places = [0, 1].map(|i| device.places[2 * queue as usize + i]);
+            if order.reset_every != 0 && !Transport::has_ring_reset(info.features) {
+                return Err(failure::FEATURES);
+            }
             let who = (index as u32, queue);
             // An echo is for the device's own address, and from it as well: whoever sends it back need not change it.
             let addresses = (info.config, peer);
-            Lane::Echo(EchoLane::new((ring, transmit), transport, order, number, arena, who, addresses)?)
+            Lane::Echo(Box::new(EchoLane::new(
+                ([ring, transmit], places),
+                transport,
+                order,
+                number,
+                arena,
+                who,
+                addresses,
+            )?))
         });
     }
     Ok(lanes)

@@ -4,13 +4,13 @@
 use alloc::vec;
 use alloc::vec::Vec;
 
-use kickless_guest::{LaneReport, Order, failure, wait};
+use kickless_guest::{GIVES_UP, LaneReport, Order, failure, wait};
 use vring::driver::{Buffer, DriverRing};
 
 use crate::arena::{Arena, Piece};
 use crate::block::Samples;
 use crate::cpu;
-use crate::transport::Transport;
+use crate::transport::{Place, Transport};
 
 /// `struct virtio_net_hdr` with `num_buffers`, as `VIRTIO_F_VERSION_1` has it.
 const HEADER: usize = 12;
@@ -26,6 +26,8 @@ const SMALLEST: u32 = 60;
 pub struct EchoLane {
     receive: DriverRing,
     transmit: DriverRing,
+    /// Where the two are set up again after a reset.
+    places: [Place; 2],
     transport: Transport,
     order: Order,
     pair: u32,
@@ -38,6 +40,11 @@ pub struct EchoLane {
     from: u64,
     to: u64,
     sent: u64,
+    /// When the last packet came, or another one was sent in its place, and when the last one came.
+    heard: u64,
+    last: u64,
+    /// Packets sent when queues were reset last.
+    reset_at: u64,
     samples: Samples,
     report: LaneReport,
 }
@@ -45,7 +52,7 @@ pub struct EchoLane {
 impl EchoLane {
     /// Prepares lane `index`; the rings are the pair's receive and transmit queue.
     pub fn new(
-        (receive, transmit): (DriverRing, DriverRing),
+        ([receive, transmit], places): ([DriverRing; 2], [Place; 2]),
         transport: Transport,
         order: &Order,
         index: usize,
@@ -68,6 +75,7 @@ impl EchoLane {
             transmit_by_head: by_head(&transmit),
             receive,
             transmit,
+            places,
             transport,
             order: *order,
             pair,
@@ -77,6 +85,9 @@ impl EchoLane {
             from,
             to,
             sent: 0,
+            heard: cpu::ticks(),
+            last: cpu::ticks(),
+            reset_at: 0,
             samples: Samples::new(order, index),
             report: LaneReport { device, queue: pair, first_bad: u64::MAX, ..LaneReport::default() },
         };
@@ -88,7 +99,8 @@ impl EchoLane {
     }
 
     /// The rings, and what has been done.
-    pub fn end(self) -> (DriverRing, DriverRing, LaneReport) {
+    pub fn end(mut self) -> (DriverRing, DriverRing, LaneReport) {
+        self.report.missing += self.sent.saturating_sub(self.report.requests);
         (self.receive, self.transmit, self.report)
     }
 
@@ -119,7 +131,13 @@ impl EchoLane {
 
     /// Whether all that was sent has come back.
     pub fn finished(&self, stop: bool) -> bool {
-        self.report.requests == self.sent && self.all_sent(stop)
+        self.all_sent(stop) && (self.report.requests == self.sent || self.gives_up())
+    }
+
+    /// Whether nothing more is expected.
+    fn gives_up(&self) -> bool {
+        let patience = self.order.patience;
+        patience != 0 && cpu::ticks().wrapping_sub(self.last) > GIVES_UP * patience
     }
 
     fn all_sent(&self, stop: bool) -> bool {
@@ -129,6 +147,10 @@ impl EchoLane {
     /// Takes what has arrived and sends what there is room for. The number of packets taken, if anything was done.
     pub fn turn(&mut self, stop: bool) -> Option<u64> {
         let mut arrived = 0;
+        let every = u64::from(self.order.reset_every);
+        if every != 0 && self.sent - self.reset_at >= every {
+            arrived += self.reset();
+        }
         loop {
             let finished = self.receive.finished();
             let now = cpu::ticks();
@@ -146,14 +168,16 @@ impl EchoLane {
         }
         if arrived != 0 {
             self.notify_receive();
+            self.last = cpu::ticks();
+            self.heard = self.last;
         }
-        while let Some((head, _)) = self.transmit.collect() {
-            self.free.push(self.transmit_by_head[usize::from(head)]);
-        }
+        self.collect_sent();
+        let mut one_more = self.has_waited_enough();
         let mut sent = false;
         // What is on its way finds a buffer when it comes back.
         while !self.all_sent(stop)
-            && self.sent.saturating_sub(self.report.requests) < self.receive_buffers.len() as u64
+            && (self.sent.saturating_sub(self.report.requests) < self.receive_buffers.len() as u64
+                || core::mem::take(&mut one_more))
             && let Some(index) = self.free.pop()
         {
             self.send(index);
@@ -164,6 +188,58 @@ impl EchoLane {
             self.report.kicks += 1;
         }
         (sent || arrived != 0).then_some(arrived)
+    }
+
+    fn collect_sent(&mut self) {
+        while let Some((head, _)) = self.transmit.collect() {
+            self.free.push(self.transmit_by_head[usize::from(head)]);
+        }
+    }
+
+    /// Whether to send one more, for want of packets that may be lost.
+    fn has_waited_enough(&mut self) -> bool {
+        let (now, patience) = (cpu::ticks(), self.order.patience);
+        let enough = patience != 0 && now.wrapping_sub(self.heard) > patience;
+        if enough {
+            self.heard = now;
+        }
+        enough
+    }
+
+    /// Resets both queues with packets in flight, one after the other, and goes on with what the device had not taken. The
+    /// number of packets that had come.
+    fn reset(&mut self) -> u64 {
+        self.reset_at = self.sent;
+        self.report.resets += 1;
+        self.transport.reset_queue(2 * self.pair + 1);
+        let before = self.free.len();
+        self.collect_sent();
+        self.report.drained += (self.free.len() - before) as u64;
+        let mut open: Vec<u16> =
+            (0..self.transmit_buffers.len() as u16).filter(|index| !self.free.contains(index)).collect();
+        open.sort_unstable_by_key(|&index| {
+            self.transmit_buffers[usize::from(index)].get::<u64>(HEADER + ETHERNET)
+        });
+        self.transmit = self.transport.restart_queue(2 * self.pair + 1, &self.places[1]);
+        self.report.untaken += open.len() as u64;
+        for index in open {
+            self.offer(index);
+        }
+
+        self.transport.reset_queue(2 * self.pair);
+        let (mut arrived, now) = (0, cpu::ticks());
+        while let Some((head, len)) = self.receive.collect() {
+            self.check(self.receive_by_head[usize::from(head)], len, now);
+            arrived += 1;
+        }
+        self.receive = self.transport.restart_queue(2 * self.pair, &self.places[0]);
+        (0..self.receive_buffers.len() as u16).for_each(|index| self.post(index));
+        self.begin();
+        self.notify_receive();
+        if self.transmit.publish() {
+            self.transport.notify(2 * self.pair + 1);
+        }
+        arrived
     }
 
     fn send(&mut self, index: u16) {
@@ -180,13 +256,16 @@ impl EchoLane {
             piece.put(HEADER + ETHERNET + i, self.byte(number, i));
         }
         piece.put(HEADER + ETHERNET + 8, cpu::ticks());
-        let head = self.transmit.add(&[Buffer {
-            addr: piece.address(),
-            len: (HEADER + len) as u32,
-            writable: false,
-        }]);
-        self.transmit_by_head[usize::from(head.expect("a buffer for each descriptor at most"))] = index;
+        self.offer(index);
         self.sent += 1;
+    }
+
+    /// Makes a packet available.
+    fn offer(&mut self, index: u16) {
+        let addr = self.transmit_buffers[usize::from(index)].address();
+        let len = HEADER as u32 + self.order.block_size;
+        let head = self.transmit.add(&[Buffer { addr, len, writable: false }]);
+        self.transmit_by_head[usize::from(head.expect("a buffer for each descriptor at most"))] = index;
     }
 
     fn byte(&self, number: u64, index: usize) -> u8 {
@@ -200,9 +279,17 @@ impl EchoLane {
         let good = used as usize == HEADER + len
             && piece.get::<u16>(HEADER + 12) == ETHER_TYPE.to_be()
             // None is lost, none overtakes another.
-            && number == self.report.requests
+            && (number == self.report.requests || self.order.patience != 0)
             && (STAMP..len - ETHERNET)
                 .all(|i| piece.get::<u8>(HEADER + ETHERNET + i) == self.byte(number, i));
+        if good && number < self.report.requests {
+            self.report.repeated += 1;
+            return;
+        }
+        if good {
+            self.report.missing += number - self.report.requests;
+            self.report.requests = number;
+        }
         self.report.requests += 1;
         self.report.mismatches += u64::from(!good);
         if good {

@@ -146,6 +146,8 @@ impl BareGuest {
             flush_every: load.flush_every,
             requests: load.requests,
             ticks: self.bare.ticks(load.time),
+            patience: self.bare.ticks(load.patience),
+            reset_every: load.reset_every,
             span: load.span,
             seed: load.seed,
             ..order
@@ -177,6 +179,9 @@ impl Guest for BareGuest {
             writes: sum(|lane| lane.writes),
             errors: sum(|lane| lane.errors),
             mismatches: sum(|lane| lane.mismatches),
+            missing: sum(|lane| lane.missing),
+            repeated: sum(|lane| lane.repeated),
+            resets: sum(|lane| lane.resets),
             kicks: sum(|lane| lane.kicks),
             interrupts: report.interrupts,
             elapsed: self.bare.time(report.ticks),

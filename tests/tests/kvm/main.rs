@@ -9,6 +9,7 @@ mod interrupts;
 mod lifecycle;
 mod migration;
 mod net;
+mod net_recovery;
 mod ten_lines;
 mod tenants;
 
@@ -59,6 +60,11 @@ const ALL: &[(&str, Platform, Scenario)] = &[
     ("packets_come_back", Bare, net::echo),
     ("packets_are_exchanged_in_order", Bare, net::exchange),
     ("a_disk_and_a_network_card", Bare, net::with_disk),
+    ("switch_killed_under_load", Bare, net_recovery::killed),
+    ("switch_upgraded_under_load", Bare, net_recovery::upgraded),
+    ("memory_comes_and_goes_under_packets", Bare, net_recovery::memory),
+    ("cards_queues_reset_in_flight", Bare, net_recovery::queue_resets),
+    ("a_card_reset_in_flight", Bare, net_recovery::card_resets),
     ("every_misdeed_costs_its_queue_only", Bare, tenants::misdeeds),
     ("a_guest_that_resets_in_flight", Bare, tenants::resets),
     ("a_guest_that_vanishes", Bare, tenants::vanishes),
@@ -104,6 +110,11 @@ const PACKED: &[(&str, Scenario)] = &[
     ("a_million_requests_without_a_doorbell", interrupts::doorbells),
     ("packets_come_back", net::echo),
     ("packets_are_exchanged_in_order", net::exchange),
+    ("switch_killed_under_load", net_recovery::killed),
+    ("switch_upgraded_under_load", net_recovery::upgraded),
+    ("memory_comes_and_goes_under_packets", net_recovery::memory),
+    ("cards_queues_reset_in_flight", net_recovery::queue_resets),
+    ("a_card_reset_in_flight", net_recovery::card_resets),
     ("every_misdeed_costs_its_queue_only", tenants::misdeeds),
     ("a_guest_that_resets_in_flight", tenants::resets),
     ("rings_are_packed_where_the_guest_wants_it", harness::packed),
