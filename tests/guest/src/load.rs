@@ -17,7 +17,7 @@ use crate::net::EchoLane;
 use crate::transport::Transport;
 
 enum Lane {
-    Block(BlockLane),
+    Block(Box<BlockLane>),
     Echo(Box<EchoLane>),
 }
 
@@ -251,7 +251,7 @@ fn prepare(
             let own = Order { offset: order.offset + u64::from(queue) * order.span, ..*order };
             let who = (index as u32, queue);
             let ring = (ring, device.places[queue as usize]);
-            Lane::Block(BlockLane::new(ring, transport, info.features, &own, number, arena, who)?)
+            Lane::Block(Box::new(BlockLane::new(ring, transport, info.features, &own, number, arena, who)?))
         } else {
             let transmit = rings.next().ok_or(failure::QUEUE)?;
             let places = [0, 1].map(|i| device.places[2 * queue as usize + i]);
