@@ -91,10 +91,12 @@ impl Disk {
         self
     }
 
-    /// Has it use I/O virtual addresses, where the machine has an IOMMU.
+    /// Has it use I/O virtual addresses, where the machine has an IOMMU; behind a port of its own, without which a device
+    /// of QEMU's is no PCI Express device, and has no translation service (ATS) for Linux to switch on.
     #[must_use]
     pub fn behind_iommu(self) -> Self {
-        self.prop("iommu_platform", true).prop("ats", true).prop("disable-legacy", "on")
+        let port = format!("port-{}", self.id);
+        self.prop("iommu_platform", true).prop("ats", true).prop("disable-legacy", "on").prop("bus", port)
     }
 
     fn chardev(&self) -> String {
@@ -332,8 +334,11 @@ impl VmBuilder {
         add("device", "virtserialport,chardev=agent,nr=1".to_owned());
         add("chardev", format!("socket,id=qmp,path={}", qmp.display()));
         add("mon", "chardev=qmp,mode=control".to_owned());
-        for disk in &self.disks {
+        for (n, disk) in self.disks.iter().enumerate() {
             let socket = disk.socket.display();
+            if let Some(port) = disk.props.get("bus").and_then(Value::as_str) {
+                add("device", format!("pcie-root-port,id={port},chassis={}", n + 1));
+            }
             add("chardev", format!("socket,id={},path={socket},reconnect=1", disk.chardev()));
             add("device", disk.device(self.packed).to_string());
         }

@@ -87,6 +87,20 @@ pub fn strict(scene: &Scene) -> Result<Option<String>> {
     behind.finish()
 }
 
+/// Every buffer is mapped for its request, and the invalidation of many is left for later and done at once: until then the
+/// daemon may keep what it knows, and Linux does not use those addresses again.
+pub fn lazy(scene: &Scene) -> Result<Option<String>> {
+    if let Some(reason) = skipped() {
+        return Ok(Some(reason));
+    }
+    let two = |disk: Disk| disk.prop("num-queues", 2);
+    let mut behind = Behind::new(scene, "intel_iommu=on iommu.strict=0", "DMA-FQ", two, "event")?;
+    behind.load(2)?;
+    let misses = behind.misses()?;
+    ensure!(misses > 100, "{misses} misses where every request has new addresses");
+    behind.finish()
+}
+
 /// Addresses are physical ones, and still told page by page; each page once.
 pub fn passthrough(scene: &Scene) -> Result<Option<String>> {
     if let Some(reason) = skipped() {

@@ -33,6 +33,7 @@ pub const ALL: &[(&str, Scenario)] = &[
     ("iommu_platform", features::iommu_platform),
     ("iommu_platform_with_bounce_buffers", features::swiotlb),
     ("viommu_maps_and_unmaps_for_every_request", iommu::strict),
+    ("viommu_invalidates_in_batches", iommu::lazy),
     ("viommu_and_packed_rings", iommu::packed),
     ("viommu_in_passthrough_mode", iommu::passthrough),
     ("guest_reboots", lifecycle::reboot),
