@@ -16,7 +16,8 @@ use poll_engine::stats::ErrorKind;
 use crate::exits::{Exits, Given, Origin, Ran};
 use crate::hub::{Hub, Plan};
 use crate::stats::{Drop, PairStats};
-use crate::switch::{self, Frame, PortId, Verdict};
+use crate::switch::vlan::TagAction;
+use crate::switch::{self, Flood, Frame, PortId, Verdict};
 use crate::tx::{Glance, Head, swap_addresses};
 
 /// What is fetched ahead of packets: the header, and a packet that is aligned behind it.
@@ -158,11 +159,19 @@ impl Default for Burst {
     }
 }
 
+/// Ports.
+#[derive(Clone, Copy)]
+enum To {
+    None,
+    One(usize),
+    /// Those that the switch lists.
+    Many(Flood),
+}
+
 /// Where packets go.
 #[derive(Clone, Copy)]
 struct Way {
-    /// To this port; `None`: nowhere.
-    to: Option<usize>,
+    to: To,
     /// Those between the same addresses; `None`: all.
     like: Option<Glance>,
     /// Those of no more bytes.
@@ -174,9 +183,9 @@ impl Way {
     fn planned(plan: Plan, port: usize) -> Option<Way> {
         let to = match plan {
             Plan::Switch => return None,
-            Plan::Echo => Some(port),
-            Plan::Wire => Some(1 - port),
-            Plan::Discard | Plan::Generate(_) => None,
+            Plan::Echo => To::One(port),
+            Plan::Wire => To::One(1 - port),
+            Plan::Discard | Plan::Generate(_) => To::None,
         };
         Some(Way { to, like: None, longest: u32::MAX })
     }
@@ -226,7 +235,11 @@ impl Pass<'_, '_> {
         };
         let more = packets[1..].iter().take_while(|p| p.as_ref().is_some_and(|p| way.is_of(p)));
         let run = &packets[..=more.count()];
-        let Some(to) = way.to else { return self.sent(run) };
+        let to = match way.to {
+            To::None => return self.sent(run),
+            To::One(to) => to,
+            To::Many(flood) => return self.flood(flood, run, at, heads),
+        };
         match self.exits.run(self.queues, self.from(at), to, run) {
             Ran::Some(target, moved) => {
                 self.source.last = Some(target);
@@ -240,12 +253,45 @@ impl Pass<'_, '_> {
         }
     }
 
-    /// Asks the switch. Those that are not simply to be copied to one port come back with what is to be done.
+    /// Copies packets to each of many ports, as far as there is room: they do not wait for one, being late for the others.
+    fn flood(&mut self, flood: Flood, run: &[Option<Glance>], at: usize, heads: &mut Heads) -> usize {
+        let from = |done: usize| Origin { at: at + done, ..origin(self.source) };
+        let Some(switch) = &self.switching else { return self.sent(run) };
+        for (to, action) in switch.egress(flood, self.now) {
+            let to = usize::from(to.0);
+            let mut done = 0;
+            while let Some(Some(packet)) = run.get(done) {
+                if action == TagAction::Keep
+                    && let Ran::Some(_, moved) = self.exits.run(self.queues, from(done), to, &run[done..])
+                {
+                    done += moved;
+                    continue;
+                }
+                let head = &mut heads.flooded;
+                head.take_glance(packet);
+                head.retag(action);
+                if let Given::Waits(target) = self.exits.give(self.queues, from(done), to, head) {
+                    self.exits.refuse(to, target);
+                }
+                done += 1;
+            }
+        }
+        self.sent(run)
+    }
+
+    /// Asks the switch. Those that are not simply to be copied come back with what is to be done.
     fn find(&mut self, packet: &Glance) -> Result<Way, Verdict> {
-        let Some(switch) = &mut self.switching else { return Ok(Way { to: None, like: None, longest: 0 }) };
+        let Some(switch) = &mut self.switching else {
+            return Ok(Way { to: To::None, like: None, longest: 0 });
+        };
         let verdict = switch.decide(self.port, &Frame::whole(&packet.bytes(), packet.len()), self.now);
-        let (to, longest) = switch.repeats(self.port, verdict).ok_or(verdict)?;
-        let way = Way { to: Some(to.0.into()), like: Some(*packet), longest };
+        let longest = switch.repeats(self.port, verdict);
+        let to = match verdict {
+            Verdict::One(to, TagAction::Keep) if longest > 0 => To::One(to.0.into()),
+            Verdict::Flood(flood) if longest > 0 => To::Many(flood),
+            _ => return Err(verdict),
+        };
+        let way = Way { to, like: Some(*packet), longest };
         self.way = Some(way);
         Ok(way)
     }
@@ -268,10 +314,9 @@ impl Pass<'_, '_> {
             swap_addresses(head.packet_mut());
         }
         let Some(switch) = &mut self.switching else {
-            let to = Way::planned(self.hub.plan, self.source.port).and_then(|way| way.to);
-            return match to {
-                Some(to) => self.give(to, at, head),
-                None => self.sent_one(head.packet_len()),
+            return match Way::planned(self.hub.plan, self.source.port) {
+                Some(Way { to: To::One(to), .. }) => self.give(to, at, head),
+                _ => self.sent_one(head.packet_len()),
             };
         };
         let verdict = switch.decide(self.port, &described(head), self.now);
@@ -322,7 +367,7 @@ impl Pass<'_, '_> {
     }
 
     fn from(&self, at: usize) -> Origin {
-        Origin { id: self.source.id, port: self.source.port, pair: self.source.pair, at }
+        Origin { at, ..origin(self.source) }
     }
 
     #[inline]
@@ -345,6 +390,10 @@ impl Pass<'_, '_> {
         self.own.tx_waits.add(1);
         0
     }
+}
+
+fn origin(source: &Source) -> Origin {
+    Origin { id: source.id, port: source.port, pair: source.pair, at: 0 }
 }
 
 /// What a switch is to know of a packet.

@@ -139,6 +139,11 @@ pub struct Storm {
 }
 
 impl Storm {
+    /// Whether anything is limited.
+    pub fn limits(&self) -> bool {
+        self.broadcast.is_some() || self.multicast.is_some() || self.unknown.is_some()
+    }
+
     /// With full buckets.
     pub fn new(rates: StormRates) -> Storm {
         let limiter = |packets| Limiter::new(Rate { packets, ..Rate::default() });

@@ -325,14 +325,21 @@ impl Shard {
         })
     }
 
-    /// If frames between the same addresses as the one just decided on, without a tag as it was, go the same way at the same
-    /// time: where to, and how many bytes they may have. `None` where each is to be decided on.
-    #[inline]
-    pub fn repeats(&self, from: PortId, verdict: Verdict) -> Option<(PortId, u32)> {
-        let Verdict::One(to, TagAction::Keep) = verdict else { return None };
-        let [from, out] = [from, to].map(|port| &self.switch.ports[port.index()]);
-        let is_same = from.guard.is_none() && from.ingress.is_none() && out.egress.is_none();
-        is_same.then_some((to, out.longest))
+    /// Up to how many bytes frames between the same addresses as the one just decided on, without a tag as it was, go the same
+    /// way at the same time. 0 where each is to be decided on.
+    pub fn repeats(&self, from: PortId, verdict: Verdict) -> u32 {
+        let ports = &self.switch.ports;
+        let from = &ports[from.index()];
+        if from.guard.is_some() || from.ingress.is_some() {
+            return 0;
+        }
+        let longest = |port: &Port| if port.egress.is_none() { port.longest } else { 0 };
+        match verdict {
+            Verdict::Drop(_) => 0,
+            Verdict::One(to, _) => longest(&ports[to.index()]),
+            Verdict::Flood(_) if from.storm.limits() => 0,
+            Verdict::Flood(_) => ports.iter().map(longest).min().unwrap_or(0),
+        }
     }
 
     #[cold]

@@ -257,6 +257,20 @@ impl Guest {
 
     /// Sends any bytes, in as many buffers as they need.
     pub fn send_raw(&mut self, pair: usize, bytes: &[u8]) {
+        self.queue_raw(pair, bytes);
+        self.tx[pair].publish();
+    }
+
+    /// Sends frames, all of which come to be seen at once, behind headers without anything.
+    pub fn send_burst<'a>(&mut self, pair: usize, frames: impl IntoIterator<Item = &'a Vec<u8>>) {
+        for frame in frames {
+            self.queue_raw(pair, &[&[0; HEADER][..], frame].concat());
+        }
+        self.tx[pair].publish();
+    }
+
+    /// Has any bytes ready to be sent.
+    fn queue_raw(&mut self, pair: usize, bytes: &[u8]) {
         let tx = &mut self.tx[pair];
         let parts = bytes.chunks(BUFFER as usize);
         until("transmit buffers", || {
@@ -274,7 +288,6 @@ impl Guest {
             .collect();
         let head = tx.driver.add(&buffers).unwrap();
         tx.heads[usize::from(head)] = addrs;
-        tx.publish();
     }
 
     /// Whether all that was sent has been taken.

@@ -3,6 +3,7 @@
 #[path = "../../../poll-engine/tests/support/peer.rs"]
 mod peer;
 
+mod burst;
 mod guest;
 mod offload;
 
