@@ -406,8 +406,11 @@ mod tests {
                     let len = len.min((SPACE - at) as u32);
                     let mut out: Vec<RawSlice> = Vec::new();
                     let there = &model[at as usize..][..len as usize];
-                    match map.translate(base + at, len, true, &mut out) {
+                    let whole = map.locate().whole(base + at, len, true).map(RawSlice::host_range);
+                    match map.translate(base + at, len, Access::WRITE, &mut out) {
                         Ok(()) => {
+                            let one = (out.len() == 1).then(|| out[0].host_range());
+                            prop_assert_eq!(whole, one);
                             let got: Vec<usize> = out.iter().flat_map(|s| s.host_range()).collect();
                             let want: Option<Vec<usize>> = there
                                 .iter()
@@ -416,6 +419,7 @@ mod tests {
                             prop_assert_eq!(Some(got), want);
                         }
                         Err(MemoryError::Miss(miss)) => {
+                            prop_assert_eq!(whole, None);
                             let first = there.iter().position(|b| b.is_none_or(|b| !b.1.allows(Access::WRITE)));
                             prop_assert_eq!(first.map(|i| base + at + i as u64), Some(miss.iova));
                         }

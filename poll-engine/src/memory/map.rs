@@ -288,6 +288,8 @@ pub(super) struct Span {
 unsafe impl Send for Span {}
 
 impl Span {
+    const NOWHERE: Span = Span { addr: 0, host: std::ptr::null_mut(), sizes: [0; 2] };
+
     /// `size` bytes, which are not none.
     pub(super) fn new(addr: u64, host: *mut u8, size: u64, access: Access) -> Span {
         let allowed = |kind| if access.allows(kind) { size } else { 0 };
@@ -339,6 +341,36 @@ impl Span {
     pub(super) fn goes_on_in(&self, next: &Span) -> bool {
         self.last().checked_add(1) == Some(next.addr)
             && self.host.wrapping_add(self.size() as usize) == next.host
+    }
+}
+
+/// Translates the buffers of one chain, which are mostly in one region (or interval of the IOTLB): where the last was is
+/// looked first.
+#[derive(Clone, Copy)]
+pub(crate) struct Locator<'m> {
+    map: &'m MemoryMap,
+    span: &'m Span,
+}
+
+impl<'m> Locator<'m> {
+    /// The host slice behind `len` bytes at `addr`, to be written or to be read; `None` unless it is one, and for no bytes.
+    #[inline(always)] // once a descriptor
+    pub(crate) fn whole(&mut self, addr: u64, len: u32, write: bool) -> Option<RawSlice> {
+        let kind = usize::from(write);
+        if addr.wrapping_sub(self.span.addr) >= self.span.sizes[kind] {
+            self.span = self.map.span_of_kind(addr, kind)?;
+        }
+        let offset = addr.wrapping_sub(self.span.addr);
+        // No bytes wrap around to more than there are.
+        if u64::from(len).wrapping_sub(1) >= self.span.sizes[kind] - offset {
+            return None;
+        }
+        // SAFETY: offset < span.size, inside the mapping.
+        Some(RawSlice { host: unsafe { self.span.host.add(offset as usize) }, len })
+    }
+
+    pub(crate) fn map(&self) -> &'m MemoryMap {
+        self.map
     }
 }
 
@@ -446,6 +478,11 @@ impl MemoryMap {
         self.find(addr, |s| s.size_for(access))
     }
 
+    #[inline(never)] // how chains are walked is in registers
+    fn span_of_kind(&self, addr: u64, kind: usize) -> Option<&Span> {
+        self.find(addr, |s| s.sizes[kind])
+    }
+
     /// Whether `addr` is translated for `access`.
     pub fn allows(&self, addr: u64, access: Access) -> bool {
         self.span(addr, access).is_some()
@@ -469,30 +506,16 @@ impl MemoryMap {
         first.map_or(MemoryError::Outside { addr, len }, MemoryError::Miss)
     }
 
-    /// Appends the host slices behind `len` bytes at `addr`, to be written or to be read: one, or more where the range runs
-    /// on from one region (or interval of the IOTLB) into the next.
-    #[inline(always)] // once a descriptor
-    pub(crate) fn translate(
-        &self,
-        addr: u64,
-        len: u32,
-        write: bool,
-        out: &mut Vec<RawSlice>,
-    ) -> Result<(), MemoryError> {
-        let kind = usize::from(write);
-        if let Some(span) = self.find(addr, |s| s.sizes[kind]) {
-            let offset = addr - span.addr;
-            if u64::from(len) <= span.sizes[kind] - offset {
-                // SAFETY: offset < span.size, inside the mapping.
-                out.push(RawSlice { host: unsafe { span.host.add(offset as usize) }, len });
-                return Ok(());
-            }
-        }
-        self.translate_across(addr, len, if write { Access::WRITE } else { Access::READ }, out)
+    /// Where each of the buffers of a chain lies.
+    #[inline]
+    pub(crate) fn locate(&self) -> Locator<'_> {
+        Locator { map: self, span: self.spans.first().unwrap_or(&Span::NOWHERE) }
     }
 
+    /// Appends the host slices behind `len` bytes at `addr`: more than one where the range runs on from one region (or
+    /// interval of the IOTLB) into the next.
     #[cold]
-    fn translate_across(
+    pub(crate) fn translate(
         &self,
         mut addr: u64,
         mut len: u32,

@@ -23,6 +23,8 @@ pub(crate) struct RawSlice {
 unsafe impl Send for RawSlice {}
 
 impl RawSlice {
+    pub(crate) const NONE: RawSlice = RawSlice { host: ptr::null_mut(), len: 0 };
+
     pub(crate) fn len(self) -> u32 {
         self.len
     }

@@ -7,61 +7,44 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::{Ahead, RingError};
-use crate::memory::iotlb::Revoked;
+use crate::memory::iotlb::{Access, Revoked};
 use crate::memory::log::DirtyLog;
-use crate::memory::map::{MapHold, MemoryMap};
+use crate::memory::map::{Locator, MapHold, MemoryMap};
 use crate::memory::slice::{GuestSlice, RawSlice};
 
 /// The slices of one chain; its storage is reused from chain to chain.
 #[derive(Debug, Default)]
 pub struct Chain {
-    slices: Vec<RawSlice>,
+    /// The chain's, and behind them room for others.
+    slots: Vec<RawSlice>,
+    count: usize,
+    /// Bytes of all of it.
+    len: u64,
     /// The first `readable` slices are device-readable, the rest device-writable.
     readable: usize,
     readable_len: u64,
-    writable_len: u64,
 }
 
 impl Chain {
     pub(crate) fn clear(&mut self) {
-        self.slices.clear();
-        self.readable = 0;
-        self.readable_len = 0;
-        self.writable_len = 0;
+        (self.count, self.len, self.readable, self.readable_len) = (0, 0, 0, 0);
     }
 
-    /// Appends one descriptor's buffer.
-    #[inline(always)] // three times a request
-    pub(crate) fn push(
-        &mut self,
-        map: &MemoryMap,
-        addr: u64,
-        len: u32,
-        writable: bool,
-    ) -> Result<(), RingError> {
-        if len == 0 {
-            return Err(RingError::ZeroLength);
-        }
-        if !writable && self.writable_len > 0 {
-            return Err(RingError::BadOrder);
-        }
-        map.translate(addr, len, writable, &mut self.slices)?;
-        if writable {
-            self.writable_len += u64::from(len);
-        } else {
-            self.readable = self.slices.len();
-            self.readable_len += u64::from(len);
-        }
-        if self.readable_len + self.writable_len > u64::from(u32::MAX) {
-            return Err(RingError::TooManyBytes);
-        }
-        Ok(())
+    /// Goes on where the chain ends.
+    #[inline(always)] // once a request
+    pub(crate) fn fill<'a>(&'a mut self, map: &'a MemoryMap) -> Filling<'a> {
+        Filling { at: map.locate(), count: self.count, len: self.len, chain: self }
+    }
+
+    #[inline]
+    fn slices(&self) -> &[RawSlice] {
+        &self.slots[..self.count]
     }
 
     /// Asks the CPU to fetch what is wanted of the first buffer.
     #[inline]
     pub(crate) fn fetch(&self, ahead: Ahead) {
-        if let Some(first) = self.slices.first() {
+        if let Some(first) = self.slices().first() {
             first.prefetch_lines(ahead.bytes, ahead.write);
         }
     }
@@ -69,13 +52,13 @@ impl Chain {
     /// The host address of the first byte, 0 without one: to be prefetched, not to be used.
     #[inline]
     pub(crate) fn first_addr(&self) -> usize {
-        self.slices.first().map_or(0, |s| s.host_addr().addr())
+        self.slots.first().map_or(0, |s| s.host_addr().addr())
     }
 
     /// Bytes the device may write.
     #[inline]
     pub(crate) fn writable_len(&self) -> u32 {
-        self.writable_len as u32
+        (self.len - self.readable_len) as u32
     }
 
     /// The chain as seen through the map that translated it.
@@ -86,6 +69,70 @@ impl Chain {
     pub unsafe fn view<'a>(&'a self, map: &'a MemoryMap) -> ChainView<'a> {
         ChainView { map, chain: self }
     }
+}
+
+/// A chain that is being filled. What every buffer changes is kept in registers until all are there.
+pub(crate) struct Filling<'a> {
+    chain: &'a mut Chain,
+    at: Locator<'a>,
+    count: usize,
+    len: u64,
+}
+
+impl Filling<'_> {
+    /// Appends one descriptor's buffer.
+    #[inline(always)] // three times a request
+    pub(crate) fn push(&mut self, addr: u64, len: u32, writable: bool) -> Result<(), RingError> {
+        let chain = &mut *self.chain;
+        if !writable && chain.readable != self.count {
+            return Err(RingError::BadOrder);
+        }
+        if let (Some(slice), Some(slot)) =
+            (self.at.whole(addr, len, writable), chain.slots.get_mut(self.count))
+        {
+            *slot = slice;
+            self.count += 1;
+        } else {
+            self.count = push_rarely(&mut chain.slots, self.count, self.at.map(), addr, len, writable)?;
+        }
+        // There are far fewer descriptors than would make it overflow.
+        self.len += u64::from(len);
+        if !writable {
+            (chain.readable, chain.readable_len) = (self.count, self.len);
+        }
+        Ok(())
+    }
+
+    /// That was all.
+    #[inline(always)] // once a request
+    pub(crate) fn finish(self) -> Result<(), RingError> {
+        (self.chain.count, self.chain.len) = (self.count, self.len);
+        if self.len > u64::from(u32::MAX) {
+            return Err(RingError::TooManyBytes);
+        }
+        Ok(())
+    }
+}
+
+/// Appends a buffer that is of several slices, finds no room, or is not to be appended. Returns how many slices there are.
+#[cold]
+#[inline(never)]
+fn push_rarely(
+    slots: &mut Vec<RawSlice>,
+    count: usize,
+    map: &MemoryMap,
+    addr: u64,
+    len: u32,
+    writable: bool,
+) -> Result<usize, RingError> {
+    if len == 0 {
+        return Err(RingError::ZeroLength);
+    }
+    slots.truncate(count);
+    map.translate(addr, len, if writable { Access::WRITE } else { Access::READ }, slots)?;
+    let count = slots.len();
+    slots.resize(slots.capacity(), RawSlice::NONE);
+    Ok(count)
 }
 
 /// A chain together with a hold on its memory, for requests that outlive the call that took them.
@@ -110,7 +157,7 @@ impl HeldChain {
 
     /// Has `pins` know where the chain points, until it is released.
     pub(crate) fn pin_in(&mut self, pins: &mut Pins) {
-        self.pin = Some(pins.pin(&self.chain.slices));
+        self.pin = Some(pins.pin(self.chain.slices()));
     }
 
     /// The held chain. `None` after [`release`](Self::release).
@@ -182,13 +229,13 @@ impl<'a> ChainView<'a> {
     /// Bytes the device may write.
     #[inline]
     pub fn writable_len(&self) -> u32 {
-        self.chain.writable_len as u32
+        self.chain.writable_len()
     }
 
     /// The first device-readable buffer.
     #[inline]
     pub fn first_readable(&self) -> Option<GuestSlice<'a>> {
-        let raw = self.chain.slices[..self.chain.readable].first()?;
+        let raw = self.chain.slots[..self.chain.readable].first()?;
         // SAFETY: a ChainView holds slices and the map that made them.
         Some(unsafe { raw.in_map(self.map) })
     }
@@ -196,7 +243,7 @@ impl<'a> ChainView<'a> {
     /// The first device-writable buffer.
     #[inline]
     pub fn first_writable(&self) -> Option<GuestSlice<'a>> {
-        let raw = self.chain.slices[self.chain.readable..].first()?;
+        let raw = self.chain.slices()[self.chain.readable..].first()?;
         // SAFETY: a ChainView holds slices and the map that made them.
         Some(unsafe { raw.in_map(self.map) })
     }
@@ -204,7 +251,7 @@ impl<'a> ChainView<'a> {
     /// The last byte the device may write: where many devices put a status.
     #[inline]
     pub fn last_writable(&self) -> Option<GuestSlice<'a>> {
-        let raw = self.chain.slices[self.chain.readable..].last()?;
+        let raw = self.chain.slices()[self.chain.readable..].last()?;
         // SAFETY: a ChainView holds slices and the map that made them.
         let slice = unsafe { raw.in_map(self.map) };
         Some(slice.part(slice.len() - 1, 1))
@@ -219,13 +266,13 @@ impl<'a> ChainView<'a> {
     /// The device-readable bytes from `offset`, at most `len` of them, as slices in order.
     #[inline]
     pub fn readable(&self, offset: u32, len: u32) -> Slices<'a> {
-        Slices { map: self.map, rest: &self.chain.slices[..self.chain.readable], skip: offset, left: len }
+        Slices { map: self.map, rest: &self.chain.slots[..self.chain.readable], skip: offset, left: len }
     }
 
     /// The device-writable bytes from `offset`, at most `len` of them, as slices in order.
     #[inline]
     pub fn writable(&self, offset: u32, len: u32) -> Slices<'a> {
-        Slices { map: self.map, rest: &self.chain.slices[self.chain.readable..], skip: offset, left: len }
+        Slices { map: self.map, rest: &self.chain.slices()[self.chain.readable..], skip: offset, left: len }
     }
 }
 

@@ -333,6 +333,7 @@ impl Ahead {
 
 /// A running virtqueue, device side. The one place where ring formats differ.
 #[derive(Debug)]
+#[allow(clippy::large_enum_variant)] // a queue has one, and is in a box
 pub enum Ring {
     /// Virtio 1.3, 2.7.
     Split(SplitRing),

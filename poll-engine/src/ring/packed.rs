@@ -18,7 +18,7 @@ use vring::packed::{DESC_F_AVAIL, DESC_F_USED, EVENT_SIZE, Event, PackedDesc, Po
 
 use super::chain::Chain;
 use super::inflight::QueueRegion;
-use super::inflight::packed::{Notes, PackedInflight};
+use super::inflight::packed::PackedInflight;
 use super::layout::{DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, DESC_SIZE, Desc, PackedLayout};
 use super::table::{MIN_CHAIN_LIMIT, Table};
 use super::{Ahead, MAX_SURVEYED, RingConfig, RingError, Token, Used, survey_desc};
@@ -29,6 +29,9 @@ use crate::memory::map::MemoryMap;
 
 /// How many chains are looked ahead for: as many as a queue takes in a round.
 const LOOK_AHEAD: u16 = 16;
+
+/// Of these flags the one or the other says that a descriptor is available, by turns.
+const BOTH: u16 = DESC_F_AVAIL | DESC_F_USED;
 
 /// The running device side of a packed ring.
 #[derive(Debug)]
@@ -42,16 +45,17 @@ pub struct PackedRing {
     next_avail: Position,
     /// Chains known to be available from there on.
     ready: u16,
-    /// The first descriptors of the chains that were found available together, how many chains and descriptors.
-    heads: [u16; LOOK_AHEAD as usize],
+    /// Where the chains that were found available together have their first buffers, how many chains and descriptors.
+    heads: [u64; LOOK_AHEAD as usize],
     found: u16,
     found_descs: u16,
     /// Where the next used descriptor belongs.
     next_used: Position,
     /// Descriptors from `next_used` to `next_avail`: those of chains taken and not completed.
     held: u16,
-    /// Chains taken and not completed.
-    in_flight: u16,
+    /// Chains taken and not completed. Not of the size of `held`: two that are written one by one and read together would
+    /// have to be in the cache first, behind all that was written before.
+    in_flight: u32,
     /// Where the used descriptors end that the driver has been shown.
     shown: Position,
     /// The used descriptor that will show all that were written after it.
@@ -171,9 +175,10 @@ impl PackedRing {
         // used, so the record's copies go there, in the order in which they were taken.
         let (size, mut at) = (self.layout.size(), self.next_used);
         for &entry in self.resubmits.iter().rev() {
-            for desc in inflight.chain(entry).1 {
-                let flags = desc.flags & !(DESC_F_AVAIL | DESC_F_USED) | at.available();
-                self.layout.set_desc(at.index, PackedDesc { flags, ..desc });
+            for (addr, rest) in inflight.chain(entry).1 {
+                let flags = rest.flags() & !BOTH | at.available();
+                let desc = PackedDesc { addr, len: rest.len(), id: rest.id(), flags };
+                self.layout.set_desc(at.index, desc);
                 if let Some(log) = &self.log {
                     log.descs.wrote(u64::from(DESC_SIZE) * u64::from(at.index), DESC_SIZE.into());
                 }
@@ -203,7 +208,7 @@ impl PackedRing {
 
     #[inline]
     pub(super) fn in_flight(&self) -> u16 {
-        self.in_flight
+        self.in_flight as u16
     }
 
     #[inline]
@@ -214,35 +219,44 @@ impl PackedRing {
         if self.ready > 0 {
             return self.ready;
         }
-        let size = self.size();
-        let mut at = self.next_avail;
-        let mut flags = self.layout.rest(at.index).flags();
-        if !at.is_available(flags) {
-            return 0;
+        self.look();
+        self.ready
+    }
+
+    /// Looks which of the next descriptors are available.
+    #[inline(always)] // with nothing to do it is all there is
+    fn look(&mut self) {
+        let mut at = self.layout.cursor(self.next_avail.index);
+        let mut available = self.next_avail.available();
+        let mut flags = at.rest().flags();
+        if flags & BOTH != available {
+            return;
         }
-        let (mut found, mut descs) = (0, 0);
+        let size = self.size();
+        let (mut found, mut left) = (0, size);
         for head in &mut self.heads {
-            *head = at.index;
+            *head = at.addr();
             found += 1;
             // 2.8.6: a list is available as a whole. One that is too long ends the look; `take` finds it.
             loop {
-                at = at.next(size);
-                descs += 1;
-                if flags & DESC_F_NEXT == 0 || descs >= size {
+                if at.step() {
+                    available ^= BOTH;
+                }
+                left -= 1;
+                if left == 0 || flags & DESC_F_NEXT == 0 {
                     break;
                 }
-                flags = self.layout.rest(at.index).flags();
+                flags = at.rest().flags();
             }
-            if descs >= size {
+            if left == 0 {
                 break;
             }
-            flags = self.layout.rest(at.index).flags();
-            if !at.is_available(flags) {
+            flags = at.rest().flags();
+            if flags & BOTH != available {
                 break;
             }
         }
-        (self.ready, self.found, self.found_descs) = (found, found, descs);
-        found
+        (self.ready, self.found, self.found_descs) = (found, found, size - left);
     }
 
     #[inline]
@@ -259,8 +273,8 @@ impl PackedRing {
         }
         let from = usize::from(self.found - self.ready);
         let heads = self.heads.get(from..usize::from(self.found)).unwrap_or_default();
-        for &head in heads.iter().take(count.into()) {
-            ahead.fetch(map, self.layout.addr(head), ahead.bytes);
+        for &addr in heads.iter().take(count.into()) {
+            ahead.fetch(map, addr, ahead.bytes);
         }
     }
 
@@ -271,25 +285,17 @@ impl PackedRing {
             return self.take_again(entry, map, chain);
         }
         debug_assert_ne!(self.ready, 0, "take without available");
-        let first = self.layout.desc(self.next_avail.index);
-        let mut notes = self.inflight.as_ref().map(PackedInflight::notes);
-        let (id, count) = if first.flags & DESC_F_INDIRECT == 0 {
-            self.walk(first, map, chain, notes.as_mut())?
-        } else {
-            // 2.8.19: no "direct descriptors with DESC_F_INDIRECT set in a scatter-gather list linked by NEXT".
-            if !self.indirect || first.flags & DESC_F_NEXT != 0 {
-                return Err(RingError::BadIndirect);
+        let (id, count, last) = match &self.inflight {
+            None => {
+                let (id, count) = self.walk(map, chain, |_, _| Ok(()))?;
+                (id, count, 0)
             }
-            if self.held >= self.size() {
-                return Err(RingError::TooManyInFlight);
+            Some(inflight) => {
+                let mut notes = inflight.notes();
+                let (id, count) = self.walk(map, chain, |addr, rest| notes.note(addr, rest))?;
+                (id, count, notes.last())
             }
-            self.walk_table(first, map, chain)?;
-            if let Some(notes) = &mut notes {
-                notes.note(&first)?;
-            }
-            (first.id, 1)
         };
-        let last = notes.map_or(0, |notes| notes.last());
         // Commit: from here on the chain is ours.
         self.next_avail = self.next_avail.advance(count, self.size());
         self.ready -= 1;
@@ -326,15 +332,17 @@ impl PackedRing {
         let Some(inflight) = &self.inflight else { unreachable!("chains are taken again from a record") };
         let (count, descs) = inflight.chain(entry);
         let mut id = 0;
-        for desc in descs {
-            if desc.flags & DESC_F_INDIRECT == 0 {
-                chain.push(map, desc.addr, desc.len, desc.flags & DESC_F_WRITE != 0)?;
-            } else if self.indirect && count == 1 && desc.flags & DESC_F_NEXT == 0 {
-                self.walk_table(desc, map, chain)?;
+        for (addr, rest) in descs {
+            if rest.flags() & DESC_F_INDIRECT == 0 {
+                let mut chain = chain.fill(map);
+                chain.push(addr, rest.len(), rest.flags() & DESC_F_WRITE != 0)?;
+                chain.finish()?;
+            } else if count == 1 {
+                self.walk_table(addr, rest, map, chain)?;
             } else {
                 return Err(RingError::BadIndirect);
             }
-            id = desc.id;
+            id = rest.id();
         }
         self.resubmits.pop();
         self.in_flight += 1;
@@ -364,53 +372,64 @@ impl PackedRing {
         }
     }
 
-    /// A list in the ring itself: its buffer ID, which its last descriptor has (2.8.6), and how long it is.
-    #[inline]
+    /// The next list: its buffer ID, which its last descriptor has (2.8.6), and how long it is in the ring. Each of its
+    /// descriptors there is noted once it is known to be good.
+    #[inline(always)] // twice in `take`
     fn walk(
         &self,
-        mut desc: PackedDesc,
         map: &MemoryMap,
         chain: &mut Chain,
-        mut notes: Option<&mut Notes<'_>>,
+        mut note: impl FnMut(u64, Rest) -> Result<(), RingError>,
     ) -> Result<(u16, u16), RingError> {
-        let size = self.size();
-        let mut index = self.next_avail.index;
-        let room = size - self.held;
-        let mut count = 0;
-        while count < room {
-            count += 1;
-            if desc.flags & DESC_F_INDIRECT != 0 {
+        let room = self.size() - self.held;
+        let mut at = self.layout.cursor(self.next_avail.index);
+        let (mut addr, mut rest) = at.pair();
+        if rest.flags() & DESC_F_INDIRECT != 0 {
+            if room == 0 {
+                return Err(RingError::TooManyInFlight);
+            }
+            self.walk_table(addr, rest, map, chain)?;
+            note(addr, rest)?;
+            return Ok((rest.id(), 1));
+        }
+        let mut filling = chain.fill(map);
+        let mut left = room;
+        while left > 0 {
+            left -= 1;
+            // 2.8.19: no "direct descriptors with DESC_F_INDIRECT set in a scatter-gather list linked by NEXT".
+            if rest.flags() & DESC_F_INDIRECT != 0 {
                 return Err(RingError::BadIndirect);
             }
-            chain.push(map, desc.addr, desc.len, desc.flags & DESC_F_WRITE != 0)?;
-            if let Some(notes) = &mut notes {
-                notes.note(&desc)?;
+            filling.push(addr, rest.len(), rest.flags() & DESC_F_WRITE != 0)?;
+            note(addr, rest)?;
+            if rest.flags() & DESC_F_NEXT == 0 {
+                filling.finish()?;
+                return Ok((rest.id(), room - left));
             }
-            if desc.flags & DESC_F_NEXT == 0 {
-                return Ok((desc.id, count));
-            }
-            index += 1;
-            if index == size {
-                index = 0;
-            }
-            desc = self.layout.desc(index);
+            at.step();
+            (addr, rest) = at.pair();
         }
-        Err(if self.held == 0 { RingError::TooLong(size.into()) } else { RingError::TooManyInFlight })
+        Err(if self.held == 0 { RingError::TooLong(self.size().into()) } else { RingError::TooManyInFlight })
     }
 
     /// 2.8.7: all of the table is the list; of its descriptors' flags only `WRITE` counts.
-    #[inline]
-    fn walk_table(&self, table: PackedDesc, map: &MemoryMap, chain: &mut Chain) -> Result<(), RingError> {
-        let table = Table::new(map, table.addr, table.len)?;
+    #[inline(never)] // the list in the ring is in registers
+    fn walk_table(&self, addr: u64, rest: Rest, map: &MemoryMap, chain: &mut Chain) -> Result<(), RingError> {
+        // 2.8.19, as in `walk`.
+        if !self.indirect || rest.flags() & DESC_F_NEXT != 0 {
+            return Err(RingError::BadIndirect);
+        }
+        let mut chain = chain.fill(map);
+        let table = Table::new(map, addr, rest.len())?;
         let limit = u32::from(self.size()).max(MIN_CHAIN_LIMIT);
         if table.entries() > limit {
             return Err(RingError::TooLong(limit));
         }
         for index in 0..table.entries() as u16 {
             let desc = PackedDesc::from_pair(table.read(index)?);
-            chain.push(map, desc.addr, desc.len, desc.flags & DESC_F_WRITE != 0)?;
+            chain.push(desc.addr, desc.len, desc.flags & DESC_F_WRITE != 0)?;
         }
-        Ok(())
+        chain.finish()
     }
 
     #[inline(always)] // the end of every request

@@ -220,9 +220,6 @@ impl SplitRing {
         if desc.flags & DESC_F_INDIRECT == 0 {
             self.walk(head, desc, map, chain)?;
         } else {
-            if !self.indirect || desc.flags & DESC_F_NEXT != 0 {
-                return Err(RingError::BadIndirect);
-            }
             self.walk_table(desc, map, chain)?;
         }
         self.recent = (head, chain.first_addr());
@@ -283,34 +280,35 @@ impl SplitRing {
     #[inline]
     fn walk(&self, head: u16, mut desc: Desc, map: &MemoryMap, chain: &mut Chain) -> Result<(), RingError> {
         let size = self.size();
-        let mut index = head;
+        let mut filling = chain.fill(map);
         for _ in 0..size {
-            if index != head {
-                desc = self.layout.desc(index);
-            }
-            if desc.flags & DESC_F_INDIRECT != 0 {
-                if !self.indirect || desc.flags & DESC_F_NEXT != 0 {
-                    return Err(RingError::BadIndirect);
-                }
-                return self.walk_table(desc, map, chain);
-            }
-            chain.push(map, desc.addr, desc.len, desc.flags & DESC_F_WRITE != 0)?;
+            filling.push(desc.addr, desc.len, desc.flags & DESC_F_WRITE != 0)?;
             if desc.flags & DESC_F_NEXT == 0 {
-                return Ok(());
+                return filling.finish();
             }
-            index = desc.next;
+            let index = desc.next;
             if index >= size {
                 return Err(RingError::BadIndex { index, size: u32::from(size) });
             }
             if index == head {
                 break;
             }
+            desc = self.layout.desc(index);
+            if desc.flags & DESC_F_INDIRECT != 0 {
+                filling.finish()?;
+                return self.walk_table(desc, map, chain);
+            }
         }
         Err(RingError::TooLong(u32::from(size)))
     }
 
-    #[inline]
+    /// Appends the chain in an indirect table.
+    #[inline(never)] // the chain in the ring is in registers
     fn walk_table(&self, table: Desc, map: &MemoryMap, chain: &mut Chain) -> Result<(), RingError> {
+        if !self.indirect || table.flags & DESC_F_NEXT != 0 {
+            return Err(RingError::BadIndirect);
+        }
+        let mut chain = chain.fill(map);
         let table = Table::new(map, table.addr, table.len)?;
         let entries = table.entries();
         // 2.7.5.3.1: "A driver MUST NOT create a descriptor chain longer than the Queue Size". The bound ends a loop.
@@ -324,9 +322,9 @@ impl SplitRing {
             if desc.flags & DESC_F_INDIRECT != 0 {
                 return Err(RingError::BadIndirect);
             }
-            chain.push(map, desc.addr, desc.len, desc.flags & DESC_F_WRITE != 0)?;
+            chain.push(desc.addr, desc.len, desc.flags & DESC_F_WRITE != 0)?;
             if desc.flags & DESC_F_NEXT == 0 {
-                return Ok(());
+                return chain.finish();
             }
             index = desc.next;
         }

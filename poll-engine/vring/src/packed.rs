@@ -10,6 +10,7 @@
 //! ```
 #![allow(unsafe_code)] // rings are shared with the other side and live at raw addresses
 
+use core::marker::PhantomData;
 use core::ptr::NonNull;
 use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
@@ -169,17 +170,23 @@ impl PackedDesc {
 pub struct Rest(u64);
 
 impl Rest {
+    /// Of what it has.
+    #[inline]
+    pub fn new(len: u32, id: u16, flags: u16) -> Rest {
+        Rest(PackedDesc { addr: 0, len, id, flags }.rest())
+    }
+
     /// A used descriptor at `at` for the buffer `id`, with `written` bytes written to it (2.8.3, 2.8.4).
     #[inline]
     pub fn used(at: Position, id: u16, written: u32) -> Rest {
         let flags = at.used() | if written > 0 { DESC_F_WRITE } else { 0 };
-        Rest(PackedDesc { addr: 0, len: written, id, flags }.rest())
+        Rest::new(written, id, flags)
     }
 
     /// What a descriptor at `at` looks like that is neither used nor to be read again.
     #[inline]
     pub fn taken(at: Position) -> Rest {
-        Rest(PackedDesc { addr: 0, len: 0, id: 0, flags: at.available() }.rest())
+        Rest::new(0, 0, at.available())
     }
 
     /// `DESC_F_*`.
@@ -249,6 +256,61 @@ impl Event {
     }
 }
 
+/// A way along the descriptors of a ring, from each to the next, without a check at each.
+#[derive(Clone, Copy, Debug)]
+pub struct Cursor<'a> {
+    at: NonNull<AtomicU64>,
+    end: NonNull<AtomicU64>,
+    start: NonNull<AtomicU64>,
+    layout: PhantomData<&'a PackedLayout>,
+}
+
+impl Cursor<'_> {
+    /// To the next descriptor; true when that is the first of the ring.
+    #[inline(always)] // every descriptor
+    pub fn step(&mut self) -> bool {
+        // SAFETY: at is a descriptor, so behind it is another one, or the end.
+        self.at = unsafe { self.at.add(2) };
+        let wraps = self.at == self.end;
+        if wraps {
+            self.at = self.start;
+        }
+        wraps
+    }
+
+    #[inline(always)] // every descriptor
+    fn halves(&self) -> (&AtomicU64, &AtomicU64) {
+        // SAFETY: a descriptor of the layout, as for `PackedLayout::halves`.
+        unsafe { (self.at.as_ref(), self.at.add(1).as_ref()) }
+    }
+
+    /// As [`PackedLayout::rest`].
+    #[inline(always)] // every descriptor
+    pub fn rest(&self) -> Rest {
+        Rest(u64::from_le(self.halves().1.load(Ordering::Acquire)))
+    }
+
+    /// As [`PackedLayout::desc`], in its two halves.
+    #[inline(always)] // every descriptor
+    pub fn pair(&self) -> (u64, Rest) {
+        let rest = self.rest();
+        (self.addr(), rest)
+    }
+
+    /// The address in the descriptor.
+    #[inline(always)] // every descriptor
+    pub fn addr(&self) -> u64 {
+        u64::from_le(self.halves().0.load(Ordering::Relaxed))
+    }
+}
+
+/// Takes values and not references to them, which would be in memory.
+#[cold]
+#[inline(never)]
+fn outside(index: u16, size: u16) -> ! {
+    panic!("descriptor {index} of {size}")
+}
+
 /// Bytes of an event suppression structure.
 pub const EVENT_SIZE: u64 = 4;
 
@@ -293,13 +355,24 @@ impl PackedLayout {
     /// Both halves of a descriptor.
     #[inline]
     fn halves(&self, index: u16) -> (&AtomicU64, &AtomicU64) {
-        assert!(index < self.size, "descriptor {index} of {}", self.size);
+        if index >= self.size {
+            outside(index, self.size);
+        }
         // SAFETY: inside the ring, 16-byte aligned and valid while the layout lives, as `at` was promised; all access
         // is atomic.
         unsafe {
             let at = self.desc.add(2 * usize::from(index));
             (at.as_ref(), at.add(1).as_ref())
         }
+    }
+
+    /// A way along the descriptors that begins at one.
+    #[inline]
+    pub fn cursor(&self, index: u16) -> Cursor<'_> {
+        let at = NonNull::from(self.halves(index).0);
+        // SAFETY: the end of the ring.
+        let end = unsafe { self.desc.add(2 * usize::from(self.size)) };
+        Cursor { at, end, start: self.desc, layout: PhantomData }
     }
 
     /// The upper half of a descriptor; what was written before it is visible after.
@@ -311,9 +384,8 @@ impl PackedLayout {
     /// Reads a descriptor, each byte once, the flags first.
     #[inline]
     pub fn desc(&self, index: u16) -> PackedDesc {
-        let (addr, rest) = self.halves(index);
-        let rest = u64::from_le(rest.load(Ordering::Acquire));
-        PackedDesc::from_pair([u64::from_le(addr.load(Ordering::Relaxed)), rest])
+        let (addr, rest) = self.cursor(index).pair();
+        PackedDesc::from_pair([addr, rest.0])
     }
 
     /// Writes a descriptor that the other side does not look at yet (driver side).
@@ -341,12 +413,6 @@ impl PackedLayout {
     #[inline]
     pub fn show(&self, index: u16, rest: Rest) {
         self.halves(index).1.store(rest.0.to_le(), Ordering::Release);
-    }
-
-    /// The address in a descriptor, as a hint of what will be read.
-    #[inline]
-    pub fn addr(&self, index: u16) -> u64 {
-        u64::from_le(self.halves(index).0.load(Ordering::Relaxed))
     }
 
     /// Asks the CPU to fetch `count` descriptors from `index` on, at most all, to be written.

@@ -16,7 +16,7 @@
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64, Ordering};
 
-use vring::packed::{PackedDesc, Position};
+use vring::packed::{Position, Rest};
 
 use super::{PACKED_ENTRY, PACKED_HEADER, QueueRegion, VERSION};
 use crate::fault_point::pass;
@@ -58,11 +58,11 @@ impl Notes<'_> {
     /// Copies the chain's next descriptor. There is no entry left for it when a driver has made more available than its
     /// ring has, over what it has not been given back.
     #[inline]
-    pub(in crate::ring) fn note(&mut self, desc: &PackedDesc) -> Result<(), RingError> {
+    pub(in crate::ring) fn note(&mut self, addr: u64, rest: Rest) -> Result<(), RingError> {
         let (record, entry) = (self.record, self.next);
         let links = record.links.get(usize::from(entry)).ok_or(RingError::TooManyInFlight)?;
-        record.entry_word(entry, 24).store(desc.addr, Ordering::Relaxed);
-        record.entry_word(entry, 16).store(rest(desc), Ordering::Relaxed);
+        record.entry_word(entry, 24).store(addr, Ordering::Relaxed);
+        record.entry_word(entry, 16).store(entry_rest(rest), Ordering::Relaxed);
         (self.last, self.next) = (entry, links.next);
         Ok(())
     }
@@ -283,20 +283,16 @@ impl PackedInflight {
     }
 
     /// The descriptors of a chain that an earlier back end had taken, and how many there are.
-    pub(in crate::ring) fn chain(&self, head: u16) -> (u16, impl Iterator<Item = PackedDesc>) {
+    pub(in crate::ring) fn chain(&self, head: u16) -> (u16, impl Iterator<Item = (u64, Rest)>) {
         let count = self.links[usize::from(head)].num;
         let mut entry = head;
         let descs = (0..count).map(move |_| {
             let rest = self.entry_word(entry, 16).load(Ordering::Relaxed).to_ne_bytes();
             let half = |at: usize| u16::from_ne_bytes([rest[at], rest[at + 1]]);
-            let desc = PackedDesc {
-                addr: self.entry_word(entry, 24).load(Ordering::Relaxed),
-                len: u32::from_ne_bytes([rest[4], rest[5], rest[6], rest[7]]),
-                id: half(0),
-                flags: half(2),
-            };
+            let len = u32::from_ne_bytes([rest[4], rest[5], rest[6], rest[7]]);
+            let addr = self.entry_word(entry, 24).load(Ordering::Relaxed);
             entry = self.links[usize::from(entry)].next;
-            desc
+            (addr, Rest::new(len, half(0), half(2)))
         });
         (count, descs)
     }
@@ -410,8 +406,8 @@ impl PackedInflight {
 
 /// `id`, `flags` and `len` of an entry, which are one after the other, in one number.
 #[inline]
-fn rest(desc: &PackedDesc) -> u64 {
-    let ([a, b], [c, d]) = (desc.id.to_ne_bytes(), desc.flags.to_ne_bytes());
-    let [e, f, g, h] = desc.len.to_ne_bytes();
+fn entry_rest(rest: Rest) -> u64 {
+    let ([a, b], [c, d]) = (rest.id().to_ne_bytes(), rest.flags().to_ne_bytes());
+    let [e, f, g, h] = rest.len().to_ne_bytes();
     u64::from_ne_bytes([a, b, c, d, e, f, g, h])
 }
