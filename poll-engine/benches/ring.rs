@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use criterion::{Criterion, Throughput};
 use pair::{BATCHES, Device, FORMATS, Pair, SHAPES};
-use quanta::Clock;
+use poll_engine::clock::Clock;
 
 /// What is timed of a run over all requests that the ring has room for.
 #[derive(Clone, Copy, PartialEq, Eq)]

@@ -18,6 +18,7 @@
 //! Control and data never share a lock: a queue is moved into its reactor to run and moved out to stop, and everything
 //! said to it in between goes through the reactor's mailbox.
 
+pub mod clock;
 pub mod device;
 pub mod engine;
 pub mod fault_point;

@@ -3,11 +3,11 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
+use poll_engine::clock::Clock;
 use poll_engine::device::QueueHandler;
 use poll_engine::engine::Engine;
 use poll_engine::engine::queue::Queue;
 use poll_engine::engine::reactor::{Io, QueueId};
-use quanta::Clock;
 
 use crate::outside::News;
 use crate::parcel::Chute;

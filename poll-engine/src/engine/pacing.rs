@@ -3,7 +3,7 @@
 use std::str::FromStr;
 use std::time::Duration;
 
-use quanta::Clock;
+use crate::clock::Clock;
 
 /// How a reactor waits for work.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

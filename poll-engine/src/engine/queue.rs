@@ -7,13 +7,13 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use crossbeam::sync::WaitGroup;
-use quanta::Clock;
 use tracing::{info, warn};
 
 pub use burst::MAX_BURST;
 
 use super::alarm::Alarm;
 use super::reactor::Io;
+use crate::clock::Clock;
 use crate::fault_point::pass;
 use crate::memory::iotlb::{Miss, Revoked};
 use crate::memory::log::QueueLog;

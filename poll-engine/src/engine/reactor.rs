@@ -7,13 +7,13 @@ use std::time::Duration;
 
 use crossbeam::channel::Sender;
 use crossbeam::sync::WaitGroup;
-use quanta::Clock;
 use tracing::{debug, warn};
 
 use super::mailbox::Mailbox;
 use super::pacing::{Pacer, Pacing};
 use super::queue::{MapChange, Queue};
 use super::station::{Queues, Station, Waker};
+use crate::clock::Clock;
 use crate::device::QueueHandler;
 use crate::memory::fault::faults;
 use crate::memory::iotlb::Miss;

@@ -18,7 +18,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use quanta::Clock;
+use poll_engine::clock::Clock;
 use tracing::warn;
 
 use self::format::{Header, Kind, MAX_56, RECORD_LEN, Record};

@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
+use poll_engine::clock::Clock;
 use poll_engine::ring::chain::ChainView;
-use quanta::Clock;
 
 use super::format::{Kind, MAX_56};
 use super::ring::{NoteRing, Producer};

@@ -26,8 +26,8 @@ use pcap_file::pcapng::blocks::interface_description::{
 };
 use pcap_file::pcapng::blocks::section_header::{SectionHeaderBlock, SectionHeaderOption};
 use pcap_file::{DataLink, PcapError};
+use poll_engine::clock::Clock;
 use poll_engine::words::{Producer, WordRing, Words};
-use quanta::Clock;
 use tracing::warn;
 
 use self::filter::Filter;
