@@ -6,6 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Instant;
 
 use nix::sys::eventfd::EventFd;
 use poll_engine::device::{ConfigRefused, Device, QueueHandler, StateRefused};
@@ -17,6 +18,7 @@ use poll_engine::memory::{Ram, RegionSpec};
 use poll_engine::ring::RingConfig;
 use poll_engine::ring::chain::HeldChain;
 use poll_engine::ring::driver::{Buffer, DriverRing};
+use poll_engine::session::handover::Snapshot;
 use poll_engine::session::listen::Listener;
 use poll_engine::session::serve::Export;
 use poll_engine::session::server::Server;
@@ -158,12 +160,17 @@ pub struct Back {
     pub stats: Vec<Arc<QueueStats>>,
     pub socket: PathBuf,
     pub server: Server,
-    _dir: tempfile::TempDir,
+    dir: Arc<tempfile::TempDir>,
 }
 
 impl Back {
     pub fn start(pacing: Pacing) -> Back {
-        let dir = tempfile::tempdir().unwrap();
+        let dir = Arc::new(tempfile::tempdir().unwrap());
+        let listener = Listener::bind(&dir.path().join("s")).unwrap();
+        Back::make(pacing, dir, |export| Server::start(export, listener, || {}).unwrap())
+    }
+
+    fn make(pacing: Pacing, dir: Arc<tempfile::TempDir>, serve: impl FnOnce(Export) -> Server) -> Back {
         let socket = dir.path().join("s");
         let mut config = [0; 64];
         (0..).zip(&mut config).for_each(|(i, byte)| *byte = i);
@@ -180,8 +187,28 @@ impl Back {
         let engine = Arc::new(Engine::start(&EngineConfig { pacing, ..EngineConfig::default() }).unwrap());
         let device = Arc::new(Shared(Arc::clone(&echo)));
         let export = Export { name: "echo".into(), device, stats: stats.clone(), engine };
-        let server = Server::start(export, Listener::bind(&socket).unwrap(), || {}).unwrap();
-        Back { echo, stats, socket, server, _dir: dir }
+        let server = serve(export);
+        Back { echo, stats, socket, server, dir }
+    }
+
+    /// As a live upgrade does: another back end goes on with the session, and this one has left. What goes from the one to
+    /// the other goes as it does between processes. How many bytes of a next message were among it.
+    pub fn hand_over(self, pacing: Pacing) -> (Back, usize) {
+        let freeze = self.server.freeze();
+        let until = Instant::now() + LIMIT;
+        freeze.wait_parked(until).unwrap();
+        freeze.stop();
+        let (state, fds) = freeze.snapshot(until).unwrap().into_parts();
+        let partial = state.session.as_ref().map_or(0, |session| session.partial.len());
+        let said = serde_json::to_vec(&state).unwrap();
+        let snapshot = Snapshot::received(serde_json::from_slice(&said).unwrap(), fds);
+        let next = Back::make(pacing, Arc::clone(&self.dir), |export| {
+            let prepared = Server::resume(export, snapshot, || {}).unwrap();
+            prepared.wait_ready(until).unwrap();
+            prepared.go()
+        });
+        freeze.leave();
+        (next, partial)
     }
 
     pub fn connect(&self) -> Peer {
