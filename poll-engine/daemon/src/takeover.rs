@@ -29,6 +29,7 @@ const READY: Duration = Duration::from_secs(4);
 
 /// The options.
 #[derive(Args, Clone, Debug, Default)]
+#[group(id = "upgrade")] // programs have options of their own that are called so
 pub struct Options {
     /// Unix socket on which a newer version of this program can take over from this one (see --takeover)
     #[arg(long, value_name = "PATH")]
