@@ -98,7 +98,7 @@ add_module() { # NAME [DIR LIST]: into DIR, and appended to LIST in the order in
 for m in crc32c_generic virtio_pci virtio_mmio virtio_console virtio_blk virtio_net 8021q ext4; do add_module "$m"; done
 if [ -n "$given" ]; then
     cp "$root/etc/modules" "$tmp/all"
-    for m in vduse virtio_vdpa vhost_vdpa nvme igb igbvf vfio_pci tun veth; do
+    for m in vduse virtio_vdpa vhost_vdpa nvme igb igbvf vfio_pci vfio_iommu_type1 tun veth; do
         add_module "$m" "$root/lib/modules/$version" "$tmp/all"
     done
 fi
