@@ -147,6 +147,9 @@ impl Burst {
             done += moved;
         }
         if let Some(tx) = queues.finishing(id) {
+            if exits.witness.is_there() {
+                (0..done).for_each(|at| exits.witness.sent(source.port, &tx.burst(at), source.header));
+            }
             tx.end_burst(done, |_| 0);
         }
         done

@@ -68,7 +68,7 @@ pub struct Options {
     #[arg(long, value_name = "FDNUM,...", value_delimiter = ',')]
     pub tap_fds: Vec<i32>,
 
-    /// Capture what crosses taps to a new file (pcapng), for Wireshark and tcpdump
+    /// Capture what crosses ports, taps and the uplink to a new file (pcapng), for Wireshark and tcpdump
     #[arg(long, value_name = "FILE")]
     pub pcap: Option<PathBuf>,
 

@@ -16,6 +16,7 @@ use crate::parcel::Chute;
 use crate::rx::{Form, Refused, Sent, Spread, copy, deliver};
 use crate::stats::{Drop, PairStats};
 use crate::tx::{Glance, Head};
+use crate::witness::Witness;
 
 /// What is fetched ahead of buffers to receive into: drivers put the header before a packet that is aligned, so that both
 /// together are in two lines.
@@ -32,6 +33,8 @@ pub struct Target {
     pub form: Form,
     /// What was negotiated.
     pub features: u64,
+    /// Packets that were made up for it.
+    pub made: u64,
 }
 
 /// A packet on its way: in a burst of a transmit queue.
@@ -80,13 +83,16 @@ pub struct Exits {
     /// A segment's head.
     piece: Head,
     spread: Spread,
+    /// Who notes packets.
+    pub witness: Witness,
 }
 
 impl Exits {
     /// Those of `hub` on this reactor: none yet.
     pub fn new(hub: Arc<Hub>, reactor: usize) -> Exits {
         let targets = hub.ports.iter().map(|_| Vec::new()).collect();
-        Exits { hub, reactor, targets, outside: None, piece: Head::new(), spread: Spread::new() }
+        let (piece, spread, witness) = (Head::new(), Spread::new(), Witness::default());
+        Exits { hub, reactor, targets, outside: None, piece, spread, witness }
     }
 
     /// A receive queue runs.
@@ -139,6 +145,11 @@ impl Exits {
             done += 1;
             bytes += u64::from(packet.len());
         }
+        if self.witness.is_there() {
+            for (at, packet) in packets.iter().flatten().take(done).enumerate() {
+                self.witness.received(port, &rx.burst(at), packet.len());
+            }
+        }
         rx.end_burst(done, |at| packets[at].as_ref().map_or(0, Glance::len_in_ring));
         if done == 0 {
             return Ran::Single;
@@ -161,7 +172,8 @@ impl Exits {
         };
         let chain = tx.burst(from.at);
         let read = |at: u32, into: &mut [u8]| _ = chain.readable(at, into.len() as u32).read(into);
-        let outcome = fit(rx, target, head, &mut self.piece, &chain, read, &mut self.spread);
+        let own = (&mut self.piece, &mut self.spread, &mut self.witness);
+        let outcome = fit(rx, (port, target), head, &chain, read, own);
         let port = &self.hub.ports[port];
         let nothing = matches!(outcome, Some(Outcome { packets: 0, why: Some(Refused::NoBuffers), .. }));
         if nothing && port.waits {
@@ -183,12 +195,9 @@ impl Exits {
         let here = &self.targets[port];
         let target = here.get(pair % here.len().max(1)).copied();
         let Some((target, rx)) = target.and_then(|t| Some((t, queues.get(t.id)?))) else { return false };
-        let read = |at: u32, into: &mut [u8]| {
-            let from = bytes.get(at as usize..).unwrap_or_default();
-            let n = from.len().min(into.len());
-            into[..n].copy_from_slice(&from[..n]);
-        };
-        let outcome = fit(rx, target, head, &mut self.piece, bytes, read, &mut self.spread);
+        let read = |at: u32, into: &mut [u8]| read_of(bytes, at, into);
+        let own = (&mut self.piece, &mut self.spread, &mut self.witness);
+        let outcome = fit(rx, (port, target), head, bytes, read, own);
         count(&self.hub.ports[port].pairs[target.pair], outcome);
         true
     }
@@ -207,7 +216,8 @@ impl Exits {
         let Some(tx) = queues.finishing(from.id) else { return };
         let chain = tx.burst(from.at);
         let rest = &mut chain.readable(head.read(), u32::MAX);
-        if self.leave(port, head, |outside, head| outside.send(head, rest)) {
+        let read = |at: u32, into: &mut [u8]| _ = chain.readable(at, into.len() as u32).read(into);
+        if self.leave(port, head, |outside, head| outside.send(head, rest), &read) {
             return;
         }
         // The receiver's counters are another reactor's.
@@ -228,6 +238,7 @@ impl Exits {
         port: usize,
         head: &Head,
         send: impl FnOnce(&mut Outside, &Head) -> bool,
+        read: &dyn Fn(u32, &mut [u8]),
     ) -> bool {
         let Some(outside) = self.outside.as_mut().filter(|o| o.port == port) else { return false };
         let theirs = &self.hub.ports[port].pairs[0];
@@ -237,6 +248,7 @@ impl Exits {
         } else if send(outside, head) {
             theirs.rx_packets.add(1);
             theirs.rx_bytes.add(head.packet_len().into());
+            self.witness.forwarded(port, head, head.read(), read);
         } else {
             theirs.drop_rx(Drop::LinkDown);
         }
@@ -246,19 +258,20 @@ impl Exits {
     /// Fills the receive queues with packets from nowhere, at most so many each; how many.
     pub fn generate(&mut self, queues: &mut Queues<'_>, head: &mut Head, len: u32, burst: u16) -> usize {
         let mut made = 0;
-        for (port, targets) in self.targets.iter().enumerate() {
+        for (port, targets) in self.targets.iter_mut().enumerate() {
             for target in targets {
                 let Some(rx) = queues.get(target.id) else { continue };
                 let stats = &self.hub.ports[port].pairs[target.pair];
                 for _ in 0..rx.ready_for(burst, RECEIVED) {
-                    head.make_up(len);
+                    head.make_up(len, target.made);
                     // Its payload is what has been in the buffer.
                     if deliver(rx, target.form, head, &[][..], &mut self.spread).is_err() {
                         break;
                     }
                     stats.rx_packets.add(1);
                     stats.rx_bytes.add(len.into());
-                    made += 1;
+                    self.witness.forwarded(port, head, 0, &|_, into| into.fill(0));
+                    (made, target.made) = (made + 1, target.made + 1);
                 }
             }
         }
@@ -274,21 +287,32 @@ impl Hub {
     }
 }
 
-/// Puts a packet into receive buffers in the form in which their driver takes it.
+/// Bytes of a packet that is ours.
+pub fn read_of(bytes: &[u8], at: u32, into: &mut [u8]) {
+    let from = bytes.get(at as usize..).unwrap_or_default();
+    let n = from.len().min(into.len());
+    into[..n].copy_from_slice(&from[..n]);
+}
+
+/// Puts a packet into receive buffers of a port in the form in which their driver takes it.
 fn fit(
     rx: &mut Queue,
-    target: Target,
+    (port, target): (usize, Target),
     head: &mut Head,
-    piece: &mut Head,
     sent: &(impl Sent + ?Sized),
     read: impl Fn(u32, &mut [u8]),
-    spread: &mut Spread,
+    (piece, spread, witness): (&mut Head, &mut Spread, &mut Witness),
 ) -> Option<Outcome> {
     if !takes(head, target.features) {
-        return deliver_softened(rx, (target.form, target.features), head, piece, sent, read, spread);
+        let got = |head: &Head, behind| witness.forwarded(port, head, behind, &read);
+        return deliver_softened(rx, (target.form, target.features), head, piece, sent, &read, spread, got);
     }
     let (len, rest) = (head.packet_len(), sent.part(head.read(), u32::MAX));
-    Some(Outcome::of(len, deliver(rx, target.form, head, rest, spread)))
+    let delivered = deliver(rx, target.form, head, rest, spread);
+    if delivered.is_ok() {
+        witness.forwarded(port, head, head.read(), &read);
+    }
+    Some(Outcome::of(len, delivered))
 }
 
 fn reason(refused: Refused) -> Drop {

@@ -50,8 +50,10 @@ pub fn takes(head: &Head, features: u64) -> bool {
 }
 
 /// Puts a packet into receive buffers in the form that a driver with these features takes. `None` if there is no such form:
-/// its header was not what the packet has.
+/// its header was not what the packet has. What the receiver has got is told to `got`: a head, and where in the sender's
+/// chain the rest is.
 #[cold]
+#[allow(clippy::too_many_arguments)] // parts of whoever calls
 pub fn deliver_softened(
     rx: &mut Queue,
     (form, features): (Form, u64),
@@ -60,6 +62,7 @@ pub fn deliver_softened(
     sent: &(impl Sent + ?Sized),
     read: impl Fn(u32, &mut [u8]),
     spread: &mut Spread,
+    mut got: impl FnMut(&Head, u32),
 ) -> Option<Outcome> {
     let mut outcome = Outcome::default();
     let Offload { csum, gso } = *head.offload();
@@ -78,9 +81,13 @@ pub fn deliver_softened(
                     return;
                 }
                 piece.begin(headers, payload.len() as u32);
-                let rest = sent.part(head.in_chain(payload.start), payload.len() as u32);
+                let behind = head.in_chain(payload.start);
+                let rest = sent.part(behind, payload.len() as u32);
                 let delivered = deliver(rx, form, piece, rest, spread);
                 outcome.count(piece.packet_len(), delivered);
+                if delivered.is_ok() {
+                    got(piece, behind);
+                }
             })?;
         }
         (Work::Checksum, _) => {
@@ -90,6 +97,9 @@ pub fn deliver_softened(
             head.set_offload(Offload::default());
             let (bytes, rest) = (head.packet_len(), sent.part(head.read(), u32::MAX));
             outcome.count(bytes, deliver(rx, form, head, rest, spread));
+            if outcome.packets > 0 {
+                got(head, head.read());
+            }
         }
         _ => return None,
     }

@@ -21,7 +21,8 @@ pub enum Plan {
     Echo,
     /// Nowhere.
     Discard,
-    /// Nowhere, while packets of this many bytes come from nowhere as fast as the guest takes them.
+    /// Nowhere, while packets of this many bytes come from nowhere as fast as the guest takes them: each queue's are numbered
+    /// behind their Ethernet headers, so that it can be seen whether all have come, and in order.
     Generate(u16),
     /// To the other one of two ports.
     Wire,

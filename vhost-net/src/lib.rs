@@ -7,7 +7,7 @@
 //! A [`hub`] joins ports, each a [`device`] on a socket of its own. On every reactor it has a [`shard`], which forwards
 //! packets a [`burst`] at a time ([`tx`]) by the [`exits`] that there are ([`rx`]). [`header`] is what comes before every packet in a ring, and what may be wrong with it,
 //! [`packet`] what is to be known of a frame, [`offload`] what is done to it in software, [`rss`] which receive queue it
-//! belongs to. [`port`] is what a device can be joined to besides another guest, and [`pcap`] writes down what crosses it.
+//! belongs to. [`port`] is what a device can be joined to besides another guest, and [`pcap`] writes down what crosses it, told by a [`witness`] of each hub.
 //! [`switch`] says which port a frame goes to. [`features`] names the feature bits.
 
 pub mod burst;
@@ -35,3 +35,4 @@ pub mod stats;
 pub mod switch;
 pub mod takeover;
 pub mod tx;
+pub mod witness;

@@ -34,6 +34,7 @@ use vhost_net::spec::PortSpec;
 use vhost_net::switch::fdb::FdbConfig;
 use vhost_net::switch::{self, PortConfig, PortId};
 use vhost_net::takeover::{About, PROGRAM};
+use vhost_net::witness::Witness;
 
 fn main() -> ExitCode {
     daemon::main(run)
@@ -94,6 +95,10 @@ fn run(cli: &Cli) -> Result<()> {
     if let (Some(_), Some(w)) = (&cli.upgrade.control, wanted.iter().find(|w| w.tap.is_some())) {
         bail!("{}: a port that is joined to a tap cannot be handed over; leave --control out", w.name);
     }
+    let uplink = options.uplink.as_ref().and_then(|uplink| uplink.tap.as_ref());
+    if let (Some(_), Some(tap)) = (&cli.upgrade.control, uplink) {
+        bail!("uplink {tap}: a tap cannot be handed over; leave --control out, or use af-packet");
+    }
     daemon::raise_descriptor_limit();
     let keys: Vec<_> = wanted.iter().map(|w| w.place.key()).collect();
     takeover::run(&cli.upgrade, PROGRAM, &keys, |heir, inherited| {
@@ -148,6 +153,9 @@ fn serve(
         if let Some(uplink) = uplink.take_if(|_| reactor == 0) {
             shard = shard.with_outside(Outside::new(out, uplink));
         }
+        if let Some(capture) = &capture {
+            shard = shard.with_witness(Witness::new(capture.probe(0), captured(&wanted)));
+        }
         engine.add_station(reactor, Box::new(shard)).context("cannot start a shard")
     });
     let shards = shards.collect::<Result<Vec<_>>>()?;
@@ -184,7 +192,7 @@ fn serve(
     let mut served = Vec::new();
     for ((Wanted { name, place, .. }, counted, stats, device), server) in ready.into_iter().zip(servers) {
         if let Counted::Tap(tap) = &counted {
-            tap.on_gone(server.config_notifier());
+            tap.on_change(server.config_notifier());
         }
         info!("serving {name}");
         served.push(Served { name, key: place.key(), counted, stats, server, device });
@@ -244,13 +252,17 @@ fn statistics(
 /// The capture that was asked for, with an interface for each port.
 fn capture(options: &Options, wanted: &[Wanted]) -> Result<Option<Arc<Capture>>> {
     let Some(path) = &options.pcap else { return Ok(None) };
-    if let Some(port) = wanted.iter().find(|w| w.tap.is_none()) {
-        bail!("--pcap captures ports that are joined to a tap, and {} is not", port.name);
-    }
-    let names: Vec<&str> = wanted.iter().map(|w| w.name.as_str()).collect();
+    let uplink = options.uplink.as_ref().map(PortSpec::name);
+    let names: Vec<&str> = wanted.iter().map(|w| w.name.as_str()).chain(uplink.as_deref()).collect();
     let filter = options.pcap_filter.clone().unwrap_or_default();
     let config = CaptureConfig { snaplen: options.pcap_snaplen.unwrap_or(SNAPLEN), filter };
     Ok(Some(Arc::new(Capture::create(path, &names, config)?)))
+}
+
+/// The hub's ports among the interfaces of a capture: those without a tap, and the uplink behind all of them.
+fn captured(wanted: &[Wanted]) -> Vec<u32> {
+    let of_hub = wanted.iter().map(|w| w.tap.is_none()).chain([true]);
+    (0..).zip(of_hub).filter_map(|(number, is_of_hub)| is_of_hub.then_some(number)).collect()
 }
 
 /// How the ports are joined that have no tap.

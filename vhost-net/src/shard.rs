@@ -8,7 +8,7 @@ use poll_engine::engine::reactor::Io;
 use poll_engine::engine::station::{Queues, Station};
 
 use crate::burst::{Burst, Source, described};
-use crate::exits::{Exits, Target};
+use crate::exits::{Exits, Target, read_of};
 use crate::features::MRG_RXBUF;
 use crate::header::header_len;
 use crate::hub::{Change, Hub, Plan};
@@ -18,6 +18,7 @@ use crate::rx::Form;
 use crate::stats::Drop;
 use crate::switch::{self, PortId, Verdict};
 use crate::tx::{Head, MIN_PACKET};
+use crate::witness::Witness;
 
 /// Most packets from other reactors in one round.
 const MAX_PARCELS: usize = 32;
@@ -57,6 +58,13 @@ impl Shard {
         self
     }
 
+    /// With somebody who notes packets.
+    #[must_use]
+    pub fn with_witness(mut self, witness: Witness) -> Shard {
+        self.exits.witness = witness;
+        self
+    }
+
     #[cold]
     fn change(&mut self, changes: Vec<Change>) {
         for change in changes {
@@ -67,7 +75,7 @@ impl Shard {
                         self.sources.push(Source::new(id, (port, pair), header, features));
                     } else {
                         let form = Form { header, mergeable: features & MRG_RXBUF != 0 };
-                        self.exits.open(port, Target { id, pair, form, features });
+                        self.exits.open(port, Target { id, pair, form, features, made: 0 });
                     }
                 }
                 Change::Down { port, index } => {
@@ -91,7 +99,8 @@ impl Shard {
             let Some(mut parcel) = chute.receive() else { return taken };
             let Parcel { head, bytes, port, pair } = &mut parcel;
             let rest = bytes.get(head.read() as usize..).unwrap_or_default();
-            if !exits.leave(*port, head, |outside, head| outside.send_copy(head, rest)) {
+            let read = |at: u32, into: &mut [u8]| read_of(bytes, at, into);
+            if !exits.leave(*port, head, |outside, head| outside.send_copy(head, rest), &read) {
                 // Without a queue here, it has stopped since.
                 exits.hand_in(queues, *port, *pair, head, bytes);
             }
@@ -111,7 +120,7 @@ impl Shard {
         outside.look(hub, now);
         let port = outside.port;
         let own = &hub.ports[port].pairs[0];
-        let mut give = |to: usize, head: &mut Head, frame: &[u8]| {
+        let mut give = |exits: &mut Exits, to: usize, head: &mut Head, frame: &[u8]| {
             let pair = flow(frame);
             if exits.hand_in(queues, to, pair, head, frame) {
                 return;
@@ -125,6 +134,7 @@ impl Shard {
         let received = outside.uplink.receive(BURST.into(), &mut |header, frame| {
             own.tx_packets.add(1);
             own.tx_bytes.add(frame.len() as u64);
+            exits.witness.came_in(port, header, frame);
             if frame.len() < MIN_PACKET as usize {
                 return own.drop_tx(Drop::Malformed);
             }
@@ -135,13 +145,13 @@ impl Shard {
                 Verdict::Drop(_) => {}
                 Verdict::One(to, action) => {
                     head.retag(action);
-                    give(to.0.into(), head, frame);
+                    give(exits, to.0.into(), head, frame);
                 }
                 Verdict::Flood(flood) => {
                     for (to, action) in switch.egress(flood, now) {
                         flooded.clone_from(head);
                         flooded.retag(action);
-                        give(to.0.into(), flooded, frame);
+                        give(exits, to.0.into(), flooded, frame);
                     }
                 }
             }

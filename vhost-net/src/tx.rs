@@ -146,13 +146,14 @@ impl Head {
         self.read = self.copied as u32;
     }
 
-    /// Makes a packet of this many bytes up: to everybody, from nobody.
-    pub fn make_up(&mut self, len: u32) {
+    /// Makes a packet of this many bytes up: to everybody, from nobody, with a number behind the type, big-endian.
+    pub fn make_up(&mut self, len: u32, number: u64) {
         let mut packet = [0; PEEK];
         packet[..6].fill(0xff);
         packet[6] = 2;
         // IEEE 802 local experimental.
         packet[12..14].copy_from_slice(&[0x88, 0xb5]);
+        packet[14..22].copy_from_slice(&number.to_be_bytes());
         let copied = (len as usize).min(PEEK);
         self.begin(&packet[..copied], len - copied as u32);
     }

@@ -1,12 +1,14 @@
 //! Live captures of ports in pcapng, for Wireshark, tshark and tcpdump (draft-ietf-opsawg-pcapng).
 //!
 //! ```text
-//! queue ─► probe: filter, at most snaplen bytes ─► words (one ring for each queue, drops when full) ─► writer thread ─► file
+//! queue ─► probe: filter, at most snaplen bytes ─► words (one ring for each probe, drops when full) ─► writer thread ─► file
 //! ```
+//!
+//! A queue of a tap has a probe; a hub has one on each reactor, for all of its ports.
 //!
 //! A frame is as it crosses the port: one that is still to be cut into segments is there in one piece, and one whose
 //! checksum is partial has that. Flags and a comment of the record say so. Directions are the guest's: outbound is what it
-//! transmits.
+//! transmits; at a switch's uplink outbound is what comes in from there.
 
 pub mod filter;
 
@@ -83,7 +85,6 @@ impl Default for CaptureConfig {
 #[derive(Debug)]
 struct Ring {
     words: WordRing,
-    interface: u32,
 }
 
 /// What probes, writer and reports share.
@@ -148,14 +149,15 @@ impl Capture {
         self.keep.store(true, Ordering::Relaxed);
     }
 
-    /// What one queue of the port number `interface` notes its frames by.
+    /// What one thread notes frames by: those of the port number `interface`, or of [others](Probe::note_of).
     pub fn probe(&self, interface: u32) -> Probe {
-        let ring = Arc::new(Ring { words: WordRing::new(CAPACITY), interface });
+        let ring = Arc::new(Ring { words: WordRing::new(CAPACITY) });
         self.shared.rings().push(Arc::clone(&ring));
         let room = (self.shared.config.snaplen as usize).clamp(PEEK, LARGEST);
         Probe {
             producer: Producer::new(&ring.words),
             ring,
+            interface,
             shared: Arc::clone(&self.shared),
             clock: Clock::new(),
             buffer: vec![0; room].into(),
@@ -195,6 +197,7 @@ impl Drop for Capture {
 #[derive(Debug)]
 pub struct Probe {
     ring: Arc<Ring>,
+    interface: u32,
     producer: Producer,
     shared: Arc<Shared>,
     clock: Clock,
@@ -202,9 +205,21 @@ pub struct Probe {
 }
 
 impl Probe {
-    /// Notes a frame of `len` bytes with its header; `read` copies bytes of it, from an offset on.
+    /// Notes a frame of `len` bytes with its header; `read` copies bytes of it, from an offset on, and says how many.
     pub fn note(
         &mut self,
+        direction: Direction,
+        header: &VnetHdr,
+        len: usize,
+        read: impl Fn(usize, &mut [u8]) -> usize,
+    ) {
+        self.note_of(self.interface, direction, header, len, read);
+    }
+
+    /// The same, of the port with this number.
+    pub fn note_of(
+        &mut self,
+        interface: u32,
         direction: Direction,
         header: &VnetHdr,
         len: usize,
@@ -233,7 +248,7 @@ impl Probe {
         let mut fields = [0; 16];
         fields[..HEADER].copy_from_slice(&header.to_bytes());
         let (one, two) = fields.split_at(8);
-        self.producer.put(words, data.len() as u64 | outbound << 32);
+        self.producer.put(words, data.len() as u64 | outbound << 32 | u64::from(interface) << 33);
         self.producer.put(words, len as u64);
         self.producer.put(words, self.clock.raw());
         self.producer.put(words, word(one));
@@ -270,14 +285,15 @@ struct Record {
 
 impl Record {
     /// The next whole one.
-    fn next(words: &mut Words<'_>, interface: u32) -> Option<Record> {
+    fn next(words: &mut Words<'_>) -> Option<Record> {
         let [what, len, time] = [words.next()?, words.next()?, words.next()?];
         let header = [words.next()?.to_le_bytes(), words.next()?.to_le_bytes()].concat();
         let kept = what as u32 as usize;
         let mut data: Vec<u8> = words.by_ref().take(kept.div_ceil(8)).flat_map(u64::to_le_bytes).collect();
         data.truncate(kept);
         let header = VnetHdr::from_bytes(header.first_chunk()?);
-        Some(Record { time, interface, outbound: what >> 32 != 0, header, len: len as u32, data, lost: 0 })
+        let (interface, outbound) = ((what >> 33) as u32, what >> 32 & 1 != 0);
+        Some(Record { time, interface, outbound, header, len: len as u32, data, lost: 0 })
     }
 
     /// `epb_flags`: direction in bits 0 and 1, then 9: checksum not ready, 10: checksum valid, 11: to be segmented.
@@ -394,7 +410,7 @@ impl Writer {
             let lost = ring.words.lost.get();
             let first = self.pending.len();
             most = most.max(ring.words.drain(|words| {
-                while let Some(record) = Record::next(words, ring.interface) {
+                while let Some(record) = Record::next(words) {
                     self.pending.push(record);
                 }
             }));
@@ -447,7 +463,7 @@ impl Writer {
             if at < self.told_lost.len() && Arc::strong_count(&rings[at]) == 1 {
                 let mut left = false;
                 rings[at].words.drain(|words| {
-                    while let Some(record) = Record::next(words, rings[at].interface) {
+                    while let Some(record) = Record::next(words) {
                         left = true;
                         self.pending.push(record);
                     }

@@ -18,13 +18,15 @@ use poll_engine::session::server::Server;
 use vhost_net::device::{Card, Joined, NetDevice};
 use vhost_net::features::MRG_RXBUF;
 use vhost_net::header::VnetHdr;
-use vhost_net::hub::{Hub, Port};
+use vhost_net::hub::{Hub, Plan, Port};
 use vhost_net::outside::Outside;
+use vhost_net::pcap::Capture;
 use vhost_net::port::Uplink;
 use vhost_net::shard::Shard;
 use vhost_net::spec::PortSpec;
 use vhost_net::switch::fdb::FdbConfig;
 use vhost_net::switch::{PortConfig, PortId, Switch};
+use vhost_net::witness::Witness;
 
 use crate::peer::{FEATURES, Peer, eventfd, longs, until, words};
 
@@ -51,11 +53,29 @@ impl Back {
     }
 
     /// With an uplink as well, whose port is the last one.
-    pub fn start_with(
+    pub fn start_with(ports: &[&str], pairs: u16, reactors: usize, uplink: Option<Box<dyn Uplink>>) -> Back {
+        Back::start_captured(ports, pairs, reactors, uplink, None)
+    }
+
+    /// With a capture as well, which has the ports as its first interfaces.
+    pub fn start_captured(
+        ports: &[&str],
+        pairs: u16,
+        reactors: usize,
+        uplink: Option<Box<dyn Uplink>>,
+        capture: Option<&Capture>,
+    ) -> Back {
+        Back::start_as(Plan::Switch, ports, pairs, reactors, uplink, capture)
+    }
+
+    /// With ports that are joined in another way.
+    pub fn start_as(
+        plan: Plan,
         ports: &[&str],
         pairs: u16,
         reactors: usize,
         mut uplink: Option<Box<dyn Uplink>>,
+        capture: Option<&Capture>,
     ) -> Back {
         // More reactors than CPUs are slow, but right.
         let cpus = usable_cpus().unwrap();
@@ -69,12 +89,19 @@ impl Back {
         let made = made.map(|(text, c)| Arc::new(Port::new(c.name.clone(), pairs, text.contains("wait"))));
         let mut made: Vec<_> = made.collect();
         made.extend(uplink.iter().map(|_| Arc::new(Port::uplink("uplink".into(), 0))));
-        let hub = Arc::new(Hub::switched(Arc::clone(&switch), made, reactors));
+        let hub = Arc::new(match plan {
+            Plan::Switch => Hub::switched(Arc::clone(&switch), made, reactors),
+            plan => Hub::new(plan, made, reactors),
+        });
         hub.connect(&engine);
         let stations = (0..reactors).map(|at| {
             let mut shard = Shard::new(Arc::clone(&hub), at);
             if let Some(uplink) = uplink.take_if(|_| at == 0) {
                 shard = shard.with_outside(Outside::new(ports.len(), uplink));
+            }
+            if let Some(capture) = capture {
+                let interfaces = (0..hub.ports.len() as u32).collect();
+                shard = shard.with_witness(Witness::new(capture.probe(0), interfaces));
             }
             engine.add_station(at, Box::new(shard)).unwrap()
         });
@@ -112,7 +139,7 @@ impl Back {
 
     fn connect(&self, at: usize, pairs: u16, features: u64) -> Guest {
         let guest = Guest::connect(&socket(self.dir.path(), at), at, pairs, features);
-        until("the link", || self.switch.is_up(PortId(at as u16)));
+        until("the link", || self.hub.switch.is_none() || self.switch.is_up(PortId(at as u16)));
         guest
     }
 
@@ -300,8 +327,16 @@ impl Guest {
 
     /// Takes what has come, and gives the buffers back.
     pub fn receive(&mut self) {
+        self.receive_some(usize::MAX);
+    }
+
+    /// The same, of at most so many buffers of each queue, where there is no end to it.
+    pub fn receive_some(&mut self, most: usize) {
         for at in 0..self.rx.len() {
-            while let Some((buffers, len)) = self.rx[at].collect() {
+            let mut left = most;
+            while left > 0 || self.missing > 0 {
+                let Some((buffers, len)) = self.rx[at].collect() else { break };
+                left = left.saturating_sub(1);
                 let bytes = self.take_buffer(at, buffers[0], len);
                 if self.missing == 0 {
                     self.missing = usize::from(u16::from_le_bytes([bytes[10], bytes[11]]));

@@ -4,7 +4,9 @@
 mod peer;
 
 mod burst;
+mod capture;
 mod guest;
+mod loopback;
 mod offload;
 
 use std::time::{Duration, Instant};

@@ -14,7 +14,7 @@ const NEEDS_CSUM: u8 = 1;
 const TCPV4: u8 = 1;
 
 /// TCP over IPv4 whose checksum is that of the pseudo header, as drivers leave it.
-fn partial(payload: &[u8]) -> Vec<u8> {
+pub fn partial(payload: &[u8]) -> Vec<u8> {
     let (from, to) = ([10, 0, 0, 1], [10, 0, 0, 2]);
     let builder = PacketBuilder::ethernet2(mac(0).0, mac(1).0).ipv4(from, to, 64).tcp(1000, 2000, 7, 4096);
     let mut frame = vec![];
@@ -31,7 +31,7 @@ fn partial(payload: &[u8]) -> Vec<u8> {
     frame
 }
 
-fn header(gso_size: u16) -> VnetHdr {
+pub fn header(gso_size: u16) -> VnetHdr {
     VnetHdr {
         flags: NEEDS_CSUM,
         gso_type: if gso_size > 0 { TCPV4 } else { 0 },
@@ -43,7 +43,7 @@ fn header(gso_size: u16) -> VnetHdr {
     }
 }
 
-fn with(header: VnetHdr, frame: &[u8]) -> Vec<u8> {
+pub fn with(header: VnetHdr, frame: &[u8]) -> Vec<u8> {
     [&header.to_bytes()[..], frame].concat()
 }
 

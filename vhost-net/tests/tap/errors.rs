@@ -61,6 +61,29 @@ pub fn taps_that_do_not_fit_are_refused() {
     refused("kl2", 1, Some(60), "tap kl2: setting the MTU: Invalid argument (os error 22)");
 }
 
+/// This thread alone is nobody from here on.
+#[allow(unsafe_code)] // the C library would have all threads change
+pub fn not_permitted() {
+    use std::os::unix::fs::PermissionsExt;
+    ip("tuntap add kl0 mode tap vnet_hdr user 1");
+    ip("tuntap add kl1 mode tap vnet_hdr user 65534");
+    let is_open = std::fs::metadata("/dev/net/tun").unwrap().permissions().mode() & 0o6 == 0o6;
+    // SAFETY: plain numbers; the kernel changes the calling thread.
+    assert_eq!(unsafe { libc::syscall(libc::SYS_setresuid, 65534, 65534, 65534) }, 0);
+    if is_open {
+        for name in ["kl0", "kl2"] {
+            let way_out = format!("(ip tuntap add {name} mode tap vnet_hdr multi_queue user NAME)");
+            let why = Tap::open(name, 1, None).unwrap_err().to_string();
+            assert!(why.contains("CAP_NET_ADMIN") && why.ends_with(&way_out), "{why}");
+        }
+        // One that is this user's.
+        assert_eq!(Tap::open("kl1", 1, None).unwrap().name(), "kl1");
+    } else {
+        let why = Tap::open("kl0", 1, None).unwrap_err().to_string();
+        assert!(why.starts_with("may not open /dev/net/tun: "), "{why}");
+    }
+}
+
 /// Descriptors as another program hands them on.
 fn opened(name: &str, flags: i32) -> OwnedFd {
     super::host::attached(name, flags)

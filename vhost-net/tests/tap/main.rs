@@ -42,6 +42,8 @@ const TESTS: &[Test] = &[
     ("taps_that_do_not_fit_are_refused_with_a_way_out", errors::taps_that_do_not_fit_are_refused),
     ("a_tap_that_somebody_else_opened_is_taken_over", errors::inherited),
     ("a_tap_that_is_deleted_ends_quietly", trouble::deleted),
+    ("a_tap_that_is_made_anew_goes_on", trouble::made_anew),
+    ("a_tap_that_this_user_may_not_use_is_said_so", errors::not_permitted),
     ("a_guest_without_buffers_loses_nothing_and_nothing_spins", trouble::without_buffers),
     ("too_few_buffers_for_a_segment_are_waited_for", trouble::too_few_buffers),
     ("a_queue_that_waits_for_frames_stops_at_once", trouble::stops_at_once),

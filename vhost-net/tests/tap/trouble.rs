@@ -1,7 +1,7 @@
 //! What goes wrong while frames pass.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use poll_engine::device::features as ring;
@@ -30,7 +30,7 @@ pub fn deleted() {
     let tap = Tap::open("kl0", 1, None).unwrap();
     let told = Arc::new(AtomicBool::new(false));
     let tell = Arc::clone(&told);
-    tap.on_gone(move || tell.store(true, Ordering::Relaxed));
+    tap.on_change(move || tell.store(true, Ordering::Relaxed));
     let engine = engine(Pacing::Event);
     let mut guest = Guest::on(&tap, &engine, MRG_RXBUF, 64, 2048);
     guest.post(64);
@@ -57,6 +57,41 @@ pub fn deleted() {
     guest.send([0; HEADER], &frame(GUEST_MAC, HOST_MAC, 100, 1), 14);
     assert_eq!(count(&tap, "tx_queue_1_gone_drops"), 1);
     guest.stop();
+}
+
+/// A tap that is made anew goes on with the guest that it had, with one queue and with several.
+pub fn made_anew() {
+    for (pairs, pair, kind) in [(1, 0, ""), (1, 0, " multi_queue"), (2, 1, " multi_queue")] {
+        let tap = Tap::open("kl0", pairs, None).unwrap();
+        let told = Arc::new(AtomicUsize::new(0));
+        let tell = Arc::clone(&told);
+        tap.on_change(move || _ = tell.fetch_add(1, Ordering::Relaxed));
+        let engine = engine(Pacing::Event);
+        let features = MRG_RXBUF | CSUM | GUEST_CSUM | GUEST_TSO4 | HOST_TSO4;
+        let mut guest = Guest::on_pair(pair, &tap, &engine, features, 64, 2048);
+        guest.post(64);
+        for round in 1..3 {
+            ip("link delete kl0");
+            until("the end of the tap to be noticed", || tap.is_gone());
+            ip(&format!("tuntap add kl0 mode tap vnet_hdr{kind}"));
+            ip("link set kl0 up");
+            until("its return", || !tap.is_gone());
+            until("both to be told", || told.load(Ordering::Relaxed) == 2 * round);
+            let host = Host::on("kl0");
+            let out = frame(GUEST_MAC, HOST_MAC, 100, 1);
+            guest.send([0; HEADER], &out, 14);
+            assert_eq!(host.wait(), (PLAIN, out));
+            // What the driver takes undone is known there as well.
+            let big = segments(HOST_MAC, GUEST_MAC, 20_000);
+            host.send(short(&tso(1448)), &big);
+            let (_, got) = guest.wait();
+            assert!(got == big, "{} bytes for {}", got.len(), big.len());
+            guest.post(64);
+        }
+        guest.stop();
+        drop(tap);
+        ip("link delete kl0");
+    }
 }
 
 pub fn without_buffers() {

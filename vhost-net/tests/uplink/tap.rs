@@ -125,4 +125,23 @@ fn the_link_goes_and_comes_back() {
     });
     send(&mut far, &frame(mac(0), FAR, 2, 90));
     guest.await_frames(1);
+    // One that is deleted and made anew.
+    ip("link delete kl0");
+    until(|| !back.switch.is_up(UPLINK));
+    ip("tuntap add kl0 mode tap vnet_hdr");
+    ip("link set kl0 up");
+    until(|| back.switch.is_up(UPLINK));
+    let mut far = AfPacket::open("kl0").unwrap();
+    until(|| {
+        guest.send(0, &hello);
+        far.receive(1, &mut |_, got| assert_eq!(got, hello)) > 0
+    });
+    // The first may be lost while all are on their way back.
+    until(|| {
+        send(&mut far, &frame(mac(0), FAR, 3, 90));
+        guest.receive();
+        !guest.got.is_empty()
+    });
+    drop(back);
+    ip("link delete kl0");
 }

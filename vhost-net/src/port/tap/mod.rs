@@ -6,6 +6,7 @@
 //! joins a switch instead.
 
 pub mod card;
+mod comeback;
 pub mod counters;
 pub mod receive;
 mod sys;
@@ -14,8 +15,8 @@ pub mod uplink;
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 
 use tracing::{info, warn};
 
@@ -105,8 +106,12 @@ pub struct Tap {
     pairs: Vec<Pair>,
     mtu: u32,
     has_uso: bool,
+    /// What the driver has agreed on last, and whether its end of the link is up.
+    features: AtomicU64,
+    carrier: AtomicBool,
     gone: AtomicBool,
-    on_gone: OnceLock<Box<dyn Fn() + Send + Sync>>,
+    on_change: OnceLock<Box<dyn Fn() + Send + Sync>>,
+    own: Weak<Tap>,
 }
 
 impl std::fmt::Debug for Tap {
@@ -211,13 +216,16 @@ impl Tap {
         info!("tap {name}: {}, {} queue pairs, MTU {has}", if is_new { "made" } else { "found" }, tuns.len());
         let pair =
             |tun| Pair { tun, running: Mutex::new(0), receive: Way::default(), transmit: Way::default() };
-        Ok(Arc::new(Tap {
+        Ok(Arc::new_cyclic(|own| Tap {
             name,
             pairs: tuns.into_iter().map(pair).collect(),
             mtu: has,
             has_uso,
+            features: AtomicU64::new(0),
+            carrier: AtomicBool::new(true),
             gone: AtomicBool::new(false),
-            on_gone: OnceLock::new(),
+            on_change: OnceLock::new(),
+            own: Weak::clone(own),
         }))
     }
 
@@ -257,6 +265,7 @@ impl Tap {
     /// Has the kernel leave undone what a driver of these features takes undone. For the device's whole life until the
     /// next call: it holds for all queues of a tap.
     pub fn negotiated(&self, features: u64) -> io::Result<()> {
+        self.features.store(features, Ordering::Relaxed);
         self.unless_gone(sys::set_offload(self.tun().as_fd(), offload(features)))
     }
 
@@ -304,17 +313,19 @@ impl Tap {
 
     /// Says whether the guest's end of the link is up.
     pub fn set_carrier(&self, up: bool) -> io::Result<()> {
-        sys::set_carrier(self.tun().as_fd(), up)
+        self.carrier.store(up, Ordering::Relaxed);
+        self.unless_gone(sys::set_carrier(self.tun().as_fd(), up))
     }
 
-    /// Whether the interface has been deleted.
+    /// Whether the interface has been deleted, and not made anew.
     pub fn is_gone(&self) -> bool {
         self.gone.load(Ordering::Relaxed)
     }
 
-    /// To be called when the interface is deleted: on a reactor, so it must not wait. The first one given counts.
-    pub fn on_gone(&self, act: impl Fn() + Send + Sync + 'static) {
-        let _ = self.on_gone.set(Box::new(act));
+    /// To be called when the interface is deleted, on a reactor, so it must not wait; and when it is there again. The first
+    /// one given counts.
+    pub fn on_change(&self, act: impl Fn() + Send + Sync + 'static) {
+        let _ = self.on_change.set(Box::new(act));
     }
 
     /// All counters, by name, as `ethtool -S` has them; receiving and transmitting are the guest's.
@@ -352,14 +363,23 @@ impl Tap {
 
     #[cold]
     fn has_gone(&self) {
-        if !self.gone.swap(true, Ordering::Relaxed) {
-            warn!(
-                "tap {} has been deleted: the guest's link is down; make it anew and restart this program",
-                self.name
-            );
-            if let Some(act) = self.on_gone.get() {
-                act();
-            }
+        if self.gone.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        let (name, queues) = (&self.name, if self.pairs.len() > 1 { " multi_queue" } else { "" });
+        warn!(
+            "tap {name} has been deleted: the link is down until it is made anew \
+             (ip tuntap add {name} mode tap vnet_hdr{queues}; ip link set {name} up)"
+        );
+        self.tell();
+        if let Err(e) = comeback::wait(Weak::clone(&self.own)) {
+            warn!("tap {name}: nobody waits for it ({e}): restart this program when it is there again");
+        }
+    }
+
+    fn tell(&self) {
+        if let Some(act) = self.on_change.get() {
+            act();
         }
     }
 }

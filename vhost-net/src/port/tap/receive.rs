@@ -49,6 +49,8 @@ const MAX_PIECES: usize = 1022;
 const SMALL_AGAIN: u32 = 8;
 /// How long to wait for more buffers where there are some, but not enough: no notification tells of that.
 static PAUSE: types::Timespec = types::Timespec::new().nsec(50_000);
+/// And for a tap that is gone.
+static ABSENCE: types::Timespec = types::Timespec::new().nsec(500_000_000);
 /// Tags; reads have their number.
 const WATCH: u32 = MAX_BATCH as u32;
 const PAUSED: u32 = WATCH + 1;
@@ -95,6 +97,8 @@ enum State {
     Pausing,
     /// The tap has been deleted.
     Gone,
+    /// The same, until the next look whether it is there again.
+    Away,
 }
 
 /// The handler of a receive queue.
@@ -169,7 +173,7 @@ impl Receive {
     fn under_way(&self) -> Option<u32> {
         match self.state {
             State::Watched => Some(WATCH),
-            State::Pausing => Some(PAUSED),
+            State::Pausing | State::Away => Some(PAUSED),
             _ => None,
         }
     }
@@ -183,12 +187,12 @@ impl Receive {
         self.state = State::Watched;
     }
 
-    fn pause(&mut self, io: &mut Io<'_>) {
-        let pause = opcode::Timeout::new(&raw const PAUSE).build();
+    fn pause(&mut self, io: &mut Io<'_>, time: &'static types::Timespec, state: State) {
+        let pause = opcode::Timeout::new(std::ptr::from_ref(time)).build();
         let pause = pause.user_data(io.label(PAUSED));
         // SAFETY: the time is static.
         unsafe { io.uring().push(&pause) };
-        self.state = State::Pausing;
+        self.state = state;
     }
 
     /// Takes the next chain of the guest's, if there is one.
@@ -538,7 +542,11 @@ impl QueueHandler for Receive {
 
     fn poll(&mut self, queue: &mut Queue, io: &mut Io<'_>) -> usize {
         match self.state {
-            State::Watched | State::Reading | State::Pausing | State::Gone => 0,
+            State::Watched | State::Reading | State::Pausing | State::Away => 0,
+            State::Gone => {
+                self.pause(io, &ABSENCE, State::Away);
+                0
+            }
             State::Empty => {
                 self.watch(io);
                 0
@@ -548,7 +556,7 @@ impl QueueHandler for Receive {
                 let before = self.delivered;
                 let had_some = self.deliver(queue);
                 if had_some && self.state == State::Waiting {
-                    self.pause(io);
+                    self.pause(io, &PAUSE, State::Pausing);
                 }
                 self.delivered - before
             }
@@ -559,6 +567,9 @@ impl QueueHandler for Receive {
         match tag {
             // An error of the poll shows in what is read.
             WATCH => self.state = State::Readable,
+            PAUSED if self.state == State::Away => {
+                self.state = if self.from.tap.is_gone() { State::Gone } else { State::Readable };
+            }
             PAUSED => self.state = State::Waiting,
             number => self.has_read(number as usize, result, queue),
         }

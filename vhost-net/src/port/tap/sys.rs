@@ -99,3 +99,11 @@ pub(super) fn set_carrier(tun: BorrowedFd<'_>, on: bool) -> io::Result<()> {
     unsafe { ioctl::tun_set_carrier(tun.as_raw_fd(), &raw const on)? };
     Ok(())
 }
+
+/// Has the descriptor `old` be another one for what `new` is, whoever uses it.
+pub(super) fn replace(new: BorrowedFd<'_>, old: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: both are open, and stay so; whoever has `old` goes on with the new file, which is of the same kind.
+    let done = unsafe { libc::dup3(new.as_raw_fd(), old.as_raw_fd(), libc::O_CLOEXEC) };
+    nix::errno::Errno::result(done)?;
+    Ok(())
+}

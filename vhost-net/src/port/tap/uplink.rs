@@ -52,6 +52,8 @@ pub struct TapUplink {
     taken: usize,
     /// There may be something to be read.
     is_readable: bool,
+    /// The tap was gone when it was last looked at.
+    was_gone: bool,
     staged: Staged,
     /// Writes of staged frames that are still to complete.
     writing: usize,
@@ -78,6 +80,7 @@ impl TapUplink {
             complete: 0,
             taken: 0,
             is_readable: true,
+            was_gone: false,
             staged: Staged::new(WRITES),
             writing: 0,
             counters: Counters::default(),
@@ -90,7 +93,10 @@ impl TapUplink {
         match result {
             0.. => {}
             _ if -result == libc::EAGAIN => {}
-            _ if -result == libc::EBADFD => self.tap.has_gone(),
+            _ if -result == libc::EBADFD => {
+                self.was_gone = true;
+                self.tap.has_gone();
+            }
             _ => self.counters.rx_errors += 1,
         }
         if self.complete == self.submitted {
@@ -274,7 +280,11 @@ impl Uplink for TapUplink {
 
     fn link(&mut self) -> Link {
         let link = self.interface.link();
-        Link { up: link.up && !self.tap.is_gone(), ..link }
+        let is_gone = self.tap.is_gone();
+        // Down once, even if it was away for a shorter time than there is between two looks.
+        let was_gone = std::mem::replace(&mut self.was_gone, is_gone);
+        self.is_readable |= was_gone;
+        Link { up: link.up && !is_gone && !was_gone, ..link }
     }
 
     fn counters(&mut self) -> Counters {
