@@ -52,9 +52,10 @@ pub struct Options {
     /// How ports are joined.
     join: &'static str,
     poll: &'static str,
-    /// More of each `--port`.
+    /// More of each `--port`, and of the first.
     port_keys: &'static str,
     control: bool,
+    first_keys: &'static str,
     args: Vec<String>,
 }
 
@@ -69,6 +70,7 @@ impl Options {
             poll: "adaptive",
             port_keys: "",
             control: false,
+            first_keys: "",
             args: Vec::new(),
         }
     }
@@ -94,6 +96,13 @@ impl Options {
     #[must_use]
     pub fn lossless(mut self) -> Self {
         self.port_keys = ",wait";
+        self
+    }
+
+    /// Has the first port be more than the others: `tap=NAME`.
+    #[must_use]
+    pub fn first(mut self, keys: &'static str) -> Self {
+        self.first_keys = keys;
         self
     }
 
@@ -161,7 +170,13 @@ impl Options {
         let mut args = vec![self.join.to_owned(), poll, format!("--num-queue-pairs={}", self.queues)];
         // Addresses as QEMU's guests have them, for those of other front ends.
         let port = |(i, socket): (usize, &PathBuf)| {
-            format!("--port=socket-path={},mac=52:54:00:00:00:0{}{}", socket.display(), i + 1, self.port_keys)
+            let (path, last, keys) = (socket.display(), i + 1, self.port_keys);
+            let first = if i == 0 && !self.first_keys.is_empty() {
+                format!(",{}", self.first_keys)
+            } else {
+                String::new()
+            };
+            format!("--port=socket-path={path},mac=52:54:00:00:00:0{last}{keys}{first}")
         };
         args.extend(sockets.iter().enumerate().map(port));
         args.extend(self.args.iter().cloned());

@@ -1,9 +1,12 @@
 //! A network namespace of a test's own: nothing of the host's network is seen or changed, and nothing stays behind.
 
+use std::fs::File;
 use std::path::Path;
+use std::thread::JoinHandle;
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
+use nix::sched::{CloneFlags, setns};
 
 use crate::process::{self, Process, find_program};
 use crate::scene::Scene;
@@ -63,6 +66,19 @@ impl Netns {
         let (code, output) = process::run(&nsenter, &[&net, &end, "sh", "-c", command])?;
         ensure!(code == 0, "`{command}` in a network namespace: exit code {code}\n{output}");
         Ok(output.trim_end().to_owned())
+    }
+
+    /// Runs `act` on a thread that is in it.
+    pub fn within<T: Send + 'static>(
+        &self,
+        act: impl FnOnce() -> Result<T> + Send + 'static,
+    ) -> Result<JoinHandle<Result<T>>> {
+        let namespace = File::open(format!("/proc/{}/ns/net", self.pid()))?;
+        let thread = move || {
+            setns(namespace, CloneFlags::CLONE_NEWNET).context("setns")?;
+            act()
+        };
+        Ok(std::thread::Builder::new().spawn(thread)?)
     }
 
     /// Starts a shell command in it; standard output goes to `name-out.log` of the scene.

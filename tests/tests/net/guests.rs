@@ -13,19 +13,19 @@ use serde_json::Value;
 /// How long something may take in a guest.
 pub const LIMIT: Duration = Duration::from_secs(40);
 /// The port that data goes to: 7000, and as `/proc/net/tcp` has it.
-const PORT: (u16, &str) = (7000, ":1B58");
+pub const PORT: (u16, &str) = (7000, ":1B58");
 
 /// A guest, and what its address ends in.
 pub struct Host {
     pub vm: Vm,
     pub number: u8,
     /// Checksum of `/tmp/random`.
-    sum: String,
+    pub sum: String,
 }
 
 impl Host {
     /// A guest that has booted, or has just rebooted: it has something to send.
-    fn new(vm: Vm, number: u8) -> Result<Host> {
+    pub fn new(vm: Vm, number: u8) -> Result<Host> {
         let mut host = Host { vm, number, sum: String::new() };
         host.prepare()?;
         Ok(host)

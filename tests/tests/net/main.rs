@@ -5,7 +5,9 @@
 
 mod guests;
 mod switch;
+mod tap;
 
+use kickless_tests::netns::Netns;
 use kickless_tests::runner::{self, Test};
 use kickless_tests::{net, qemu};
 
@@ -16,5 +18,10 @@ fn main() -> std::process::ExitCode {
         needs: Box::new(needs),
         run: Box::new(scenario),
     });
-    runner::run(tests.collect(), "KICKLESS_REQUIRE_NET")
+    let taps = tap::ALL.iter().map(|&(name, scenario)| Test {
+        name: format!("tap::{name}"),
+        needs: Box::new(move || needs().or_else(Netns::missing_needs).or_else(tap::missing_needs)),
+        run: Box::new(scenario),
+    });
+    runner::run(tests.chain(taps).collect(), "KICKLESS_REQUIRE_NET")
 }
