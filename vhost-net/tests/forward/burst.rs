@@ -35,7 +35,7 @@ fn each_frame_of_a_burst_goes_where_it_would_have_gone_alone() {
         let mut burst = vec![];
         let mut expected = [vec![], vec![]];
         // Half of a ring, as some need two buffers.
-        for _ in 0..1 + random.below(24) {
+        for _ in 0..=random.below(24) {
             if random.below(3) == 0 {
                 kind = random.below(6);
             }
@@ -66,7 +66,9 @@ fn each_frame_of_a_burst_goes_where_it_would_have_gone_alone() {
         until("the burst to be taken", || guests[0].all_sent());
         guests.iter_mut().for_each(expect_nothing);
     }
-    guests.iter().for_each(|guest| guest.check_memory(3));
+    for guest in &guests {
+        guest.check_memory(3);
+    }
     assert!(back.drops(0, "rx_vlan") > 20);
     let own = &back.hub.ports[0].pairs[0];
     assert!(own.tx_drops(Drop::Malformed) > 20);
