@@ -36,6 +36,16 @@ impl Chain {
         Filling { at: map.locate(), count: self.count, len: self.len, chain: self }
     }
 
+    /// Makes it one of this buffer. `None`, and nothing has happened, if it never had room for one.
+    #[inline(always)] // once a chain of a burst
+    pub(crate) fn set(&mut self, slice: RawSlice, writable: bool) -> Option<()> {
+        *self.slots.first_mut()? = slice;
+        let len = u64::from(slice.len());
+        (self.count, self.len) = (1, len);
+        (self.readable, self.readable_len) = if writable { (0, 0) } else { (1, len) };
+        Some(())
+    }
+
     #[inline]
     fn slices(&self) -> &[RawSlice] {
         &self.slots[..self.count]

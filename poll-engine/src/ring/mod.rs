@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use crate::device::features;
 use crate::memory::iotlb::{Access, Miss, each_missing};
 use crate::memory::log::QueueLog;
-use crate::memory::map::{MemoryError, MemoryMap};
+use crate::memory::map::{Locator, MemoryError, MemoryMap};
 use chain::Chain;
 use inflight::QueueRegion;
 use layout::{DESC_F_INDIRECT, DESC_F_WRITE, DESC_SIZE, Desc, PackedLayout, SplitLayout};
@@ -428,6 +428,17 @@ impl Ring {
     #[inline]
     pub fn take(&mut self, map: &MemoryMap, chain: &mut Chain) -> Result<Token, RingError> {
         each_format!(self, r => r.take(map, chain))
+    }
+
+    /// Takes the next chain, which [`available`](Self::available) has counted, if it is one buffer in one place: the packets
+    /// of most drivers, and what they receive into. `None`, and nothing has happened, for any other: [`take`](Self::take)
+    /// says what it is.
+    #[inline(always)] // once a chain of a burst
+    pub(crate) fn take_single(&mut self, at: &mut Locator<'_>, chain: &mut Chain) -> Option<Token> {
+        match self {
+            Ring::Split(r) => r.take_single(at, chain),
+            Ring::Packed(_) => None,
+        }
     }
 
     /// Gives a chain back with the number of bytes written to it; seen by the driver after [`publish`](Self::publish).

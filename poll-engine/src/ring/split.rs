@@ -22,7 +22,7 @@ use super::{Ahead, MAX_SURVEYED, RingConfig, RingError, Token, Used, survey_desc
 use crate::fault_point::pass;
 use crate::memory::iotlb::Miss;
 use crate::memory::log::LoggedPart;
-use crate::memory::map::MemoryMap;
+use crate::memory::map::{Locator, MemoryMap};
 use crate::memory::slice::prefetch_write;
 
 /// With the event index, `avail_event` is moved on when the driver has come this far past it, so that the driver's
@@ -236,6 +236,27 @@ impl SplitRing {
         }
         let token = Token::new(head, 1, chain.writable_len());
         Ok(if again.is_some() { token.again() } else { token })
+    }
+
+    /// As [`Ring::take_single`](super::Ring::take_single).
+    #[inline(always)] // once a chain of a burst
+    pub(super) fn take_single(&mut self, at: &mut Locator<'_>, chain: &mut Chain) -> Option<Token> {
+        let head = self.layout.avail_ring(self.next_avail);
+        if self.in_flight >= self.size() || head >= self.size() || !self.resubmits.is_empty() {
+            return None;
+        }
+        let desc = self.layout.desc(head);
+        if desc.flags & (DESC_F_INDIRECT | DESC_F_NEXT) != 0 {
+            return None;
+        }
+        let writable = desc.flags & DESC_F_WRITE != 0;
+        chain.set(at.whole(desc.addr, desc.len, writable)?, writable)?;
+        self.in_flight += 1;
+        self.next_avail = self.next_avail.wrapping_add(1);
+        if let Some(inflight) = &mut self.inflight {
+            inflight.taken(head);
+        }
+        Some(Token::new(head, 1, if writable { desc.len } else { 0 }))
     }
 
     #[inline]

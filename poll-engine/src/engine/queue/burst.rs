@@ -40,15 +40,20 @@ impl Queue {
             self.burst.make();
         }
         let Burst { chains, tokens } = &mut self.burst;
-        let mut refused = None;
+        let (mut refused, map) = (None, self.hold.map());
+        let mut at = map.locate();
         for chain in chains.iter_mut().take(ready.into()) {
-            match self.ring.take(self.hold.map(), chain) {
-                Ok(token) => tokens.push(token),
-                Err(e) => {
-                    refused = Some(e);
-                    break;
-                }
-            }
+            let token = match self.ring.take_single(&mut at, chain) {
+                Some(token) => token,
+                None => match self.ring.take(map, chain) {
+                    Ok(token) => token,
+                    Err(e) => {
+                        refused = Some(e);
+                        break;
+                    }
+                },
+            };
+            tokens.push(token);
             chain.fetch(ahead);
         }
         let taken = tokens.len();
