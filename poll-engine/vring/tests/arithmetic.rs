@@ -88,6 +88,31 @@ fn packed_distances_are_those_walked() {
     }
 }
 
+/// A chain that goes back to those that are available, and a step of one: both are `advance` in other words. All sizes up to
+/// 48 with all positions and counts; of large ones, counts beside the limits.
+#[test]
+fn packed_back_and_one_on_are_what_they_undo_and_repeat() {
+    for size in (1..=48).chain(LARGE) {
+        let counts =
+            |start: u16| [0, 1, 2, start, start + 1, size / 2, size - 1, size].into_iter().chain(0..=48);
+        for start in positions(size) {
+            assert_eq!(start.next(size), start.advance(1, size), "{start:?} of {size}");
+            for count in counts(start.index).filter(|&count| count <= size) {
+                assert_eq!(
+                    start.advance(count, size).retreat(count, size),
+                    start,
+                    "{start:?} + {count} of {size}"
+                );
+                assert_eq!(
+                    start.retreat(count, size).advance(count, size),
+                    start,
+                    "{start:?} - {count} of {size}"
+                );
+            }
+        }
+    }
+}
+
 /// 2.8.1: "the driver sets the VIRTQ_DESC_F_AVAIL bit in Flags to match the internal Driver Ring Wrap Counter. It also
 /// sets the VIRTQ_DESC_F_USED bit to match the inverse value"; "the device sets the VIRTQ_DESC_F_USED bit in Flags to
 /// match the internal Device Ring Wrap Counter. It also sets the VIRTQ_DESC_F_AVAIL bit to match the same value". All
