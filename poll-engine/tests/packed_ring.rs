@@ -188,6 +188,13 @@ fn rings_and_bases_that_cannot_be() {
     for base in [0x8000_8010, 0x8010_8000, 0x8001_8000, 0x7fff_7fff] {
         refused!(at(base), RingError::BadBase(_));
     }
+    // Whatever a front end says of both, with either wrap counter.
+    let halves = [0, 1, 15, 16, 17, 0x4000, 0x7fff].map(|index| [index, index | 0x8000]).concat();
+    for (used, avail) in halves.iter().flat_map(|used| halves.iter().map(move |avail| (used, avail))) {
+        let beyond = |half: &u32| half & 0x7fff >= 16;
+        let told = at(avail | used << 16);
+        assert!(told.is_err() || !(beyond(avail) || beyond(used)), "{avail:#x} and {used:#x}");
+    }
     for base in [0x8000_8000, 0x800f_800f, 0x8000_0000, 0x8001_0001, 0x0005_0005, 0x0005_0007] {
         assert_eq!(at(base).unwrap(), base);
     }

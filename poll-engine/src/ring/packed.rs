@@ -103,9 +103,13 @@ impl PackedRing {
             used => Position::from_bits(used),
         };
         let size = layout.size();
+        let bad = RingError::BadBase(config.base);
+        if next_avail.index >= size || next_used.index >= size {
+            return Err(bad);
+        }
         let held = next_avail.since(next_used, size);
-        if next_avail.index >= size || next_used.index >= size || held > u32::from(size) {
-            return Err(RingError::BadBase(config.base));
+        if held > u32::from(size) {
+            return Err(bad);
         }
         let mut ring = PackedRing {
             layout,
