@@ -1,0 +1,8 @@
+//! See `poll-engine/tests/fuzzed/rings.rs`.
+#![no_main]
+#![allow(dead_code)] // the others
+
+#[path = "../../poll-engine/tests/fuzzed/mod.rs"]
+mod fuzzed;
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| fuzzed::rings::run(data));
