@@ -292,8 +292,13 @@ fn pattern(block: u64) -> Vec<u8> {
 
 impl Guest {
     fn new() -> Guest {
+        Guest::with(0)
+    }
+
+    /// With a ring as these features have it.
+    fn with(ring: u64) -> Guest {
         let mut ram = Ram::new(0x10_0000, 4 << 20, false).unwrap();
-        let config = DriverRing::lay_out(&mut ram, 64, features::VERSION_1).unwrap();
+        let config = DriverRing::lay_out(&mut ram, 64, features::VERSION_1 | ring).unwrap();
         let mut alloc = |bytes| ram.alloc(bytes, PAGE).unwrap();
         let (headers, statuses) = (alloc(2 * BLOCKS * PAGE), alloc(2 * BLOCKS * PAGE));
         let (source, target) = (alloc(BLOCKS * u64::from(BLOCK)), alloc(BLOCKS * u64::from(BLOCK)));
@@ -348,7 +353,7 @@ impl Guest {
 
     /// All but the ring's start, which the daemon may have to wait for memory to do.
     fn describe(&self, peer: &mut Peer) {
-        peer.set_ring(0, &self.config, 0);
+        peer.set_ring(0, &self.config, self.config.base);
         assert!(peer.ack(13, &longs(&[0]), &[self.call.as_raw_fd()]));
         assert!(peer.ack(12, &longs(&[0]), &[self.kick.as_raw_fd()]));
     }
@@ -377,14 +382,15 @@ impl Guest {
     }
 }
 
-fn comes_before_its_memory(backend: &str, how: Tell) {
+fn comes_before_its_memory(backend: &str, how: Tell, ring: u64) {
     if !possible() {
         return;
     }
     let two = Two::start(backend);
     two.beside(|two| {
         let (mut peer, faults) = two.listening();
-        let mut guest = Guest::new();
+        peer.send(2, false, &longs(&[F_PROTOCOL_FEATURES | features::VERSION_1 | ring]), &[]);
+        let mut guest = Guest::with(ring);
         guest.add_writes();
         let mut late = Late::take_out(&guest.ram);
         tell(&mut peer, how, &mut late);
@@ -427,7 +433,8 @@ fn comes_before_its_memory(backend: &str, how: Tell) {
         guest.add_read(0, target);
         guest.wait(1);
         assert_eq!(peer.ask(END, &[]), longs(&[1]), "it has ended");
-        assert_eq!(peer.ask(11, &words(&[0, 0])), words(&[0, 2 * BLOCKS as u32 + 1]));
+        let packed = guest.driver.next_position().map(|at| u32::from(at.bits()) * 0x1_0001);
+        assert_eq!(peer.ask(11, &words(&[0, 0])), words(&[0, packed.unwrap_or(2 * BLOCKS as u32 + 1)]));
         if let Some(image) = &two.image {
             for block in 0..BLOCKS {
                 let there = image.read(block * u64::from(BLOCK), BLOCK as usize).unwrap();
@@ -441,19 +448,26 @@ fn comes_before_its_memory(backend: &str, how: Tell) {
 
 #[test]
 fn a_file_is_served_before_its_memory() {
-    comes_before_its_memory("file", Tell::Table);
+    comes_before_its_memory("file", Tell::Table, 0);
+}
+
+/// Each part of a packed ring is read and written by the device, and comes late as well.
+#[test]
+fn a_packed_ring_comes_after_its_guest() {
+    comes_before_its_memory("file", Tell::Table, features::RING_PACKED);
+    comes_before_its_memory("ram:8M", Tell::Slots, features::RING_PACKED | features::EVENT_IDX);
 }
 
 #[test]
 fn a_ram_disk_is_served_before_its_memory() {
-    comes_before_its_memory("ram:8M", Tell::Slots);
+    comes_before_its_memory("ram:8M", Tell::Slots, 0);
 }
 
 #[test]
 fn a_file_without_direct_io_is_served_before_its_memory() {
     let file = tempfile::NamedTempFile::new_in("/dev/shm").unwrap();
     file.as_file().set_len(8 << 20).unwrap();
-    comes_before_its_memory(file.path().to_str().unwrap(), Tell::Slots);
+    comes_before_its_memory(file.path().to_str().unwrap(), Tell::Slots, 0);
 }
 
 /// What a front end brings before it stops.
