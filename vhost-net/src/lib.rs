@@ -33,6 +33,7 @@ pub mod shard;
 pub mod spec;
 pub mod stats;
 pub mod switch;
+mod sync;
 pub mod takeover;
 pub mod tx;
 pub mod witness;

@@ -7,6 +7,7 @@ pub mod placement;
 pub mod queue;
 pub mod reactor;
 pub mod station;
+mod waker;
 
 use std::io;
 use std::sync::atomic::{AtomicUsize, Ordering};

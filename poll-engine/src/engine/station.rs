@@ -3,10 +3,9 @@
 
 use std::time::Duration;
 
-use crate::sync::{Arc, AtomicBool, Bell, Ordering, fence};
-
 use super::queue::Queue;
 use super::reactor::{Io, QueueId, Task};
+pub use super::waker::Waker;
 
 /// Something on a reactor that is polled like a queue's handler, without a queue of its own.
 pub trait Station: Send {
@@ -84,38 +83,5 @@ impl Queues<'_> {
         if let Some(place) = self.position(id) {
             self.tasks[place].wanted = true;
         }
-    }
-}
-
-/// Wakes a reactor from another thread, for what its station finds in [`Station::prepare_sleep`].
-#[derive(Clone, Debug)]
-pub struct Waker {
-    bell: Arc<Bell>,
-    asleep: Arc<AtomicBool>,
-}
-
-impl Waker {
-    pub(super) fn new(bell: Arc<Bell>) -> Waker {
-        Waker { bell, asleep: Arc::new(AtomicBool::new(false)) }
-    }
-
-    /// What was handed over before this is seen by the reactor: it looks before it sleeps, or is woken. No system call
-    /// while it is awake.
-    #[inline]
-    pub fn wake(&self) {
-        fence(Ordering::SeqCst);
-        if self.asleep.load(Ordering::Relaxed) && self.asleep.swap(false, Ordering::Relaxed) {
-            self.bell.ring();
-        }
-    }
-
-    /// From here on whoever hands something over rings the bell. What there is must be looked at afterwards.
-    pub(super) fn lie_down(&self) {
-        self.asleep.store(true, Ordering::Relaxed);
-        fence(Ordering::SeqCst);
-    }
-
-    pub(super) fn get_up(&self) {
-        self.asleep.store(false, Ordering::Relaxed);
     }
 }

@@ -1,0 +1,5 @@
+//! Tells files that are run here that they are.
+
+fn main() {
+    println!("cargo::rustc-cfg=kickless_model");
+}
