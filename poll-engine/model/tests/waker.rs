@@ -75,21 +75,3 @@ fn nothing_that_is_handed_over_is_slept_through() {
         shard.join().unwrap();
     });
 }
-
-/// Several wake at once: one of them rings, and that is enough.
-#[test]
-fn whoever_rings_rings_for_all() {
-    check(|| {
-        let bell = Arc::new(sync::Bell::new());
-        let (waker, handed) = (Waker::new(Arc::clone(&bell)), Arc::new(AtomicUsize::new(0)));
-        let shards = [0; 2].map(|_| {
-            let (theirs, given) = (waker.clone(), Arc::clone(&handed));
-            thread::spawn(move || {
-                given.fetch_add(1, Ordering::Relaxed);
-                theirs.wake();
-            })
-        });
-        sleeper(&waker, &bell, &handed, 2);
-        shards.map(|shard| shard.join().unwrap());
-    });
-}
