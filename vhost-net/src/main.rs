@@ -149,12 +149,10 @@ fn serve(
     // What leaves by the uplink leaves as a guest has made it.
     let withheld = withheld | uplink.as_ref().map_or(0, |u| HOST_OFFLOADS & !host_features(u.takes()));
     let shards = (0..engine.reactors()).map(|reactor| {
-        let mut shard = Shard::new(Arc::clone(&hub), reactor);
+        let witness = witness(capture.as_deref(), &wanted);
+        let mut shard = Shard::new(Arc::clone(&hub), reactor).with_witness(witness);
         if let Some(uplink) = uplink.take_if(|_| reactor == 0) {
             shard = shard.with_outside(Outside::new(out, uplink));
-        }
-        if let Some(capture) = &capture {
-            shard = shard.with_witness(Witness::new(capture.probe(0), captured(&wanted)));
         }
         engine.add_station(reactor, Box::new(shard)).context("cannot start a shard")
     });
@@ -259,10 +257,11 @@ fn capture(options: &Options, wanted: &[Wanted]) -> Result<Option<Arc<Capture>>>
     Ok(Some(Arc::new(Capture::create(path, &names, config)?)))
 }
 
-/// The hub's ports among the interfaces of a capture: those without a tap, and the uplink behind all of them.
-fn captured(wanted: &[Wanted]) -> Vec<u32> {
+/// Who notes packets of the hub's ports, which are those without a tap among the capture's, and the uplink behind all.
+fn witness(capture: Option<&Capture>, wanted: &[Wanted]) -> Witness {
     let of_hub = wanted.iter().map(|w| w.tap.is_none()).chain([true]);
-    (0..).zip(of_hub).filter_map(|(number, is_of_hub)| is_of_hub.then_some(number)).collect()
+    let ports = (0..).zip(of_hub).filter_map(|(number, is_of_hub)| is_of_hub.then_some(number)).collect();
+    capture.map(|capture| Witness::new(capture.probe(0), ports)).unwrap_or_default()
 }
 
 /// How the ports are joined that have no tap.
