@@ -117,7 +117,8 @@ pub trait Device: Send + Sync {
     /// Makes the handler of a queue that is about to run, under the features that were negotiated.
     fn start_queue(&self, index: u16, features: u64, ring_size: u16) -> io::Result<Box<dyn QueueHandler>>;
 
-    /// On which reactor a queue is to run, counted round those there are; `None`: on the one with the fewest queues.
+    /// On which reactor a queue is to run, counted round those there are; `None`: on the one with the fewest queues. A
+    /// device that has places for its queues is not offered to guests that come before their memory (post-copy).
     fn place(&self, _index: u16) -> Option<usize> {
         None
     }

@@ -21,6 +21,7 @@ use std::time::{Duration, Instant};
 
 use blk::{Front, Served};
 use kickless_tests::image::Image;
+use kickless_tests::net;
 use kickless_tests::scene::Scene;
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::eventfd::EventFd;
@@ -609,4 +610,15 @@ impl Two {
         drop(last);
         self.front()
     }
+}
+
+#[test]
+fn a_switch_does_not_offer_it() {
+    let scene = Scene::new().unwrap();
+    let daemon = net::Options::switch().spawn(&scene, "switch").unwrap();
+    let mut peer = Peer::new(UnixStream::connect(&daemon.sockets()[0]).unwrap());
+    let offered = peer.ask_number(15);
+    assert!(offered & protocol::REPLY_ACK != 0 && offered & protocol::PAGEFAULT == 0, "{offered:#x}");
+    drop(peer);
+    daemon.terminate().unwrap();
 }

@@ -108,7 +108,8 @@ impl Export {
             num_queues: device.num_queues(),
             max_ring_size: device.max_ring_size(),
             has_state: device.save_state().is_some(),
-            postcopy: userfault::is_available(),
+            // Queues that wait for pages run beside the others, on a reactor that has none of the device's stations.
+            postcopy: device.place(0).is_none() && userfault::is_available(),
         }
     }
 }

@@ -4,6 +4,7 @@ use std::time::Instant;
 
 use anyhow::{Result, ensure};
 use kickless_tests::net::Options;
+use kickless_tests::qemu::migration::Migration;
 use kickless_tests::qemu::nic::Nic;
 use kickless_tests::scene::Scene;
 
@@ -106,6 +107,28 @@ fn two_guests_talk(scene: &Scene) -> Result<Option<String>> {
     Ok(None)
 }
 
+/// The second guest moves while it receives: to another QEMU and another port of the switch, and back. Not a byte is lost.
+fn migrate_to_and_fro(pair: &mut Pair, scene: &Scene) -> Result<()> {
+    let sum = pair.a.vm.check("for i in $(seq 12); do cat /tmp/random; done | sha256sum")?;
+    pair.b.vm.start("receive", "nc -l -p 7001 <>/tmp/hold | sha256sum")?;
+    pair.b.vm.check_soon("grep -q ':1B59 .* 0A ' /proc/net/tcp /proc/net/tcp6", LIMIT)?;
+    let send = "for i in $(seq 12); do cat /tmp/random; sleep 1; done | nc 10.0.0.2 7001";
+    pair.a.vm.start("send", send)?;
+    for port in [2, 1] {
+        let received = pair.b.counter("eth0", "rx_bytes")?;
+        let moved = pair.b.vm.migrate(scene, &Migration::to(&[&pair.daemon.sockets()[port]]))?;
+        println!("    to port {port}: {moved:?}");
+        pair.b.vm.tolerate("VHOST_USER_PROTOCOL_F_CONFIG");
+        ensure!(pair.a.vm.is_running("send")?, "all was sent before the guest had moved");
+        let more = format!("test $(cat /sys/class/net/eth0/statistics/rx_bytes) -gt {}", received + 100_000);
+        pair.b.vm.check_soon(&more, LIMIT)?;
+    }
+    let sent = pair.a.vm.join("send", LIMIT)?;
+    let received = pair.b.vm.join("receive", LIMIT)?;
+    ensure!(sent.code == 0 && received.stdout.trim() == sum, "sent {sum}, received {received:?}");
+    Ok(())
+}
+
 /// What one side's driver has not agreed on is done for it by the switch.
 fn offloads_that_one_side_has_not(scene: &Scene) -> Result<Option<String>> {
     let mut pair = Pair::boot(scene, &Options::switch(), |nic| nic)?;
@@ -161,8 +184,8 @@ fn offloads_that_one_side_has_not(scene: &Scene) -> Result<Option<String>> {
 
 /// Links go down, guests reboot, the daemon is killed: traffic goes on afterwards.
 fn interruptions(scene: &Scene) -> Result<Option<String>> {
-    let options = Options::switch();
-    let mut pair = Pair::boot(scene, &options, |nic| nic.queues(2))?;
+    // One port more, for a guest to move to.
+    let mut pair = Pair::boot(scene, &Options::switch().ports(3), |nic| nic.queues(2))?;
     let talk = |pair: &mut Pair| {
         pair.each_way(|from, to| {
             let to_address = address(0, to.number);
@@ -206,6 +229,8 @@ fn interruptions(scene: &Scene) -> Result<Option<String>> {
         pair.a.vm.join("flood", LIMIT)?;
         talk(pair)
     })?;
+    pair.step("guest migrates to another port and back under load", |pair| migrate_to_and_fro(pair, scene))?;
+    pair.step("talk after it", talk)?;
     pair.step("guest reboots", |pair| {
         pair.b.vm.reboot()?;
         pair.b.prepare()?;
