@@ -24,6 +24,13 @@ fn to_and_fro(scene: &Scene, ways: &[Way]) -> Result<Option<String>> {
     let disk = Disk::new("disk", daemons[0].socket()).prop("num-queues", 2);
     let mut vm = Vm::builder().cpus(2).disk(disk).boot(scene)?;
     let fio = Fio::new("load", "/dev/vda").arg("rw=randrw").arg("bs=4k").jobs(2, 4);
+    // Beside it reads alone, each verified, into buffers that the guest itself never writes: nobody but the daemon can tell
+    // that they have changed.
+    let reader = "fio --filename=/dev/vda --ioengine=libaio --direct=1 --iodepth=64 --offset=32m --size=4m --bs=4k \
+                  --verify=crc32c --verify_fatal=1 --name=reader";
+    vm.check(&format!("{reader} --rw=write --do_verify=0 --output=/tmp/written"))?;
+    vm.check("rm -f /tmp/stop")?;
+    vm.start("reader", &format!("while ! test -e /tmp/stop; do {reader} --rw=read --loops=8 || exit 1; done"))?;
     fio.start_loop(&mut vm)?;
     let (mut at, mut moves) = (0, Vec::new());
     for round in 0..migration::rounds()? {
@@ -43,11 +50,15 @@ fn to_and_fro(scene: &Scene, ways: &[Way]) -> Result<Option<String>> {
                 moves.push((way, moved));
             }
             fio.expect_running(&mut vm).with_context(context)?;
+            ensure!(vm.is_running("reader")?, "{}: {:?}", context(), vm.join("reader", FIO_LIMIT)?);
             daemons.iter_mut().try_for_each(Daemon::expect_alive)?;
         }
     }
     fio.wait_busy(&mut vm, "vda")?;
+    ensure!(vm.is_running("reader")?, "the reader has ended: {:?}", vm.join("reader", FIO_LIMIT)?);
     fio.finish(&mut vm, FIO_LIMIT)?;
+    let read = vm.join("reader", FIO_LIMIT)?;
+    ensure!(read.code == 0, "the reader: {read:?}");
     migration::print_downtimes(&moves);
     vm.quit()?;
     // The image has been with whoever served the guest: each move is one daemon that gives it up and one that takes it.
