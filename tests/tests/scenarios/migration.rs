@@ -30,7 +30,10 @@ fn to_and_fro(scene: &Scene, ways: &[Way]) -> Result<Option<String>> {
                   --verify=crc32c --verify_fatal=1 --name=reader";
     vm.check(&format!("{reader} --rw=write --do_verify=0 --output=/tmp/written"))?;
     vm.check("rm -f /tmp/stop")?;
-    vm.start("reader", &format!("while ! test -e /tmp/stop; do {reader} --rw=read --loops=8 || exit 1; done"))?;
+    vm.start(
+        "reader",
+        &format!("while ! test -e /tmp/stop; do {reader} --rw=read --loops=8 || exit 1; done"),
+    )?;
     fio.start_loop(&mut vm)?;
     let (mut at, mut moves) = (0, Vec::new());
     for round in 0..migration::rounds()? {
