@@ -41,7 +41,7 @@ pub fn run(data: &[u8]) {
     if let Ok(mut ring) = Ring::activate(&config, &map).unwrap().recover(region()) {
         for _ in 0..bytes.byte() % 12 {
             let buffers = [16u32, 32, 48].map(|len| Buffer { addr: area, len, writable: len > 16 });
-            driver.add(&buffers[..1 + usize::from(bytes.byte() % 3)]);
+            driver.add(&buffers[..=usize::from(bytes.byte() % 3)]);
             driver.publish();
             if bytes.byte() % 3 > 0 && ring.available().is_ok_and(|n| n > 0) {
                 taken.extend(ring.take(&map, &mut chain));

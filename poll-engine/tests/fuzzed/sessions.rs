@@ -46,16 +46,13 @@ pub fn run(data: &[u8]) {
         let (need_reply, fds) = (flags & 1 != 0, usize::from(flags >> 1 & 7));
         let payload = bytes.take(len.into());
         let Ok(request) = Request::decode(number.into(), payload) else { continue };
-        let (actions, answer) = match session.handle(request, (0..fds).map(|_| fd()).collect()) {
-            Ok(taken) => taken,
-            Err(_) => {
-                match session.refuse(number.into(), need_reply) {
-                    Refused::Reply(reply) => _ = reply.encode(number.into()),
-                    Refused::Silence => {}
-                    Refused::End => return,
-                }
-                continue;
+        let Ok((actions, answer)) = session.handle(request, (0..fds).map(|_| fd()).collect()) else {
+            match session.refuse(number.into(), need_reply) {
+                Refused::Reply(reply) => _ = reply.encode(number.into()),
+                Refused::Silence => {}
+                Refused::End => return,
             }
+            continue;
         };
         let mut acquired = running.iter().any(Option::is_some);
         let mut done = true;
@@ -82,12 +79,11 @@ pub fn run(data: &[u8]) {
                     assert!(running[usize::from(index)].take().is_some(), "queue {index} does not run");
                     session.stopped(index, u32::from(len) << 8 | u32::from(flags));
                 }
-                Action::HandOver => assert!(running.iter().all(Option::is_none)),
+                Action::HandOver | Action::ResetDevice => assert!(running.iter().all(Option::is_none)),
                 Action::Kick(index, _) | Action::Call(index, _) | Action::Err(index, _) => {
                     assert!(index < QUEUES);
                 }
                 Action::Log(changes) => assert!(changes.iter().all(|&(index, _)| index < QUEUES)),
-                Action::ResetDevice => assert!(running.iter().all(Option::is_none)),
                 Action::SetInflight(spec, _) | Action::AllocateInflight(spec) => {
                     assert!((1..=QUEUES).contains(&spec.num_queues) && spec.queue_size > 0);
                 }
