@@ -74,13 +74,28 @@ enum Rest {
 /// Most misses that a queue posts at a time.
 const MAX_MISSES: usize = 64;
 
+/// A transport that has no eventfd to interrupt a driver by.
+pub trait Interrupt: std::fmt::Debug + Send + Sync {
+    /// Interrupts the driver of this queue; false if that could not be done. It never waits.
+    fn raise(&self) -> bool;
+}
+
+/// How a driver hears that chains were used.
+#[derive(Debug)]
+pub enum Call {
+    /// By an eventfd that is written to with the reactor's other I/O.
+    Eventfd(OwnedFd),
+    /// By a system call of its own (VDUSE).
+    Interrupt(Box<dyn Interrupt>),
+}
+
 /// The event descriptors of a queue.
 #[derive(Debug, Default)]
 pub struct Notifier {
     /// Readable when the driver has made chains available; without it the queue must be polled.
     pub kick: Option<OwnedFd>,
     /// To be signalled when chains were used; without it the driver polls.
-    pub call: Option<OwnedFd>,
+    pub call: Option<Call>,
     /// To be signalled when the queue breaks.
     pub err: Option<OwnedFd>,
     /// Raised when the queue breaks, before `err` is signalled.
@@ -108,6 +123,14 @@ impl Signals {
             io.signal(fd.as_fd(), tag);
         }
         !self.owed
+    }
+
+    /// As [`send`](Self::send), in the transport's way.
+    fn call(&mut self, call: &Call, io: &mut Io<'_>) -> bool {
+        match call {
+            Call::Eventfd(fd) => self.send(fd, io),
+            Call::Interrupt(interrupt) => interrupt.raise(),
+        }
     }
 
     /// A write is complete; true when one is owed.
@@ -448,7 +471,7 @@ impl Queue {
         match &self.notifier.call {
             Some(call) if wants_interrupt => {
                 pass("signal-begins");
-                if self.signals.send(call, io) {
+                if self.signals.call(call, io) {
                     self.stats.signals.add(1);
                 }
                 pass("signal-ends");
@@ -462,7 +485,7 @@ impl Queue {
     /// notifier) and give it the one that interrupts after that. A driver that then waits for all it has asked for would
     /// wait for ever. One interrupt too many is harmless, and QEMU's own libvhost-user sends it, too.
     pub(super) fn set_call(&mut self, call: Option<OwnedFd>) {
-        self.notifier.call = call;
+        self.notifier.call = call.map(Call::Eventfd);
         self.ring.owe_interrupt();
         self.unsignalled += 1;
     }
@@ -471,7 +494,7 @@ impl Queue {
     pub(super) fn signalled(&mut self, io: &mut Io<'_>, tag: u32) {
         if self.signals.complete(tag)
             && let Some(call) = &self.notifier.call
-            && self.signals.send(call, io)
+            && self.signals.call(call, io)
         {
             self.stats.signals.add(1);
         }

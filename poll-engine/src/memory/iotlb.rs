@@ -133,6 +133,11 @@ pub struct Revoked {
 }
 
 impl Revoked {
+    /// This and what another change took away.
+    pub fn merge(&mut self, other: Revoked) {
+        self.host.extend(other.host);
+    }
+
     /// Whether nothing was taken away.
     pub fn is_empty(&self) -> bool {
         self.host.is_empty()

@@ -137,6 +137,12 @@ unsafe impl Sync for Region {}
 impl Region {
     /// Maps `spec` out of the file behind `fd`, shared, readable and writable.
     pub fn map(spec: RegionSpec, fd: OwnedFd) -> Result<Region, MemoryError> {
+        Region::map_for(Access::BOTH, spec, fd)
+    }
+
+    /// As [`map`](Self::map), for memory that may be for reading only: then nothing may be written through a
+    /// [`Span`] of it. What is for writing only cannot be mapped on Linux.
+    pub fn map_for(access: Access, spec: RegionSpec, fd: OwnedFd) -> Result<Region, MemoryError> {
         spec.check()?;
         let fail = |reason: String| MemoryError::Map { guest_addr: spec.guest_addr, reason };
         let file = File::from(fd);
@@ -156,7 +162,7 @@ impl Region {
         let mapping = MmapRegion::<()>::build(
             Some(FileOffset::new(file, start)),
             len,
-            libc::PROT_READ | libc::PROT_WRITE,
+            if access.allows(Access::WRITE) { libc::PROT_READ | libc::PROT_WRITE } else { libc::PROT_READ },
             libc::MAP_SHARED | libc::MAP_NORESERVE,
         )
         .map_err(|e| fail(e.to_string()))?;

@@ -23,7 +23,7 @@ use super::state::{Action, Answer, Offer, Refused, Session};
 use super::wire::{Reply, config_change};
 use crate::device::{Device, QueueHandler, features};
 use crate::engine::alarm::Alarm;
-use crate::engine::queue::{Notifier, Queue};
+use crate::engine::queue::{Call, Notifier, Queue};
 use crate::engine::reactor::NotifierChange;
 use crate::engine::{Engine, RunningQueue};
 use crate::memory::iotlb::IotlbError;
@@ -473,7 +473,7 @@ impl<'a> Served<'a> {
         let slot = self.slot(index);
         let notifier = Notifier {
             kick: copy_of(index, slot.kick.as_ref())?,
-            call: copy_of(index, slot.call.as_ref())?,
+            call: copy_of(index, slot.call.as_ref())?.map(Call::Eventfd),
             err: copy_of(index, slot.err.as_ref())?,
             alarm: Some(alarm),
         };
