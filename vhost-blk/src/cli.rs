@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use clap::{Parser, ValueEnum};
+use clap::{Args, Parser, ValueEnum};
 use daemon::{Fixed, Switch, on_off, ring_size};
 use poll_engine::engine::pacing::Pacing;
 use poll_engine::engine::placement::CpuList;
@@ -45,10 +45,6 @@ pub struct Cli {
     #[arg(long, value_name = "KEY=VALUE,...")]
     pub disk: Vec<ExtraDisk>,
 
-    /// Refuse writes, and open the image for reading only
-    #[arg(long)]
-    pub read_only: bool,
-
     /// Take over a guest that migrates: the image stays another daemon's until its first queue starts here
     #[arg(long)]
     pub incoming: bool,
@@ -56,6 +52,34 @@ pub struct Cli {
     /// Record every request with its time to a new file (see vbench replay, vbench trace)
     #[arg(long, value_name = "FILE")]
     pub record: Option<PathBuf>,
+
+    /// What all disks have
+    #[command(flatten)]
+    pub device: DeviceOptions,
+
+    /// CPUs to run on, one pinned reactor each (such as 2-3,6); without: one reactor, not pinned
+    #[arg(long, value_name = "LIST")]
+    pub cpus: Option<CpuList>,
+
+    /// How to wait for requests: busy never sleeps, adaptive spins a while first, event sleeps at once
+    #[arg(long, value_name = "MODE", default_value = "adaptive")]
+    pub poll: Pacing,
+
+    /// Live upgrade.
+    #[command(flatten)]
+    pub upgrade: daemon::takeover::Options,
+
+    /// What to log: error, warn, info, debug or trace, also by module (poll_engine=debug)
+    #[arg(long, value_name = "FILTER", default_value = "info")]
+    pub log: String,
+}
+
+/// What a disk is, whichever way it is served.
+#[derive(Clone, Debug, Args)]
+pub struct DeviceOptions {
+    /// Refuse writes, and open the image for reading only
+    #[arg(long)]
+    pub read_only: bool,
 
     /// Request queues to offer (1 to 256)
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=i64::from(MAX_QUEUES)))]
@@ -68,14 +92,6 @@ pub struct Cli {
     /// Offer packed rings, which a driver may then choose
     #[arg(long, value_enum, default_value_t = Switch::On)]
     pub packed: Switch,
-
-    /// CPUs to run on, one pinned reactor each (such as 2-3,6); without: one reactor, not pinned
-    #[arg(long, value_name = "LIST")]
-    pub cpus: Option<CpuList>,
-
-    /// How to wait for requests: busy never sleeps, adaptive spins a while first, event sleeps at once
-    #[arg(long, value_name = "MODE", default_value = "adaptive")]
-    pub poll: Pacing,
 
     /// Write cache the guest sees at first: writeback needs flushes, writethrough makes every write durable
     #[arg(long, value_enum, default_value_t = CacheMode::Writeback)]
@@ -96,14 +112,6 @@ pub struct Cli {
     /// Register guest memory with io_uring: auto does so for huge pages, on for all memory (which it pins)
     #[arg(long, value_enum, default_value_t = Fixed::Auto)]
     pub fixed_buffers: Fixed,
-
-    /// Live upgrade.
-    #[command(flatten)]
-    pub upgrade: daemon::takeover::Options,
-
-    /// What to log: error, warn, info, debug or trace, also by module (poll_engine=debug)
-    #[arg(long, value_name = "FILTER", default_value = "info")]
-    pub log: String,
 }
 
 /// Write-cache modes, named as QEMU names them.

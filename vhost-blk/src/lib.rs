@@ -4,14 +4,16 @@
 //! chain ─► request (pure parser) ─► queue ─► backend/{null, ram, uring} ─► queue: status byte, used length
 //! ```
 //!
-//! [`disk`] is what all queues of a device share, [`device`] is its face to the engine, [`open`] finds out what a file
-//! can do before anything starts, [`lock`] keeps other writers away, [`record`] writes down what was asked for,
+//! [`disk`] is what all queues of a device share, [`device`] is its face to the engine, [`image`] opens one as it
+//! was asked for, [`open`] finds out what a file can do before anything starts, [`lock`] keeps other writers away,
+//! [`record`] writes down what was asked for,
 //! [`takeover`] is what a newer process needs to know of a disk to go on with it.
 
 pub mod backend;
 pub mod cli;
 pub mod device;
 pub mod disk;
+pub mod image;
 pub mod lock;
 pub mod open;
 pub mod queue;

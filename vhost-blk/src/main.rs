@@ -1,6 +1,5 @@
 //! `vhost-blk`: opens images, starts reactors, serves sockets, obeys signals.
 
-use std::fs::File;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -11,7 +10,6 @@ use daemon::takeover::{self, Heir, Source};
 use daemon::{Place, Switch};
 use poll_engine::device::features;
 use poll_engine::engine::{Engine, EngineConfig};
-use poll_engine::memory::Ram;
 use poll_engine::session::serve::Export;
 use poll_engine::session::server::Server;
 use poll_engine::stats::QueueStats;
@@ -19,10 +17,10 @@ use poll_engine::takeover::give::Lot;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1};
 use signal_hook::iterator::Signals;
 use tracing::{info, warn};
-use vhost_blk::cli::{CacheMode, Cli, Synthetic};
+use vhost_blk::cli::{Cli, Synthetic};
 use vhost_blk::device::BlkDevice;
-use vhost_blk::disk::{Disk, DiskConfig, Storage};
-use vhost_blk::open::{Owner, open};
+use vhost_blk::disk::Disk;
+use vhost_blk::image::Image;
 use vhost_blk::record::Recorder;
 use vhost_blk::report::report;
 use vhost_blk::takeover::{About, Medium, PROGRAM};
@@ -93,10 +91,11 @@ fn serve(
     let left = Arc::new(AtomicUsize::new(wanted.len()));
     let (mut served, mut prepared) = (Vec::new(), Vec::new());
     for (((wanted, disk), recorder), source) in wanted.into_iter().zip(disks).zip(recorders).zip(sources) {
-        let withheld = if cli.packed == Switch::Off { features::RING_PACKED } else { 0 };
-        let device = BlkDevice::new(Arc::clone(&disk), cli.num_queues, cli.queue_size, recorder.clone());
+        let withheld = if cli.device.packed == Switch::Off { features::RING_PACKED } else { 0 };
+        let device =
+            BlkDevice::new(Arc::clone(&disk), cli.device.num_queues, cli.device.queue_size, recorder.clone());
         let device = Arc::new(device.without(withheld));
-        let stats: Vec<_> = std::iter::repeat_with(Arc::default).take(cli.num_queues.into()).collect();
+        let stats: Vec<_> = std::iter::repeat_with(Arc::default).take(cli.device.num_queues.into()).collect();
         let (name, engine) = (wanted.name.clone(), Arc::clone(&engine));
         let export = Export { name, device: Arc::clone(&device) as _, stats: stats.clone(), engine };
         let (left, signals) = (Arc::clone(&left), signals.handle());
@@ -143,7 +142,7 @@ fn engine_config(cli: &Cli) -> EngineConfig {
     EngineConfig {
         cpus: cli.cpus.clone().unwrap_or_default(),
         pacing: cli.poll,
-        fixed_buffers: cli.fixed_buffers.into(),
+        fixed_buffers: cli.device.fixed_buffers.into(),
         count_cycles: false,
     }
 }
@@ -166,8 +165,8 @@ fn wanted(cli: &Cli) -> Result<Vec<Wanted>> {
             place,
             file: cli.blk_file.clone(),
             synthetic: cli.backend,
-            serial: cli.serial.clone(),
-            read_only: cli.read_only,
+            serial: cli.device.serial.clone(),
+            read_only: cli.device.read_only,
             incoming: cli.incoming,
             record: cli.record.clone(),
         }),
@@ -186,7 +185,7 @@ fn wanted(cli: &Cli) -> Result<Vec<Wanted>> {
         file: d.blk_file.clone(),
         synthetic: d.backend,
         serial: d.serial.clone(),
-        read_only: d.read_only || cli.read_only,
+        read_only: d.read_only || cli.device.read_only,
         incoming: d.incoming || cli.incoming,
         record: d.record.clone(),
     }));
@@ -215,51 +214,20 @@ fn open_disk(wanted: &Wanted, cli: &Cli, other: Option<Inherited>) -> Result<Arc
         let ours = About { medium, read_only: wanted.read_only };
         other.about.expect(&wanted.place.key(), ours)?;
     }
-    let fd = other.and_then(|other| other.fds.into_iter().next());
-    let (storage, capacity) = match (&wanted.file, wanted.synthetic) {
-        (Some(path), _) => {
-            let beside = fd.map(File::from);
-            let direct = cli.direct == Switch::On;
-            let owner = match &beside {
-                _ if wanted.incoming => Owner::Another,
-                Some(theirs) => Owner::Beside(theirs),
-                None => Owner::Us,
-            };
-            let (file, traits, size) = open(path, wanted.read_only, direct, cli.block_size, owner)?;
-            (Storage::File(file, traits), size)
-        }
-        (None, Some(Synthetic::Ram(size))) => {
-            let ram = match fd {
-                Some(fd) => Ram::shared(0, size, fd),
-                None => Ram::new(0, size, false),
-            };
-            let ram = ram.with_context(|| format!("cannot get {size} bytes for a RAM disk"))?;
-            (Storage::Ram(Arc::new(ram)), size)
-        }
-        (None, Some(Synthetic::Null(size))) => (Storage::Null, size),
-        (None, None) => bail!("a disk without an image"),
+    let image = Image {
+        file: wanted.file.as_deref(),
+        synthetic: wanted.synthetic,
+        serial: &wanted.serial,
+        read_only: wanted.read_only,
+        incoming: wanted.incoming,
+        beside: other.and_then(|other| other.fds.into_iter().next()),
     };
-    if !capacity.is_multiple_of(u64::from(cli.block_size)) {
-        bail!("{} bytes are no multiple of --block-size {}; choose another size", capacity, cli.block_size);
-    }
-    Ok(Arc::new(Disk::new(
-        storage,
-        capacity,
-        &DiskConfig {
-            block_size: cli.block_size,
-            read_only: wanted.read_only,
-            serial: wanted.serial.clone(),
-            writeback: cli.cache == CacheMode::Writeback,
-            ring_size: cli.queue_size,
-            path: wanted.file.clone().unwrap_or_default(),
-            incoming: wanted.incoming,
-        },
-    )))
+    Ok(Arc::new(image.open(&cli.device)?))
 }
 
 fn record(wanted: &Wanted, disk: &Disk, cli: &Cli) -> Result<Option<Arc<Recorder>>> {
     let Some(path) = &wanted.record else { return Ok(None) };
-    let recorder = Recorder::create(path, cli.num_queues, disk.capacity(), disk.block_size())?;
+    let recorder = Recorder::create(path, cli.device.num_queues, disk.capacity(), disk.block_size())?;
     info!("recording the requests to {} in {}", wanted.name, path.display());
     Ok(Some(Arc::new(recorder)))
 }
