@@ -319,7 +319,7 @@ impl Pass<'_, '_> {
         let Some(switch) = &mut self.switching else {
             return match Way::planned(self.hub.plan, self.source.port) {
                 Some(Way { to: To::One(to), .. }) => self.give(to, at, head),
-                _ => self.sent_one(head.packet_len()),
+                _ => self.sent_one(head.packet(), head.packet_len()),
             };
         };
         let verdict = switch.decide(self.port, &described(head), self.now);
@@ -351,7 +351,7 @@ impl Pass<'_, '_> {
                 }
             }
         }
-        self.sent_one(bytes)
+        self.sent_one(head.packet(), bytes)
     }
 
     fn give(&mut self, to: usize, at: usize, head: &mut Head) -> usize {
@@ -366,7 +366,7 @@ impl Pass<'_, '_> {
             Given::To(target) => self.source.last = Some(target),
             Given::Away => {}
         }
-        self.sent_one(bytes)
+        self.sent_one(head.packet(), bytes)
     }
 
     fn from(&self, at: usize) -> Origin {
@@ -377,10 +377,12 @@ impl Pass<'_, '_> {
     fn sent(&self, packets: &[Option<Glance>]) -> usize {
         self.own.tx_packets.add(packets.len() as u64);
         self.own.tx_bytes.add(packets.iter().flatten().map(|p| u64::from(p.len())).sum());
+        self.own.tx_groups.count_run(packets, self.switching.is_some());
         packets.len()
     }
 
-    fn sent_one(&self, bytes: u32) -> usize {
+    fn sent_one(&self, packet: &[u8], bytes: u32) -> usize {
+        self.own.tx_groups.count(packet, 1);
         self.own.tx_packets.add(1);
         self.own.tx_bytes.add(bytes.into());
         1

@@ -157,6 +157,7 @@ impl Exits {
         let theirs = &self.hub.ports[port].pairs[target.pair];
         theirs.rx_packets.add(done as u64);
         theirs.rx_bytes.add(bytes);
+        theirs.rx_groups.count_run(&packets[..done], self.hub.switch.is_some());
         Ran::Some(target.id, done)
     }
 
@@ -179,7 +180,7 @@ impl Exits {
         if nothing && port.waits {
             return Given::Waits(target.id);
         }
-        count(&port.pairs[target.pair], outcome);
+        count(&port.pairs[target.pair], head, outcome);
         Given::To(target.id)
     }
 
@@ -198,7 +199,7 @@ impl Exits {
         let read = |at: u32, into: &mut [u8]| read_of(bytes, at, into);
         let own = (&mut self.piece, &mut self.spread, &mut self.witness);
         let outcome = fit(rx, (port, target), head, bytes, read, own);
-        count(&self.hub.ports[port].pairs[target.pair], outcome);
+        count(&self.hub.ports[port].pairs[target.pair], head, outcome);
         true
     }
 
@@ -248,6 +249,7 @@ impl Exits {
         } else if send(outside, head) {
             theirs.rx_packets.add(1);
             theirs.rx_bytes.add(head.packet_len().into());
+            theirs.rx_groups.count(head.packet(), 1);
             self.witness.forwarded(port, head, head.read(), read);
         } else {
             theirs.drop_rx(Drop::LinkDown);
@@ -270,6 +272,7 @@ impl Exits {
                     }
                     stats.rx_packets.add(1);
                     stats.rx_bytes.add(len.into());
+                    stats.rx_groups.count(head.packet(), 1);
                     self.witness.forwarded(port, head, 0, &|_, into| into.fill(0));
                     (made, target.made) = (made + 1, target.made + 1);
                 }
@@ -324,10 +327,11 @@ fn reason(refused: Refused) -> Drop {
 }
 
 /// Counts what became of a packet for its receiver.
-fn count(theirs: &PairStats, outcome: Option<Outcome>) {
+fn count(theirs: &PairStats, head: &Head, outcome: Option<Outcome>) {
     let Some(outcome) = outcome else { return theirs.drop_rx(Drop::BadHeader) };
     theirs.rx_packets.add(outcome.packets);
     theirs.rx_bytes.add(outcome.bytes);
+    theirs.rx_groups.count(head.packet(), outcome.packets);
     if let Some(why) = outcome.why {
         (0..outcome.refused).for_each(|_| theirs.drop_rx(reason(why)));
     }

@@ -20,6 +20,7 @@ pub mod features;
 pub mod header;
 pub mod hub;
 pub mod mac;
+pub mod mib;
 pub mod offload;
 pub mod outside;
 pub mod packet;

@@ -8,6 +8,7 @@ use poll_engine::engine::ReactorStats;
 use poll_engine::stats::QueueStats;
 
 use crate::hub::{Hub, Port};
+use crate::mib;
 use crate::port::tap::Tap;
 use crate::stats::{DROPS, PairStats};
 use crate::switch::PortId;
@@ -33,6 +34,8 @@ pub fn report(port: &Port, queues: &[Arc<QueueStats>], switched: &[(&str, u64)])
     for (name, n) in switched.iter().filter(|(_, n)| *n > 0) {
         let _ = writeln!(out, "switch {name} {n}");
     }
+    out += &mib::lines(mib::flows(&port.pairs, switched));
+    out += &mib::queue_lines(&port.pairs, &DROPS);
     out
 }
 
@@ -82,6 +85,7 @@ pub fn uplink_report(name: &str, hub: &Hub, port: usize) -> String {
             let _ = writeln!(out, "drops {counter} rx {rx} tx {tx}");
         }
     }
+    out += &mib::lines(mib::flows(&hub.ports[port].pairs, &switched));
     out
 }
 
@@ -91,6 +95,7 @@ pub fn tap_report(name: &str, tap: &Tap) -> String {
     for (counter, count) in tap.counters() {
         let _ = writeln!(out, "{counter} {count}");
     }
+    out += &mib::lines(tap.flows());
     out
 }
 

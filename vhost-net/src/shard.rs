@@ -134,6 +134,7 @@ impl Shard {
         let received = outside.uplink.receive(BURST.into(), &mut |header, frame| {
             own.tx_packets.add(1);
             own.tx_bytes.add(frame.len() as u64);
+            own.tx_groups.count(frame, 1);
             exits.witness.came_in(port, header, frame);
             if frame.len() < MIN_PACKET as usize {
                 return own.drop_tx(Drop::Malformed);

@@ -2,6 +2,8 @@
 
 use poll_engine::stats::Counter;
 
+use crate::tx::Glance;
+
 /// Why a packet went nowhere.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(usize)]
@@ -30,6 +32,38 @@ pub const DROPS: [(Drop, &str); 6] = [
     (Drop::NoDestination, "no_destination"),
 ];
 
+/// Packets to more than one, of all that went one way.
+#[derive(Debug, Default)]
+pub struct Groups {
+    /// To groups, without those to all.
+    pub multicast: Counter,
+    /// To all.
+    pub broadcast: Counter,
+}
+
+impl Groups {
+    /// Counts packets that begin with this, if they are to more than one.
+    #[inline]
+    pub fn count(&self, packet: &[u8], packets: u64) {
+        if packet.first().is_some_and(|first| first & 1 != 0) {
+            self.count_group(packet, packets);
+        }
+    }
+
+    /// Counts packets, which may all be between the same addresses.
+    #[inline]
+    pub fn count_run(&self, packets: &[Option<Glance>], are_alike: bool) {
+        let (first, count) = if are_alike { (1, packets.len() as u64) } else { (packets.len(), 1) };
+        packets.iter().flatten().take(first).for_each(|packet| self.count(&packet.bytes(), count));
+    }
+
+    #[cold]
+    fn count_group(&self, packet: &[u8], packets: u64) {
+        let is_to_all = packet.get(..6) == Some(&[0xff; 6]);
+        if is_to_all { &self.broadcast } else { &self.multicast }.add(packets);
+    }
+}
+
 /// What a queue pair has moved, on one reactor.
 #[derive(Debug, Default)]
 pub struct PairStats {
@@ -37,10 +71,14 @@ pub struct PairStats {
     pub rx_packets: Counter,
     /// Their bytes, without virtio headers.
     pub rx_bytes: Counter,
+    /// Those of them that were not to one.
+    pub rx_groups: Groups,
     /// Packets the guest has sent.
     pub tx_packets: Counter,
     /// Their bytes.
     pub tx_bytes: Counter,
+    /// Those of them that were not to one.
+    pub tx_groups: Groups,
     /// Packets for the guest that it did not get.
     rx_drops: [Counter; DROPS.len()],
     /// Packets of the guest that went nowhere.

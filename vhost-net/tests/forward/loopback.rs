@@ -2,7 +2,9 @@
 
 use vhost_net::features::MRG_RXBUF;
 use vhost_net::hub::Plan;
+use vhost_net::mib::{self, Flow};
 use vhost_net::stats::Drop;
+use vhost_net::switch::PortId;
 
 use crate::guest::{Back, mac};
 use crate::peer::until;
@@ -32,6 +34,60 @@ fn what_is_discarded_is_counted_and_given_back() {
     for guest in &mut guests {
         guest.receive();
         assert!(guest.got.is_empty());
+    }
+}
+
+/// By the names of RFC 2863, where packets go one by one and in runs, to one, to groups and to all.
+#[test]
+fn interfaces_count_what_is_to_one_to_groups_and_to_all() {
+    for plan in [Plan::Switch, Plan::Wire] {
+        let ports: &[&str] = if plan == Plan::Switch { &["", "", ""] } else { &["", ""] };
+        let back = Back::start_as(plan, ports, 1, 1, None, None);
+        let mut guests: Vec<_> = (0..ports.len()).map(|at| back.guest(at, 1)).collect();
+        let mut hello = [[0xff; 6], mac(1).0].concat();
+        hello.resize(60, 0);
+        guests[1].send(0, &hello);
+        guests[0].await_frames(1);
+        let group = [1, 0, 0x5e, 1, 2, 3];
+        let to = |n: usize| {
+            if n < 50 {
+                mac(1).0
+            } else if n < 90 {
+                group
+            } else {
+                [0xff; 6]
+            }
+        };
+        let mut bytes = 0;
+        for n in 0..120usize {
+            let mut frame = [to(n), mac(0).0].concat();
+            frame.extend([0x88, 0xb5]);
+            frame.resize(60 + n, n as u8);
+            bytes += frame.len() as u64;
+            guests[0].send(0, &frame);
+        }
+        // No packet at all, and one whose header lies.
+        guests[0].send_raw(0, &[0; 12 + 13]);
+        guests[0].send_raw(0, &[&[1, 77][..], &[0; 10 + 60]].concat());
+        until("all to be sent", || guests[0].all_sent());
+        guests[1].await_frames(120);
+        let flows = |at: usize| {
+            let switched =
+                back.hub.switch.as_ref().map(|s| s.counters(PortId(at as u16))).unwrap_or_default();
+            mib::flows(&back.hub.ports[at].pairs, &switched)
+        };
+        let sent = Flow { packets: [50, 40, 30], octets: bytes, discards: 0, errors: 2 };
+        let got = Flow { packets: [0, 0, 1], octets: 60, discards: 0, errors: 0 };
+        assert_eq!(flows(0), [got, sent]);
+        assert_eq!(flows(1), [Flow { errors: 0, ..sent }, got]);
+        if plan == Plan::Switch {
+            assert_eq!(flows(2)[0].packets, [0, 40, 31]);
+            // A port that is closed discards.
+            back.hub.set_link(0, false);
+            guests[0].send(0, &hello);
+            until("it to be sent", || guests[0].all_sent());
+            assert_eq!(flows(0)[1].discards, 1);
+        }
     }
 }
 

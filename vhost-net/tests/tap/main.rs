@@ -88,10 +88,19 @@ fn frames_cross_both_ways_as_they_are() {
             assert_eq!(VnetHdr::from_bytes(&header), VnetHdr { num_buffers: 1, ..VnetHdr::default() });
             guest.post(1);
         }
+        for (first, at) in [(0xff, 2), (0x01, 1)] {
+            for _ in 0..at {
+                guest.send([0; HEADER], &frame(GUEST_MAC, [first; 6], 100, 0), 14);
+                host.wait();
+            }
+            host.send(PLAIN, &frame(HOST_MAC, [first; 6], 100, 0));
+            guest.wait();
+        }
         guest.stop();
         let counters = tap.counters();
-        assert!(counters.contains(&("rx_queue_0_packets".into(), 300)), "{counters:?}");
-        assert!(counters.contains(&("tx_queue_0_packets".into(), 300)), "{counters:?}");
+        assert!(counters.contains(&("rx_queue_0_packets".into(), 302)), "{counters:?}");
+        assert!(counters.contains(&("tx_queue_0_packets".into(), 303)), "{counters:?}");
+        assert_eq!(tap.flows().map(|flow| flow.packets), [[300, 1, 1], [300, 1, 2]]);
         assert!(counters.iter().all(|(name, n)| *n == 0 || !name.ends_with("drops")), "{counters:?}");
     }
 }

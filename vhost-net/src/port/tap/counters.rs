@@ -2,6 +2,9 @@
 
 use poll_engine::stats::Counter;
 
+use crate::mib::Flow;
+use crate::stats::Groups;
+
 /// Why something is dropped.
 pub trait Reason: Copy + 'static {
     /// All there are, with their names, in order.
@@ -82,6 +85,8 @@ pub struct Way<R> {
     pub packets: Counter,
     /// Their bytes, without virtio headers.
     pub bytes: Counter,
+    /// Those of them that were not to one.
+    pub groups: Groups,
     /// Times that a frame had to wait for the other side.
     pub waits: Counter,
     drops: Vec<Counter>,
@@ -90,16 +95,17 @@ pub struct Way<R> {
 
 impl<R: Reason> Default for Way<R> {
     fn default() -> Self {
-        let (packets, bytes, waits) = Default::default();
+        let (packets, bytes, groups, waits) = Default::default();
         let drops = R::ALL.iter().map(|_| Counter::default()).collect();
-        Way { packets, bytes, waits, drops, reasons: std::marker::PhantomData }
+        Way { packets, bytes, groups, waits, drops, reasons: std::marker::PhantomData }
     }
 }
 
 impl<R: Reason> Way<R> {
-    /// Counts a frame that got through.
+    /// Counts a frame to this address that got through.
     #[inline]
-    pub fn passed(&self, bytes: u64) {
+    pub fn passed(&self, destination: &[u8], bytes: u64) {
+        self.groups.count(destination, 1);
         self.packets.add(1);
         self.bytes.add(bytes);
     }
@@ -114,8 +120,24 @@ impl<R: Reason> Way<R> {
         self.drops[why.index()].get()
     }
 
+    /// What an interface counts of it. Errors are what `is_error` says.
+    pub(super) fn flow(&self, is_error: impl Fn(R) -> bool) -> Flow {
+        let (groups, octets) = ([self.groups.multicast.get(), self.groups.broadcast.get()], self.bytes.get());
+        let mut flow = Flow::new(self.packets.get(), groups, octets);
+        for (why, _) in R::ALL {
+            *if is_error(*why) { &mut flow.errors } else { &mut flow.discards } += self.drops(*why);
+        }
+        flow
+    }
+
     pub(super) fn list(&self, prefix: &str, into: &mut Vec<(String, u64)>) {
-        let common = [("packets", &self.packets), ("bytes", &self.bytes), ("waits", &self.waits)];
+        let common = [
+            ("packets", &self.packets),
+            ("bytes", &self.bytes),
+            ("multicast", &self.groups.multicast),
+            ("broadcast", &self.groups.broadcast),
+            ("waits", &self.waits),
+        ];
         let drops = R::ALL.iter().zip(&self.drops).map(|((_, name), counter)| (*name, counter));
         into.extend(
             common.into_iter().chain(drops).map(|(name, counter)| (format!("{prefix}{name}"), counter.get())),

@@ -25,6 +25,7 @@ use self::receive::Receive;
 use self::transmit::Transmit;
 use crate::features;
 use crate::header::HEADER;
+use crate::mib::Flow;
 use crate::port::interface::{Interface, exists, is_name};
 
 /// Most queues of a tap (the kernel's `MAX_TAP_QUEUES`).
@@ -336,6 +337,18 @@ impl Tap {
             pair.transmit.list(&format!("tx_queue_{at}_"), &mut all);
         }
         all
+    }
+
+    /// What its card counts as an interface does: to the guest, and from it.
+    pub fn flows(&self) -> [Flow; 2] {
+        let is_bad = |why| {
+            matches!(
+                why,
+                TransmitDrop::Short | TransmitDrop::TooLong | TransmitDrop::Header | TransmitDrop::Refused
+            )
+        };
+        let rx = self.pairs.iter().map(|p| p.receive.flow(|why| why == ReceiveDrop::Failed)).sum();
+        [rx, self.pairs.iter().map(|p| p.transmit.flow(is_bad)).sum()]
     }
 
     fn run(self: &Arc<Tap>, pair: u16) -> io::Result<Running> {

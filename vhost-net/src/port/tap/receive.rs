@@ -436,9 +436,11 @@ impl Receive {
             probe
                 .note(Direction::Inbound, &header, frame, |at, into| copy(chains, self.header_len, at, into));
         }
+        let mut destination = [0; 6];
+        copy(chains, self.header_len, 0, &mut destination);
         self.give(count, needed, queue);
         queue.stats().bytes_read.add(frame as u64);
-        self.counters().passed(frame as u64);
+        self.counters().passed(&destination, frame as u64);
         true
     }
 

@@ -33,6 +33,8 @@ struct Slot {
     header: [u8; HEADER],
     iovecs: Vec<libc::iovec>,
     len: u32,
+    /// Whom it is to.
+    destination: [u8; 6],
     is_over: bool,
 }
 
@@ -60,6 +62,7 @@ impl Transmit {
             header: [0; HEADER],
             iovecs: Vec::with_capacity(USUAL_PIECES),
             len: 0,
+            destination: [0; 6],
             is_over: false,
         };
         let slots = std::iter::repeat_with(slot).take(ring_size.into()).collect();
@@ -193,6 +196,7 @@ fn prepare(slot: &mut Slot, queue: &mut Queue, features: u64, header_len: usize)
         return Err(Refused::Long(len));
     }
     slot.len = len;
+    chain.readable(header_len as u32, 6).read(&mut slot.destination);
     slot.header = checked_header(&chain, header_len, len, features)?.header().to_bytes();
     slot.iovecs.push(libc::iovec { iov_base: (&raw mut slot.header).cast(), iov_len: HEADER });
     for piece in chain.readable(header_len as u32, len) {
@@ -244,9 +248,9 @@ impl QueueHandler for Transmit {
         if result < 0 {
             self.failed(result, queue);
         } else {
-            let len = u64::from(slot.len);
+            let (len, destination) = (u64::from(slot.len), slot.destination);
             queue.stats().bytes_written.add(len);
-            self.pair().transmit.passed(len);
+            self.pair().transmit.passed(&destination, len);
         }
         self.give_back(queue);
     }
