@@ -71,7 +71,7 @@ fn machine(scene: &Scene) -> Result<VmBuilder> {
 /// The life of VFs: made, set, bound, refused, held, lost, saved, restored, removed.
 fn life(scene: &Scene) -> Result<()> {
     let mut vm = machine(scene)?.boot(scene)?;
-    // The card's driver says so when a VF is reset.
+    recorded(&mut vm)?;
     made_and_set(&mut vm)?;
     agrees_with_others(&mut vm)?;
     refused(&mut vm)?;
@@ -105,15 +105,38 @@ fn fails(vm: &mut Vm, command: &str, says: &str) -> Result<()> {
     Ok(())
 }
 
+/// A directory as a text of `sriov-tools/tests/trees`.
+const AS_TEXT: &str = "cd /tmp/recorded && find . -type d | sort | while read -r dir; do echo \"[${dir#./}]\"; \
+     for file in \"$dir\"/*; do name=${file##*/}; \
+     if [ -L \"$file\" ]; then echo \"$name -> $(readlink \"$file\")\"; \
+     elif [ -f \"$file\" ] && [ \"$name\" != config ]; then echo \"$name = $(cat \"$file\")\"; fi; done; done";
+
+/// What is recorded is what is there. `KICKLESS_RECORD=FILE` keeps it.
+fn recorded(vm: &mut Vm) -> Result<()> {
+    vm.check("ip link set eth0 up; sriov record /tmp/recorded")?;
+    let list = |vm: &mut Vm, options: &str| vm.check(&format!("sriov {options} list --json 2>/dev/null"));
+    let (there, kept) = (list(vm, "")?, list(vm, "--sysfs /tmp/recorded")?);
+    ensure!(there == kept, "there is:\n{there}\nrecorded is:\n{kept}");
+    if let Some(path) = std::env::var_os("KICKLESS_RECORD") {
+        std::fs::write(path, vm.check(AS_TEXT)?)?;
+    }
+    Ok(())
+}
+
 fn made_and_set(vm: &mut Vm) -> Result<()> {
     let state = state(vm)?;
     ensure!(pf(&state, CARD)?["total_vfs"] == 7 && pf(&state, DISK)?["total_vfs"] == 4, "{state}");
     ensure!(state["iommu"] == true, "no IOMMU: {state}");
-    vm.check("ip link set eth0 up; sriov create eth0 3")?;
+    vm.check("sriov create eth0 3")?;
     vm.check(&format!("sriov create {DISK} 2 --unbound"))?;
     vm.check("sriov set eth0 0 mac=52:54:00:00:00:01 vlan=7 qos=3 spoofchk=off trust=on")?;
     vm.check_soon("grep -q up /sys/class/net/eth0/operstate", Duration::from_secs(30))?;
     vm.check("sriov set eth0 1 max-rate=100")?;
+    for (command, says) in [("sriov list", [CARD, DISK]), ("sriov list --tree", [CARD, "52:54:00:00:00:01"])]
+    {
+        let said = vm.check(command)?;
+        ensure!(says.iter().all(|words| said.contains(words)), "`{command}` says:\n{said}");
+    }
     Ok(())
 }
 

@@ -19,7 +19,8 @@ use sriov_tools::state::{self, State};
 use tempfile::TempDir;
 
 /// All there are.
-pub const TREES: [&str; 7] = ["nic", "no-iommu", "dual-port", "nvme", "gpu", "switchdev", "shared-group"];
+pub const TREES: [&str; 8] =
+    ["recorded", "nic", "no-iommu", "dual-port", "nvme", "gpu", "switchdev", "shared-group"];
 
 /// A host in a directory that goes when this is dropped.
 pub struct Tree {
