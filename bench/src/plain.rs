@@ -50,7 +50,8 @@ struct Null {
     num_queues: usize,
 }
 
-fn other(e: impl std::fmt::Display) -> Error {
+/// As an error of the crate.
+pub fn other(e: impl std::fmt::Display) -> Error {
     Error::other(e.to_string())
 }
 
@@ -159,17 +160,21 @@ impl VhostUserBackendMut for Null {
             return Err(other("an unexpected event"));
         }
         let vring = vrings.get(usize::from(queue)).ok_or_else(|| other("an event of no queue"))?;
-        if !self.event_idx {
-            self.process(vring)?;
+        drain(vring, self.event_idx, || self.process(vring))
+    }
+}
+
+/// Has `process` take what is in a queue that was kicked.
+pub fn drain(vring: &VringRwLock, event_idx: bool, mut process: impl FnMut() -> Result<bool>) -> Result<()> {
+    if !event_idx {
+        return process().map(drop);
+    }
+    // As the crate's documentation asks: until nothing came between the last look and allowing kicks again.
+    loop {
+        vring.disable_notification().map_err(other)?;
+        process()?;
+        if !vring.enable_notification().map_err(other)? {
             return Ok(());
-        }
-        // As the crate's documentation asks: until nothing came between the last look and allowing kicks again.
-        loop {
-            vring.disable_notification().map_err(other)?;
-            self.process(vring)?;
-            if !vring.enable_notification().map_err(other)? {
-                return Ok(());
-            }
         }
     }
 }

@@ -3,7 +3,7 @@
 //! measure beside, with nothing done to make it fast or slow; and one that does what it should not, to see that that
 //! is found.
 
-use std::io::{Error, Result};
+use std::io::Result;
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
@@ -21,6 +21,7 @@ use vmm_sys_util::event::{EventConsumer, EventFlag, EventNotifier, new_event_con
 
 use super::frame::VNET;
 use super::session::net_features::MRG_RXBUF;
+use crate::plain::{drain, other};
 
 const MAX_QUEUE_SIZE: usize = 1024;
 type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
@@ -148,10 +149,6 @@ struct Port {
     count: u64,
     /// One that waits for the next, to come after it.
     held: Option<Vec<u8>>,
-}
-
-fn other(e: impl std::fmt::Display) -> Error {
-    Error::other(e.to_string())
 }
 
 impl Port {
@@ -294,17 +291,6 @@ impl VhostUserBackendMut for Port {
             rx.disable_notification().map_err(other)?;
             return Ok(());
         }
-        if !self.event_idx {
-            self.process(tx)?;
-            return Ok(());
-        }
-        // As the crate's documentation asks: until nothing came between the last look and allowing kicks again.
-        loop {
-            tx.disable_notification().map_err(other)?;
-            self.process(tx)?;
-            if !tx.enable_notification().map_err(other)? {
-                return Ok(());
-            }
-        }
+        drain(tx, self.event_idx, || self.process(tx))
     }
 }
