@@ -59,6 +59,7 @@ pub fn serve(path: &Path, cpu: Option<usize>, copy: bool) -> Result<()> {
             max_ring_size: 1024,
             has_state: false,
             postcopy: false,
+            is_network: false,
         };
         let mut session = Session::new(offer);
         let mut map = Arc::new(MemoryMap::default());

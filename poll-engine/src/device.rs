@@ -44,6 +44,16 @@ pub struct ConfigRefused {
 #[error("the state that came with the guest is not this device's: {0}")]
 pub struct StateRefused(pub String);
 
+/// What a front end may ask of a network device besides.
+pub trait Network {
+    /// The guest of this address has come here from another host and does not say so itself: those that frames for it come
+    /// from are to learn where it is. Never waits.
+    fn announce(&self, mac: [u8; 6]);
+
+    /// The guest's driver keeps to this MTU, which the front end has set: what is wrong with it.
+    fn set_mtu(&self, mtu: u64) -> Result<(), String>;
+}
+
 /// A virtio device.
 pub trait Device: Send + Sync {
     /// The device's own feature bits; the transport adds those of the rings.
@@ -127,6 +137,11 @@ pub trait Device: Send + Sync {
     /// (QEMU does) shows that to its guest afterwards as well, and resets at times when the guest does not know of it: what
     /// a driver relies on in there must hold.
     fn reset(&self);
+
+    /// It is a network device.
+    fn network(&self) -> Option<&dyn Network> {
+        None
+    }
 
     /// What the process that comes after this one if it is killed has to know of what the driver has set. It is kept in
     /// the record of requests in flight; 0 is nothing.

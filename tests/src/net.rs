@@ -56,6 +56,8 @@ pub struct Options {
     port_keys: &'static str,
     control: bool,
     first_keys: &'static str,
+    /// Said in a file.
+    file: bool,
     args: Vec<String>,
 }
 
@@ -71,6 +73,7 @@ impl Options {
             port_keys: "",
             control: false,
             first_keys: "",
+            file: false,
             args: Vec::new(),
         }
     }
@@ -104,6 +107,36 @@ impl Options {
     pub fn first(mut self, keys: &'static str) -> Self {
         self.first_keys = keys;
         self
+    }
+
+    /// Has `vhost-net` read all this from a file, which can be changed.
+    #[must_use]
+    pub fn in_file(mut self) -> Self {
+        self.file = self.kind == Kind::VhostNet;
+        self
+    }
+
+    /// Changes the file, with further lines for each port, and has the daemon read it again; false without one.
+    pub fn change(&self, daemon: &Daemon, ports: &[&str]) -> Result<bool> {
+        if self.file {
+            self.write_file(daemon.sockets(), ports)?;
+            daemon.sighup()?;
+        }
+        Ok(self.file)
+    }
+
+    fn write_file(&self, sockets: &[PathBuf], ports: &[&str]) -> Result<PathBuf> {
+        let path = sockets.first().context("no port")?.with_extension("toml");
+        let (join, pairs) = (self.join.trim_start_matches('-'), self.queues);
+        let begin = format!("{join} = true\npoll = '{}'\nnum-queue-pairs = {pairs}\n", self.poll);
+        let port = |(i, socket): (usize, &PathBuf)| {
+            let (mac, lines) = (i + 1, ports.get(i).unwrap_or(&""));
+            let socket = socket.display();
+            format!("[[port]]\nsocket-path = '{socket}'\nmac = '52:54:00:00:00:0{mac}'\n{lines}\n")
+        };
+        let text: String = std::iter::once(begin).chain(sockets.iter().enumerate().map(port)).collect();
+        std::fs::write(&path, text)?;
+        Ok(path)
     }
 
     /// Sets the number of queue pairs that each port offers.
@@ -152,6 +185,9 @@ impl Options {
         }
         let mut program = self.kind.program().context("no back end to test")?;
         let mut args = match self.kind {
+            Kind::VhostNet if self.file => {
+                vec![format!("--config={}", self.write_file(&sockets, &[])?.display())]
+            }
             Kind::VhostNet => self.vhost_net_args(&sockets),
             Kind::Testpmd => self.testpmd_args(&sockets)?,
         };

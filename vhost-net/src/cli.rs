@@ -22,7 +22,8 @@ use crate::spec::{PortSpec, mac, mtu};
 /// Gives virtual machines network cards on Unix sockets: QEMU, Cloud Hypervisor or crosvm connects, shares the guest's
 /// memory, and packets are copied once, from the memory of one guest to that of the other.
 ///
-/// SIGTERM finishes what is in flight and exits; SIGUSR1 prints statistics.
+/// SIGTERM finishes what is in flight and exits; SIGHUP has --config read again, and does what can be done while guests run;
+/// SIGUSR1 prints statistics.
 #[derive(Debug, Parser)]
 #[command(name = "vhost-net", version, max_term_width = 110)]
 pub struct Cli {

@@ -2,15 +2,16 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use poll_engine::device::{ConfigRefused, Device, QueueHandler};
+use poll_engine::device::{ConfigRefused, Device, Network, QueueHandler};
 
 use crate::features::{
-    CSUM, GUEST_CSUM, GUEST_ECN, GUEST_TSO4, GUEST_TSO6, GUEST_USO4, GUEST_USO6, HOST_ECN, HOST_TSO4,
-    HOST_TSO6, HOST_USO, MAC, MQ, MRG_RXBUF, MTU, STATUS,
+    CSUM, GUEST_ANNOUNCE, GUEST_CSUM, GUEST_ECN, GUEST_TSO4, GUEST_TSO6, GUEST_USO4, GUEST_USO6, HOST_ECN,
+    HOST_TSO4, HOST_TSO6, HOST_USO, MAC, MQ, MRG_RXBUF, MTU, STATUS,
 };
 use crate::hub::{Hub, Member};
+use crate::mac::MacAddr;
 use crate::port::tap::card::TapCard;
 
 /// Bytes of `struct virtio_net_config` up to and with the MTU.
@@ -64,12 +65,14 @@ pub struct NetDevice {
     joined: Joined,
     withheld: u64,
     told_link: AtomicBool,
+    /// Features of the queues that were started last; 0: none was.
+    started: AtomicU64,
 }
 
 impl NetDevice {
     /// A card, without these features of the engine.
     pub fn new(card: Card, joined: Joined, withheld: u64) -> NetDevice {
-        NetDevice { card, joined, withheld, told_link: AtomicBool::new(true) }
+        NetDevice { card, joined, withheld, told_link: AtomicBool::new(true), started: AtomicU64::new(0) }
     }
 
     fn is_up(&self) -> bool {
@@ -154,6 +157,7 @@ impl Device for NetDevice {
     }
 
     fn start_queue(&self, index: u16, features: u64, size: u16) -> io::Result<Box<dyn QueueHandler>> {
+        self.started.store(features, Ordering::Relaxed);
         match &self.joined {
             Joined::Hub(hub, port) => {
                 Ok(Box::new(Member { hub: Arc::clone(hub), port: *port, index, features }))
@@ -167,5 +171,33 @@ impl Device for NetDevice {
         Some(usize::from(index / 2))
     }
 
-    fn reset(&self) {}
+    fn network(&self) -> Option<&dyn Network> {
+        Some(self)
+    }
+
+    fn reset(&self) {
+        self.started.store(0, Ordering::Relaxed);
+    }
+}
+
+impl Network for NetDevice {
+    fn announce(&self, mac: [u8; 6]) {
+        // A guest that can do so does it itself (5.1.6.5.4).
+        if self.started.load(Ordering::Relaxed) & GUEST_ANNOUNCE == 0 {
+            match &self.joined {
+                Joined::Hub(hub, port) => hub.announce(*port, MacAddr(mac)),
+                Joined::Tap(card) => card.announce(MacAddr(mac)),
+            }
+        }
+    }
+
+    fn set_mtu(&self, mtu: u64) -> Result<(), String> {
+        let most = self.card.mtu.unwrap_or(*MTU_RANGE.end());
+        let within = u16::try_from(mtu).ok().filter(|mtu| (*MTU_RANGE.start()..=most).contains(mtu));
+        let mtu = within.ok_or(format!("an MTU of {mtu} is none from {} to {most}", MTU_RANGE.start()))?;
+        if let Joined::Hub(hub, port) = &self.joined {
+            hub.set_mtu(*port, mtu.into());
+        }
+        Ok(())
+    }
 }

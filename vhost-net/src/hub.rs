@@ -12,7 +12,7 @@ use poll_engine::engine::reactor::{Io, QueueId};
 use crate::outside::News;
 use crate::parcel::Chute;
 use crate::stats::PairStats;
-use crate::switch::{PortId, Switch};
+use crate::switch::{PortConfig, PortId, Switch};
 
 /// Where packets of a port go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -78,6 +78,8 @@ pub(crate) enum Change {
     Up { port: usize, index: u16, id: QueueId, features: u64 },
     /// A queue has stopped.
     Down { port: usize, index: u16 },
+    /// The switch's ports are not what they were.
+    Rules,
 }
 
 /// The way to the shard on one reactor.
@@ -116,8 +118,10 @@ pub struct Hub {
     clock: Clock,
     start: u64,
     pub(crate) inboxes: Vec<Inbox>,
-    /// The ways between reactors, if there are several.
+    /// The way to each reactor, for packets that come from elsewhere.
     pub(crate) chutes: OnceLock<Vec<Chute>>,
+    /// Whoever announces a station, one at a time.
+    pub(crate) announcing: Mutex<()>,
     /// Of the uplink, if there is one.
     pub outside: News,
 }
@@ -127,8 +131,8 @@ impl Hub {
     pub fn new(plan: Plan, ports: Vec<Arc<Port>>, reactors: usize) -> Hub {
         let inboxes = std::iter::repeat_with(Inbox::default).take(reactors).collect();
         let clock = Clock::new();
-        let (chutes, outside) = (OnceLock::new(), News::default());
-        Hub { plan, ports, switch: None, start: clock.raw(), clock, inboxes, chutes, outside }
+        let (chutes, announcing, outside) = (OnceLock::new(), Mutex::default(), News::default());
+        Hub { plan, ports, switch: None, start: clock.raw(), clock, inboxes, chutes, announcing, outside }
     }
 
     /// Joins `ports` by a switch that has the same ones, of as many shards as there are reactors.
@@ -138,10 +142,7 @@ impl Hub {
 
     /// Lets packets go from one reactor to another.
     pub fn connect(&self, engine: &Engine) {
-        if engine.reactors() > 1 {
-            self.chutes
-                .get_or_init(|| (0..engine.reactors()).map(|at| Chute::new(engine.waker(at))).collect());
-        }
+        self.chutes.get_or_init(|| (0..engine.reactors()).map(|at| Chute::new(engine.waker(at))).collect());
     }
 
     /// Nanoseconds since the ports were joined: the time of all shards.
@@ -154,6 +155,24 @@ impl Hub {
     pub fn set_link(&self, port: usize, up: bool) {
         self.ports[port].link.store(up, Ordering::SeqCst);
         self.look_at_link(port);
+    }
+
+    /// Has a port of the switch be something else from now on.
+    pub fn set_rules(&self, port: usize, config: PortConfig) {
+        let Some(switch) = &self.switch else { return };
+        switch.set_rules(PortId(port as u16), config);
+        // Found before the next packet is moved, so that nobody need be woken.
+        self.inboxes.iter().for_each(|inbox| inbox.put(Change::Rules));
+    }
+
+    /// No packet longer than this (without Ethernet header and tags) goes to a port of the switch.
+    pub fn set_mtu(&self, port: usize, mtu: u32) {
+        if let Some(switch) = &self.switch {
+            let rules = switch.rules(PortId(port as u16));
+            if rules.mtu != mtu {
+                self.set_rules(port, PortConfig { mtu, ..rules });
+            }
+        }
     }
 
     /// A switch's port is up when its link is and its guest is there.

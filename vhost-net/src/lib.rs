@@ -10,6 +10,7 @@
 //! belongs to. [`port`] is what a device can be joined to besides another guest, and [`pcap`] writes down what crosses it, told by a [`witness`] of each hub.
 //! [`switch`] says which port a frame goes to. [`features`] names the feature bits.
 
+pub mod announce;
 pub mod burst;
 pub mod check;
 pub mod cli;
@@ -27,6 +28,7 @@ pub mod packet;
 pub mod parcel;
 pub mod pcap;
 pub mod port;
+pub mod reload;
 pub mod report;
 pub mod rss;
 pub mod rx;

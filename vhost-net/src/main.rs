@@ -1,5 +1,6 @@
 //! `vhost-net`: joins ports, starts reactors, serves sockets, obeys signals.
 
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -13,7 +14,7 @@ use poll_engine::engine::{Engine, EngineConfig};
 use poll_engine::session::serve::Export;
 use poll_engine::session::server::Server;
 use poll_engine::stats::QueueStats;
-use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1};
 use signal_hook::iterator::Signals;
 use tracing::{info, warn};
 use vhost_net::cli::{Cli, Options};
@@ -28,6 +29,7 @@ use vhost_net::port::interface::exists;
 use vhost_net::port::tap::Tap;
 use vhost_net::port::tap::card::TapCard;
 use vhost_net::port::tap::uplink::TapUplink;
+use vhost_net::reload::{Reload, reload};
 use vhost_net::report::{cycles, report, tap_report, uplink_report};
 use vhost_net::shard::Shard;
 use vhost_net::spec::PortSpec;
@@ -56,7 +58,7 @@ struct Served {
     counted: Counted,
     stats: Vec<Arc<QueueStats>>,
     server: Arc<Server>,
-    key: String,
+    place: Place,
     device: Arc<NetDevice>,
 }
 
@@ -68,6 +70,25 @@ enum Counted {
 }
 
 impl Served {
+    /// Has the link up or down, and the guest see it.
+    fn set_link(&self, up: bool) -> Result<()> {
+        if self.device.set_link(up)? {
+            self.server.set_link(up);
+            info!("port {}: its link is {}", self.name, if up { "up" } else { "down" });
+        }
+        Ok(())
+    }
+
+    /// Is what is asked for now, as far as that can change.
+    fn change(&self, spec: &PortSpec, hub: &Hub) {
+        if let Counted::Hub(_, number) = &self.counted {
+            set_rules(hub, *number, spec);
+        }
+        if let Err(e) = self.set_link(!spec.link_down) {
+            warn!("port {}: its link: {e:#}", self.name);
+        }
+    }
+
     fn report(&self, hub: &Hub) -> String {
         match &self.counted {
             Counted::Hub(port, number) => {
@@ -105,13 +126,14 @@ fn run(cli: &Cli) -> Result<()> {
         for (key, other) in keys.iter().zip(&inherited) {
             other.as_ref().map_or(Ok(()), |other: &Inherited<About>| other.about.expect(key, plan.into()))?;
         }
-        serve(options, wanted, plan, heir, inherited.iter().map(|i| i.as_ref().map(|i| i.place)))
+        let places = inherited.iter().map(|i| i.as_ref().map(|i| i.place));
+        serve((options, cli.config.as_deref()), wanted, plan, heir, places)
     })
 }
 
-/// Serves until told to stop; ports with a place are those of another process.
+/// Serves until told to stop; ports with a place are those of another process. With a file, its options may change.
 fn serve(
-    options: &Options,
+    (options, file): (&Options, Option<&Path>),
     wanted: Vec<Wanted>,
     plan: Plan,
     heir: &mut Heir,
@@ -127,20 +149,10 @@ fn serve(
     };
     let engine = Arc::new(Engine::start(&config)?);
     // Before the sockets: whoever sees one may send signals.
-    let mut signals = Signals::new([SIGTERM, SIGINT, SIGUSR1]).context("cannot handle signals")?;
-    let ports = wanted.iter().filter(|w| w.tap.is_none());
-    let ports = ports.map(|w| Arc::new(Port::new(w.name.clone(), w.card.pairs, w.spec.wait)));
-    let (mut ports, reactors): (Vec<_>, _) = (ports.collect(), engine.reactors());
-    let out = ports.len();
-    // The last port is the uplink's, on the first reactor.
-    ports.extend(options.uplink.iter().map(|u| Arc::new(Port::uplink(u.name(), 0))));
-    let hub = Arc::new(match plan {
-        Plan::Switch => {
-            let switch = switch(options, &wanted, uplink.as_mut().map(|u| u.link().mtu), reactors);
-            Hub::switched(Arc::new(switch), ports, reactors)
-        }
-        _ => Hub::new(plan, ports, reactors),
-    });
+    let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP, SIGUSR1]).context("cannot handle signals")?;
+    let hub = join(options, plan, &wanted, uplink.as_mut().map(|u| u.link().mtu), engine.reactors());
+    // The last port.
+    let out = hub.ports.len().saturating_sub(1);
     hub.connect(&engine);
     let sources = wanted.iter().zip(places).map(|(w, inherited)| Source::of(&w.place, inherited));
     let sources = sources.collect::<Result<Vec<_>, _>>()?;
@@ -172,6 +184,9 @@ fn serve(
             (joined, Counted::Hub(Arc::clone(port), number))
         };
         let device = Arc::new(NetDevice::new(wanted.card, joined, withheld));
+        if wanted.spec.link_down {
+            device.set_link(false).with_context(|| format!("port {}: its link", wanted.name))?;
+        }
         let stats: Vec<_> =
             std::iter::repeat_with(Arc::default).take(2 * usize::from(wanted.card.pairs)).collect();
         let (name, engine) = (wanted.name.clone(), Arc::clone(&engine));
@@ -188,28 +203,36 @@ fn serve(
     }
     let servers = heir.go(ready.iter().map(|(wanted, ..)| &wanted.place).zip(prepared))?;
     let mut served = Vec::new();
-    for ((Wanted { name, place, .. }, counted, stats, device), server) in ready.into_iter().zip(servers) {
+    for ((Wanted { name, place, spec, .. }, counted, stats, device), server) in ready.into_iter().zip(servers)
+    {
         if let Counted::Tap(tap) = &counted {
             tap.on_change(server.config_notifier());
         }
+        if spec.link_down {
+            server.set_link(false);
+        }
         info!("serving {name}");
-        served.push(Served { name, key: place.key(), counted, stats, server, device });
+        served.push(Served { name, counted, stats, server, place, device });
     }
     if let Some(capture) = &capture {
         capture.keep();
     }
     let about = About::from(plan);
     let lot =
-        |s: &Served| takeover::lot(s.key.clone(), &about, vec![], &s.server, Arc::clone(&s.device) as _);
+        |s: &Served| takeover::lot(s.place.key(), &about, vec![], &s.server, Arc::clone(&s.device) as _);
     let over = signals.handle();
     let mut successor = heir.settle(control, || served.iter().map(lot).collect(), move || over.close());
 
+    let mut options = options.clone();
     for signal in signals.forever() {
-        if signal == SIGUSR1 {
-            let text = statistics(options, &served, &hub, &engine, capture.as_deref());
-            daemon::print(&text);
-        } else {
-            break;
+        match (signal, file) {
+            (SIGUSR1, _) => {
+                let text = statistics(&options, &served, &hub, &engine, capture.as_deref());
+                daemon::print(&text);
+            }
+            (SIGHUP, Some(path)) => read_again(path, &mut options, &served, &hub),
+            (SIGHUP, None) => warn!("SIGHUP: there is no --config to be read again"),
+            _ => break,
         }
     }
     successor.bid_farewell();
@@ -223,6 +246,38 @@ fn serve(
     drop(engine);
     drop(capture);
     successor.outcome()
+}
+
+/// Does what a file asks for now.
+fn read_again(path: &Path, options: &mut Options, served: &[Served], hub: &Hub) {
+    let wanted = Options::read(path).map_err(|e| format!("{e:#}"));
+    let Reload { options: new, refused } = match wanted.and_then(|wanted| reload(options, &wanted)) {
+        Ok(reload) => reload,
+        Err(e) => return warn!("{e}; nothing was changed"),
+    };
+    for why in refused {
+        warn!("{}: {why}: start it anew for that", path.display());
+    }
+    for (port, spec) in served.iter().zip(new.ports()) {
+        port.change(&spec, hub);
+    }
+    if let Some(uplink) = &new.uplink {
+        // The last port.
+        set_rules(hub, hub.ports.len() as u16 - 1, uplink);
+    }
+    *options = new;
+    info!("{} was read again", path.display());
+}
+
+/// Has a port of the switch be what is asked for now; its MTU stays.
+fn set_rules(hub: &Hub, number: u16, spec: &PortSpec) {
+    let Some(switch) = &hub.switch else { return };
+    let was = switch.rules(PortId(number));
+    let rules = PortConfig { mtu: was.mtu, ..spec.rules() };
+    if rules != was {
+        info!("port {}: other rules from now on", rules.name);
+        hub.set_rules(number.into(), rules);
+    }
 }
 
 fn statistics(
@@ -292,6 +347,27 @@ fn open_uplink(spec: &PortSpec, wanted: &[Wanted]) -> Result<Box<dyn Uplink>> {
         );
     }
     Ok(uplink)
+}
+
+/// What joins ports that have no tap, and an uplink with its MTU.
+fn join(
+    options: &Options,
+    plan: Plan,
+    wanted: &[Wanted],
+    uplink_mtu: Option<u32>,
+    reactors: usize,
+) -> Arc<Hub> {
+    let ports = wanted.iter().filter(|w| w.tap.is_none());
+    let ports = ports.map(|w| Arc::new(Port::new(w.name.clone(), w.card.pairs, w.spec.wait)));
+    // The last port is the uplink's, on the first reactor.
+    let ports = ports.chain(options.uplink.iter().map(|u| Arc::new(Port::uplink(u.name(), 0)))).collect();
+    Arc::new(match plan {
+        Plan::Switch => {
+            let switch = switch(options, wanted, uplink_mtu, reactors);
+            Hub::switched(Arc::new(switch), ports, reactors)
+        }
+        _ => Hub::new(plan, ports, reactors),
+    })
 }
 
 /// The switch that joins these ports, and an uplink with its MTU.

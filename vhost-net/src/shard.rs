@@ -78,6 +78,7 @@ impl Shard {
                         self.exits.open(port, Target { id, pair, form, features, made: 0 });
                     }
                 }
+                Change::Rules => self.switching.iter_mut().for_each(switch::Shard::adopt),
                 Change::Down { port, index } => {
                     let pair = usize::from(index / 2);
                     if index % 2 == 1 {

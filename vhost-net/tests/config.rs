@@ -1,9 +1,18 @@
 //! The daemon and its file: what is wrong is said before anything is opened.
 #![allow(clippy::unwrap_used)]
 
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+#[path = "../../poll-engine/tests/support/peer.rs"]
+mod peer;
 
+use std::fs::File;
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use peer::{Peer, readable_within, until, words};
 use vhost_net::cli::Options;
 use vhost_net::switch::vlan::Vlan;
 
@@ -80,4 +89,87 @@ fn capabilities_are_what_the_discovery_file_promises() {
     for part in [r#""type": "net""#, r#""binary": "/usr/bin/vhost-net""#, r#""description": ""#] {
         assert!(file.contains(part), "{part}");
     }
+}
+
+/// A daemon with a file, which is killed when the test is over.
+struct Daemon {
+    child: Child,
+    dir: tempfile::TempDir,
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Daemon {
+    fn start(ports: &str) -> Daemon {
+        let dir = tempfile::tempdir().unwrap();
+        let path = Daemon::write(dir.path(), ports);
+        let log = File::create(dir.path().join("log")).unwrap();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_vhost-net"));
+        command.args(["--config", path.to_str().unwrap()]).stderr(log);
+        let daemon = Daemon { child: command.spawn().unwrap(), dir };
+        daemon.expect("serving a");
+        daemon
+    }
+
+    fn write(dir: &Path, ports: &str) -> PathBuf {
+        file(dir, &format!("switch = true\npoll = 'event'\n{}", ports.replace("DIR", dir.to_str().unwrap())))
+    }
+
+    /// Has it read another file.
+    fn reload(&self, ports: &str) {
+        Daemon::write(self.dir.path(), ports);
+        kill(Pid::from_raw(self.child.id() as i32), Signal::SIGHUP).unwrap();
+    }
+
+    /// It says so.
+    fn expect(&self, what: &str) {
+        let log = self.dir.path().join("log");
+        until(what, || std::fs::read_to_string(&log).unwrap().contains(what));
+    }
+}
+
+#[test]
+fn a_front_end_that_reads_configuration_space_hears_of_the_link() {
+    const PORT: &str = "[[port]]\nsocket-path = 'DIR/a'\nname = 'a'\n";
+    let daemon = Daemon::start(PORT);
+    let mut peer = Peer::new(UnixStream::connect(daemon.dir.path().join("a")).unwrap());
+    peer.negotiate();
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    assert!(peer.ack(21, &[], &[theirs.as_raw_fd()]));
+    let status = |peer: &mut Peer| {
+        let space = peer.ask(24, &[words(&[0, 12, 0]), vec![0; 12]].concat());
+        u16::from_le_bytes([space[12 + 6], space[12 + 7]])
+    };
+    assert_eq!(status(&mut peer), 1);
+    for (line, up) in [("link = 'down'", 0), ("", 1), ("link = 'down'\nvlan = 5", 0)] {
+        daemon.reload(&format!("{PORT}{line}\n"));
+        let mut notice = [0; 12];
+        assert!(readable_within(&ours, 10_000), "no notice with '{line}'");
+        std::io::Read::read_exact(&mut &ours, &mut notice).unwrap();
+        assert_eq!(notice[..], words(&[2, 1, 0]), "VHOST_USER_BACKEND_CONFIG_CHANGE_MSG");
+        assert_eq!(status(&mut peer), up, "{line}");
+    }
+    daemon.expect("port a: other rules from now on");
+}
+
+#[test]
+fn what_cannot_be_done_is_said_and_the_daemon_goes_on() {
+    const PORT: &str = "[[port]]\nsocket-path = 'DIR/a'\nname = 'a'\n";
+    let mut daemon = Daemon::start(PORT);
+    daemon.reload(&format!("mtu = 9000\n{PORT}link = 'down'\n[[port]]\nsocket-path = 'DIR/b'\nname = 'b'\n"));
+    daemon.expect("net.toml: mtu cannot change while it runs: start it anew for that");
+    daemon.expect("net.toml: port b: it cannot come while it runs: start it anew for that");
+    daemon.expect("port a: its link is down");
+    daemon.expect("was read again");
+    daemon.reload(&format!("{PORT}vlan = 0\n"));
+    daemon.expect("net.toml:6: vlan: '0' is no VLAN (write a number from 1 to 4094); nothing was changed");
+    assert!(daemon.dir.path().join("a").exists(), "nobody was connected who had to be told so");
+    kill(Pid::from_raw(daemon.child.id() as i32), Signal::SIGTERM).unwrap();
+    assert!(daemon.child.wait().unwrap().success());
+    assert!(!daemon.dir.path().join("a").exists());
 }

@@ -440,3 +440,38 @@ fn shards_share_what_they_learn() {
     let distinct: HashSet<_> = switch.fdb().dump().map(|e| e.mac).collect();
     assert_eq!(distinct.len(), switch.fdb().dump().count(), "no address twice");
 }
+
+#[test]
+fn limits_that_stay_the_same_go_on_when_rules_change() {
+    let rate = |packets| Rate { packets: Some(packets), bits: None, burst: Some(Duration::ZERO) };
+    let config = PortConfig { ingress: rate(1), ..PortConfig::new("a") };
+    let (switch, mut shard) = switch(&[config.clone(), PortConfig::new("b")]);
+    let bytes = frame(0xffff_ffff_ffff, 2, None);
+    let limited = Verdict::Drop(DropReason::RateLimit);
+    assert_ne!(decide(&mut shard, 0, &bytes, 1), limited);
+    switch.set_rules(PortId(0), PortConfig { is_isolated: true, ..config.clone() });
+    shard.adopt();
+    assert_eq!(decide(&mut shard, 0, &bytes, 2), limited, "it has sent its packet of this second");
+    switch.set_rules(PortId(0), PortConfig { ingress: rate(2), ..config });
+    assert_eq!(decide(&mut shard, 0, &bytes, 3), limited, "not adopted yet");
+    shard.adopt();
+    assert_ne!(decide(&mut shard, 0, &bytes, 4), limited);
+}
+
+#[test]
+fn a_guard_that_changes_gives_up_the_address_it_had() {
+    let guard = |mac| {
+        let guard = vhost_net::switch::guard::GuardConfig {
+            macs: vec![MacAddr::from_u64(mac)],
+            ..Default::default()
+        };
+        PortConfig { guard, ..PortConfig::new("a") }
+    };
+    let (switch, mut shard) = switch(&[guard(2), PortConfig::new("b")]);
+    let found = |mac| switch.fdb().lookup(switch.fdb().key(0, mac));
+    assert_eq!(found(2), Some(PortId(0)));
+    switch.set_rules(PortId(0), guard(4));
+    shard.adopt();
+    assert_eq!((found(2), found(4)), (None, Some(PortId(0))));
+    assert_eq!(decide(&mut shard, 0, &frame(6, 2, None), 1), Verdict::Drop(DropReason::GuardMac));
+}

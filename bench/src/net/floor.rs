@@ -362,6 +362,7 @@ fn sessions(path: &Path, index: usize, ports: &Ports) -> Result<()> {
             max_ring_size: 32768,
             has_state: false,
             postcopy: false,
+            is_network: false,
         };
         let mut session = Session::new(offer);
         while let Ok(Incoming::Message(header, Ok(request), fds)) = connection.receive(bell.as_fd()) {

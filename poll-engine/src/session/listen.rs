@@ -3,6 +3,7 @@
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -98,6 +99,31 @@ impl Listener {
             fs::rename(&made, path).map_err(|error| ListenError::Bind { path: path.to_owned(), error })?;
             path.clone_into(made);
         }
+        Ok(())
+    }
+
+    /// Whether it can be set aside.
+    pub(super) fn has_path(&self) -> bool {
+        self.made.is_some()
+    }
+
+    /// Has the socket where nobody looks for it, or back at its path. An inherited one stays.
+    pub(super) fn set_aside(&mut self, is_aside: bool) -> io::Result<()> {
+        const ASIDE: &str = ".unplugged";
+        let Some((made, _)) = &mut self.made else { return Ok(()) };
+        let name = made.as_os_str().to_os_string();
+        let own = name.as_encoded_bytes().strip_suffix(ASIDE.as_bytes()).map(std::ffi::OsStr::from_bytes);
+        let to = match (own, is_aside) {
+            (Some(own), false) => PathBuf::from(own),
+            (None, true) => {
+                let mut aside = name;
+                aside.push(ASIDE);
+                PathBuf::from(aside)
+            }
+            _ => return Ok(()),
+        };
+        fs::rename(&made, &to)?;
+        *made = to;
         Ok(())
     }
 

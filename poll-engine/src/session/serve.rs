@@ -58,6 +58,8 @@ pub(super) enum ActionError {
     PostCopy(#[from] PostCopyError),
     #[error("the descriptor for {0} is no eventfd")]
     NotEventfd(String),
+    #[error("{0}")]
+    Mtu(String),
     #[error(transparent)]
     State(#[from] StateError),
     #[error(transparent)]
@@ -110,6 +112,7 @@ impl Export {
             has_state: device.save_state().is_some(),
             // Queues that wait for pages run beside the others, on a reactor that has none of the device's stations.
             postcopy: device.place(0).is_none() && userfault::is_available(),
+            is_network: device.network().is_some(),
         }
     }
 }
@@ -126,6 +129,8 @@ pub(super) struct QueueParts {
 pub(super) enum Ended {
     /// By its front end, or because we are to stop.
     Over,
+    /// The link is down, and the front end's guest would not see it.
+    CutOff,
     /// Another process goes on with it.
     HandedOver,
     /// Another process has gone on with it, and has died.
@@ -211,6 +216,9 @@ impl<'a> Served<'a> {
     fn converse(&mut self, control: &Control, listener: &Listener) -> Result<Ended, SocketError> {
         // Looked at each time: a front end that sends without end is to be stopped as well.
         while !control.is_stopping() {
+            if control.link_is_down() && listener.has_path() && self.session.sees_no_link() {
+                return Ok(Ended::CutOff);
+            }
             let also = [self.iommu.awaited(self.backend_channel.as_ref()), self.transfer.awaited()];
             let incoming = self.connection.receive_or(control.bell(), also, self.iommu.patience())?;
             if let Incoming::Rung = incoming {
@@ -316,6 +324,7 @@ impl<'a> Served<'a> {
         Ok(done)
     }
 
+    #[allow(clippy::too_many_lines)] // one arm an action
     fn act(&mut self, action: Action) -> Result<(), ActionError> {
         match action {
             Action::SetMemory(regions) => {
@@ -392,6 +401,13 @@ impl<'a> Served<'a> {
             Action::BackendChannel(fd) => {
                 self.backend_channel = Some(fd);
                 self.iommu.channel_changed();
+            }
+            Action::Announce(mac) => {
+                self.export.device.network().into_iter().for_each(|card| card.announce(mac));
+            }
+            Action::SetMtu(mtu) => {
+                let set = self.export.device.network().map(|card| card.set_mtu(mtu));
+                set.transpose().map_err(ActionError::Mtu)?;
             }
             Action::WriteConfig(offset, bytes) => {
                 let device = &self.export.device;

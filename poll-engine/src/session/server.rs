@@ -34,6 +34,8 @@ pub(super) struct Orders {
     bell: Arc<Bell>,
     stop: AtomicBool,
     config_changed: AtomicBool,
+    /// The link of a network device is down.
+    link_down: AtomicBool,
 }
 
 impl Orders {
@@ -64,6 +66,10 @@ impl Control {
 
     pub(super) fn is_stopping(&self) -> bool {
         self.orders.is_stopping()
+    }
+
+    pub(super) fn link_is_down(&self) -> bool {
+        self.orders.link_down.load(Ordering::Acquire)
     }
 
     pub(super) fn take_config_changed(&self) -> bool {
@@ -145,8 +151,12 @@ impl Server {
         // Said at the start, not when the first front end comes.
         userfault::is_available();
         let bell = Arc::new(Bell::new()?);
-        let orders =
-            Arc::new(Orders { bell, stop: AtomicBool::new(false), config_changed: AtomicBool::new(false) });
+        let orders = Arc::new(Orders {
+            bell,
+            stop: AtomicBool::new(false),
+            config_changed: AtomicBool::new(false),
+            link_down: AtomicBool::new(false),
+        });
         let (parking, receiver) = unbounded();
         let control = Control { orders: Arc::clone(&orders), parking: receiver };
         let builder = std::thread::Builder::new().name("session".into()).stack_size(STACK);
@@ -166,6 +176,14 @@ impl Server {
             orders.config_changed.store(true, Ordering::Release);
             orders.bell.ring();
         }
+    }
+
+    /// The link of a network device is up or down, which configuration space says already. A front end that reads that is
+    /// told that it has changed. Others, such as QEMU, show their guests a link as long as they have a back end, and nothing
+    /// else: with the link down they are hung up on, and do not find the socket until it is up again.
+    pub fn set_link(&self, is_up: bool) {
+        self.orders.link_down.store(!is_up, Ordering::Release);
+        self.config_changed();
     }
 
     /// Begins to stop: queues finish what is in flight, the socket is closed and its path removed.
@@ -228,13 +246,27 @@ impl Prepared {
     }
 }
 
+/// Has the socket where no front end finds it, or back.
+fn set_aside(listener: &mut Listener, is_aside: bool, export: &Export) {
+    if let Err(e) = listener.set_aside(is_aside) {
+        warn!("{}: its socket cannot be moved: {e}", export.name);
+    }
+}
+
 /// Serves one front end after another, first the one that is connected.
 fn serve<'a>(export: &'a Export, mut listener: Listener, mut served: Option<Served<'a>>, control: &Control) {
     while !control.is_stopping() {
+        if !control.link_is_down() {
+            set_aside(&mut listener, false, export);
+        }
         if let Some(session) = served.take() {
             match session.run(control, &listener) {
                 Ok(Ended::Over) => info!("{}: front end gone", export.name),
                 Ok(Ended::HandedOver) => return listener.own(None),
+                Ok(Ended::CutOff) => {
+                    info!("{}: front end hung up on: the link is down", export.name);
+                    set_aside(&mut listener, true, export);
+                }
                 Ok(Ended::Lost) => warn!("{}: session ended: the front end must connect again", export.name),
                 Err(e) => warn!("{}: session ended: {e}", export.name),
             }

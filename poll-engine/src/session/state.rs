@@ -105,13 +105,16 @@ pub struct Offer {
     pub has_state: bool,
     /// Whether guests may come before their memory.
     pub postcopy: bool,
+    /// Whether it is a network device.
+    pub is_network: bool,
 }
 
 impl Offer {
     /// Protocol features of a session with this device.
     pub fn protocol_features(&self) -> u64 {
         let state = if self.has_state { protocol::DEVICE_STATE } else { 0 };
-        PROTOCOL_FEATURES | state | if self.postcopy { protocol::PAGEFAULT } else { 0 }
+        let network = if self.is_network { protocol::RARP | protocol::NET_MTU } else { 0 };
+        PROTOCOL_FEATURES | state | network | if self.postcopy { protocol::PAGEFAULT } else { 0 }
     }
 }
 
@@ -165,6 +168,10 @@ pub enum Action {
     SetInflight(InflightSpec, OwnedFd),
     /// The channel for our own requests.
     BackendChannel(OwnedFd),
+    /// A guest of this address is here now.
+    Announce([u8; 6]),
+    /// The guest's driver keeps to this MTU.
+    SetMtu(u64),
     /// Write configuration space.
     WriteConfig(u32, Vec<u8>),
     /// Bring the device back to its initial state.
@@ -322,6 +329,11 @@ impl Session {
         self.features() & features::ACCESS_PLATFORM != 0 && self.has_backend_channel() && self.has_channel
     }
 
+    /// Whether there is a guest, whose front end does not read configuration space.
+    pub(super) fn sees_no_link(&self) -> bool {
+        self.protocol & protocol::CONFIG == 0 && self.is_running()
+    }
+
     /// Whether requests of ours on the channel may ask for an acknowledgement.
     pub fn has_reply_ack(&self) -> bool {
         self.protocol & protocol::REPLY_ACK != 0
@@ -451,6 +463,14 @@ impl Session {
                 actions.push(Action::Err(index as u16, fd));
             }
             Request::SetVringEnable { index, enable } => self.queue(index)?.enabled = enable,
+            Request::SendRarp(mac) if self.protocol & protocol::RARP != 0 => {
+                actions.push(Action::Announce(mac));
+            }
+            Request::SendRarp(_) => return Err(Refusal::Unsupported(19)),
+            Request::SetMtu(mtu) if self.protocol & protocol::NET_MTU != 0 => {
+                actions.push(Action::SetMtu(mtu));
+            }
+            Request::SetMtu(_) => return Err(Refusal::Unsupported(20)),
             Request::SetBackendReqFd => {
                 actions.push(Action::BackendChannel(one(fds)?));
                 self.has_channel = true;

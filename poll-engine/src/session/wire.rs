@@ -27,8 +27,12 @@ pub mod protocol {
     pub const MQ: u64 = 1 << 0;
     /// The dirty log is shared memory.
     pub const LOG_SHMFD: u64 = 1 << 1;
+    /// `SEND_RARP`.
+    pub const RARP: u64 = 1 << 2;
     /// Acknowledgement on demand.
     pub const REPLY_ACK: u64 = 1 << 3;
+    /// `NET_SET_MTU`.
+    pub const NET_MTU: u64 = 1 << 4;
     /// A channel for requests of the back end.
     pub const BACKEND_REQ: u64 = 1 << 5;
     /// Post-copy migration.
@@ -160,6 +164,9 @@ pub enum Request {
     GetProtocolFeatures,
     SetProtocolFeatures(u64),
     GetQueueNum,
+    /// A MAC address.
+    SendRarp([u8; 6]),
+    SetMtu(u64),
     SetVringEnable {
         index: u32,
         enable: bool,
@@ -286,6 +293,8 @@ impl Request {
                 (index, enable @ 0..=1) => Request::SetVringEnable { index, enable: enable == 1 },
                 _ => return None,
             },
+            19 => number().and_then(|_| b.first_chunk().copied()).map(Request::SendRarp)?,
+            20 => Request::SetMtu(number()?),
             21 => Request::SetBackendReqFd,
             22 => Request::Iotlb {
                 iova: u64_at(b, 0)?,
@@ -458,6 +467,8 @@ mod tests {
         );
         let too_many = [33u32, 0].map(u32::to_ne_bytes).concat();
         assert!(Request::decode(5, &too_many).is_err());
+        assert_eq!(Request::decode(19, &[1, 2, 3, 4, 5, 6, 0, 0]), Ok(Request::SendRarp([1, 2, 3, 4, 5, 6])));
+        assert_eq!(Request::decode(19, &[1, 2, 3, 4, 5, 6]), Err(WireError::Payload { request: 19, len: 6 }));
         assert_eq!(Request::decode(99, &[]), Ok(Request::Other(99)));
     }
 

@@ -28,6 +28,7 @@ pub fn run(data: &[u8]) {
         max_ring_size: MAX_RING,
         has_state: offered & 1 != 0,
         postcopy: offered & 2 != 0,
+        is_network: true,
     };
     let mut session = Session::new(offer);
     let mut running: [Option<RingConfig>; QUEUES as usize] = [None; QUEUES as usize];

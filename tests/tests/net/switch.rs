@@ -185,7 +185,8 @@ fn offloads_that_one_side_has_not(scene: &Scene) -> Result<Option<String>> {
 /// Links go down, guests reboot, the daemon is killed: traffic goes on afterwards.
 fn interruptions(scene: &Scene) -> Result<Option<String>> {
     // One port more, for a guest to move to.
-    let mut pair = Pair::boot(scene, &Options::switch().ports(3), |nic| nic.queues(2))?;
+    let options = Options::switch().ports(3).in_file();
+    let mut pair = Pair::boot(scene, &options, |nic| nic.queues(2))?;
     let talk = |pair: &mut Pair| {
         pair.each_way(|from, to| {
             let to_address = address(0, to.number);
@@ -213,6 +214,27 @@ fn interruptions(scene: &Scene) -> Result<Option<String>> {
         pair.b.vm.check_soon("test $(cat /sys/class/net/eth0/carrier) = 0", LIMIT)?;
         pair.b.vm.set_link(&nic, true)?;
         pair.b.vm.check_soon("test $(cat /sys/class/net/eth0/carrier) = 1", LIMIT)?;
+        talk(pair)
+    })?;
+    pair.step("link down and up by the daemon", |pair| {
+        if !options.change(&pair.daemon, &["", "link = 'down'"])? {
+            return Ok(());
+        }
+        // QEMU loses its back end, and says so.
+        pair.b.vm.tolerate("vhost");
+        pair.b.vm.check_soon("test $(cat /sys/class/net/eth0/carrier) = 0", LIMIT)?;
+        ensure!(pair.a.vm.run("ping -c 1 -W 1 10.0.0.2")?.code != 0, "a reply from a link that is down");
+        options.change(&pair.daemon, &[])?;
+        pair.b.vm.check_soon("test $(cat /sys/class/net/eth0/carrier) = 1", LIMIT)?;
+        talk(pair)
+    })?;
+    pair.step("VLANs by the daemon", |pair| {
+        if options.change(&pair.daemon, &["vlan = 5", "vlan = 6"])? {
+            pair.a.vm.check_soon("! ping -c 1 -W 1 10.0.0.2", LIMIT)?;
+        }
+        options.change(&pair.daemon, &["vlan = 6", "vlan = 6"])?;
+        talk(pair)?;
+        options.change(&pair.daemon, &[])?;
         talk(pair)
     })?;
     pair.step("driver unbound and bound under load", |pair| {

@@ -103,7 +103,7 @@ struct Bucket([AtomicU64; WAYS]);
 #[derive(Debug)]
 struct Share {
     entries: AtomicU32,
-    limit: u32,
+    limit: AtomicU32,
     open: AtomicBool,
 }
 
@@ -182,7 +182,11 @@ impl Fdb {
     /// # Panics
     /// With more ports than [`MAX_PORTS`].
     pub fn new(config: FdbConfig, limits: impl IntoIterator<Item = u32>) -> Fdb {
-        let share = |limit| Share { entries: AtomicU32::new(0), limit, open: AtomicBool::new(false) };
+        let share = |limit| Share {
+            entries: AtomicU32::new(0),
+            limit: AtomicU32::new(limit),
+            open: AtomicBool::new(false),
+        };
         let shares: Box<[Share]> = limits.into_iter().map(share).collect();
         assert!(shares.len() <= MAX_PORTS, "{} ports", shares.len());
         Fdb {
@@ -276,7 +280,7 @@ impl Fdb {
         let share = &self.shares[usize::from(port.0)];
         if !share.open.load(Ordering::Relaxed) {
             Some(Learnt::Closed)
-        } else if share.entries.load(Ordering::Relaxed) >= share.limit {
+        } else if share.entries.load(Ordering::Relaxed) >= share.limit.load(Ordering::Relaxed) {
             Some(Learnt::PortFull)
         } else {
             None
@@ -361,6 +365,22 @@ impl Fdb {
         for (_, slot) in self.slots() {
             let word = slot.load(Ordering::Relaxed);
             if word & STATIC == 0 && port_of(word) == port {
+                self.replace(slot, 0);
+            }
+        }
+    }
+
+    /// How many addresses are learnt from a port at most, from now on. Those that are there stay.
+    pub fn set_limit(&self, port: PortId, limit: u32) {
+        self.shares[usize::from(port.0)].limit.store(limit, Ordering::Relaxed);
+    }
+
+    /// Forgets all addresses of a port, those that were its own for good as well.
+    pub fn forget(&self, port: PortId) {
+        let _turn = self.write();
+        for (_, slot) in self.slots() {
+            let word = slot.load(Ordering::Relaxed);
+            if word != 0 && port_of(word) == port {
                 self.replace(slot, 0);
             }
         }

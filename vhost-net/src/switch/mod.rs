@@ -18,8 +18,8 @@ pub mod guard;
 pub mod limit;
 pub mod vlan;
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::mac::MacAddr;
 use crate::packet::{ETHERNET, Packet, TAG};
@@ -141,27 +141,29 @@ pub struct Flood {
     longest: u32,
 }
 
-#[derive(Debug)]
+/// What a port is, until somebody changes that.
+#[derive(Clone, Debug)]
 struct Port {
-    is_up: AtomicBool,
     is_isolated: bool,
     floods_unknown: bool,
     /// Bytes of the longest frame without a tag.
     longest: u32,
     vlan: Vlan,
     guard: Option<Guard>,
-    ingress: Option<Limiter>,
-    egress: Option<Limiter>,
-    storm: Storm,
-    name: String,
+    ingress: Option<Arc<Limiter>>,
+    egress: Option<Arc<Limiter>>,
+    storm: Arc<Storm>,
 }
 
 /// What all reactors share.
 #[derive(Debug)]
 pub struct Switch {
-    ports: Box<[Port]>,
+    names: Box<[String]>,
+    up: Box<[AtomicBool]>,
+    /// As they are asked for, and as shards are to have them.
+    rules: Mutex<(Vec<PortConfig>, Arc<[Port]>)>,
     fdb: Fdb,
-    /// Of each shard, of each port.
+    /// Of each shard, of each port; the last are those of whoever is no reactor.
     counters: Box<[Arc<[PortCounters]>]>,
 }
 
@@ -171,44 +173,62 @@ impl Switch {
     /// # Panics
     /// With more ports than [`fdb::MAX_PORTS`].
     pub fn new(fdb: FdbConfig, ports: &[PortConfig], shards: usize) -> Switch {
-        let port = |config: &PortConfig| Port {
-            is_up: AtomicBool::new(false),
-            is_isolated: config.is_isolated,
-            floods_unknown: config.floods_unknown,
-            longest: config.mtu.saturating_add(ETHERNET as u32),
-            vlan: config.vlan.clone(),
-            guard: Guard::new(&config.guard),
-            ingress: Limiter::new(config.ingress),
-            egress: Limiter::new(config.egress),
-            storm: Storm::new(config.storm),
-            name: config.name.clone(),
-        };
         let counters = || ports.iter().map(|_| PortCounters::default()).collect();
         let switch = Switch {
+            names: ports.iter().map(|p| p.name.clone()).collect(),
+            up: ports.iter().map(|_| AtomicBool::new(false)).collect(),
+            rules: Mutex::new((ports.to_vec(), ports.iter().map(Port::new).collect())),
             fdb: Fdb::new(fdb, ports.iter().map(|p| p.max_addresses)),
-            ports: ports.iter().map(port).collect(),
-            counters: std::iter::repeat_with(counters).take(shards).collect(),
+            counters: std::iter::repeat_with(counters).take(shards + 1).collect(),
         };
-        for (config, id) in ports.iter().zip((0..).map(PortId)) {
-            let pairs = config
-                .untagged()
-                .into_iter()
-                .flat_map(|vid| config.guard.macs.iter().map(move |mac| (vid, *mac)));
-            // Without room for it, it is learnt as others are.
-            pairs.for_each(|(vid, mac)| _ = switch.pin(id, vid, mac));
-        }
+        (0..).map(PortId).zip(ports).for_each(|(id, config)| switch.pin_guarded(id, config));
         switch
     }
 
-    /// The decisions of reactor number `shard`: one at a time may be in use.
+    fn pin_guarded(&self, id: PortId, config: &PortConfig) {
+        let pairs = config
+            .untagged()
+            .into_iter()
+            .flat_map(|vid| config.guard.macs.iter().map(move |mac| (vid, *mac)));
+        // Without room for it, it is learnt as others are.
+        pairs.for_each(|(vid, mac)| _ = self.pin(id, vid, mac));
+    }
+
+    /// Has a port be something else from now on; each shard sees it when it [adopts](Shard::adopt) it. Limits that stay the
+    /// same go on; what was learnt in other VLANs, or of addresses that the port may not have any more, is forgotten.
+    pub fn set_rules(&self, id: PortId, config: PortConfig) {
+        let mut rules = self.rules.lock().unwrap_or_else(PoisonError::into_inner);
+        let (configs, ports) = &mut *rules;
+        let old = std::mem::replace(&mut configs[id.index()], config);
+        let config = &configs[id.index()];
+        let mut changed = ports.to_vec();
+        changed[id.index()] = changed[id.index()].renewed(&old, config);
+        *ports = changed.into();
+        self.fdb.set_limit(id, config.max_addresses);
+        if (&old.vlan, &old.guard) != (&config.vlan, &config.guard) {
+            self.fdb.forget(id);
+            self.pin_guarded(id, config);
+        }
+    }
+
+    /// What a port is asked to be.
+    pub fn rules(&self, id: PortId) -> PortConfig {
+        self.rules.lock().unwrap_or_else(PoisonError::into_inner).0[id.index()].clone()
+    }
+
+    fn latest(&self) -> Arc<[Port]> {
+        Arc::clone(&self.rules.lock().unwrap_or_else(PoisonError::into_inner).1)
+    }
+
+    /// The decisions of reactor number `shard`, or behind the last one, of whoever is no reactor: one at a time may be in use.
     pub fn shard(self: &Arc<Self>, shard: usize) -> Shard {
-        let counters = Arc::clone(&self.counters[shard]);
-        Shard { switch: Arc::clone(self), counters, period: Period::default(), period_ends: 0 }
+        let (ports, counters) = (self.latest(), Arc::clone(&self.counters[shard]));
+        Shard { switch: Arc::clone(self), ports, counters, period: Period::default(), period_ends: 0 }
     }
 
     /// The ports.
     pub fn ports(&self) -> impl Iterator<Item = (PortId, &str)> {
-        (0..).map(PortId).zip(self.ports.iter().map(|p| p.name.as_str()))
+        (0..).map(PortId).zip(self.names.iter().map(String::as_str))
     }
 
     /// The port of this name.
@@ -223,14 +243,14 @@ impl Switch {
 
     /// Has frames of a port, and to it, pass or not. What was learnt from one that goes down is forgotten.
     pub fn set_link(&self, port: PortId, is_up: bool) {
-        self.ports[port.index()].is_up.store(is_up, Ordering::Relaxed);
+        self.up[port.index()].store(is_up, Ordering::Relaxed);
         if is_up { self.fdb.open(port) } else { self.fdb.close(port) }
     }
 
     /// Whether a port is up.
     #[inline]
     pub fn is_up(&self, port: PortId) -> bool {
-        self.ports[port.index()].is_up.load(Ordering::Relaxed)
+        self.up[port.index()].load(Ordering::Relaxed)
     }
 
     /// Has an address belong to a port for good. False when the table has no room for it.
@@ -255,10 +275,38 @@ impl Switch {
 }
 
 impl Port {
-    /// What becomes of a frame from a port that is to leave through this one.
+    fn new(config: &PortConfig) -> Port {
+        Port {
+            is_isolated: config.is_isolated,
+            floods_unknown: config.floods_unknown,
+            longest: config.mtu.saturating_add(ETHERNET as u32),
+            vlan: config.vlan.clone(),
+            guard: Guard::new(&config.guard),
+            ingress: Limiter::new(config.ingress).map(Arc::new),
+            egress: Limiter::new(config.egress).map(Arc::new),
+            storm: Arc::new(Storm::new(config.storm)),
+        }
+    }
+
+    /// With the limits that are the same.
+    fn renewed(&self, old: &PortConfig, new: &PortConfig) -> Port {
+        let mut port = Port::new(new);
+        if old.ingress == new.ingress {
+            port.ingress.clone_from(&self.ingress);
+        }
+        if old.egress == new.egress {
+            port.egress.clone_from(&self.egress);
+        }
+        if old.storm == new.storm {
+            port.storm.clone_from(&self.storm);
+        }
+        port
+    }
+
+    /// What becomes of a frame from a port that is to leave through this one, which is up or not.
     #[inline]
-    fn emit(&self, from: &Port, frame: &Flood, now: u64) -> Result<TagAction, DropReason> {
-        if !self.is_up.load(Ordering::Relaxed) {
+    fn emit(&self, is_up: bool, from: &Port, frame: &Flood, now: u64) -> Result<TagAction, DropReason> {
+        if !is_up {
             return Err(DropReason::EgressDown);
         }
         if from.is_isolated && self.is_isolated {
@@ -280,6 +328,8 @@ impl Port {
 #[derive(Debug)]
 pub struct Shard {
     switch: Arc<Switch>,
+    /// As last adopted.
+    ports: Arc<[Port]>,
     counters: Arc<[PortCounters]>,
     period: Period,
     period_ends: u64,
@@ -296,21 +346,26 @@ impl Shard {
         &self.switch
     }
 
+    /// Has what was changed of ports hold from now on.
+    pub fn adopt(&mut self) {
+        self.ports = self.switch.latest();
+    }
+
     /// Whether the port's rate limit lets it send at `now`: one that can wait asks before it takes a frame.
     #[inline]
     pub fn may_send(&self, port: PortId, now: u64) -> bool {
-        self.switch.ports[port.index()].ingress.as_ref().is_none_or(|limit| limit.is_open(now))
+        self.ports[port.index()].ingress.as_ref().is_none_or(|limit| limit.is_open(now))
     }
 
     /// Nanoseconds: when the port's rate limit lets it send again. May be past.
     pub fn may_send_at(&self, port: PortId) -> u64 {
-        self.switch.ports[port.index()].ingress.as_ref().map_or(0, Limiter::open_at)
+        self.ports[port.index()].ingress.as_ref().map_or(0, |limit| limit.open_at())
     }
 
     /// Whether frames from a port are looked at behind their Ethernet header.
     #[inline]
     pub fn looks_inside(&self, port: PortId) -> bool {
-        self.switch.ports[port.index()].guard.is_some()
+        self.ports[port.index()].guard.is_some()
     }
 
     /// Where a frame from a port goes. `now` is in nanoseconds, of a clock that all shards share and that does not go back.
@@ -328,7 +383,7 @@ impl Shard {
     /// Up to how many bytes frames between the same addresses as the one just decided on, without a tag as it was, go the same
     /// way at the same time. 0 where each is to be decided on.
     pub fn repeats(&self, from: PortId, verdict: Verdict) -> u32 {
-        let ports = &self.switch.ports;
+        let ports = &self.ports;
         let from = &ports[from.index()];
         if from.guard.is_some() || from.ingress.is_some() {
             return 0;
@@ -353,9 +408,9 @@ impl Shard {
     #[inline]
     fn forward(&self, from: PortId, frame: &Frame<'_>, now: u64) -> Result<Verdict, (PortId, DropReason)> {
         let switch = &*self.switch;
-        let port = &switch.ports[from.index()];
+        let port = &self.ports[from.index()];
         let here = |reason| (from, reason);
-        if !port.is_up.load(Ordering::Relaxed) {
+        if !switch.is_up(from) {
             return Err(here(DropReason::LinkDown));
         }
         let packet = Packet::parse(frame.head, frame.head.len()).map_err(|_| here(DropReason::Runt))?;
@@ -388,7 +443,7 @@ impl Shard {
             if to == from {
                 return Err(here(DropReason::SamePort));
             }
-            let action = switch.ports[to.index()].emit(port, &flood, now);
+            let action = self.ports[to.index()].emit(switch.is_up(to), port, &flood, now);
             return action.map(|action| Verdict::One(to, action)).map_err(|reason| (to, reason));
         }
         let (limit, storm) = match dst {
@@ -420,12 +475,12 @@ impl Shard {
     /// there, unless it is simply not for that port.
     pub fn egress(&self, flood: Flood, now: u64) -> impl Iterator<Item = (PortId, TagAction)> {
         let switch = &*self.switch;
-        let from = &switch.ports[flood.from.index()];
-        (0..).map(PortId).zip(&switch.ports).filter_map(move |(id, to)| {
+        let from = &self.ports[flood.from.index()];
+        (0..).map(PortId).zip(&*self.ports).filter_map(move |(id, to)| {
             if id == flood.from || flood.is_unknown && !to.floods_unknown {
                 return None;
             }
-            match to.emit(from, &flood, now) {
+            match to.emit(switch.is_up(id), from, &flood, now) {
                 Ok(action) => Some((id, action)),
                 Err(DropReason::EgressDown | DropReason::Isolated | DropReason::VlanEgress) => None,
                 Err(reason) => {

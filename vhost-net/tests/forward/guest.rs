@@ -143,6 +143,16 @@ impl Back {
         guest
     }
 
+    /// What serves a port.
+    pub fn server(&self, at: usize) -> &Server {
+        &self.servers[at]
+    }
+
+    /// Where it does.
+    pub fn socket(&self, at: usize) -> std::path::PathBuf {
+        socket(self.dir.path(), at)
+    }
+
     /// Frames of a port that were dropped, by any name with this in it.
     pub fn drops(&self, port: usize, name: &str) -> u64 {
         let all = self.switch.counters(PortId(port as u16));
@@ -240,7 +250,7 @@ impl Ring {
 pub struct Guest {
     pub at: usize,
     /// The session goes on for as long as it is kept.
-    _peer: Peer,
+    pub peer: Peer,
     pub map: Arc<MemoryMap>,
     pub rx: Vec<Ring>,
     pub tx: Vec<Ring>,
@@ -273,7 +283,7 @@ impl Guest {
             tx.push(rings.remove(0));
         }
         let map = Arc::clone(ram.map());
-        Guest { at, _peer: peer, map, rx, tx, ram, got: vec![], headers: vec![], missing: 0 }
+        Guest { at, peer, map, rx, tx, ram, got: vec![], headers: vec![], missing: 0 }
     }
 
     /// Sends a frame behind a header without anything.

@@ -6,6 +6,7 @@ mod peer;
 mod burst;
 mod capture;
 mod guest;
+mod live;
 mod loopback;
 mod offload;
 

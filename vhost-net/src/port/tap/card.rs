@@ -7,6 +7,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use poll_engine::device::QueueHandler;
 
 use super::Tap;
+use crate::announce::announcement;
+use crate::mac::MacAddr;
 use crate::pcap::Capture;
 
 /// The tap, and what of the card is its own.
@@ -39,6 +41,11 @@ impl TapCard {
         self.tap.set_carrier(up)?;
         self.link.store(up, Ordering::Relaxed);
         Ok(())
+    }
+
+    /// Tells those behind the tap that this station is on this side of it now.
+    pub fn announce(&self, mac: MacAddr) {
+        self.tap.inject(&announcement(mac));
     }
 
     /// Makes the handler of a queue: of receiveq1, transmitq1, receiveq2 and so on (5.1.2).
