@@ -1,3 +1,3 @@
 //! Ethernet addresses, which `sriov` has in common with the switch.
 
-pub use netaddr::{MacAddr, NotAMac};
+pub use netaddr::MacAddr;

@@ -11,7 +11,7 @@ use ipnet::IpNet;
 use serde::Deserialize;
 
 use crate::device::MTU_RANGE;
-use crate::mac::{MacAddr, NotAMac};
+use crate::mac::MacAddr;
 use crate::switch::PortConfig;
 use crate::switch::guard::GuardConfig;
 use crate::switch::limit::{Rate, StormRates};
@@ -240,7 +240,7 @@ pub fn mtu(s: &str) -> Result<u16, String> {
 
 /// A card's address as people write it.
 pub fn mac(s: &str) -> Result<[u8; 6], String> {
-    let mac: MacAddr = s.replace('-', ":").parse().map_err(|e: NotAMac| e.to_string())?;
+    let mac: MacAddr = s.replace('-', ":").parse().map_err(|e: netaddr::NotAMac| e.to_string())?;
     if mac.is_group() {
         return Err(format!("'{s}' is a group's address, not a card's"));
     }
