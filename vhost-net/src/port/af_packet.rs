@@ -188,8 +188,7 @@ impl AfPacket {
                 header.hdr_len = header.hdr_len.saturating_add(TAG as u16);
             }
             let frame = &buffer[begin..FRAME + len];
-            self.counters.rx_packets += 1;
-            self.counters.rx_bytes += frame.len() as u64;
+            self.counters.received(frame.len());
             take(&header, frame);
         }
         count
@@ -216,8 +215,7 @@ impl AfPacket {
         });
         match sent {
             Ok(_) => {
-                self.counters.tx_packets += 1;
-                self.counters.tx_bytes += (parts.len - SHORT_HEADER) as u64;
+                self.counters.sent(parts.len - SHORT_HEADER);
                 Ok(())
             }
             Err(why) => Err(self.counters.refused(refused(errno(&why)))),
@@ -293,8 +291,7 @@ impl Uplink for AfPacket {
                 }
             };
             for at in first..first + sent {
-                self.counters.tx_packets += 1;
-                self.counters.tx_bytes += (self.staged.frame(at).len() - SHORT_HEADER) as u64;
+                self.counters.sent(self.staged.frame(at).len() - SHORT_HEADER);
             }
             first += sent;
         }

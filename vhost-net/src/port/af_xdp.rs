@@ -164,8 +164,7 @@ impl Uplink for AfXdp {
                 if frame.len() < ETHERNET {
                     self.counters.rx_length_errors += 1;
                 } else {
-                    self.counters.rx_packets += 1;
-                    self.counters.rx_bytes += frame.len() as u64;
+                    self.counters.received(frame.len());
                     take(&VnetHdr::default(), frame);
                 }
                 self.umem.free_packet(packet);
@@ -223,8 +222,7 @@ impl Uplink for AfXdp {
         if self.outward.push_front(packet).is_some() {
             unreachable!("there was room");
         }
-        self.counters.tx_packets += 1;
-        self.counters.tx_bytes += len as u64;
+        self.counters.sent(len);
         Ok(())
     }
 

@@ -117,6 +117,16 @@ pub struct Counters {
 }
 
 impl Counters {
+    fn received(&mut self, len: usize) {
+        self.rx_packets += 1;
+        self.rx_bytes += len as u64;
+    }
+
+    fn sent(&mut self, len: usize) {
+        self.tx_packets += 1;
+        self.tx_bytes += len as u64;
+    }
+
     fn refused(&mut self, why: Refused) -> Refused {
         let counter = match why {
             Refused::Full => &mut self.tx_fifo_errors,

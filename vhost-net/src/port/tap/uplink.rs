@@ -113,8 +113,7 @@ impl TapUplink {
             let why = self.refused(-result);
             self.counters.refused(why);
         } else {
-            self.counters.tx_packets += 1;
-            self.counters.tx_bytes += (self.staged.frame(frame).len() - HEADER) as u64;
+            self.counters.sent(self.staged.frame(frame).len() - HEADER);
         }
         if self.writing == 0 {
             self.staged.clear();
@@ -158,8 +157,7 @@ impl TapUplink {
         let sent = parts.read_by(|vectors, count| unsafe { libc::writev(tun, vectors, count as i32) });
         match sent {
             Ok(_) => {
-                self.counters.tx_packets += 1;
-                self.counters.tx_bytes += (parts.len - HEADER) as u64;
+                self.counters.sent(parts.len - HEADER);
                 Ok(())
             }
             Err(why) => {
@@ -190,8 +188,7 @@ impl Uplink for TapUplink {
                 self.counters.rx_length_errors += 1;
                 continue;
             }
-            self.counters.rx_packets += 1;
-            self.counters.rx_bytes += frame.len() as u64;
+            self.counters.received(frame.len());
             take(&VnetHdr::from_bytes(header), frame);
         }
         if self.taken == self.submitted {
