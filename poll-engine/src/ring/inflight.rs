@@ -172,6 +172,41 @@ impl QueueRegion {
     }
 }
 
+/// What a ring has of chains in flight.
+#[derive(Debug)]
+pub(super) struct Kept<R> {
+    /// The record, if the front end keeps one.
+    pub(super) record: Option<R>,
+    /// Chains that an earlier back end had taken, to be taken again, the first one last: heads of a split ring, entries of
+    /// the record of a packed one.
+    pub(super) again: Vec<u16>,
+}
+
+impl<R> Default for Kept<R> {
+    fn default() -> Kept<R> {
+        Kept { record: None, again: Vec::new() }
+    }
+}
+
+impl<R: AsRef<QueueRegion>> Kept<R> {
+    /// How many chains are to be taken again.
+    #[inline]
+    pub(super) fn resubmits(&self) -> u16 {
+        self.again.len() as u16
+    }
+
+    /// Whether the front end has taken the memory of the record away.
+    pub(super) fn has_faulted(&self) -> bool {
+        self.record.as_ref().is_some_and(|record| record.as_ref().map.has_faulted())
+    }
+}
+
+impl AsRef<QueueRegion> for SplitInflight {
+    fn as_ref(&self) -> &QueueRegion {
+        &self.region
+    }
+}
+
 /// A split queue's region, `QueueRegionSplit`:
 ///
 /// ```text
@@ -258,11 +293,6 @@ impl SplitInflight {
         self.counter = newest.map_or(0, |n| n.wrapping_add(1));
         taken.sort_by_key(|&(counter, _)| self.counter.wrapping_sub(counter));
         Ok(taken.into_iter().map(|(_, head)| head).collect())
-    }
-
-    /// Whether the front end has taken the memory away.
-    pub(super) fn has_faulted(&self) -> bool {
-        self.region.map.has_faulted()
     }
 
     /// A chain has been taken from the ring.

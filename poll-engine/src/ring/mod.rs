@@ -363,17 +363,22 @@ impl Ring {
     /// flight when the last back end ended is the first to be [available](Self::available), in the order it had been
     /// taken, and the ring goes on behind that rather than at [`RingConfig::base`]: a front end whose back end has died
     /// knows only where the used ring ends.
-    pub fn recover(self, region: QueueRegion) -> Result<Ring, RingError> {
-        Ok(match self {
-            Ring::Split(ring) => Ring::Split(ring.recover(region)?),
-            Ring::Packed(ring) => Ring::Packed(ring.recover(region)?),
-        })
+    pub fn recover(mut self, region: QueueRegion) -> Result<Ring, RingError> {
+        let ring = &mut self;
+        if each_format!(ring, r => r.recover(region)?) {
+            // The interrupt of the last back end may have died with it.
+            ring.owe_interrupt();
+            // What the driver is told of notifications follows the next chain to be taken.
+            ring.enable_notification();
+            ring.disable_notification();
+        }
+        Ok(self)
     }
 
     /// Chains in flight that an earlier back end had taken and that are to be taken again.
     #[inline]
     pub fn resubmits(&self) -> u16 {
-        each_format!(self, r => r.resubmits())
+        each_format!(self, r => r.kept.resubmits())
     }
 
     /// Makes what is to be taken again available again, as if no back end had taken it; nothing may be in flight. False
@@ -385,7 +390,7 @@ impl Ring {
 
     /// Whether the front end has taken the memory of the in-flight record away.
     pub fn has_faulted(&self) -> bool {
-        each_format!(self, r => r.has_faulted())
+        each_format!(self, r => r.kept.has_faulted())
     }
 
     /// Number of descriptors.

@@ -17,8 +17,8 @@ use std::sync::atomic::{Ordering, fence};
 use vring::packed::{DESC_F_AVAIL, DESC_F_USED, EVENT_SIZE, Event, PackedDesc, Position, Rest};
 
 use super::chain::Chain;
-use super::inflight::QueueRegion;
 use super::inflight::packed::PackedInflight;
+use super::inflight::{Kept, QueueRegion};
 use super::layout::{DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, DESC_SIZE, Desc, PackedLayout};
 use super::table::{MIN_CHAIN_LIMIT, Table};
 use super::{Ahead, MAX_SURVEYED, RingConfig, RingError, Token, Used, survey_desc};
@@ -68,10 +68,7 @@ pub struct PackedRing {
     notify: bool,
     /// While the front end wants to know of writes to the ring.
     log: Option<Logged>,
-    /// The record of what is in flight, if the front end keeps one.
-    inflight: Option<PackedInflight>,
-    /// Entries of the record with chains an earlier back end had taken, to be taken again; the first one last.
-    resubmits: Vec<u16>,
+    pub(super) kept: Kept<PackedInflight>,
     /// The driver is owed an interrupt, whatever it says it wants: an earlier one may have been lost.
     overdue: bool,
 }
@@ -131,54 +128,44 @@ impl PackedRing {
             unsignalled: 0,
             notify: true,
             log: None,
-            inflight: None,
-            resubmits: Vec::new(),
+            kept: Kept::default(),
             overdue: false,
         };
         ring.disable_notification();
         Ok(ring)
     }
 
-    pub(super) fn recover(mut self, region: QueueRegion) -> Result<PackedRing, RingError> {
+    /// As [`Ring::recover`](super::Ring::recover); true when the region says where the ring goes on.
+    pub(super) fn recover(&mut self, region: QueueRegion) -> Result<bool, RingError> {
         let size = self.size();
         let flags_at = |index| self.layout.rest(index).flags();
         let (inflight, left) = PackedInflight::recover(region, size, self.next_used, flags_at)?;
-        self.inflight = Some(inflight);
-        if let Some(left) = left {
-            (self.next_used, self.shown, self.next_avail) = (left.used, left.used, left.avail);
-            self.held = left.avail.since(left.used, size) as u16;
-            self.ready = 0;
-            // All but the first of the used descriptors that the last back end had not shown yet are written: the driver
-            // must not come upon them behind one of ours.
-            let mut at = left.used;
-            for _ in 0..self.held {
-                if at.is_used(self.layout.rest(at.index).flags()) {
-                    self.layout.set_rest(at.index, Rest::taken(at));
-                    pass("recover-erased");
-                }
-                at = at.advance(1, size);
+        self.kept.record = Some(inflight);
+        let Some(left) = left else { return Ok(false) };
+        (self.next_used, self.shown, self.next_avail) = (left.used, left.used, left.avail);
+        self.held = left.avail.since(left.used, size) as u16;
+        self.ready = 0;
+        // All but the first of the used descriptors that the last back end had not shown yet are written: the driver must
+        // not come upon them behind one of ours.
+        let mut at = left.used;
+        for _ in 0..self.held {
+            if at.is_used(self.layout.rest(at.index).flags()) {
+                self.layout.set_rest(at.index, Rest::taken(at));
+                pass("recover-erased");
             }
-            fence(Ordering::Release);
-            self.resubmits = left.chains;
-            self.overdue = true;
-            // Follows next_avail.
-            self.notify = true;
-            self.disable_notification();
+            at = at.advance(1, size);
         }
-        Ok(self)
-    }
-
-    #[inline]
-    pub(super) fn resubmits(&self) -> u16 {
-        self.resubmits.len() as u16
+        fence(Ordering::Release);
+        self.kept.again = left.chains;
+        Ok(true)
     }
 
     pub(super) fn return_resubmits(&mut self) -> bool {
-        let Some(inflight) = &mut self.inflight else { return self.resubmits.is_empty() };
+        let Some(inflight) = &mut self.kept.record else { return self.kept.again.is_empty() };
         // Used descriptors may have been written over them. Their driver looks at none of these places before one is
         // used, so the record's copies go there, in the order in which they were taken.
         let (size, mut at) = (self.layout.size(), self.next_used);
-        for &entry in self.resubmits.iter().rev() {
+        for &entry in self.kept.again.iter().rev() {
             for (addr, rest) in inflight.chain(entry).1 {
                 let flags = rest.flags() & !BOTH | at.available();
                 let desc = PackedDesc { addr, len: rest.len(), id: rest.id(), flags };
@@ -190,15 +177,11 @@ impl PackedRing {
                 pass("return-written");
             }
         }
-        for entry in self.resubmits.drain(..) {
+        for entry in self.kept.again.drain(..) {
             inflight.untaken(entry);
         }
         (self.next_avail, self.held, self.ready) = (self.next_used, 0, 0);
         true
-    }
-
-    pub(super) fn has_faulted(&self) -> bool {
-        self.inflight.as_ref().is_some_and(PackedInflight::has_faulted)
     }
 
     #[inline]
@@ -217,8 +200,8 @@ impl PackedRing {
 
     #[inline]
     pub(super) fn available(&mut self) -> u16 {
-        if !self.resubmits.is_empty() {
-            return self.resubmits();
+        if self.kept.resubmits() > 0 {
+            return self.kept.resubmits();
         }
         if self.ready > 0 {
             return self.ready;
@@ -266,7 +249,7 @@ impl PackedRing {
     #[inline]
     pub(super) fn prefetch(&mut self, count: u16, ahead: Ahead, map: &MemoryMap) {
         // One chain has nothing to overlap with: a prefetch would only add to its latency.
-        if count < 2 || !self.resubmits.is_empty() {
+        if count < 2 || self.kept.resubmits() > 0 {
             return;
         }
         // Used descriptors will be written over these, once the first of them is complete; the driver waits for that. In
@@ -285,11 +268,11 @@ impl PackedRing {
     #[inline]
     pub(super) fn take(&mut self, map: &MemoryMap, chain: &mut Chain) -> Result<Token, RingError> {
         chain.clear();
-        if let Some(&entry) = self.resubmits.last() {
+        if let Some(&entry) = self.kept.again.last() {
             return self.take_again(entry, map, chain);
         }
         debug_assert_ne!(self.ready, 0, "take without available");
-        let (id, count, last) = match &self.inflight {
+        let (id, count, last) = match &self.kept.record {
             None => {
                 let (id, count) = self.walk(map, chain, |_, _| Ok(()))?;
                 (id, count, 0)
@@ -306,7 +289,7 @@ impl PackedRing {
         self.held += count;
         self.in_flight += 1;
         let token = Token::new(id, count, chain.writable_len());
-        Ok(match &mut self.inflight {
+        Ok(match &mut self.kept.record {
             Some(inflight) => token.recorded(inflight.taken(count, last)),
             None => token,
         })
@@ -318,14 +301,14 @@ impl PackedRing {
         self.in_flight -= 1;
         if used.again() {
             // It stays recorded until it is completed.
-            self.resubmits.push(used.entry());
+            self.kept.again.push(used.entry());
             return;
         }
         self.next_avail = self.next_avail.retreat(used.len(), self.size());
         self.held -= used.len();
         // What was seen behind it is looked for again.
         self.ready = 0;
-        if let Some(inflight) = &mut self.inflight {
+        if let Some(inflight) = &mut self.kept.record {
             inflight.untaken(used.entry());
         }
     }
@@ -333,7 +316,7 @@ impl PackedRing {
     /// Takes a chain that an earlier back end had taken, as the record has it: in the ring it may be written over.
     #[cold]
     fn take_again(&mut self, entry: u16, map: &MemoryMap, chain: &mut Chain) -> Result<Token, RingError> {
-        let Some(inflight) = &self.inflight else { unreachable!("chains are taken again from a record") };
+        let Some(inflight) = &self.kept.record else { unreachable!("chains are taken again from a record") };
         let (count, descs) = inflight.chain(entry);
         let mut id = 0;
         for (addr, rest) in descs {
@@ -348,7 +331,7 @@ impl PackedRing {
             }
             id = rest.id();
         }
-        self.resubmits.pop();
+        self.kept.again.pop();
         self.in_flight += 1;
         pass("recover-taken");
         Ok(Token::new(id, count, chain.writable_len()).recorded(entry).again())
@@ -444,7 +427,7 @@ impl PackedRing {
         self.held -= used.len();
         self.in_flight -= 1;
         self.unpublished += u32::from(used.len());
-        if let Some(inflight) = &mut self.inflight {
+        if let Some(inflight) = &mut self.kept.record {
             inflight.completed(used.entry());
         }
         if self.in_order {
@@ -490,11 +473,11 @@ impl PackedRing {
             self.log_used(log);
         }
         pass("publish-begins");
-        if let Some(inflight) = &mut self.inflight {
+        if let Some(inflight) = &mut self.kept.record {
             inflight.showing(self.next_used);
         }
         self.layout.show(index, rest);
-        if let Some(inflight) = &mut self.inflight {
+        if let Some(inflight) = &mut self.kept.record {
             inflight.shown();
         }
         if let Some(log) = &self.log {
@@ -560,7 +543,7 @@ impl PackedRing {
         // 2.8.21.3.1: look again after asking, or a chain made available in between is never heard of.
         fence(Ordering::SeqCst);
         let flags = self.layout.rest(self.next_avail.index).flags();
-        self.next_avail.is_available(flags) || !self.resubmits.is_empty()
+        self.next_avail.is_available(flags) || self.kept.resubmits() > 0
     }
 
     #[inline]

@@ -13,7 +13,7 @@ use std::sync::atomic::{Ordering, fence};
 pub use vring::layout::need_event;
 
 use super::chain::Chain;
-use super::inflight::{QueueRegion, SplitInflight};
+use super::inflight::{Kept, QueueRegion, SplitInflight};
 use super::layout::{
     AVAIL_F_NO_INTERRUPT, DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, Desc, SplitLayout, USED_F_NO_NOTIFY,
 };
@@ -61,10 +61,7 @@ pub struct SplitRing {
     notify: bool,
     /// While the front end wants to know of writes to the used ring.
     log: Option<LoggedPart>,
-    /// The record of what is in flight, if the front end keeps one.
-    inflight: Option<SplitInflight>,
-    /// Heads an earlier back end had taken, to be taken again; the first one last.
-    resubmits: Vec<u16>,
+    pub(super) kept: Kept<SplitInflight>,
     /// The driver is owed an interrupt, whatever it says it wants: an earlier one may have been lost.
     overdue: bool,
     /// The head taken last, and where its first buffer is.
@@ -92,8 +89,7 @@ impl SplitRing {
             avail_event: 0,
             notify: true,
             log: None,
-            inflight: None,
-            resubmits: Vec::new(),
+            kept: Kept::default(),
             overdue: false,
             recent: (0, 0),
         };
@@ -101,45 +97,32 @@ impl SplitRing {
         Ok(ring)
     }
 
-    pub(super) fn recover(mut self, region: QueueRegion) -> Result<SplitRing, RingError> {
+    /// As [`Ring::recover`](super::Ring::recover); true when the region says where the ring goes on.
+    pub(super) fn recover(&mut self, region: QueueRegion) -> Result<bool, RingError> {
         let (inflight, left) = SplitInflight::recover(region, self.size(), self.published)?;
-        self.inflight = Some(inflight);
-        if let Some(heads) = left {
-            // Whatever was made available and is not used had been taken, or comes now: chains are taken in order.
-            self.next_avail = self.published.wrapping_add(heads.len() as u16);
-            self.seen_avail = self.next_avail;
-            self.resubmits = heads;
-            self.overdue = true;
-            // Follows next_avail.
-            self.notify = true;
-            self.disable_notification();
-        }
-        Ok(self)
-    }
-
-    #[inline]
-    pub(super) fn resubmits(&self) -> u16 {
-        self.resubmits.len() as u16
+        self.kept.record = Some(inflight);
+        let Some(heads) = left else { return Ok(false) };
+        // Whatever was made available and is not used had been taken, or comes now: chains are taken in order.
+        self.next_avail = self.published.wrapping_add(heads.len() as u16);
+        self.seen_avail = self.next_avail;
+        self.kept.again = heads;
+        Ok(true)
     }
 
     pub(super) fn return_resubmits(&mut self) -> bool {
-        let first = self.next_avail.wrapping_sub(self.resubmits());
+        let first = self.next_avail.wrapping_sub(self.kept.resubmits());
         let mut slots = (0..).map(|i| self.layout.avail_ring(first.wrapping_add(i)));
-        if !self.resubmits.iter().rev().all(|&head| slots.next() == Some(head)) {
+        if !self.kept.again.iter().rev().all(|&head| slots.next() == Some(head)) {
             return false;
         }
         // Latest first: a record with some of them left is as right as the whole.
-        for head in self.resubmits.drain(..) {
-            if let Some(inflight) = &mut self.inflight {
+        for head in self.kept.again.drain(..) {
+            if let Some(inflight) = &mut self.kept.record {
                 inflight.untaken(head);
             }
         }
         (self.next_avail, self.seen_avail) = (first, first);
         true
-    }
-
-    pub(super) fn has_faulted(&self) -> bool {
-        self.inflight.as_ref().is_some_and(SplitInflight::has_faulted)
     }
 
     pub(super) fn size(&self) -> u16 {
@@ -157,8 +140,8 @@ impl SplitRing {
 
     #[inline]
     pub(super) fn available(&mut self) -> Result<u16, RingError> {
-        if !self.resubmits.is_empty() {
-            return Ok(self.resubmits());
+        if self.kept.resubmits() > 0 {
+            return Ok(self.kept.resubmits());
         }
         let left = self.seen_avail.wrapping_sub(self.next_avail);
         if left > 0 {
@@ -176,7 +159,7 @@ impl SplitRing {
     /// What is read here is a hint only; `take` reads and checks it again.
     #[inline]
     pub(super) fn prefetch(&mut self, count: u16, ahead: Ahead, map: &MemoryMap) {
-        if !self.resubmits.is_empty() {
+        if self.kept.resubmits() > 0 {
             return;
         }
         for i in (0..count).step_by(8) {
@@ -207,7 +190,7 @@ impl SplitRing {
         if self.in_flight >= self.size() {
             return Err(RingError::TooManyInFlight);
         }
-        let again = self.resubmits.last().copied();
+        let again = self.kept.again.last().copied();
         let head = again.unwrap_or_else(|| {
             debug_assert_ne!(self.next_avail, self.seen_avail, "take without available");
             self.layout.avail_ring(self.next_avail)
@@ -226,11 +209,11 @@ impl SplitRing {
         // Commit: from here on the chain is ours.
         self.in_flight += 1;
         if again.is_some() {
-            self.resubmits.pop();
+            self.kept.again.pop();
             pass("recover-taken");
         } else {
             self.next_avail = self.next_avail.wrapping_add(1);
-            if let Some(inflight) = &mut self.inflight {
+            if let Some(inflight) = &mut self.kept.record {
                 inflight.taken(head);
             }
         }
@@ -242,7 +225,7 @@ impl SplitRing {
     #[inline(always)] // once a chain of a burst
     pub(super) fn take_single(&mut self, at: &mut Locator<'_>, chain: &mut Chain) -> Option<Token> {
         let head = self.layout.avail_ring(self.next_avail);
-        if self.in_flight >= self.size() || head >= self.size() || !self.resubmits.is_empty() {
+        if self.in_flight >= self.size() || head >= self.size() || !self.kept.again.is_empty() {
             return None;
         }
         let desc = self.layout.desc(head);
@@ -253,7 +236,7 @@ impl SplitRing {
         chain.set(at.whole(desc.addr, desc.len, writable)?, writable)?;
         self.in_flight += 1;
         self.next_avail = self.next_avail.wrapping_add(1);
-        if let Some(inflight) = &mut self.inflight {
+        if let Some(inflight) = &mut self.kept.record {
             inflight.taken(head);
         }
         Some(Token::new(head, 1, if writable { desc.len } else { 0 }))
@@ -265,11 +248,11 @@ impl SplitRing {
         self.in_flight -= 1;
         if used.again() {
             // It stays recorded until it is completed.
-            self.resubmits.push(used.id());
+            self.kept.again.push(used.id());
             return;
         }
         self.next_avail = self.next_avail.wrapping_sub(1);
-        if let Some(inflight) = &mut self.inflight {
+        if let Some(inflight) = &mut self.kept.record {
             inflight.untaken(used.id());
         }
     }
@@ -361,7 +344,7 @@ impl SplitRing {
         }
         self.layout.set_used_ring(self.entry, used.id(), written);
         self.joins = self.in_order && written == used.writable();
-        if let Some(inflight) = &mut self.inflight {
+        if let Some(inflight) = &mut self.kept.record {
             inflight.completed(used.id());
         }
         self.next_used = self.next_used.wrapping_add(1);
@@ -380,7 +363,7 @@ impl SplitRing {
         self.layout.set_used_idx(self.next_used);
         self.joins = false;
         self.published = self.next_used;
-        if let Some(inflight) = &mut self.inflight {
+        if let Some(inflight) = &mut self.kept.record {
             inflight.published(self.published);
         }
         if let Some(log) = &self.log {
@@ -455,7 +438,7 @@ impl SplitRing {
         self.notify = true;
         // 2.7.10.1: look again after asking, or a chain made available in between is never heard of.
         fence(Ordering::SeqCst);
-        self.layout.avail_idx() != self.next_avail || !self.resubmits.is_empty()
+        self.layout.avail_idx() != self.next_avail || self.kept.resubmits() > 0
     }
 
     pub(super) fn disable_notification(&mut self) {

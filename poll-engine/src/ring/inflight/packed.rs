@@ -94,6 +94,12 @@ pub(in crate::ring) struct PackedInflight {
 // SAFETY: an address in a mapping that `region` keeps; access is atomic, and allows for the front end writing meanwhile.
 unsafe impl Send for PackedInflight {}
 
+impl AsRef<QueueRegion> for PackedInflight {
+    fn as_ref(&self) -> &QueueRegion {
+        &self.region
+    }
+}
+
 impl PackedInflight {
     /// Takes the region up for a ring of `size` descriptors. A new region begins at `used`, and so does one in which
     /// nothing is in flight if the front end is known to know better than the region where the ring stands.
@@ -232,11 +238,6 @@ impl PackedInflight {
         }
         let chains = chains.into_iter().map(|(_, head)| head).collect();
         Ok(Left { used: self.used, avail: self.used.advance(held as u16, self.size), chains })
-    }
-
-    /// Whether the front end has taken the memory away.
-    pub(in crate::ring) fn has_faulted(&self) -> bool {
-        self.region.map.has_faulted()
     }
 
     /// Where the descriptors of the next chain are noted, before it is known whether it can be taken.
