@@ -11,11 +11,13 @@ pub mod iotlb;
 pub mod log;
 pub mod map;
 pub mod ram;
+mod region;
 pub mod slice;
 mod stitch;
 pub mod userfault;
 
 pub use iotlb::{Access, Miss, Misses};
-pub use map::{MapHold, MemoryError, MemoryMap, Region, RegionSpec, RingAddress};
+pub use map::{MapHold, MemoryError, MemoryMap};
 pub use ram::Ram;
+pub use region::{Region, RegionSpec, RingAddress};
 pub use slice::GuestSlice;
