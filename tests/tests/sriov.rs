@@ -113,7 +113,10 @@ const AS_TEXT: &str = "cd /tmp/recorded && find . -type d | sort | while read -r
 
 /// What is recorded is what is there. `KICKLESS_RECORD=FILE` keeps it.
 fn recorded(vm: &mut Vm) -> Result<()> {
-    vm.check("ip link set eth0 up; sriov record /tmp/recorded")?;
+    vm.check("ip link set eth0 up")?;
+    // The card finds its link in its own time, and its speed with it.
+    vm.check_soon("grep -q up /sys/class/net/eth0/operstate", Duration::from_secs(60))?;
+    vm.check("sriov record /tmp/recorded")?;
     let list = |vm: &mut Vm, options: &str| vm.check(&format!("sriov {options} list --json 2>/dev/null"));
     let (there, kept) = (list(vm, "")?, list(vm, "--sysfs /tmp/recorded")?);
     ensure!(there == kept, "there is:\n{there}\nrecorded is:\n{kept}");
