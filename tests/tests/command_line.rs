@@ -174,8 +174,8 @@ fn too_little_and_too_much() {
     p.fails(&[], &["--blk-file"]);
     fails_with(&[], &["nothing to serve"]);
     fails_with(&[&p.file], &["--socket-path"]);
-    is_no_usage(&[&p.socket, "--fd=3", &p.file], &["--socket-path", "--fd"]);
-    is_no_usage(&[&p.socket, &p.file, "--backend=ram:1M"], &["--blk-file", "--backend"]);
+    fails_with(&[&p.socket, "--fd=3", &p.file], &["socket-path", "fd", "exclude each other"]);
+    fails_with(&[&p.socket, &p.file, "--backend=ram:1M"], &["blk-file", "backend", "exclude each other"]);
     fails_with(&["--fd=99", &p.file], &["descriptor 99", "Unix stream socket"]);
     fails_with(&["--fd=-1", &p.file], &["descriptor -1"]);
     fails_with(&["--fd=0", &p.file], &["descriptor 0"]);
@@ -183,7 +183,7 @@ fn too_little_and_too_much() {
     let other = format!("--disk=socket-path={},blk-file=/none", p.scene.path("t").display());
     p.fails(&[&p.file, &other], &["/none"]);
     let twice = format!("--disk=socket-path={},backend=ram:1M", p.scene.path("s").display());
-    p.fails(&[&p.file, &twice], &["in use"]);
+    p.fails(&[&p.file, &twice], &["two disks have the socket"]);
 }
 
 #[test]

@@ -1,13 +1,20 @@
-//! The command line, by QEMU's back-end conventions (docs/interop/vhost-user.rst, "Backend program conventions").
+//! The command line, by QEMU's back-end conventions (docs/interop/vhost-user.rst, "Backend program conventions"), and the
+//! file that says the same.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use clap::{Args, Parser, ValueEnum};
-use daemon::{Fixed, Switch, on_off, ring_size};
+use anyhow::Result;
+use clap::{ArgGroup, Args, Parser, ValueEnum};
+use daemon::file::File;
+use daemon::{Fixed, Switch, from_text, ring_size, said};
 use poll_engine::engine::pacing::Pacing;
 use poll_engine::engine::placement::CpuList;
 use poll_engine::session::state::MAX_QUEUES;
+use serde::Deserialize;
+
+use crate::check::check;
+use crate::spec::DiskSpec;
 
 /// Poll-mode vhost-user block back end.
 ///
@@ -18,32 +25,60 @@ use poll_engine::session::state::MAX_QUEUES;
 /// prints statistics.
 #[derive(Debug, Parser)]
 #[command(name = "vhost-blk", version, max_term_width = 110)]
-#[allow(clippy::struct_excessive_bools)] // flags
 pub struct Cli {
+    /// Read all that follows from a file instead (TOML): options by their long names, further disks as [[disk]]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["Options", "DeviceOptions"])]
+    pub config: Option<PathBuf>,
+
+    /// Say whether the options, or the file, are right, and exit
+    #[arg(long)]
+    pub check: bool,
+
+    /// Print what this program can do as JSON (for management software) and exit
+    #[arg(long)]
+    pub print_capabilities: bool,
+
+    /// Live upgrade.
+    #[command(flatten)]
+    pub upgrade: daemon::takeover::Options,
+
+    /// All else.
+    #[command(flatten)]
+    pub options: Options,
+}
+
+/// The options that are not [`DeviceOptions`].
+const OWN: [&str; 10] =
+    ["socket_path", "fd", "blk_file", "backend", "disk", "incoming", "record", "cpus", "poll", "log"];
+
+/// What is served and how, on the command line or in a file.
+#[derive(Clone, Debug, Args, Deserialize)]
+// clap leaves the group of one that has another flattened into it empty.
+#[group(skip)]
+#[command(group = ArgGroup::new("Options").multiple(true).args(OWN))]
+#[serde(default, rename_all = "kebab-case")]
+pub struct Options {
     /// Unix socket to listen on; a stale one is replaced
-    #[arg(long, value_name = "PATH", conflicts_with = "fd")]
+    #[arg(long, value_name = "PATH")]
     pub socket_path: Option<PathBuf>,
 
     /// Inherited Unix socket, listening or connected, by descriptor number
     #[arg(long, value_name = "FDNUM")]
     pub fd: Option<i32>,
 
-    /// Print what this program can do as JSON (for management software) and exit
-    #[arg(long)]
-    pub print_capabilities: bool,
-
     /// Image file or block device to serve
-    #[arg(long, value_name = "PATH", conflicts_with = "backend")]
+    #[arg(long, value_name = "PATH")]
     pub blk_file: Option<PathBuf>,
 
     /// Serve memory or nothing instead of a file, for measuring: ram:SIZE or null:SIZE
     #[arg(long, value_name = "KIND:SIZE")]
+    #[serde(deserialize_with = "backend")]
     pub backend: Option<Synthetic>,
 
-    /// Serve a further disk; repeat for more. Keys: socket-path, blk-file, backend, serial, read-only,
-    /// incoming, record
+    /// Serve a further disk; repeat for more. Keys: socket-path, fd, blk-file, backend, name, serial, incoming, record, and
+    /// in the place of what all disks have: read-only, num-queues, queue-size, packed, cache, direct, block-size
     #[arg(long, value_name = "KEY=VALUE,...")]
-    pub disk: Vec<ExtraDisk>,
+    pub disk: Vec<DiskSpec>,
 
     /// Take over a guest that migrates: the image stays another daemon's until its first queue starts here
     #[arg(long)]
@@ -55,19 +90,18 @@ pub struct Cli {
 
     /// What all disks have
     #[command(flatten)]
+    #[serde(skip)] // a type of its own, also in a file
     pub device: DeviceOptions,
 
     /// CPUs to run on, one pinned reactor each (such as 2-3,6); without: one reactor, not pinned
     #[arg(long, value_name = "LIST")]
+    #[serde(deserialize_with = "cpus")]
     pub cpus: Option<CpuList>,
 
     /// How to wait for requests: busy never sleeps, adaptive spins a while first, event sleeps at once
     #[arg(long, value_name = "MODE", default_value = "adaptive")]
+    #[serde(deserialize_with = "pacing")]
     pub poll: Pacing,
-
-    /// Live upgrade.
-    #[command(flatten)]
-    pub upgrade: daemon::takeover::Options,
 
     /// What to log: error, warn, info, debug or trace, also by module (poll_engine=debug)
     #[arg(long, value_name = "FILTER", default_value = "info")]
@@ -75,42 +109,51 @@ pub struct Cli {
 }
 
 /// What a disk is, whichever way it is served.
-#[derive(Clone, Debug, Args)]
+#[derive(Clone, Debug, PartialEq, Eq, Args, Deserialize)]
+#[serde(default, rename_all = "kebab-case")]
 pub struct DeviceOptions {
     /// Refuse writes, and open the image for reading only
     #[arg(long)]
     pub read_only: bool,
 
     /// Request queues to offer (1 to 256)
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=i64::from(MAX_QUEUES)))]
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = num_queues)]
+    #[serde(deserialize_with = "count")]
     pub num_queues: u16,
 
     /// Largest ring a queue may have (a power of two up to 32768)
     #[arg(long, value_name = "N", default_value_t = 1024, value_parser = ring_size)]
+    #[serde(deserialize_with = "size")]
     pub queue_size: u16,
 
     /// Offer packed rings, which a driver may then choose
     #[arg(long, value_enum, default_value_t = Switch::On)]
+    #[serde(deserialize_with = "switched")]
     pub packed: Switch,
 
     /// Write cache the guest sees at first: writeback needs flushes, writethrough makes every write durable
     #[arg(long, value_enum, default_value_t = CacheMode::Writeback)]
+    #[serde(deserialize_with = "cache")]
     pub cache: CacheMode,
 
     /// Bypass the host's page cache (O_DIRECT)
     #[arg(long, value_enum, default_value_t = Switch::On)]
+    #[serde(deserialize_with = "switched")]
     pub direct: Switch,
 
     /// Logical block size in bytes (a power of two from 512 to 65536)
     #[arg(long, value_name = "BYTES", default_value_t = 512, value_parser = block_size)]
+    #[serde(deserialize_with = "blocks")]
     pub block_size: u32,
 
     /// Serial number the guest sees, at most 20 ASCII characters
     #[arg(long, value_name = "TEXT", default_value = "", value_parser = serial)]
+    #[serde(deserialize_with = "text")]
     pub serial: String,
 
     /// Register guest memory with io_uring: auto does so for huge pages, on for all memory (which it pins)
     #[arg(long, value_enum, default_value_t = Fixed::Auto)]
+    #[serde(deserialize_with = "fixed")]
     pub fixed_buffers: Fixed,
 }
 
@@ -146,55 +189,79 @@ impl FromStr for Synthetic {
     }
 }
 
-/// One `--disk`.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct ExtraDisk {
-    /// Where to listen.
-    pub socket_path: PathBuf,
-    /// Image file.
-    pub blk_file: Option<PathBuf>,
-    /// Or no file.
-    pub backend: Option<Synthetic>,
-    /// Serial number.
-    pub serial: String,
-    /// Refuse writes.
-    pub read_only: bool,
-    /// Leave the image to another daemon until the guest arrives.
-    pub incoming: bool,
-    /// Record requests here.
-    pub record: Option<PathBuf>,
+from_text! {
+    backend: Option<Synthetic> = |s| s.parse().map(Some);
+    cpus: Option<CpuList> = |s| said::cpus(s).map(Some);
+    pacing: Pacing = str::parse;
+    count: u16 = num_queues;
+    size: u16 = ring_size;
+    switched: Switch = said::switch;
+    cache: CacheMode = cache_mode;
+    blocks: u32 = block_size;
+    text: String = serial;
+    fixed: Fixed = |s| <Fixed as ValueEnum>::from_str(s, false);
 }
 
-impl FromStr for ExtraDisk {
-    type Err = String;
+impl Cli {
+    /// What is asked for, which goes together.
+    pub fn options(&self) -> Result<Options> {
+        if let Some(path) = &self.config {
+            return Options::read(path);
+        }
+        check(&self.options)?;
+        Ok(self.options.clone())
+    }
+}
 
-    fn from_str(s: &str) -> Result<ExtraDisk, String> {
-        let mut disk = ExtraDisk::default();
-        for pair in s.split(',') {
-            let (key, value) = pair.split_once('=').unwrap_or((pair, "on"));
-            match key {
-                "socket-path" => disk.socket_path = value.into(),
-                "blk-file" => disk.blk_file = Some(value.into()),
-                "backend" => disk.backend = Some(value.parse()?),
-                "record" => disk.record = Some(value.into()),
-                "serial" => disk.serial = serial(value)?,
-                "read-only" => disk.read_only = on_off(value).map_err(|e| format!("{key}: {e}"))?,
-                "incoming" => disk.incoming = on_off(value).map_err(|e| format!("{key}: {e}"))?,
-                other => {
-                    return Err(format!(
-                        "unknown key '{other}' (socket-path, blk-file, backend, serial, read-only, incoming, record)"
-                    ));
-                }
-            }
+impl Default for Options {
+    /// Those of a command line without any.
+    fn default() -> Options {
+        Cli::parse_from([""]).options
+    }
+}
+
+impl Default for DeviceOptions {
+    /// Those of a command line without any.
+    fn default() -> DeviceOptions {
+        #[derive(Parser)]
+        struct Alone {
+            #[command(flatten)]
+            device: DeviceOptions,
         }
-        if disk.socket_path.as_os_str().is_empty() {
-            return Err("socket-path is missing".into());
-        }
-        match (&disk.blk_file, &disk.backend) {
-            (None, None) => Err("blk-file or backend is missing".into()),
-            (Some(_), Some(_)) => Err("blk-file and backend exclude each other".into()),
-            _ => Ok(disk),
-        }
+        Alone::parse_from([""]).device
+    }
+}
+
+impl Options {
+    /// Those of a file, which go together.
+    pub fn read(path: &Path) -> Result<Options> {
+        Options::of(&File::read(path)?)
+    }
+
+    /// As [`read`](Self::read), of a file that was read.
+    pub fn of(file: &File) -> Result<Options> {
+        let command = Options::augment_args(clap::Command::new(""));
+        let known: Vec<_> = command.get_arguments().filter_map(|a| a.get_long().map(str::to_owned)).collect();
+        file.expect_keys(&known)?;
+        let options = Options { device: file.parse()?, ..file.parse()? };
+        check(&options).map_err(|e| file.error(&e))?;
+        Ok(options)
+    }
+
+    /// All disks. The first may be described by options of its own.
+    pub fn disks(&self) -> Vec<DiskSpec> {
+        let is_first = self.socket_path.is_some() || self.fd.is_some();
+        let first = is_first.then(|| DiskSpec {
+            socket_path: self.socket_path.clone(),
+            fd: self.fd,
+            blk_file: self.blk_file.clone(),
+            backend: self.backend,
+            serial: self.device.serial.clone(),
+            record: self.record.clone(),
+            ..DiskSpec::default()
+        });
+        let incoming = |disk: DiskSpec| DiskSpec { incoming: disk.incoming || self.incoming, ..disk };
+        first.into_iter().chain(self.disk.iter().cloned()).map(incoming).collect()
     }
 }
 
@@ -215,7 +282,19 @@ pub fn parse_size(s: &str) -> Result<u64, String> {
     Ok(bytes)
 }
 
-fn block_size(s: &str) -> Result<u32, String> {
+/// A number of queues.
+pub(crate) fn num_queues(s: &str) -> Result<u16, String> {
+    let count = s.parse().ok().filter(|n| (1..=MAX_QUEUES).contains(n));
+    count.ok_or(format!("a disk has 1 to {MAX_QUEUES} queues, not '{s}'"))
+}
+
+/// A write-cache mode.
+pub(crate) fn cache_mode(s: &str) -> Result<CacheMode, String> {
+    ValueEnum::from_str(s, false)
+}
+
+/// A logical block size.
+pub(crate) fn block_size(s: &str) -> Result<u32, String> {
     let n: u32 = s.parse().map_err(|_| format!("'{s}' is no number"))?;
     if n.is_power_of_two() && (512..=65536).contains(&n) {
         return Ok(n);
@@ -223,7 +302,8 @@ fn block_size(s: &str) -> Result<u32, String> {
     Err("a block size is a power of two from 512 to 65536".into())
 }
 
-fn serial(s: &str) -> Result<String, String> {
+/// A serial number.
+pub(crate) fn serial(s: &str) -> Result<String, String> {
     if s.len() <= crate::request::ID_LEN && s.bytes().all(|b| b.is_ascii_graphic() || b == b' ') {
         return Ok(s.to_owned());
     }
@@ -250,15 +330,74 @@ mod tests {
     }
 
     #[test]
-    fn further_disks_are_key_value_lists() {
-        let disk: ExtraDisk = "socket-path=/s,blk-file=/f,read-only,record=/r".parse().unwrap();
-        assert_eq!(
-            (disk.read_only, disk.blk_file, disk.record),
-            (true, Some("/f".into()), Some("/r".into()))
-        );
-        for bad in ["", "socket-path=/s", "blk-file=/f", "socket-path=/s,blk-file=/f,backend=null:1G", "x=y"]
-        {
-            assert!(bad.parse::<ExtraDisk>().is_err(), "{bad}");
+    fn a_file_takes_the_place_of_options() {
+        assert!(Cli::try_parse_from(["", "--config=x", "--check", "--control=/c"]).is_ok());
+        for (option, _) in EACH {
+            assert!(Cli::try_parse_from(["", "--config=x", option]).is_err(), "{option}");
+        }
+    }
+
+    /// Of each option some value, on the command line and in a file.
+    const EACH: [(&str, &str); 19] = [
+        ("--socket-path=/s", "socket-path = '/s'"),
+        ("--fd=3", "fd = 3"),
+        ("--blk-file=/f", "blk-file = '/f'"),
+        ("--backend=ram:1G", "backend = 'ram:1G'"),
+        (
+            "--disk=socket-path=/a,backend=null:1G,num-queues=2,read-only,cache=writethrough",
+            "disk = [{ socket-path = '/a', backend = 'null:1G', num-queues = 2, read-only = true, cache = 'writethrough' }]",
+        ),
+        ("--incoming", "incoming = true"),
+        ("--record=/r", "record = '/r'"),
+        ("--read-only", "read-only = true"),
+        ("--num-queues=4", "num-queues = 4"),
+        ("--queue-size=256", "queue-size = 256"),
+        ("--packed=off", "packed = false"),
+        ("--cache=writethrough", "cache = 'writethrough'"),
+        ("--direct=off", "direct = 'off'"),
+        ("--block-size=4096", "block-size = 4096"),
+        ("--serial=17", "serial = 17"),
+        ("--fixed-buffers=on", "fixed-buffers = true"),
+        ("--cpus=0-1", "cpus = [0, 1]"),
+        ("--poll=busy", "poll = 'busy'"),
+        ("--log=debug", "log = 'debug'"),
+    ];
+
+    fn unchecked(text: &str) -> Result<Options> {
+        let file = File::new(Path::new("f"), text.into());
+        Ok(Options { device: file.parse()?, ..file.parse()? })
+    }
+
+    #[test]
+    fn a_file_says_all_that_the_command_line_does() {
+        let options = Cli::command().get_arguments().filter(|a| a.get_long().is_some()).count();
+        // Those that are not for a file.
+        let others = ["config", "check", "print-capabilities", "control", "takeover"].len();
+        assert_eq!(EACH.len(), options - others, "an option is missing here");
+        for (arg, line) in EACH {
+            let said = Cli::parse_from(["", arg]).options;
+            let written = unchecked(line).unwrap();
+            assert_eq!(format!("{said:?}"), format!("{written:?}"), "{line}");
+            assert_ne!(format!("{written:?}"), format!("{:?}", Options::default()), "{line}");
+        }
+    }
+
+    #[test]
+    fn what_the_command_line_refuses_a_file_may_not_say() {
+        for line in [
+            "backend = 'disk:1G'",
+            "num-queues = 0",
+            "queue-size = 1000",
+            "packed = 'maybe'",
+            "cache = 'none'",
+            "block-size = 100",
+            "serial = '123456789012345678901'",
+            "fixed-buffers = 'some'",
+            "cpus = 'x'",
+            "poll = 'often'",
+            "disk = 'socket-path=/a'",
+        ] {
+            assert!(unchecked(line).is_err(), "{line}");
         }
     }
 }

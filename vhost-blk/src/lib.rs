@@ -7,9 +7,11 @@
 //! [`disk`] is what all queues of a device share, [`device`] is its face to the engine, [`image`] opens one as it
 //! was asked for, [`open`] finds out what a file can do before anything starts, [`lock`] keeps other writers away,
 //! [`record`] writes down what was asked for,
+//! [`spec`] and [`cli`] are what a disk and a daemon are asked to be, and [`check`] whether that goes together,
 //! [`takeover`] is what a newer process needs to know of a disk to go on with it.
 
 pub mod backend;
+pub mod check;
 pub mod cli;
 pub mod device;
 pub mod disk;
@@ -20,4 +22,5 @@ pub mod queue;
 pub mod record;
 pub mod report;
 pub mod request;
+pub mod spec;
 pub mod takeover;

@@ -1,11 +1,10 @@
 //! `vhost-blk`: opens images, starts reactors, serves sockets, obeys signals.
 
-use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use daemon::takeover::{self, Heir, Source};
 use daemon::{Place, Switch};
 use poll_engine::device::features;
@@ -17,13 +16,14 @@ use poll_engine::takeover::give::Lot;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1};
 use signal_hook::iterator::Signals;
 use tracing::{info, warn};
-use vhost_blk::cli::{Cli, Synthetic};
+use vhost_blk::cli::{Cli, DeviceOptions, Options};
 use vhost_blk::device::BlkDevice;
 use vhost_blk::disk::Disk;
 use vhost_blk::image::Image;
 use vhost_blk::record::Recorder;
 use vhost_blk::report::report;
-use vhost_blk::takeover::{About, Medium, PROGRAM};
+use vhost_blk::spec::DiskSpec;
+use vhost_blk::takeover::{About, PROGRAM};
 
 type Inherited = takeover::Inherited<About>;
 
@@ -35,12 +35,8 @@ fn main() -> ExitCode {
 struct Wanted {
     name: String,
     place: Place,
-    file: Option<PathBuf>,
-    synthetic: Option<Synthetic>,
-    serial: String,
-    read_only: bool,
-    incoming: bool,
-    record: Option<PathBuf>,
+    spec: DiskSpec,
+    device: DeviceOptions,
 }
 
 /// A disk being served.
@@ -60,27 +56,42 @@ fn run(cli: &Cli) -> Result<()> {
         daemon::print_capabilities("block", &["read-only", "blk-file"]);
         return Ok(());
     }
-    daemon::init_log(&cli.log)?;
-    let wanted = wanted(cli)?;
+    let options = &cli.options()?;
+    let wanted = options.disks();
+    if cli.check {
+        daemon::print(&format!("nothing is wrong, {} disks", wanted.len()));
+        return Ok(());
+    }
+    daemon::init_log(&options.log)?;
     daemon::raise_descriptor_limit();
-    let keys: Vec<_> = wanted.iter().map(|w| w.place.key()).collect();
-    takeover::run(&cli.upgrade, PROGRAM, &keys, |heir, inherited| serve(cli, wanted, heir, inherited))
+    let places = wanted.iter().map(|w| w.place().context("a disk without a socket"));
+    let places = places.collect::<Result<Vec<_>>>()?;
+    let keys: Vec<_> = places.iter().map(Place::key).collect();
+    takeover::run(&cli.upgrade, PROGRAM, &keys, |heir, inherited| {
+        let wanted = wanted.into_iter().zip(places).map(|(spec, place)| Wanted {
+            device: spec.device(&options.device),
+            name: spec.title(),
+            spec,
+            place,
+        });
+        serve(options, wanted.collect(), heir, inherited)
+    })
 }
 
 /// Serves until told to stop.
 fn serve(
-    cli: &Cli,
+    options: &Options,
     wanted: Vec<Wanted>,
     heir: &mut Heir,
     mut inherited: Vec<Option<Inherited>>,
 ) -> Result<()> {
     // Everything that can be wrong is found out before anybody can connect, or the other process stops.
     let places: Vec<_> = inherited.iter().map(|i| i.as_ref().map(|i| i.place)).collect();
-    let disks = wanted.iter().zip(&mut inherited).map(|(w, i)| open_disk(w, cli, i.take()));
+    let disks = wanted.iter().zip(&mut inherited).map(|(w, i)| open_disk(w, i.take()));
     let disks = disks.collect::<Result<Vec<_>>>()?;
-    let recorders = wanted.iter().zip(&disks).map(|(w, d)| record(w, d, cli));
+    let recorders = wanted.iter().zip(&disks).map(|(w, d)| record(w, d));
     let recorders = recorders.collect::<Result<Vec<_>>>()?;
-    let engine = Arc::new(Engine::start(&engine_config(cli))?);
+    let engine = Arc::new(Engine::start(&engine_config(options))?);
     // Before the sockets: whoever sees one may send signals.
     let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP, SIGUSR1]).context("cannot handle signals")?;
     let sources = wanted.iter().zip(places).map(|(w, inherited)| Source::of(&w.place, inherited));
@@ -91,11 +102,11 @@ fn serve(
     let left = Arc::new(AtomicUsize::new(wanted.len()));
     let (mut served, mut prepared) = (Vec::new(), Vec::new());
     for (((wanted, disk), recorder), source) in wanted.into_iter().zip(disks).zip(recorders).zip(sources) {
-        let withheld = if cli.device.packed == Switch::Off { features::RING_PACKED } else { 0 };
-        let device =
-            BlkDevice::new(Arc::clone(&disk), cli.device.num_queues, cli.device.queue_size, recorder.clone());
+        let DeviceOptions { num_queues, queue_size, packed, .. } = wanted.device;
+        let withheld = if packed == Switch::Off { features::RING_PACKED } else { 0 };
+        let device = BlkDevice::new(Arc::clone(&disk), num_queues, queue_size, recorder.clone());
         let device = Arc::new(device.without(withheld));
-        let stats: Vec<_> = std::iter::repeat_with(Arc::default).take(cli.device.num_queues.into()).collect();
+        let stats: Vec<_> = std::iter::repeat_with(Arc::default).take(num_queues.into()).collect();
         let (name, engine) = (wanted.name.clone(), Arc::clone(&engine));
         let export = Export { name, device: Arc::clone(&device) as _, stats: stats.clone(), engine };
         let (left, signals) = (Arc::clone(&left), signals.handle());
@@ -138,11 +149,11 @@ fn serve(
     successor.outcome()
 }
 
-fn engine_config(cli: &Cli) -> EngineConfig {
+fn engine_config(options: &Options) -> EngineConfig {
     EngineConfig {
-        cpus: cli.cpus.clone().unwrap_or_default(),
-        pacing: cli.poll,
-        fixed_buffers: cli.device.fixed_buffers.into(),
+        cpus: options.cpus.clone().unwrap_or_default(),
+        pacing: options.poll,
+        fixed_buffers: options.device.fixed_buffers.into(),
         count_cycles: false,
     }
 }
@@ -152,82 +163,26 @@ fn lot(s: &Served) -> Result<Lot> {
     takeover::lot(s.key.clone(), &about, fd.into_iter().collect(), &s.server, Arc::clone(&s.device) as _)
 }
 
-fn wanted(cli: &Cli) -> Result<Vec<Wanted>> {
-    let place = match (&cli.socket_path, cli.fd) {
-        (Some(path), _) => Some(Place::Path(path.clone())),
-        (None, Some(fd)) => Some(Place::Fd(fd)),
-        (None, None) => None,
-    };
-    let mut all = Vec::new();
-    match (place, cli.blk_file.is_some() || cli.backend.is_some()) {
-        (Some(place), true) => all.push(Wanted {
-            name: name_of(cli.blk_file.as_ref(), cli.backend),
-            place,
-            file: cli.blk_file.clone(),
-            synthetic: cli.backend,
-            serial: cli.device.serial.clone(),
-            read_only: cli.device.read_only,
-            incoming: cli.incoming,
-            record: cli.record.clone(),
-        }),
-        (Some(_), false) => bail!("nothing to serve; name an image with --blk-file, or a --backend"),
-        (None, true) => bail!("nowhere to serve it; name a socket with --socket-path, or pass one with --fd"),
-        (None, false) if cli.record.is_some() => {
-            bail!(
-                "--record goes with --blk-file or --backend; write --disk ...,record=FILE for further disks"
-            )
-        }
-        (None, false) => {}
-    }
-    all.extend(cli.disk.iter().map(|d| Wanted {
-        name: name_of(d.blk_file.as_ref(), d.backend),
-        place: Place::Path(d.socket_path.clone()),
-        file: d.blk_file.clone(),
-        synthetic: d.backend,
-        serial: d.serial.clone(),
-        read_only: d.read_only || cli.device.read_only,
-        incoming: d.incoming || cli.incoming,
-        record: d.record.clone(),
-    }));
-    if all.is_empty() {
-        bail!("nothing to serve; give --socket-path and --blk-file (see --help)");
-    }
-    Ok(all)
-}
-
-fn name_of(file: Option<&PathBuf>, synthetic: Option<Synthetic>) -> String {
-    match (file, synthetic) {
-        (Some(path), _) => path.display().to_string(),
-        (None, Some(Synthetic::Ram(_))) => "ram".into(),
-        (None, _) => "null".into(),
-    }
-}
-
-fn open_disk(wanted: &Wanted, cli: &Cli, other: Option<Inherited>) -> Result<Arc<Disk>> {
-    let medium = match (&wanted.file, wanted.synthetic) {
-        (Some(_), _) => Medium::File,
-        (None, Some(Synthetic::Ram(size))) => Medium::Ram(size),
-        (None, Some(Synthetic::Null(_))) => Medium::Null,
-        (None, None) => bail!("a disk without an image"),
-    };
+fn open_disk(wanted: &Wanted, other: Option<Inherited>) -> Result<Arc<Disk>> {
+    let Wanted { spec, device, place, .. } = wanted;
+    let medium = spec.medium().context("a disk without an image")?;
     if let Some(other) = &other {
-        let ours = About { medium, read_only: wanted.read_only };
-        other.about.expect(&wanted.place.key(), ours)?;
+        other.about.expect(&place.key(), About { medium, read_only: device.read_only })?;
     }
     let image = Image {
-        file: wanted.file.as_deref(),
-        synthetic: wanted.synthetic,
-        serial: &wanted.serial,
-        read_only: wanted.read_only,
-        incoming: wanted.incoming,
+        file: spec.blk_file.as_deref(),
+        synthetic: spec.backend,
+        serial: &device.serial,
+        read_only: device.read_only,
+        incoming: spec.incoming,
         beside: other.and_then(|other| other.fds.into_iter().next()),
     };
-    Ok(Arc::new(image.open(&cli.device)?))
+    Ok(Arc::new(image.open(device)?))
 }
 
-fn record(wanted: &Wanted, disk: &Disk, cli: &Cli) -> Result<Option<Arc<Recorder>>> {
-    let Some(path) = &wanted.record else { return Ok(None) };
-    let recorder = Recorder::create(path, cli.device.num_queues, disk.capacity(), disk.block_size())?;
+fn record(wanted: &Wanted, disk: &Disk) -> Result<Option<Arc<Recorder>>> {
+    let Some(path) = &wanted.spec.record else { return Ok(None) };
+    let recorder = Recorder::create(path, wanted.device.num_queues, disk.capacity(), disk.block_size())?;
     info!("recording the requests to {} in {}", wanted.name, path.display());
     Ok(Some(Arc::new(recorder)))
 }

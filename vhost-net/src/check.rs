@@ -2,25 +2,15 @@
 
 use std::collections::HashMap;
 
-use daemon::file::Step;
+use daemon::file::{Step, Wrong};
 
 use crate::cli::Options;
 use crate::device::MAX_PAIRS;
 use crate::spec::PortSpec;
 use crate::switch::fdb::MAX_PORTS;
 
-/// What does not go together, and where it stands in a file.
-#[derive(Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{why}")]
-pub struct Wrong {
-    /// The place.
-    pub at: Vec<Step>,
-    /// One line.
-    pub why: String,
-}
-
 fn wrong(at: &[Step], why: impl Into<String>) -> Wrong {
-    Wrong { at: at.to_vec(), why: why.into() }
+    Wrong::new(at, why)
 }
 
 /// The first thing that is wrong, if anything is.

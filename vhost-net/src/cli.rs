@@ -3,10 +3,10 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Result, anyhow};
+use anyhow::Result;
 use clap::{Args, Parser};
 use daemon::file::File;
-use daemon::{Switch, from_text, ring_size};
+use daemon::{Switch, from_text, ring_size, said};
 use poll_engine::engine::pacing::Pacing;
 use poll_engine::engine::placement::CpuList;
 use serde::Deserialize;
@@ -166,8 +166,8 @@ from_text! {
     some_mtu: Option<u16> = |s| mtu(s).map(Some);
     num_pairs: u16 = pairs;
     size: u16 = ring_size;
-    switched: Switch = |s| <Switch as clap::ValueEnum>::from_str(s, false);
-    cpus: Option<CpuList> = |s| s.replace('+', ",").parse().map(Some);
+    switched: Switch = said::switch;
+    cpus: Option<CpuList> = |s| said::cpus(s).map(Some);
     pacing: Pacing = str::parse;
 }
 
@@ -192,9 +192,13 @@ impl Default for Options {
 impl Options {
     /// Those of a file, which go together.
     pub fn read(path: &Path) -> Result<Options> {
-        let file = File::read(path)?;
+        Options::of(&File::read(path)?)
+    }
+
+    /// As [`read`](Self::read), of a file that was read.
+    pub fn of(file: &File) -> Result<Options> {
         let options = file.parse()?;
-        check(&options).map_err(|e| anyhow!("{}: {e}", file.place(&e.at)))?;
+        check(&options).map_err(|e| file.error(&e))?;
         Ok(options)
     }
 

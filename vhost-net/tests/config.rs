@@ -79,6 +79,25 @@ fn mistakes_are_one_line_with_file_line_and_key() {
     );
 }
 
+proptest::proptest! {
+    #[test]
+    fn a_good_file_with_a_change_is_read_or_refused(
+        changes in proptest::collection::vec((proptest::prelude::any::<proptest::sample::Index>(), 0..12usize, "\\PC{0,6}"), 1..4)
+    ) {
+        let mut text: Vec<char> = include_str!("../../docs/vhost-net.toml").chars().collect();
+        for (at, len, with) in changes {
+            let at = at.index(text.len().max(1));
+            let end = (at + len).min(text.len());
+            text.splice(at..end, with.chars());
+        }
+        let file = daemon::file::File::new(Path::new("f"), text.into_iter().collect());
+        if let Err(e) = Options::of(&file) {
+            let said = format!("{e:#}");
+            assert!(said.starts_with("f:") && !said.contains('\n'), "{said}");
+        }
+    }
+}
+
 #[test]
 fn capabilities_are_what_the_discovery_file_promises() {
     let out = run(&["--print-capabilities"]);

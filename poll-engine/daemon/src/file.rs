@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, bail};
 use serde::de::DeserializeOwned;
 use toml::de::{DeTable, DeValue};
 
@@ -13,6 +13,23 @@ pub enum Step {
     Key(&'static str),
     /// An item.
     Item(usize),
+}
+
+/// What does not go together, and where it stands in a file.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{why}")]
+pub struct Wrong {
+    /// The place.
+    pub at: Vec<Step>,
+    /// One line.
+    pub why: String,
+}
+
+impl Wrong {
+    /// At this place, for this reason.
+    pub fn new(at: &[Step], why: impl Into<String>) -> Wrong {
+        Wrong { at: at.to_vec(), why: why.into() }
+    }
 }
 
 /// A file that was read.
@@ -27,7 +44,28 @@ impl File {
     pub fn read(path: &Path) -> Result<File> {
         let text =
             std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
-        Ok(File { path: path.to_owned(), text })
+        Ok(File::new(path, text))
+    }
+
+    /// One that would be at `path` and has this in it.
+    pub fn new(path: &Path, text: String) -> File {
+        File { path: path.to_owned(), text }
+    }
+
+    /// Fails if it has a key at the top that is not among these. For what is parsed into several types, none of which knows
+    /// the keys of the others.
+    pub fn expect_keys(&self, known: &[String]) -> Result<()> {
+        // What is no TOML at all is said when it is parsed.
+        let Ok(document) = DeTable::parse(&self.text) else { return Ok(()) };
+        let unknown = document.get_ref().keys().find(|key| !known.iter().any(|k| k == key.get_ref()));
+        let Some(key) = unknown else { return Ok(()) };
+        let known = known.iter().map(|k| format!("`{k}`")).collect::<Vec<_>>().join(", ");
+        bail!("{}: unknown field `{}`, expected one of {known}", self.line(key.span().start), key.get_ref())
+    }
+
+    /// The error of what is wrong in it.
+    pub fn error(&self, wrong: &Wrong) -> anyhow::Error {
+        anyhow!("{}: {wrong}", self.place(&wrong.at))
     }
 
     /// What it says. What is wrong with it is one line, with the place and the key.
@@ -113,7 +151,16 @@ mod tests {
     }
 
     fn file(text: &str) -> File {
-        File { path: "f".into(), text: text.into() }
+        File::new(Path::new("f"), text.into())
+    }
+
+    #[test]
+    fn keys_that_nobody_knows_are_said_with_their_line() {
+        let known = ["name".to_owned(), "pet".to_owned()];
+        assert!(file("name = 'a'\n[[pet]]\nlegs = 4\n").expect_keys(&known).is_ok());
+        let e = file("name = 'a'\nwings = 2\n").expect_keys(&known).unwrap_err().to_string();
+        assert_eq!(e, "f:2: unknown field `wings`, expected one of `name`, `pet`");
+        assert!(file("no toml").expect_keys(&known).is_ok(), "that is for the parser to say");
     }
 
     #[test]

@@ -3,6 +3,7 @@
 
 use std::fmt::{self, Display};
 
+use poll_engine::engine::placement::CpuList;
 use serde::de::value::{Error, SeqDeserializer, StrDeserializer};
 use serde::de::{DeserializeOwned, DeserializeSeed, Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, forward_to_deserialize_any};
@@ -65,6 +66,16 @@ macro_rules! from_text {
             $crate::said::parsed(from, $parse)
         }
     )*};
+}
+
+/// A list of CPUs; in a file its parts may be the items of a list.
+pub fn cpus(s: &str) -> Result<CpuList, String> {
+    s.replace('+', ",").parse()
+}
+
+/// On or off.
+pub fn switch(s: &str) -> Result<crate::Switch, String> {
+    clap::ValueEnum::from_str(s, false)
 }
 
 /// A list such as `name=a,mtu=9000,wait`; a key without a value is on, one that is there again has a list.

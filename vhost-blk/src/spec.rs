@@ -1,0 +1,163 @@
+//! A disk as it is asked for: by `--disk` as a list of keys and values, and in a file as a table.
+
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use daemon::said::{self, from_keys};
+use daemon::{Place, Switch, from_text, on_off, ring_size};
+use serde::Deserialize;
+
+use crate::cli::{CacheMode, DeviceOptions, Synthetic, block_size, cache_mode, num_queues, serial};
+use crate::takeover::Medium;
+
+/// Longest name.
+const MAX_NAME: usize = 128;
+
+/// One `--disk` or `[[disk]]`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
+pub struct DiskSpec {
+    /// For people, and for whoever manages it.
+    #[serde(deserialize_with = "some_name")]
+    pub name: Option<String>,
+    /// Where to listen.
+    pub socket_path: Option<PathBuf>,
+    /// Or what was inherited for that.
+    #[serde(deserialize_with = "some_fd")]
+    pub fd: Option<i32>,
+    /// Image file.
+    pub blk_file: Option<PathBuf>,
+    /// Or no file.
+    #[serde(deserialize_with = "some_backend")]
+    pub backend: Option<Synthetic>,
+    /// Serial number.
+    #[serde(deserialize_with = "text")]
+    pub serial: String,
+    /// Leave the image to another daemon until the guest arrives.
+    #[serde(deserialize_with = "on_off_")]
+    pub incoming: bool,
+    /// Record requests here.
+    pub record: Option<PathBuf>,
+
+    /// Refuse writes. This and what follows is that of all disks if it is not said.
+    #[serde(deserialize_with = "some_on_off")]
+    pub read_only: Option<bool>,
+    /// Request queues.
+    #[serde(deserialize_with = "some_count")]
+    pub num_queues: Option<u16>,
+    /// Largest ring.
+    #[serde(deserialize_with = "some_size")]
+    pub queue_size: Option<u16>,
+    /// Offer packed rings.
+    #[serde(deserialize_with = "some_switch")]
+    pub packed: Option<Switch>,
+    /// Write cache.
+    #[serde(deserialize_with = "some_cache")]
+    pub cache: Option<CacheMode>,
+    /// Bypass the host's page cache.
+    #[serde(deserialize_with = "some_switch")]
+    pub direct: Option<Switch>,
+    /// Logical block size in bytes.
+    #[serde(deserialize_with = "some_blocks")]
+    pub block_size: Option<u32>,
+}
+
+from_text! {
+    some_name: Option<String> = |s| name(s).map(Some);
+    some_fd: Option<i32> = |s| s.parse().map(Some).map_err(|_| format!("'{s}' is no descriptor number"));
+    some_backend: Option<Synthetic> = |s| s.parse().map(Some);
+    text: String = serial;
+    on_off_: bool = on_off;
+    some_on_off: Option<bool> = |s| on_off(s).map(Some);
+    some_count: Option<u16> = |s| num_queues(s).map(Some);
+    some_size: Option<u16> = |s| ring_size(s).map(Some);
+    some_switch: Option<Switch> = |s| said::switch(s).map(Some);
+    some_cache: Option<CacheMode> = |s| cache_mode(s).map(Some);
+    some_blocks: Option<u32> = |s| block_size(s).map(Some);
+}
+
+impl FromStr for DiskSpec {
+    type Err = String;
+
+    fn from_str(s: &str) -> Result<DiskSpec, String> {
+        from_keys(s)
+    }
+}
+
+impl DiskSpec {
+    /// Where its front ends come from, if that is said.
+    pub fn place(&self) -> Option<Place> {
+        match (&self.socket_path, self.fd) {
+            (Some(path), _) => Some(Place::Path(path.clone())),
+            (None, Some(fd)) => Some(Place::Fd(fd)),
+            (None, None) => None,
+        }
+    }
+
+    /// What it is known by: its name, or where it is served.
+    pub fn key(&self) -> String {
+        self.name.clone().or_else(|| self.place().map(|place| place.key())).unwrap_or_default()
+    }
+
+    /// What it is called in the log and in statistics: its name, or what is served.
+    pub fn title(&self) -> String {
+        match (&self.name, &self.blk_file, self.backend) {
+            (Some(name), ..) => name.clone(),
+            (None, Some(path), _) => path.display().to_string(),
+            (None, None, Some(Synthetic::Ram(_))) => "ram".into(),
+            (None, None, _) => "null".into(),
+        }
+    }
+
+    /// What it is made of, if that is said.
+    pub fn medium(&self) -> Option<Medium> {
+        match (&self.blk_file, self.backend) {
+            (Some(_), _) => Some(Medium::File),
+            (None, Some(Synthetic::Ram(size))) => Some(Medium::Ram(size)),
+            (None, Some(Synthetic::Null(_))) => Some(Medium::Null),
+            (None, None) => None,
+        }
+    }
+
+    /// What it is to its guest, where `all` holds for what it does not say itself.
+    pub fn device(&self, all: &DeviceOptions) -> DeviceOptions {
+        DeviceOptions {
+            read_only: self.read_only.unwrap_or(all.read_only),
+            num_queues: self.num_queues.unwrap_or(all.num_queues),
+            queue_size: self.queue_size.unwrap_or(all.queue_size),
+            packed: self.packed.unwrap_or(all.packed),
+            cache: self.cache.unwrap_or(all.cache),
+            direct: self.direct.unwrap_or(all.direct),
+            block_size: self.block_size.unwrap_or(all.block_size),
+            serial: self.serial.clone(),
+            fixed_buffers: all.fixed_buffers,
+        }
+    }
+}
+
+fn name(s: &str) -> Result<String, String> {
+    if (1..=MAX_NAME).contains(&s.len()) && s.bytes().all(|b| b.is_ascii_graphic()) {
+        return Ok(s.to_owned());
+    }
+    Err(format!("a name has 1 to {MAX_NAME} printable ASCII characters without spaces"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn further_disks_are_key_value_lists() {
+        let disk: DiskSpec =
+            "name=a,socket-path=/s,blk-file=/f,read-only,record=/r,queue-size=64".parse().unwrap();
+        assert_eq!((disk.key(), disk.title()), ("a".into(), "a".into()));
+        assert_eq!((disk.blk_file.clone(), disk.record.clone()), (Some("/f".into()), Some("/r".into())));
+        let device = disk.device(&DeviceOptions::default());
+        assert_eq!((device.read_only, device.queue_size, device.num_queues), (true, 64, 1));
+        let unnamed: DiskSpec = "socket-path=/s,blk-file=/f".parse().unwrap();
+        assert_eq!((unnamed.key(), unnamed.title()), ("/s".into(), "/f".into()));
+        for bad in ["", "x=y", "name=", "name=a b", "fd=x", "num-queues=0", "backend=disk:1", "cache=none"] {
+            assert!(bad.parse::<DiskSpec>().is_err(), "{bad}");
+        }
+    }
+}
