@@ -440,10 +440,7 @@ impl Ring {
     /// says what it is.
     #[inline(always)] // once a chain of a burst
     pub(crate) fn take_single(&mut self, at: &mut Locator<'_>, chain: &mut Chain) -> Option<Token> {
-        match self {
-            Ring::Split(r) => r.take_single(at, chain),
-            Ring::Packed(_) => None,
-        }
+        each_format!(self, r => r.take_single(at, chain))
     }
 
     /// Gives a chain back with the number of bytes written to it; seen by the driver after [`publish`](Self::publish).

@@ -25,7 +25,7 @@ use super::{Ahead, MAX_SURVEYED, RingConfig, RingError, Token, Used, survey_desc
 use crate::fault_point::pass;
 use crate::memory::iotlb::Miss;
 use crate::memory::log::{LoggedPart, QueueLog};
-use crate::memory::map::MemoryMap;
+use crate::memory::map::{Locator, MemoryMap};
 
 /// How many chains are looked ahead for: as many as a queue takes in a round.
 const LOOK_AHEAD: u16 = 16;
@@ -293,6 +293,26 @@ impl PackedRing {
             Some(inflight) => token.recorded(inflight.taken(count, last)),
             None => token,
         })
+    }
+
+    /// As [`Ring::take_single`](super::Ring::take_single).
+    #[inline(always)] // once a chain of a burst
+    pub(super) fn take_single(&mut self, at: &mut Locator<'_>, chain: &mut Chain) -> Option<Token> {
+        let size = self.size();
+        if self.held >= size || !self.kept.again.is_empty() || self.kept.record.is_some() {
+            return None;
+        }
+        let (addr, rest) = self.layout.cursor(self.next_avail.index).pair();
+        if rest.flags() & (DESC_F_INDIRECT | DESC_F_NEXT) != 0 {
+            return None;
+        }
+        let writable = rest.flags() & DESC_F_WRITE != 0;
+        chain.set(at.whole(addr, rest.len(), writable)?, writable)?;
+        self.next_avail = self.next_avail.next(size);
+        self.ready -= 1;
+        self.held += 1;
+        self.in_flight += 1;
+        Some(Token::new(rest.id(), 1, if writable { rest.len() } else { 0 }))
     }
 
     #[inline]
