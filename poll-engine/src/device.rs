@@ -3,6 +3,7 @@
 //! A device knows neither its transport (vhost-user, VDUSE) nor the ring format; a handler sees chains of bytes.
 
 use std::io;
+use std::time::Duration;
 
 use crate::engine::queue::Queue;
 use crate::engine::reactor::Io;
@@ -172,6 +173,12 @@ pub trait QueueHandler: Send {
     /// are none while there is nothing to receive.
     fn wants_chains(&self) -> bool {
         true
+    }
+
+    /// How long the reactor may sleep if nothing wakes it, for a handler that leaves chains where they are for a while.
+    /// `None`: for ever.
+    fn longest_sleep(&self) -> Option<Duration> {
+        None
     }
 
     /// Whether the handler's I/O gains from guest memory that is registered with io_uring.

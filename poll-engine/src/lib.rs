@@ -12,7 +12,8 @@
 //! - [`memory`] maps what the front end shares and translates guest addresses.
 //! - [`ring`] is both sides of a virtqueue.
 //! - [`engine`] runs queues on pinned threads; [`uring`] is a thread's way into the kernel.
-//! - [`stats`] counts; [`words`] takes records from reactors to whoever writes them down.
+//! - [`stats`] counts; [`limit`] lets pass no more than a rate; [`words`] takes records from reactors to whoever writes
+//!   them down.
 //! - [`takeover`] hands all of it to another process while guests run.
 //!
 //! Control and data never share a lock: a queue is moved into its reactor to run and moved out to stop, and everything
@@ -22,6 +23,7 @@ pub mod clock;
 pub mod device;
 pub mod engine;
 pub mod fault_point;
+pub mod limit;
 pub mod memory;
 pub mod ring;
 pub mod session;

@@ -85,6 +85,10 @@ pub struct QueueStats {
     pub signals_suppressed: Counter,
     /// Times it had to wait for an address to be translated.
     pub iotlb_misses: Counter,
+    /// Times that a limit had it leave its chains where they were.
+    pub limited: Counter,
+    /// For how long, in nanoseconds.
+    pub limited_ns: Counter,
     /// Most requests ever in flight at once.
     pub in_flight_peak: Counter,
     errors: [Counter; ERROR_KINDS.len()],

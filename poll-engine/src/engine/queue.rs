@@ -232,7 +232,7 @@ impl Queue {
 
     /// Whether there are chains of an earlier back end to be taken still.
     #[inline]
-    pub(super) fn has_resubmits(&self) -> bool {
+    pub fn has_resubmits(&self) -> bool {
         self.is_running() && self.ring.resubmits() > 0
     }
 

@@ -471,7 +471,9 @@ impl Reactor {
         if !work && !self.mailbox.has_mail() {
             self.held_back = 0;
             let nap = self.is_polled().then_some(NAP);
-            let limit = self.stations.iter().filter_map(|s| s.station.longest_sleep()).chain(nap).min();
+            let stations = self.stations.iter().filter_map(|s| s.station.longest_sleep());
+            let handlers = self.tasks.iter().filter(|t| t.polls()).filter_map(|t| t.handler.longest_sleep());
+            let limit = stations.chain(handlers).chain(nap).min();
             self.uring.wait(limit);
             // A nap that brought nothing is followed by the next one after a look at the rings.
             work = self.reap() > 0 || limit.is_none();

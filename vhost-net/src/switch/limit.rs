@@ -1,18 +1,11 @@
-//! Rate limits: token buckets of packets and of bits, and limits of storms.
+//! Rate limits: token buckets ([`poll_engine::limit`]) of packets and of bits, and limits of storms.
 //!
-//! A bucket is one number, the time at which it is full again (the "virtual scheduling" of ITU-T I.371): what passes
-//! puts that off by what it costs. A packet passes as long as the bucket is not in debt, and may put it in debt, so
-//! that one larger than the bucket is not stuck for ever. So within any time `t` there passes at most
+//! A packet passes as long as no bucket is in debt, and may put it in debt. So within any time `t` there passes at most
 //! `rate * (t + burst)`, and one packet for each reactor that is at it.
 
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-/// Ticks of a nanosecond: times are in ticks, so that a packet of few nanoseconds still has a price. Good for nine years.
-const TICKS: u64 = 64;
-const SECOND: u64 = 1_000_000_000 * TICKS;
-/// The part of a price behind the point.
-const FRACTION: u32 = 32;
+use poll_engine::limit::{BURST, Bucket};
 
 /// How much may pass.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -25,52 +18,6 @@ pub struct Rate {
     pub burst: Option<Duration>,
 }
 
-impl Rate {
-    /// What a burst is where nothing is said.
-    pub const BURST: Duration = Duration::from_millis(10);
-}
-
-/// One bucket, shared by the reactors.
-#[derive(Debug)]
-struct Bucket {
-    /// In ticks.
-    full_at: AtomicU64,
-    /// Ticks of a packet or a bit, `FRACTION` bits of them behind the point.
-    price: u64,
-    /// Ticks.
-    burst: u64,
-}
-
-impl Bucket {
-    fn new(per_second: u64, burst: Duration) -> Bucket {
-        let price = (u128::from(SECOND) << FRACTION).div_ceil(u128::from(per_second.max(1)));
-        let burst = burst.as_nanos().saturating_mul(u128::from(TICKS));
-        Bucket {
-            full_at: AtomicU64::new(0),
-            price: price.try_into().unwrap_or(u64::MAX),
-            burst: burst.try_into().unwrap_or(u64::MAX),
-        }
-    }
-
-    #[inline]
-    fn is_in_debt(&self, now: u64) -> bool {
-        self.full_at.load(Ordering::Relaxed) > now.saturating_add(self.burst)
-    }
-
-    /// Nanoseconds: when it is out of debt.
-    fn ready_at(&self) -> u64 {
-        self.full_at.load(Ordering::Relaxed).saturating_sub(self.burst).div_ceil(TICKS)
-    }
-
-    #[inline]
-    fn charge(&self, now: u64, amount: u64) {
-        let cost =
-            u64::try_from((u128::from(self.price) * u128::from(amount)) >> FRACTION).unwrap_or(u64::MAX);
-        let later = |full_at: u64| Some(full_at.max(now).saturating_add(cost));
-        let _ = self.full_at.fetch_update(Ordering::Relaxed, Ordering::Relaxed, later);
-    }
-}
-
 /// A limit of packets and bits a second.
 #[derive(Debug)]
 pub struct Limiter {
@@ -81,7 +28,7 @@ pub struct Limiter {
 impl Limiter {
     /// With full buckets. `None` when nothing is limited.
     pub fn new(rate: Rate) -> Option<Limiter> {
-        let burst = rate.burst.unwrap_or(Rate::BURST);
+        let burst = rate.burst.unwrap_or(BURST);
         let bucket = |per_second: Option<u64>| per_second.map(|n| Bucket::new(n, burst));
         let (packets, bits) = (bucket(rate.packets), bucket(rate.bits));
         (packets.is_some() || bits.is_some()).then_some(Limiter { packets, bits })
@@ -94,8 +41,7 @@ impl Limiter {
     /// Whether something may pass at `now` (nanoseconds); it is not charged.
     #[inline]
     pub fn is_open(&self, now: u64) -> bool {
-        let now = now.saturating_mul(TICKS);
-        !self.buckets().any(|b| b.is_in_debt(now))
+        self.buckets().all(|b| b.is_open(now))
     }
 
     /// Lets `packets` of `bytes` together pass at `now` (nanoseconds), or not.
@@ -103,7 +49,6 @@ impl Limiter {
     pub fn take(&self, now: u64, packets: u32, bytes: u32) -> bool {
         let open = self.is_open(now);
         if open {
-            let now = now.saturating_mul(TICKS);
             self.packets.iter().for_each(|b| b.charge(now, u64::from(packets)));
             self.bits.iter().for_each(|b| b.charge(now, 8 * u64::from(bytes)));
         }
@@ -112,7 +57,7 @@ impl Limiter {
 
     /// Nanoseconds: from when on something may pass. May be past.
     pub fn open_at(&self) -> u64 {
-        self.buckets().map(Bucket::ready_at).max().unwrap_or(0)
+        self.buckets().map(Bucket::open_at).max().unwrap_or(0)
     }
 }
 
@@ -194,8 +139,11 @@ mod tests {
         let burst = Some(Duration::from_millis(2));
         let l = Limiter::new(Rate { packets: Some(1000), bits: Some(8_000_000), burst }).unwrap();
         assert_eq!((0..100).filter(|_| l.take(0, 1, 100)).count(), 3);
-        let bits = l.bits.as_ref().unwrap().full_at.load(Ordering::Relaxed);
-        assert_eq!(bits, 300_000 * TICKS, "three frames, not a hundred");
+        // Three frames of 0.1 ms each, not a hundred, in a bucket of two.
+        let bits = l.bits.as_ref().unwrap();
+        assert!(bits.is_open(0));
+        bits.charge(0, 8 * 1800);
+        assert_eq!(bits.open_at(), 100_000);
     }
 
     #[test]
