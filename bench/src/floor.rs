@@ -17,9 +17,10 @@ use poll_engine::memory::slice::{prefetch, prefetch_write};
 use poll_engine::memory::{MemoryMap, Ram, Region};
 use poll_engine::ring::RingConfig;
 use poll_engine::ring::layout::{DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE};
+use poll_engine::session::action::Action;
 use poll_engine::session::listen::{Accepted, Listener};
 use poll_engine::session::socket::{Connection, Incoming};
-use poll_engine::session::state::{Action, Offer, Session};
+use poll_engine::session::state::{Offer, Session};
 
 /// Most requests answered before the used index is published: as many as the engine takes in a round. The driver goes
 /// on with the first of them while the next are answered, which is worth more than any check costs; a floor that

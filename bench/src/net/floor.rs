@@ -17,9 +17,10 @@ use poll_engine::memory::slice::prefetch;
 use poll_engine::memory::{MemoryMap, Region};
 use poll_engine::ring::RingConfig;
 use poll_engine::ring::layout::{DESC_F_INDIRECT, DESC_F_NEXT};
+use poll_engine::session::action::Action;
 use poll_engine::session::listen::{Accepted, Listener};
 use poll_engine::session::socket::{Connection, Incoming};
-use poll_engine::session::state::{Action, Offer, Session};
+use poll_engine::session::state::{Offer, Session};
 
 use super::frame::VNET;
 use super::session::net_features::{CSUM, GUEST_CSUM, GUEST_TSO4, HOST_TSO4, MRG_RXBUF};

@@ -9,6 +9,7 @@ use crossbeam::sync::WaitGroup;
 use nix::sys::socket::{MsgFlags, send};
 use tracing::{debug, warn};
 
+use super::action::{Action, Answer, Refused};
 use super::device_state::{StateError, Transfer};
 use super::handover::Then;
 use super::inflight::{self, Inflight, InflightError};
@@ -19,7 +20,7 @@ use super::postcopy::{PostCopy, PostCopyError};
 use super::repeats::Repeats;
 use super::server::{Control, Orders};
 use super::socket::{Connection, Incoming, SocketError};
-use super::state::{Action, Answer, Offer, Refused, Session};
+use super::state::{Offer, Session};
 use super::wire::{Reply, config_change};
 use crate::device::{Device, QueueHandler, features};
 use crate::engine::alarm::Alarm;

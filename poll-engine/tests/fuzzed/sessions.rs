@@ -7,7 +7,8 @@ use std::os::fd::OwnedFd;
 
 use poll_engine::device::features::{ENGINE, IN_ORDER};
 use poll_engine::ring::RingConfig;
-use poll_engine::session::state::{Action, Offer, Refused, Session};
+use poll_engine::session::action::{Action, Refused};
+use poll_engine::session::state::{Offer, Session};
 use poll_engine::session::wire::{HEADER_LEN, Header, Request};
 
 use super::Bytes;
