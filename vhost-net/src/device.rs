@@ -1,27 +1,32 @@
 //! The network device's face to the engine: features, configuration space, queues (virtio 1.3, 5.1.2 to 5.1.4).
 
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use poll_engine::device::{ConfigRefused, Device, Network, QueueHandler};
 
+use crate::control::{self, Control};
+use crate::control_queue::{ControlQueue, Controlled};
 use crate::features::{
     CSUM, GUEST_ANNOUNCE, GUEST_CSUM, GUEST_ECN, GUEST_TSO4, GUEST_TSO6, GUEST_USO4, GUEST_USO6, HOST_ECN,
     HOST_TSO4, HOST_TSO6, HOST_USO, MAC, MQ, MRG_RXBUF, MTU, STATUS,
 };
-use crate::hub::{Hub, Member};
+use crate::hub::{Hub, Member, Plan};
 use crate::mac::MacAddr;
 use crate::port::tap::card::TapCard;
+use crate::rss::{KEY, TABLE, hash_types};
 
-/// Bytes of `struct virtio_net_config` up to and with the MTU.
-pub const CONFIG_LEN: usize = 12;
+/// Bytes of `struct virtio_net_config`.
+pub const CONFIG_LEN: usize = 24;
 /// Most pairs of queues that are offered.
 pub const MAX_PAIRS: u16 = 16;
 /// The smallest and the largest MTU (5.1.4.1; a packet of 64 KiB with its Ethernet header).
 pub const MTU_RANGE: std::ops::RangeInclusive<u16> = 68..=65521;
 /// `VIRTIO_NET_S_LINK_UP`.
 const LINK_UP: u16 = 1;
+/// `VIRTIO_NET_S_ANNOUNCE`.
+const ANNOUNCE: u16 = 2;
 
 /// What drivers may leave to us, and we to them: what the receiver does not take is done by us.
 const OFFLOADS: u64 = CSUM
@@ -59,10 +64,13 @@ pub enum Joined {
 }
 
 /// A network card offered as a virtio device.
-#[derive(Debug)]
 pub struct NetDevice {
     card: Card,
     joined: Joined,
+    /// If there can be a control queue.
+    controlled: Option<Arc<Controlled>>,
+    /// Has the driver read configuration space again.
+    on_change: OnceLock<Box<dyn Fn() + Send + Sync>>,
     withheld: u64,
     told_link: AtomicBool,
     /// Features of the queues that were started last; 0: none was.
@@ -72,7 +80,25 @@ pub struct NetDevice {
 impl NetDevice {
     /// A card, without these features of the engine.
     pub fn new(card: Card, joined: Joined, withheld: u64) -> NetDevice {
-        NetDevice { card, joined, withheld, told_link: AtomicBool::new(true), started: AtomicU64::new(0) }
+        let controlled = match &joined {
+            Joined::Hub(hub, port) if matches!(hub.plan, Plan::Switch | Plan::Wire | Plan::Echo) => {
+                Some(Arc::new(Controlled::new(Arc::clone(hub), *port)))
+            }
+            // What comes from a tap or from nowhere is not looked at on its way.
+            _ => None,
+        };
+        let (told_link, started) = (AtomicBool::new(true), AtomicU64::new(0));
+        NetDevice { card, joined, controlled, on_change: OnceLock::new(), withheld, told_link, started }
+    }
+
+    /// Has the front end told by this that configuration space has changed. The first one given counts.
+    pub fn on_change(&self, act: impl Fn() + Send + Sync + 'static) {
+        let _ = self.on_change.set(Box::new(act));
+    }
+
+    /// Looks at what the driver has asked for through a control queue, or changes it.
+    fn control<T>(&self, act: impl FnOnce(&mut Control) -> T) -> Option<T> {
+        self.controlled.as_ref()?.with(|state| state.as_mut().map(act))
     }
 
     fn is_up(&self) -> bool {
@@ -91,14 +117,29 @@ impl NetDevice {
         Ok(self.told_link.swap(up, Ordering::Relaxed) != up)
     }
 
-    /// 5.1.4: mac, status, max_virtqueue_pairs, mtu.
+    /// 5.1.4: mac, status, max_virtqueue_pairs, mtu, speed, duplex, rss_max_key_size, rss_max_indirection_table_length,
+    /// supported_hash_types.
     fn config(&self) -> [u8; CONFIG_LEN] {
         let mut c = [0; CONFIG_LEN];
-        c[..6].copy_from_slice(&self.card.mac.unwrap_or_default());
-        c[6..8].copy_from_slice(&if self.is_up() { LINK_UP } else { 0 }.to_le_bytes());
+        let (mac, announcing) =
+            self.control(|control| (control.mac, control.announcing)).unwrap_or((self.card.mac, false));
+        let link = if self.is_up() { LINK_UP } else { 0 };
+        c[..6].copy_from_slice(&mac.unwrap_or_default());
+        c[6..8].copy_from_slice(&(link | if announcing { ANNOUNCE } else { 0 }).to_le_bytes());
         c[8..10].copy_from_slice(&self.card.pairs.to_le_bytes());
         c[10..12].copy_from_slice(&self.card.mtu.unwrap_or_default().to_le_bytes());
+        if self.controlled.is_some() {
+            c[17] = KEY as u8;
+            c[18..20].copy_from_slice(&(TABLE as u16).to_le_bytes());
+            c[20..24].copy_from_slice(&hash_types::ALL.to_le_bytes());
+        }
         c
+    }
+}
+
+impl std::fmt::Debug for NetDevice {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("NetDevice").field("card", &self.card).finish_non_exhaustive()
     }
 }
 
@@ -111,7 +152,9 @@ impl Device for NetDevice {
             Joined::Hub(..) => MRG_RXBUF | OFFLOADS,
             Joined::Tap(card) => card.tap().features(),
         };
-        joined | STATUS | mq | mac | mtu
+        // A front end that keeps the control queue to itself (QEMU) takes of these what it has a use for.
+        let controlled = if self.controlled.is_some() { control::FEATURES } else { 0 };
+        joined | STATUS | mq | mac | mtu | controlled
     }
 
     fn completes_in_order(&self) -> bool {
@@ -124,7 +167,7 @@ impl Device for NetDevice {
     }
 
     fn num_queues(&self) -> u16 {
-        2 * self.card.pairs
+        2 * self.card.pairs + u16::from(self.controlled.is_some())
     }
 
     fn max_ring_size(&self) -> u16 {
@@ -158,6 +201,17 @@ impl Device for NetDevice {
 
     fn start_queue(&self, index: u16, features: u64, size: u16) -> io::Result<Box<dyn QueueHandler>> {
         self.started.store(features, Ordering::Relaxed);
+        if let Some(controlled) = &self.controlled
+            && control::queue_index(features, self.card.pairs) == Some(index)
+        {
+            controlled.begin(features, self.card.pairs, self.card.mac);
+            return Ok(Box::new(ControlQueue::new(Arc::clone(controlled))));
+        }
+        if index >= 2 * self.card.pairs {
+            return Err(io::Error::other(format!(
+                "queue {index} is the control queue, which was not negotiated"
+            )));
+        }
         match &self.joined {
             Joined::Hub(hub, port) => {
                 Ok(Box::new(Member { hub: Arc::clone(hub), port: *port, index, features }))
@@ -177,17 +231,24 @@ impl Device for NetDevice {
 
     fn reset(&self) {
         self.started.store(0, Ordering::Relaxed);
+        self.controlled.iter().for_each(|controlled| controlled.reset());
     }
 }
 
 impl Network for NetDevice {
     fn announce(&self, mac: [u8; 6]) {
-        // A guest that can do so does it itself (5.1.6.5.4).
-        if self.started.load(Ordering::Relaxed) & GUEST_ANNOUNCE == 0 {
-            match &self.joined {
-                Joined::Hub(hub, port) => hub.announce(*port, MacAddr(mac)),
-                Joined::Tap(card) => card.announce(MacAddr(mac)),
+        // A guest that can do so does it itself (5.1.6.5.4), asked by whoever has its control queue.
+        if self.started.load(Ordering::Relaxed) & GUEST_ANNOUNCE != 0 {
+            if self.control(|control| control.announcing = true).is_some()
+                && let Some(tell) = self.on_change.get()
+            {
+                tell();
             }
+            return;
+        }
+        match &self.joined {
+            Joined::Hub(hub, port) => hub.announce(*port, MacAddr(mac)),
+            Joined::Tap(card) => card.announce(MacAddr(mac)),
         }
     }
 

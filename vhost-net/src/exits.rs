@@ -9,10 +9,10 @@ use poll_engine::engine::station::Queues;
 use poll_engine::ring::Ahead;
 
 use crate::fallback::{Outcome, deliver_softened, takes};
-use crate::header::HEADER;
 use crate::hub::Hub;
 use crate::outside::Outside;
 use crate::parcel::Chute;
+use crate::receivers::{Place, Receivers};
 use crate::rx::{Form, Refused, Sent, Spread, copy, deliver};
 use crate::stats::{Drop, PairStats};
 use crate::tx::{Glance, Head};
@@ -76,8 +76,10 @@ pub enum Ran {
 pub struct Exits {
     hub: Arc<Hub>,
     reactor: usize,
-    /// Receive queues here, by port.
+    /// The receive queues here for packets of each pair, by port; none of a port whose packets have to be looked at.
     pub targets: Vec<Vec<Target>>,
+    /// All of them.
+    receivers: Vec<Receivers>,
     /// The uplink, if it is here.
     pub outside: Option<Outside>,
     /// A segment's head.
@@ -91,23 +93,43 @@ impl Exits {
     /// Those of `hub` on this reactor: none yet.
     pub fn new(hub: Arc<Hub>, reactor: usize) -> Exits {
         let targets = hub.ports.iter().map(|_| Vec::new()).collect();
+        let receivers = hub.ports.iter().map(|_| Receivers::default()).collect();
         let (piece, spread, witness) = (Head::new(), Spread::new(), Witness::default());
-        Exits { hub, reactor, targets, outside: None, piece, spread, witness }
+        Exits { hub, reactor, targets, receivers, outside: None, piece, spread, witness }
     }
 
     /// A receive queue runs.
     pub fn open(&mut self, port: usize, target: Target) {
-        self.targets[port].push(target);
-        self.targets[port].sort_by_key(|t| t.pair);
-        self.hub.ports[port].places.fetch_or(1 << (self.reactor % 64), Ordering::Relaxed);
+        if let Some(home) = self.hub.ports[port].homes.get(target.pair) {
+            home.store(self.reactor, Ordering::Relaxed);
+        }
+        self.receivers[port].open(target);
+        self.sort_out(port);
     }
 
     /// A receive queue has stopped.
     pub fn close(&mut self, port: usize, pair: usize) {
-        self.targets[port].retain(|t| t.pair != pair);
-        if self.targets[port].is_empty() {
-            let others = !(1 << (self.reactor % 64));
-            self.hub.ports[port].places.fetch_and(others, Ordering::Relaxed);
+        self.receivers[port].close(pair);
+        self.sort_out(port);
+    }
+
+    /// A port's driver wants its packets in another way.
+    pub fn steer(&mut self, port: usize) {
+        self.receivers[port].steer(self.hub.steering(port));
+        self.sort_out(port);
+    }
+
+    /// Which of a port's queues are used, and whether its packets have to be looked at.
+    fn sort_out(&mut self, port: usize) {
+        let before = std::mem::take(&mut self.targets[port]);
+        let made = |id| before.iter().find(|t| t.id == id).map_or(0, |t| t.made);
+        let plain = self.receivers[port].sort_out(self.hub.ports[port].pairs.len()).into_iter();
+        self.targets[port] = plain.map(|t| Target { made: made(t.id), ..t }).collect();
+        let (places, own) = (&self.hub.ports[port].places, 1 << (self.reactor % 64));
+        if self.targets[port].is_empty() && !self.receivers[port].is_steered() {
+            places.fetch_and(!own, Ordering::Relaxed);
+        } else {
+            places.fetch_or(own, Ordering::Relaxed);
         }
     }
 
@@ -128,8 +150,12 @@ impl Exits {
         port: usize,
         packets: &[Option<Glance>],
     ) -> Ran {
-        let Some(target) = self.target(port, from.pair).filter(|t| t.form.header == HEADER) else {
-            return Ran::Single;
+        let (target, packets) = match self.target(port, from.pair) {
+            Some(target) => (target, packets),
+            None => match self.filtered(port, from.pair, packets) {
+                Some(some) => some,
+                None => return Ran::Single,
+            },
         };
         let Some((tx, rx)) = queues.pair(from.id, target.id) else { return Ran::Single };
         let room = rx.take_burst(packets.len(), RECEIVED);
@@ -163,9 +189,12 @@ impl Exits {
 
     /// Gives a packet of a burst to a port, as it takes it.
     pub fn give(&mut self, queues: &mut Queues<'_>, from: Origin, port: usize, head: &mut Head) -> Given {
-        let Some(target) = self.target(port, from.pair) else {
-            self.send_away(queues, from, port, head);
-            return Given::Away;
+        let target = match self.target(port, from.pair) {
+            Some(target) => target,
+            None => match self.look(queues, from, port, head) {
+                Some(target) => target,
+                None => return Given::Away,
+            },
         };
         let Some((tx, rx)) = queues.pair(from.id, target.id) else {
             self.stats_of(from).drop_tx(Drop::LinkDown);
@@ -184,6 +213,67 @@ impl Exits {
         Given::To(target.id)
     }
 
+    /// As many packets as go to the same queue here of a port whose packets have to be looked at, if their Ethernet headers
+    /// are enough for that.
+    #[cold]
+    fn filtered<'p>(
+        &self,
+        port: usize,
+        pair: usize,
+        packets: &'p [Option<Glance>],
+    ) -> Option<(Target, &'p [Option<Glance>])> {
+        let heads = packets.iter().map_while(|packet| packet.as_ref().map(Glance::bytes));
+        let (target, count) = self.receivers[port].filtered(pair, heads)?;
+        Some((target, &packets[..count]))
+    }
+
+    /// The queue here for a packet that has to be looked at, or that is for a port without queues here. `None`: it went
+    /// elsewhere, or nowhere.
+    #[cold]
+    fn look(
+        &mut self,
+        queues: &mut Queues<'_>,
+        from: Origin,
+        port: usize,
+        head: &mut Head,
+    ) -> Option<Target> {
+        if !self.receivers[port].is_steered() {
+            self.send_away(queues, from, port, head);
+            return None;
+        }
+        let chain = queues.finishing(from.id)?.burst(from.at);
+        let read = |at: u32, into: &mut [u8]| chain.readable(at, into.len() as u32).read(into);
+        let place = self.receivers[port].place(from.pair, head, read)?;
+        self.settle(port, place, |chute, pair| chute.send(port, pair, head, &chain))
+    }
+
+    /// The queue here for a packet that has to be looked at, whose bytes are ours; as [`look`](Self::look).
+    #[cold]
+    fn look_inside(&self, port: usize, pair: usize, head: &mut Head, bytes: &[u8]) -> Option<Target> {
+        let read = |at: u32, into: &mut [u8]| {
+            read_of(bytes, at, into);
+            bytes.len().saturating_sub(at as usize).min(into.len())
+        };
+        let place = self.receivers[port].place(pair, head, read)?;
+        self.settle(port, place, |chute, pair| chute.send_frame(port, pair, head, bytes))
+    }
+
+    /// The queue here for a packet whose place is known, unless it goes by the way to another reactor, which looks at it
+    /// again.
+    fn settle(&self, port: usize, place: Place, send: impl FnOnce(&Chute, usize) -> bool) -> Option<Target> {
+        let drop = |target: Target, why| self.hub.ports[port].pairs[target.pair].drop_rx(why);
+        match place {
+            Place::Nowhere(target) => drop(target, Drop::Filtered),
+            Place::Here(target) => return Some(target),
+            Place::Pair(pair, instead) => match self.hub.chute_to_pair(port, pair, self.reactor) {
+                Some(chute) if send(chute, pair) => {}
+                Some(_) => drop(instead, Drop::NoBuffers),
+                None => return Some(instead),
+            },
+        }
+        None
+    }
+
     /// Gives a packet whose bytes are ours to a port; false if it has no queue here.
     pub fn hand_in(
         &mut self,
@@ -194,8 +284,15 @@ impl Exits {
         bytes: &[u8],
     ) -> bool {
         let here = &self.targets[port];
-        let target = here.get(pair % here.len().max(1)).copied();
-        let Some((target, rx)) = target.and_then(|t| Some((t, queues.get(t.id)?))) else { return false };
+        let target = match here.get(pair % here.len().max(1)).copied() {
+            Some(target) => target,
+            None if !self.receivers[port].is_steered() => return false,
+            None => match self.look_inside(port, pair, head, bytes) {
+                Some(target) => target,
+                None => return true,
+            },
+        };
+        let Some(rx) = queues.get(target.id) else { return false };
         let read = |at: u32, into: &mut [u8]| read_of(bytes, at, into);
         let own = (&mut self.piece, &mut self.spread, &mut self.witness);
         let outcome = fit(rx, (port, target), head, bytes, read, own);
@@ -261,7 +358,10 @@ impl Exits {
     pub fn generate(&mut self, queues: &mut Queues<'_>, head: &mut Head, len: u32, burst: u16) -> usize {
         let mut made = 0;
         for (port, targets) in self.targets.iter_mut().enumerate() {
-            for target in targets {
+            for (pair, target) in targets.iter_mut().enumerate() {
+                if target.pair != pair {
+                    continue;
+                }
                 let Some(rx) = queues.get(target.id) else { continue };
                 let stats = &self.hub.ports[port].pairs[target.pair];
                 for _ in 0..rx.ready_for(burst, RECEIVED) {
@@ -287,6 +387,12 @@ impl Hub {
     pub(crate) fn chute_to(&self, port: usize) -> Option<&Chute> {
         let places = self.ports[port].places.load(Ordering::Relaxed);
         self.chutes.get().and_then(|chutes| chutes.get(places.trailing_zeros() as usize))
+    }
+
+    /// The way to the other reactor that has the receive queue of this pair.
+    fn chute_to_pair(&self, port: usize, pair: usize, own: usize) -> Option<&Chute> {
+        let home = self.ports[port].homes.get(pair)?.load(Ordering::Relaxed);
+        self.chutes.get().and_then(|chutes| chutes.get(home)).filter(|_| home != own)
     }
 }
 

@@ -79,6 +79,15 @@ pub struct HashReport {
     pub kind: u16,
 }
 
+impl HashReport {
+    /// What a header has of it behind the rest.
+    pub fn to_bytes(self) -> [u8; HEADER_WITH_HASH - HEADER] {
+        let [v0, v1, v2, v3] = self.value.to_le_bytes();
+        let [k0, k1] = self.kind.to_le_bytes();
+        [v0, v1, v2, v3, k0, k1, 0, 0]
+    }
+}
+
 /// How a packet is to be segmented.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Segmenting {
@@ -229,8 +238,7 @@ impl VnetHdr {
     pub fn to_bytes_with_hash(&self, hash: HashReport) -> [u8; HEADER_WITH_HASH] {
         let mut bytes = [0; HEADER_WITH_HASH];
         bytes[..HEADER].copy_from_slice(&self.to_bytes());
-        bytes[HEADER..HEADER + 4].copy_from_slice(&hash.value.to_le_bytes());
-        bytes[HEADER + 4..HEADER + 6].copy_from_slice(&hash.kind.to_le_bytes());
+        bytes[HEADER..].copy_from_slice(&hash.to_bytes());
         bytes
     }
 

@@ -12,6 +12,7 @@ use poll_engine::engine::reactor::{Io, QueueId};
 use crate::outside::News;
 use crate::parcel::Chute;
 use crate::stats::PairStats;
+use crate::steering::Steering;
 use crate::switch::{PortConfig, PortId, Switch};
 
 /// Where packets of a port go.
@@ -43,6 +44,10 @@ pub struct Port {
     pub(crate) places: AtomicU64,
     /// Queues that run.
     pub running: AtomicUsize,
+    /// The reactor that has, or last had, each receive queue of it.
+    pub(crate) homes: Vec<AtomicUsize>,
+    /// What its driver has asked for through the control queue.
+    steering: Mutex<Arc<Steering>>,
     /// A packet waits for buffers of its receiver, and those behind it wait with it; otherwise it is dropped.
     pub waits: bool,
 }
@@ -50,10 +55,13 @@ pub struct Port {
 impl Port {
     /// One whose link is up and whose guest is not there.
     pub fn new(name: String, pairs: u16, waits: bool) -> Port {
+        let homes = std::iter::repeat_with(Default::default).take(pairs.into()).collect();
         let pairs = std::iter::repeat_with(Default::default).take(pairs.into()).collect();
         Port {
             name,
             pairs,
+            homes,
+            steering: Mutex::default(),
             link: AtomicBool::new(true),
             places: AtomicU64::new(0),
             running: AtomicUsize::new(0),
@@ -72,7 +80,7 @@ impl Port {
 }
 
 /// Something has changed on a reactor.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Change {
     /// A queue runs.
     Up { port: usize, index: u16, id: QueueId, features: u64 },
@@ -80,6 +88,8 @@ pub(crate) enum Change {
     Down { port: usize, index: u16 },
     /// The switch's ports are not what they were.
     Rules,
+    /// A port's driver has asked for something else.
+    Steering(usize),
 }
 
 /// The way to the shard on one reactor.
@@ -91,7 +101,11 @@ pub(crate) struct Inbox {
 
 impl Inbox {
     fn put(&self, change: Change) {
-        self.changes.lock().unwrap_or_else(PoisonError::into_inner).push(change);
+        let mut changes = self.changes.lock().unwrap_or_else(PoisonError::into_inner);
+        // Guests may ask for much while a reactor sleeps.
+        if !matches!(change, Change::Steering(_)) || !changes.contains(&change) {
+            changes.push(change);
+        }
         self.full.store(true, Ordering::Release);
     }
 
@@ -163,6 +177,17 @@ impl Hub {
         switch.set_rules(PortId(port as u16), config);
         // Found before the next packet is moved, so that nobody need be woken.
         self.inboxes.iter().for_each(|inbox| inbox.put(Change::Rules));
+    }
+
+    /// Has packets for a port go to its guest in this way, from the next one on.
+    pub fn steer(&self, port: usize, steering: Steering) {
+        *self.ports[port].steering.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(steering);
+        self.inboxes.iter().for_each(|inbox| inbox.put(Change::Steering(port)));
+    }
+
+    /// In which way they do.
+    pub(crate) fn steering(&self, port: usize) -> Arc<Steering> {
+        Arc::clone(&self.ports[port].steering.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// No packet longer than this (without Ethernet header and tags) goes to a port of the switch.

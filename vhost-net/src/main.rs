@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use daemon::takeover::{self, Heir, Inherited, Source};
 use daemon::{Place, Switch};
-use poll_engine::device::features;
+use poll_engine::device::{Device, features};
 use poll_engine::engine::{Engine, EngineConfig};
 use poll_engine::session::serve::Export;
 use poll_engine::session::server::Server;
@@ -187,8 +187,7 @@ fn serve(
         if wanted.spec.link_down {
             device.set_link(false).with_context(|| format!("port {}: its link", wanted.name))?;
         }
-        let stats: Vec<_> =
-            std::iter::repeat_with(Arc::default).take(2 * usize::from(wanted.card.pairs)).collect();
+        let stats: Vec<_> = std::iter::repeat_with(Arc::default).take(device.num_queues().into()).collect();
         let (name, engine) = (wanted.name.clone(), Arc::clone(&engine));
         let export = Export { name, device: Arc::clone(&device) as _, stats: stats.clone(), engine };
         let (left, signals) = (Arc::clone(&left), signals.handle());
@@ -208,6 +207,7 @@ fn serve(
         if let Counted::Tap(tap) = &counted {
             tap.on_change(server.config_notifier());
         }
+        device.on_change(server.config_notifier());
         if spec.link_down {
             server.set_link(false);
         }

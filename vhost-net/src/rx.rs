@@ -4,7 +4,7 @@ use poll_engine::engine::queue::{Queue, Request};
 use poll_engine::memory::GuestSlice;
 use poll_engine::ring::chain::{ChainView, HeldChain, Slices};
 
-use crate::header::HEADER;
+use crate::header::{HEADER, HashReport};
 use crate::tx::{GLANCE, Glance, Head};
 
 /// Most receive buffers that a packet is spread over: 64 KiB in buffers of a page.
@@ -28,6 +28,8 @@ pub struct Form {
     pub header: usize,
     /// A packet may be spread over buffers (`VIRTIO_NET_F_MRG_RXBUF`).
     pub mergeable: bool,
+    /// What a header with a hash says.
+    pub hash: HashReport,
 }
 
 /// Bytes of a packet behind its head.
@@ -149,7 +151,7 @@ pub fn deliver(
     }
     let Some(request) = rx.take() else { return Err(Refused::Broken) };
     let chain = rx.chain();
-    head.make_received(form.header);
+    head.make_received(form.header, form.hash);
     let (len, whole) = (head.len(), head.is_whole());
     if chain.writable_len() >= len {
         let bytes = head.bytes(1);

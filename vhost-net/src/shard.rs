@@ -10,7 +10,7 @@ use poll_engine::engine::station::{Queues, Station};
 use crate::burst::{Burst, Source, described};
 use crate::exits::{Exits, Target, read_of};
 use crate::features::MRG_RXBUF;
-use crate::header::header_len;
+use crate::header::{HashReport, header_len};
 use crate::hub::{Change, Hub, Plan};
 use crate::outside::Outside;
 use crate::parcel::{Chute, Parcel};
@@ -74,11 +74,13 @@ impl Shard {
                     if index % 2 == 1 {
                         self.sources.push(Source::new(id, (port, pair), header, features));
                     } else {
-                        let form = Form { header, mergeable: features & MRG_RXBUF != 0 };
+                        let mergeable = features & MRG_RXBUF != 0;
+                        let form = Form { header, mergeable, hash: HashReport::default() };
                         self.exits.open(port, Target { id, pair, form, features, made: 0 });
                     }
                 }
                 Change::Rules => self.switching.iter_mut().for_each(switch::Shard::adopt),
+                Change::Steering(port) => self.exits.steer(port),
                 Change::Down { port, index } => {
                     let pair = usize::from(index / 2);
                     if index % 2 == 1 {

@@ -20,16 +20,19 @@ pub enum Drop {
     BadHeader,
     /// There is nowhere for it to go.
     NoDestination,
+    /// The receiver's driver does not want it: it has said so through the control queue.
+    Filtered,
 }
 
 /// Names of [`Drop`], in order.
-pub const DROPS: [(Drop, &str); 6] = [
+pub const DROPS: [(Drop, &str); 7] = [
     (Drop::NoBuffers, "no_buffers"),
     (Drop::TooLong, "too_long"),
     (Drop::LinkDown, "link_down"),
     (Drop::Malformed, "malformed"),
     (Drop::BadHeader, "bad_header"),
     (Drop::NoDestination, "no_destination"),
+    (Drop::Filtered, "filtered"),
 ];
 
 /// Packets to more than one, of all that went one way.

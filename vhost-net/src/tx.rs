@@ -5,7 +5,7 @@ use std::num::NonZero;
 
 use poll_engine::ring::chain::ChainView;
 
-use crate::header::{BadHeader, Gso, HEADER, HEADER_WITH_HASH, Offload, Partial, VnetHdr};
+use crate::header::{BadHeader, Gso, HEADER, HEADER_WITH_HASH, HashReport, Offload, Partial, VnetHdr};
 use crate::outside::HOST_OFFLOADS;
 use crate::packet::{ETHERTYPE_VLAN, PEEK, Packet, TAG};
 use crate::switch::vlan::TagAction;
@@ -245,11 +245,23 @@ impl Head {
         self.len - self.header as u32
     }
 
-    /// Gives it a header as the receiver wants it, of this many bytes.
+    /// Copies more of a packet that was glanced at, as much as there is room for, by where it is in the sender's chain. What
+    /// was decided by stays what it was.
+    #[cold]
+    pub fn look_further(&mut self, read: impl FnOnce(u32, &mut [u8]) -> usize) {
+        let end = (self.header + PEEK).min(self.len as usize);
+        if let Some(room) = self.bytes.get_mut(self.copied..end) {
+            let more = read(self.read, room);
+            self.copied += more;
+            self.read += more as u32;
+        }
+    }
+
+    /// Gives it a header as the receiver wants it, of this many bytes, with a hash if that has room for one.
     #[inline]
-    pub fn make_received(&mut self, header: usize) {
+    pub fn make_received(&mut self, header: usize, hash: HashReport) {
         if header != self.header {
-            self.resize_header(header);
+            self.resize_header(header, hash);
         }
         // What a plain header says besides is nobody's concern.
         if self.is_plain() {
@@ -265,10 +277,12 @@ impl Head {
     }
 
     #[cold]
-    fn resize_header(&mut self, header: usize) {
+    fn resize_header(&mut self, header: usize, hash: HashReport) {
         let packet = self.copied - self.header;
         self.bytes.copy_within(self.header..self.copied, header);
-        self.bytes[HEADER..header].fill(0);
+        if header == HEADER_WITH_HASH {
+            self.bytes[HEADER..header].copy_from_slice(&hash.to_bytes());
+        }
         self.len = self.packet_len() + header as u32;
         (self.header, self.copied) = (header, header + packet);
     }

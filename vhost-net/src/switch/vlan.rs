@@ -37,6 +37,11 @@ impl VlanSet {
     pub fn insert(&mut self, vid: u16) {
         self.0[usize::from(vid >> 6 & 63)] |= 1 << (vid & 63);
     }
+
+    /// Takes one out.
+    pub fn remove(&mut self, vid: u16) {
+        self.0[usize::from(vid >> 6 & 63)] &= !(1 << (vid & 63));
+    }
 }
 
 impl fmt::Debug for VlanSet {

@@ -6,6 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use nix::sys::eventfd::EventFd;
+use poll_engine::device::Device;
 use poll_engine::engine::pacing::Pacing;
 use poll_engine::engine::placement::{CpuList, usable_cpus};
 use poll_engine::engine::{Engine, EngineConfig, RunningStation};
@@ -15,9 +16,11 @@ use poll_engine::ring::driver::{Buffer, DriverRing};
 use poll_engine::session::listen::Listener;
 use poll_engine::session::serve::Export;
 use poll_engine::session::server::Server;
+use poll_engine::stats::QueueStats;
+use vhost_net::control::queue_index;
 use vhost_net::device::{Card, Joined, NetDevice};
 use vhost_net::features::MRG_RXBUF;
-use vhost_net::header::VnetHdr;
+use vhost_net::header::{HEADER, VnetHdr, header_len};
 use vhost_net::hub::{Hub, Plan, Port};
 use vhost_net::outside::Outside;
 use vhost_net::pcap::Capture;
@@ -33,7 +36,6 @@ use crate::peer::{FEATURES, Peer, eventfd, longs, until, words};
 const RING: u16 = 64;
 /// Bytes of a buffer.
 const BUFFER: u32 = 2048;
-const HEADER: usize = 12;
 const MEMORY: u64 = 1 << 19;
 
 /// A switch that serves.
@@ -41,6 +43,8 @@ pub struct Back {
     pub hub: Arc<Hub>,
     pub switch: Arc<Switch>,
     servers: Vec<Server>,
+    stats: Vec<Vec<Arc<QueueStats>>>,
+    pairs: u16,
     stations: Vec<RunningStation>,
     engine: Arc<Engine>,
     dir: tempfile::TempDir,
@@ -107,15 +111,23 @@ impl Back {
         });
         let stations = stations.collect();
         let dir = tempfile::tempdir().unwrap();
+        let mut stats = vec![];
         let servers = (0..ports.len()).map(|at| {
             let card = Card { mac: Some(mac(at).0), mtu: None, pairs, ring_size: 256 };
             let device = Arc::new(NetDevice::new(card, Joined::Hub(Arc::clone(&hub), at), 0));
-            let stats = std::iter::repeat_with(Arc::default).take(2 * usize::from(pairs)).collect();
-            let export = Export { name: format!("port{at}"), device, stats, engine: Arc::clone(&engine) };
-            Server::start(export, Listener::bind(&socket(dir.path(), at)).unwrap(), || {}).unwrap()
+            let own: Vec<Arc<QueueStats>> =
+                std::iter::repeat_with(Arc::default).take(device.num_queues().into()).collect();
+            stats.push(own.clone());
+            let engine = Arc::clone(&engine);
+            let export =
+                Export { name: format!("port{at}"), device: Arc::clone(&device) as _, stats: own, engine };
+            let server = Server::start(export, Listener::bind(&socket(dir.path(), at)).unwrap(), || {});
+            let server = server.unwrap();
+            device.on_change(server.config_notifier());
+            server
         });
-        let servers = servers.collect();
-        Back { hub, switch, servers, stations, engine, dir }
+        let servers: Vec<Server> = servers.collect();
+        Back { hub, switch, servers, stats, pairs, stations, engine, dir }
     }
 
     /// The guest at a port, with all its buffers made available.
@@ -138,7 +150,8 @@ impl Back {
     }
 
     fn connect(&self, at: usize, pairs: u16, features: u64) -> Guest {
-        let guest = Guest::connect(&socket(self.dir.path(), at), at, pairs, features);
+        let control = queue_index(features, self.pairs);
+        let guest = Guest::connect(&socket(self.dir.path(), at), at, pairs, features, control);
         until("the link", || self.hub.switch.is_none() || self.switch.is_up(PortId(at as u16)));
         guest
     }
@@ -151,6 +164,11 @@ impl Back {
     /// Where it does.
     pub fn socket(&self, at: usize) -> std::path::PathBuf {
         socket(self.dir.path(), at)
+    }
+
+    /// Requests in a port's queue that something was wrong with.
+    pub fn errors(&self, port: usize, queue: usize) -> u64 {
+        self.stats[port][queue].errors_total()
     }
 
     /// Frames of a port that were dropped, by any name with this in it.
@@ -254,18 +272,22 @@ pub struct Guest {
     pub map: Arc<MemoryMap>,
     pub rx: Vec<Ring>,
     pub tx: Vec<Ring>,
+    control: Option<Ring>,
     ram: Ram,
-    /// What it has received, and the headers before it.
+    /// Bytes of a header.
+    header: usize,
+    /// What it has received, the headers before it, and in which queues it came.
     pub got: Vec<Vec<u8>>,
     pub headers: Vec<Vec<u8>>,
+    pub queues: Vec<usize>,
     /// Buffers of the last frame that are still to come.
     missing: usize,
 }
 
 impl Guest {
-    fn connect(path: &Path, at: usize, pairs: u16, features: u64) -> Guest {
+    fn connect(path: &Path, at: usize, pairs: u16, features: u64, control: Option<u16>) -> Guest {
         let features = FEATURES | features;
-        let mut ram = Ram::new((at as u64 + 1) << 32, MEMORY * u64::from(pairs), false).unwrap();
+        let mut ram = Ram::new((at as u64 + 1) << 32, MEMORY * (u64::from(pairs) + 1), false).unwrap();
         let all = ram.spec();
         fill(ram.map(), all.guest_addr, all.size as usize, secret(at));
         let mut peer = Peer::new(UnixStream::connect(path).unwrap());
@@ -277,18 +299,64 @@ impl Guest {
         let mut rings: Vec<Ring> = (0..2 * pairs).map(|_| Ring::new(&mut ram, features)).collect();
         assert!(peer.mem_table(&[(ram.spec(), ram.fd().as_fd().as_raw_fd())]));
         (0..).zip(&rings).for_each(|(index, ring)| ring.set_up(&mut peer, index));
+        let header = header_len(features);
+        let control = control.map(|index| {
+            let ring = Ring::new(&mut ram, features);
+            ring.set_up(&mut peer, index.into());
+            ring
+        });
         let (mut rx, mut tx) = (vec![], vec![]);
         while !rings.is_empty() {
             rx.push(rings.remove(0));
             tx.push(rings.remove(0));
         }
         let map = Arc::clone(ram.map());
-        Guest { at, peer, map, rx, tx, ram, got: vec![], headers: vec![], missing: 0 }
+        let (got, headers, queues) = Default::default();
+        Guest { at, peer, map, rx, tx, control, ram, header, got, headers, queues, missing: 0 }
+    }
+
+    /// Has a command done: class, command, data; the answer.
+    pub fn command(&mut self, bytes: &[u8]) -> u8 {
+        self.command_in(&[bytes.len()], bytes, 1)
+    }
+
+    /// The same, of which each buffer has so many bytes at most, with so many for the answer.
+    pub fn command_in(&mut self, parts: &[usize], bytes: &[u8], room: u32) -> u8 {
+        let ring = self.control.as_mut().unwrap();
+        let mut buffers = vec![];
+        let mut rest = bytes;
+        for len in parts {
+            let (part, behind) = rest.split_at((*len).min(rest.len()));
+            rest = behind;
+            for piece in part.chunks(BUFFER as usize) {
+                let addr = ring.buffers[buffers.len()];
+                self.map.slice(addr, BUFFER).unwrap().write(piece);
+                buffers.push(Buffer { addr, len: piece.len() as u32, writable: false });
+            }
+        }
+        let answer = *ring.buffers.last().unwrap();
+        self.map.slice(answer, BUFFER).unwrap().write(&[0xee; 2]);
+        if room > 0 {
+            buffers.push(Buffer { addr: answer, len: room, writable: true });
+        }
+        let head = ring.driver.add(&buffers).unwrap();
+        ring.heads[usize::from(head)] = vec![answer];
+        ring.publish();
+        let mut written = None;
+        until("an answer", || {
+            written = ring.collect().map(|(_, len)| len);
+            written.is_some()
+        });
+        assert_eq!(written, Some(room.min(1)));
+        let mut said = [0; 2];
+        self.map.slice(answer, BUFFER).unwrap().read(&mut said);
+        assert_eq!(said[1], 0xee);
+        said[0]
     }
 
     /// Sends a frame behind a header without anything.
     pub fn send(&mut self, pair: usize, frame: &[u8]) {
-        let bytes = [&[0; HEADER][..], frame].concat();
+        let bytes = [&vec![0; self.header][..], frame].concat();
         self.send_raw(pair, &bytes);
     }
 
@@ -301,7 +369,7 @@ impl Guest {
     /// Sends frames, all of which come to be seen at once, behind headers without anything.
     pub fn send_burst<'a>(&mut self, pair: usize, frames: impl IntoIterator<Item = &'a Vec<u8>>) {
         for frame in frames {
-            self.queue_raw(pair, &[&[0; HEADER][..], frame].concat());
+            self.queue_raw(pair, &[&vec![0; self.header][..], frame].concat());
         }
         self.tx[pair].publish();
     }
@@ -350,8 +418,9 @@ impl Guest {
                 let bytes = self.take_buffer(at, buffers[0], len);
                 if self.missing == 0 {
                     self.missing = usize::from(u16::from_le_bytes([bytes[10], bytes[11]]));
-                    self.headers.push(bytes[..HEADER].to_vec());
-                    self.got.push(bytes[HEADER..].to_vec());
+                    self.headers.push(bytes[..self.header].to_vec());
+                    self.got.push(bytes[self.header..].to_vec());
+                    self.queues.push(at);
                 } else if let Some(frame) = self.got.last_mut() {
                     frame.extend(bytes);
                 }
@@ -396,6 +465,15 @@ impl Guest {
         std::mem::take(&mut self.got)
     }
 
+    /// Waits until so many frames have come whose headers are looked at by whoever asks; all of them.
+    pub fn await_frames_and_headers(&mut self, count: usize) -> Vec<Vec<u8>> {
+        until("frames", || {
+            self.receive();
+            self.got.len() >= count
+        });
+        std::mem::take(&mut self.got)
+    }
+
     /// The next frame with its header.
     pub fn await_offload(&mut self) -> (VnetHdr, Vec<u8>) {
         until("a frame", || {
@@ -403,7 +481,7 @@ impl Guest {
             !self.got.is_empty()
         });
         let header = self.headers.remove(0);
-        (VnetHdr::from_bytes(header.as_slice().try_into().unwrap()), self.got.remove(0))
+        (VnetHdr::from_bytes(header[..HEADER].try_into().unwrap()), self.got.remove(0))
     }
 
     /// Everything in its memory that is neither ring nor buffer is as it was, and nothing anywhere is of another guest's.
@@ -417,7 +495,7 @@ impl Guest {
             let found = places.find(|&i| all[i..].starts_with(&theirs));
             assert_eq!(found, None, "guest {} has what is guest {other}'s", self.at);
         }
-        let rings = self.rx.iter().chain(&self.tx);
+        let rings = self.rx.iter().chain(&self.tx).chain(&self.control);
         let buffers = rings.flat_map(|r| r.buffers.iter());
         let end = buffers.max().unwrap() + u64::from(BUFFER);
         self.check_secret(end, &all[(end - spec.guest_addr) as usize..]);

@@ -5,6 +5,7 @@ mod peer;
 
 mod burst;
 mod capture;
+mod control;
 mod guest;
 mod live;
 mod loopback;
