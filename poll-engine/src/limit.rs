@@ -66,14 +66,24 @@ impl Bucket {
     /// So much passes at `now` (nanoseconds).
     #[inline]
     pub fn charge(&self, now: u64, amount: u64) {
+        self.reserve(now, amount);
+    }
+
+    /// So much will pass, and is charged at `now` (nanoseconds): from when on it may. May be past. Those who wait come one
+    /// after the other, as they have reserved.
+    #[inline]
+    pub fn reserve(&self, now: u64, amount: u64) -> u64 {
         let price = self.price.load(Ordering::Relaxed);
         if price == 0 {
-            return;
+            return 0;
         }
+        let burst = self.burst.load(Ordering::Relaxed);
         let now = now.saturating_mul(TICKS);
         let cost = u64::try_from((u128::from(price) * u128::from(amount)) >> FRACTION).unwrap_or(u64::MAX);
         let later = |full_at: u64| Some(full_at.max(now).saturating_add(cost));
-        let _ = self.full_at.fetch_update(Ordering::Relaxed, Ordering::Relaxed, later);
+        let (Ok(before) | Err(before)) =
+            self.full_at.fetch_update(Ordering::Relaxed, Ordering::Relaxed, later);
+        before.saturating_sub(burst).div_ceil(TICKS)
     }
 }
 
@@ -136,6 +146,14 @@ mod tests {
         assert!(!bucket.is_open(9 * SEC - 1));
         assert!(bucket.is_open(9 * SEC));
         assert_eq!(bucket.open_at(), 9 * SEC);
+    }
+
+    #[test]
+    fn those_who_wait_come_one_after_the_other() {
+        let bucket = Bucket::new(1000, Duration::ZERO);
+        assert!(bucket.reserve(SEC, 1) <= SEC);
+        assert_eq!([1, 2, 1].map(|n| bucket.reserve(SEC, n)), [1, 2, 4].map(|ms| SEC + ms * MS));
+        assert!(!bucket.is_open(SEC + 5 * MS - 1) && bucket.is_open(SEC + 5 * MS));
     }
 
     #[test]

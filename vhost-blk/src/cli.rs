@@ -14,6 +14,7 @@ use poll_engine::session::state::MAX_QUEUES;
 use serde::Deserialize;
 
 use crate::check::check;
+use crate::limits::Limits;
 use crate::spec::DiskSpec;
 
 /// Poll-mode vhost-user block back end.
@@ -76,7 +77,8 @@ pub struct Options {
     pub backend: Option<Synthetic>,
 
     /// Serve a further disk; repeat for more. Keys: socket-path, fd, blk-file, backend, name, serial, incoming, record, and
-    /// in the place of what all disks have: read-only, num-queues, queue-size, packed, cache, direct, block-size
+    /// in the place of what all disks have: read-only, num-queues, queue-size, packed, cache, direct, block-size,
+    /// limit (with + for each comma)
     #[arg(long, value_name = "KEY=VALUE,...")]
     pub disk: Vec<DiskSpec>,
 
@@ -145,6 +147,12 @@ pub struct DeviceOptions {
     #[arg(long, value_name = "BYTES", default_value_t = 512, value_parser = block_size)]
     #[serde(deserialize_with = "blocks")]
     pub block_size: u32,
+
+    /// Most requests and bytes in a second, such as iops-read=1000,bps-write=100M. Keys: iops-total, iops-read, iops-write,
+    /// bps-total, bps-read, bps-write; each with -max, what it may go up to after it was less, and -max-length, for how many
+    /// seconds
+    #[arg(long, value_name = "KEY=VALUE,...")]
+    pub limit: Option<Limits>,
 
     /// Serial number the guest sees, at most 20 ASCII characters
     #[arg(long, value_name = "TEXT", default_value = "", value_parser = serial)]
@@ -338,7 +346,7 @@ mod tests {
     }
 
     /// Of each option some value, on the command line and in a file.
-    const EACH: [(&str, &str); 19] = [
+    const EACH: [(&str, &str); 20] = [
         ("--socket-path=/s", "socket-path = '/s'"),
         ("--fd=3", "fd = 3"),
         ("--blk-file=/f", "blk-file = '/f'"),
@@ -356,6 +364,7 @@ mod tests {
         ("--cache=writethrough", "cache = 'writethrough'"),
         ("--direct=off", "direct = 'off'"),
         ("--block-size=4096", "block-size = 4096"),
+        ("--limit=iops-read=5,bps-total=1M", "limit = { iops-read = 5, bps-total = '1M' }"),
         ("--serial=17", "serial = 17"),
         ("--fixed-buffers=on", "fixed-buffers = true"),
         ("--cpus=0-1", "cpus = [0, 1]"),
@@ -391,6 +400,8 @@ mod tests {
             "packed = 'maybe'",
             "cache = 'none'",
             "block-size = 100",
+            "limit = 'iops=5'",
+            "limit = { iops-read-max = 5 }",
             "serial = '123456789012345678901'",
             "fixed-buffers = 'some'",
             "cpus = 'x'",

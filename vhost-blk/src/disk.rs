@@ -13,6 +13,7 @@ use poll_engine::memory::Ram;
 
 use crate::lock::{LockError, lock, outlast, release};
 use crate::open::{FileTraits, OpenError};
+use crate::throttle::Throttle;
 
 /// A memento of write-through: every write is durable.
 const MODE_WRITETHROUGH: u8 = 1;
@@ -72,6 +73,7 @@ pub struct Disk {
     path: PathBuf,
     /// Whether the image's lock is ours.
     locked: Mutex<bool>,
+    throttle: Throttle,
 }
 
 /// How a disk is to be presented.
@@ -127,6 +129,7 @@ impl Disk {
             mode_told: AtomicBool::new(false),
             path: config.path.clone(),
             locked: Mutex::new(!config.incoming),
+            throttle: Throttle::default(),
         }
     }
 
@@ -171,6 +174,12 @@ impl Disk {
             }
             Err(e) => warn!("{} stays locked, its guest cannot go on elsewhere: {e}", self.path.display()),
         }
+    }
+
+    /// What keeps it to its limits.
+    #[inline]
+    pub fn throttle(&self) -> &Throttle {
+        &self.throttle
     }
 
     /// Where the bytes are.

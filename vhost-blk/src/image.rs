@@ -63,7 +63,7 @@ impl Image<'_> {
                 options.block_size
             );
         }
-        Ok(Disk::new(
+        let disk = Disk::new(
             storage,
             capacity,
             &DiskConfig {
@@ -75,6 +75,8 @@ impl Image<'_> {
                 path: self.file.map(Path::to_owned).unwrap_or_default(),
                 incoming: self.incoming,
             },
-        ))
+        );
+        disk.throttle().set(options.limit.unwrap_or_default());
+        Ok(disk)
     }
 }

@@ -6,7 +6,7 @@
 //!
 //! [`disk`] is what all queues of a device share, [`device`] is its face to the engine, [`image`] opens one as it
 //! was asked for, [`open`] finds out what a file can do before anything starts, [`lock`] keeps other writers away,
-//! [`record`] writes down what was asked for,
+//! [`record`] writes down what was asked for, [`limits`] is how much may be done and [`throttle`] keeps to it,
 //! [`spec`] and [`cli`] are what a disk and a daemon are asked to be, and [`check`] whether that goes together,
 //! [`takeover`] is what a newer process needs to know of a disk to go on with it.
 
@@ -16,6 +16,7 @@ pub mod cli;
 pub mod device;
 pub mod disk;
 pub mod image;
+pub mod limits;
 pub mod lock;
 pub mod open;
 pub mod queue;
@@ -24,3 +25,4 @@ pub mod report;
 pub mod request;
 pub mod spec;
 pub mod takeover;
+pub mod throttle;

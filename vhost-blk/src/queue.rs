@@ -1,6 +1,7 @@
 //! One block queue: takes requests, hands them to the back end, writes status bytes and used lengths.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use poll_engine::device::QueueHandler;
 use poll_engine::engine::queue::{Queue, Request};
@@ -11,7 +12,8 @@ use poll_engine::stats::ErrorKind;
 use crate::backend::{Backend, Begun, Failure, Outcome};
 use crate::disk::Disk;
 use crate::record::tap::Tap;
-use crate::request::{ID_LEN, Operation, STATUS_OK, parse};
+use crate::request::{ID_LEN, Invalid, Operation, STATUS_OK, parse};
+use crate::throttle::Gate;
 
 /// The handler of one queue over one kind of back end.
 #[derive(Debug)]
@@ -20,17 +22,24 @@ pub struct BlkQueue<B> {
     backend: B,
     /// Where requests are noted, when they are.
     tap: Option<Tap>,
+    gate: Gate,
 }
 
 impl<B: Backend> BlkQueue<B> {
     /// A queue of `disk`, recorded by `tap`.
     pub fn new(disk: Arc<Disk>, backend: B, tap: Option<Tap>) -> BlkQueue<B> {
-        BlkQueue { disk, backend, tap }
+        BlkQueue { disk, backend, tap, gate: Gate::default() }
     }
 
     #[inline]
-    fn one(&mut self, request: Request, queue: &mut Queue, io: &mut Io<'_>) {
-        let (request, written) = match parse(&queue.chain(), &self.disk) {
+    fn one(
+        &mut self,
+        request: Request,
+        asked: Result<Operation, Invalid>,
+        queue: &mut Queue,
+        io: &mut Io<'_>,
+    ) {
+        let (request, written) = match asked {
             Ok(operation @ Operation::GetId { len }) => {
                 if let Some(tap) = &mut self.tap {
                     tap.note(&self.disk, &queue.chain(), request.since(), operation, STATUS_OK);
@@ -57,6 +66,33 @@ impl<B: Backend> BlkQueue<B> {
         queue.complete(request, written);
     }
 
+    /// As [`poll`](QueueHandler::poll), for a disk with limits: a request that has to wait stays in the ring, and those
+    /// behind it.
+    #[inline(never)]
+    fn poll_limited(&mut self, queue: &mut Queue, io: &mut Io<'_>) -> usize {
+        let now = self.disk.throttle().now();
+        if !self.gate.opens(self.disk.throttle(), now) {
+            return 0;
+        }
+        let ready = queue.ready();
+        let mut taken = 0;
+        while taken < ready {
+            // What an earlier back end had begun is under way.
+            let begun = queue.has_resubmits();
+            let Some(request) = queue.take() else { break };
+            let asked = parse(&queue.chain(), &self.disk);
+            if let (Ok(operation), false) = (&asked, begun)
+                && !self.gate.passes(operation, self.disk.throttle(), now, queue.stats())
+            {
+                queue.untake(request);
+                break;
+            }
+            self.one(request, asked, queue, io);
+            taken += 1;
+        }
+        usize::from(taken)
+    }
+
     /// 5.2.6: "the device ID string is a NUL-padded ASCII string up to 20 bytes long".
     fn get_id(&self, chain: &ChainView<'_>, len: u32) -> u32 {
         let mut id = [0; ID_LEN];
@@ -73,15 +109,21 @@ impl<B: Backend> QueueHandler for BlkQueue<B> {
 
     #[inline]
     fn poll(&mut self, queue: &mut Queue, io: &mut Io<'_>) -> usize {
-        let ready = queue.ready();
-        for _ in 0..ready {
-            let Some(request) = queue.take() else { break };
-            self.one(request, queue, io);
-        }
+        let taken = if self.disk.throttle().is_on() || self.gate.is_closed() {
+            self.poll_limited(queue, io)
+        } else {
+            let ready = queue.ready();
+            for _ in 0..ready {
+                let Some(request) = queue.take() else { break };
+                let asked = parse(&queue.chain(), &self.disk);
+                self.one(request, asked, queue, io);
+            }
+            ready.into()
+        };
         if let Some(tap) = &mut self.tap {
             tap.pass_on_now();
         }
-        usize::from(ready)
+        taken
     }
 
     fn complete(&mut self, queue: &mut Queue, io: &mut Io<'_>, tag: u32, result: i32) {
@@ -96,6 +138,14 @@ impl<B: Backend> QueueHandler for BlkQueue<B> {
     }
 
     fn detach(&mut self, _: &mut Io<'_>) {}
+
+    fn wants_chains(&self) -> bool {
+        !self.gate.is_closed()
+    }
+
+    fn longest_sleep(&self) -> Option<Duration> {
+        self.gate.longest_sleep(self.disk.throttle().now())
+    }
 
     fn uses_fixed_buffers(&self) -> bool {
         self.backend.uses_fixed_buffers()

@@ -1,5 +1,5 @@
 //! Statistics as text: a line for the disk, a line for each queue, one for each kind of error that has happened, and one
-//! for a disk behind a vIOMMU.
+//! each for a disk behind a vIOMMU and one that was kept to a limit.
 
 use std::fmt::Write;
 use std::sync::Arc;
@@ -27,6 +27,12 @@ pub fn report(name: &str, capacity: u64, queues: &[Arc<QueueStats>]) -> String {
     let misses: u64 = queues.iter().map(|q| q.iotlb_misses.get()).sum();
     if misses > 0 {
         let _ = writeln!(out, "iotlb misses {misses}");
+    }
+    let sum = |of: fn(&QueueStats) -> u64| queues.iter().map(|q| of(q)).sum::<u64>();
+    let times = sum(|q| q.limited.get());
+    if times > 0 {
+        let seconds = sum(|q| q.limited_ns.get()) as f64 / 1e9;
+        let _ = writeln!(out, "limited {times} times, {seconds:.3} s");
     }
     out
 }

@@ -8,6 +8,7 @@ use daemon::{Place, Switch, from_text, on_off, ring_size};
 use serde::Deserialize;
 
 use crate::cli::{CacheMode, DeviceOptions, Synthetic, block_size, cache_mode, num_queues, serial};
+use crate::limits::Limits;
 use crate::takeover::Medium;
 
 /// Longest name.
@@ -60,6 +61,8 @@ pub struct DiskSpec {
     /// Logical block size in bytes.
     #[serde(deserialize_with = "some_blocks")]
     pub block_size: Option<u32>,
+    /// How much may be done in a second.
+    pub limit: Option<Limits>,
 }
 
 from_text! {
@@ -129,6 +132,7 @@ impl DiskSpec {
             cache: self.cache.unwrap_or(all.cache),
             direct: self.direct.unwrap_or(all.direct),
             block_size: self.block_size.unwrap_or(all.block_size),
+            limit: self.limit.or(all.limit),
             serial: self.serial.clone(),
             fixed_buffers: all.fixed_buffers,
         }
@@ -154,6 +158,8 @@ mod tests {
         assert_eq!((disk.blk_file.clone(), disk.record.clone()), (Some("/f".into()), Some("/r".into())));
         let device = disk.device(&DeviceOptions::default());
         assert_eq!((device.read_only, device.queue_size, device.num_queues), (true, 64, 1));
+        let limited: DiskSpec = "limit=iops-read=5+bps-total=1M,num-queues=2".parse().unwrap();
+        assert_eq!((limited.limit, limited.num_queues), ("bps-total=1M,iops-read=5".parse().ok(), Some(2)));
         let unnamed: DiskSpec = "socket-path=/s,blk-file=/f".parse().unwrap();
         assert_eq!((unnamed.key(), unnamed.title()), ("/s".into(), "/f".into()));
         for bad in ["", "x=y", "name=", "name=a b", "fd=x", "num-queues=0", "backend=disk:1", "cache=none"] {
