@@ -7,7 +7,7 @@
 //! A packet that asks for anything, has a tag, goes to many, or does not fit, goes by itself: its head is copied out of guest
 //! memory and decided on ([`Head`]).
 
-use poll_engine::engine::queue::MAX_BURST;
+use poll_engine::engine::queue::{MAX_BURST, Queue};
 use poll_engine::engine::reactor::QueueId;
 use poll_engine::engine::station::Queues;
 use poll_engine::ring::Ahead;
@@ -116,7 +116,7 @@ impl Burst {
         }
         // Most often all go where the last one went.
         if let Some(rx) = source.last.and_then(|last| queues.get(last)) {
-            rx.ready_for(taken as u16, Ahead::RING);
+            rx.expect_burst(taken);
         }
         let id = source.id;
         let (port, own) = (PortId(source.port as u16), &hub.ports[source.port].pairs[source.pair]);
@@ -124,8 +124,13 @@ impl Burst {
         if switching.as_ref().is_some_and(|switch| switch.looks_inside(port)) {
             glances.fill(None);
         } else if let Some(tx) = queues.finishing(id) {
-            for (at, glance) in glances.iter_mut().enumerate() {
-                *glance = Glance::of(&tx.burst(at), source.header);
+            let mut are_single = true;
+            for (glance, buffer) in glances.iter_mut().zip(tx.burst_buffers(0, false)) {
+                are_single &= buffer.is_some();
+                *glance = buffer.and_then(|all| Glance::of_first(all, all.len() as u32, source.header));
+            }
+            if !are_single {
+                glance_at_chains(tx, glances, source.header);
             }
         }
         if hub.plan == Plan::Echo {
@@ -159,6 +164,14 @@ impl Burst {
 impl Default for Burst {
     fn default() -> Burst {
         Burst::new()
+    }
+}
+
+/// Glances at what was not glanced at yet: packets that are in several buffers.
+#[cold]
+fn glance_at_chains(tx: &mut Queue, glances: &mut [Option<Glance>], header: usize) {
+    for (at, glance) in glances.iter_mut().enumerate().filter(|(_, glance)| glance.is_none()) {
+        *glance = Glance::of(&tx.burst(at), header);
     }
 }
 

@@ -13,7 +13,7 @@ use crate::hub::Hub;
 use crate::outside::Outside;
 use crate::parcel::Chute;
 use crate::receivers::{Place, Receivers};
-use crate::rx::{Form, Refused, Sent, Spread, copy, deliver};
+use crate::rx::{Form, Refused, Sent, Spread, copy, copy_chain, deliver};
 use crate::stats::{Drop, PairStats};
 use crate::tx::{Glance, Head};
 use crate::witness::Witness;
@@ -163,14 +163,23 @@ impl Exits {
             let waits = self.hub.ports[port].waits && !rx.is_broken();
             return if waits { Ran::Waits(target.id) } else { Ran::Single };
         }
-        let (mut done, mut bytes) = (0, 0);
-        for (at, packet) in packets.iter().flatten().take(room).enumerate() {
-            if !copy(packet, &tx.burst(from.at + at), &rx.burst(at)) {
+        let (packets, mut done) = (&packets[..room], 0);
+        loop {
+            let buffers = tx.burst_buffers(from.at + done, false).zip(rx.burst_buffers(done, true));
+            let copied = |packet: &Option<Glance>, buffers| match (packet, buffers) {
+                (Some(packet), (Some(sent), Some(to))) => copy(packet, sent, to),
+                _ => false,
+            };
+            done +=
+                packets[done..].iter().zip(buffers).take_while(|&(p, buffers)| copied(p, buffers)).count();
+            // One that is not a buffer each.
+            let Some(Some(packet)) = packets.get(done) else { break };
+            if !copy_chain(packet, &tx.burst(from.at + done), &rx.burst(done)) {
                 break;
             }
             done += 1;
-            bytes += u64::from(packet.len());
         }
+        let bytes: u64 = packets[..done].iter().flatten().map(|packet| u64::from(packet.len())).sum();
         if self.witness.is_there() {
             for (at, packet) in packets.iter().flatten().take(done).enumerate() {
                 self.witness.received(port, &rx.burst(at), packet.len());

@@ -111,13 +111,13 @@ impl Spread {
     }
 }
 
-/// Copies a packet of which no more is to be known than a glance has told, straight from one guest's buffers into another
-/// guest's buffer. False, and nothing was copied, unless that is one buffer that has room for it all.
-#[inline]
-pub fn copy(packet: &Glance, from: &ChainView<'_>, to: &ChainView<'_>) -> bool {
+/// Copies a packet of which no more is to be known than a glance has told, straight from one guest's buffer into another
+/// guest's buffer: all of it, unless the sender has more of it in further buffers. False, and nothing was copied, without
+/// room for it all.
+#[inline(always)] // once a packet of a burst
+pub fn copy(packet: &Glance, sent: GuestSlice<'_>, to: GuestSlice<'_>) -> bool {
     const HEAD: usize = HEADER + GLANCE;
     let len = packet.len_in_ring() as usize;
-    let (Some(sent), Some(to)) = (from.first_readable(), to.first_writable()) else { return false };
     if to.len() < len {
         return false;
     }
@@ -125,16 +125,21 @@ pub fn copy(packet: &Glance, from: &ChainView<'_>, to: &ChainView<'_>) -> bool {
     let _ = to.write_array::<HEADER>([0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0]);
     let _ = to.part(HEADER, GLANCE).write_array(packet.bytes());
     sent.part(HEAD, usize::MAX).copy_to(&to.part(HEAD, len - HEAD));
-    if sent.len() < len {
-        copy_rest(from, sent.len(), to.part(sent.len(), len - sent.len()));
-    }
     true
 }
 
-/// What a sender has in further buffers.
+/// The same for chains that may be of several buffers; of the receiver's, the first one is to have room.
 #[cold]
-fn copy_rest(from: &ChainView<'_>, offset: usize, to: GuestSlice<'_>) {
-    InChain::new(from.readable(offset as u32, u32::MAX)).fill(to);
+pub fn copy_chain(packet: &Glance, from: &ChainView<'_>, to: &ChainView<'_>) -> bool {
+    let (Some(sent), Some(to)) = (from.first_readable(), to.first_writable()) else { return false };
+    let len = packet.len_in_ring() as usize;
+    if !copy(packet, sent, to) {
+        return false;
+    }
+    if sent.len() < len {
+        InChain::new(from.readable(sent.len() as u32, u32::MAX)).fill(to.part(sent.len(), len - sent.len()));
+    }
+    true
 }
 
 /// Puts a packet into the next receive buffer or buffers: its head, and what is behind that in the sender's chain.

@@ -153,7 +153,7 @@ pub struct Queue {
     hold: MapHold,
     /// The chain taken last, until it is held or given back.
     chain: Chain,
-    burst: burst::Burst,
+    burst: Box<burst::Burst>,
     pub(super) notifier: Notifier,
     stats: Arc<QueueStats>,
     broken: bool,
@@ -189,7 +189,7 @@ impl Queue {
             ring,
             hold,
             chain: Chain::default(),
-            burst: burst::Burst::default(),
+            burst: Box::default(),
             notifier,
             stats,
             broken: false,
@@ -292,6 +292,16 @@ impl Queue {
     /// most `wanted`, with what they need and `ahead` of their buffers on its way.
     #[inline]
     pub fn ready_for(&mut self, wanted: u16, ahead: Ahead) -> u16 {
+        let ready = self.count_ready(wanted);
+        if ready > 0 {
+            self.ring.prefetch(ready, ahead, self.hold.map());
+        }
+        ready
+    }
+
+    /// As [`ready_for`](Self::ready_for), with nothing on its way.
+    #[inline]
+    fn count_ready(&mut self, wanted: u16) -> u16 {
         let ready = match self.ring.available() {
             Ok(n) => n.min(wanted),
             Err(e) => {
@@ -299,12 +309,10 @@ impl Queue {
                 0
             }
         };
-        if ready == 0 {
-            return 0;
+        if ready > 0 {
+            self.stats.in_flight_peak.raise(u64::from(self.ring.in_flight()) + u64::from(ready));
+            self.round = self.clock.raw();
         }
-        self.stats.in_flight_peak.raise(u64::from(self.ring.in_flight()) + u64::from(ready));
-        self.ring.prefetch(ready, ahead, self.hold.map());
-        self.round = self.clock.raw();
         ready
     }
 

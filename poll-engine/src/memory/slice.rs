@@ -29,6 +29,12 @@ impl RawSlice {
         self.len
     }
 
+    /// Whether there is no byte, as in [`NONE`](Self::NONE): no chain has such a buffer.
+    #[inline]
+    pub(crate) fn is_none(self) -> bool {
+        self.len == 0
+    }
+
     #[inline]
     pub(crate) fn host_addr(self) -> *mut u8 {
         self.host
@@ -48,6 +54,7 @@ impl RawSlice {
     ///
     /// # Safety
     /// `self` must have been made by `map`, or by a map that shares the same region objects.
+    #[inline]
     pub(crate) unsafe fn in_map(self, _map: &MemoryMap) -> GuestSlice<'_> {
         GuestSlice { host: self.host, len: self.len, _map: PhantomData }
     }
@@ -125,8 +132,14 @@ impl<'m> GuestSlice<'m> {
     #[inline]
     pub fn copy_to(&self, other: &GuestSlice<'_>) -> usize {
         let n = self.len().min(other.len());
-        // SAFETY: n bytes are inside both mapped runs; `copy` allows them to overlap.
-        unsafe { ptr::copy(self.host, other.host, n) };
+        // SAFETY: n bytes are inside both mapped runs, which may overlap.
+        unsafe {
+            match n {
+                #[cfg(target_arch = "x86_64")]
+                16..=64 => copy_small(self.host, other.host, n),
+                _ => ptr::copy(self.host, other.host, n),
+            }
+        };
         n
     }
 
@@ -201,6 +214,24 @@ impl<'m> GuestSlice<'m> {
     #[inline]
     pub fn prefetch_write(&self) {
         prefetch_write(self.host);
+    }
+}
+
+/// Copies `n` bytes, as those of a small packet, without a call.
+///
+/// # Safety
+/// `n` is from 16 to 64, and so many bytes are there to read and to write. They may overlap.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)] // that is what it is for
+unsafe fn copy_small(from: *const u8, to: *mut u8, n: usize) {
+    use std::arch::x86_64::{_mm_loadu_si128, _mm_storeu_si128};
+    // What is behind 32 bytes, or the same bytes again; from the end as from the start.
+    let far = if n > 32 { 16 } else { 0 };
+    let places = [0, far, n - 16 - far, n - 16];
+    // SAFETY: each place is at most n - 16. All is read before anything is written.
+    unsafe {
+        let parts = places.map(|at| _mm_loadu_si128(from.add(at).cast()));
+        places.into_iter().zip(parts).for_each(|(at, part)| _mm_storeu_si128(to.add(at).cast(), part));
     }
 }
 

@@ -36,14 +36,15 @@ impl Chain {
         Filling { at: map.locate(), count: self.count, len: self.len, chain: self }
     }
 
-    /// Makes it one of this buffer. `None`, and nothing has happened, if it never had room for one.
-    #[inline(always)] // once a chain of a burst
-    pub(crate) fn set(&mut self, slice: RawSlice, writable: bool) -> Option<()> {
-        *self.slots.first_mut()? = slice;
+    /// Makes it one of this buffer.
+    pub(crate) fn set(&mut self, slice: RawSlice, writable: bool) {
+        if self.slots.is_empty() {
+            self.slots.push(slice);
+        }
+        self.slots[0] = slice;
         let len = u64::from(slice.len());
         (self.count, self.len) = (1, len);
         (self.readable, self.readable_len) = if writable { (0, 0) } else { (1, len) };
-        Some(())
     }
 
     #[inline]

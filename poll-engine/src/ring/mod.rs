@@ -17,6 +17,7 @@ use crate::device::features;
 use crate::memory::iotlb::{Access, Miss, each_missing};
 use crate::memory::log::QueueLog;
 use crate::memory::map::{Locator, MemoryError, MemoryMap};
+use crate::memory::slice::RawSlice;
 use chain::Chain;
 use inflight::QueueRegion;
 use layout::{DESC_F_INDIRECT, DESC_F_WRITE, DESC_SIZE, Desc, PackedLayout, SplitLayout};
@@ -233,6 +234,15 @@ pub(crate) struct Used {
 }
 
 impl Used {
+    /// No chain.
+    pub(crate) const NONE: Used = Used { about: 0, record: 0 };
+
+    #[inline]
+    fn new(id: u16, len: u16, writable: u32) -> Used {
+        let about = u64::from(id) | u64::from(len) << 16 | u64::from(writable) << 32;
+        Used { about, record: 0 }
+    }
+
     /// The head's index, or the buffer ID of a packed ring.
     #[inline]
     fn id(self) -> u16 {
@@ -247,7 +257,7 @@ impl Used {
 
     /// Bytes that could be written.
     #[inline]
-    fn writable(self) -> u32 {
+    pub(crate) fn writable(self) -> u32 {
         (self.about >> 32) as u32
     }
 
@@ -266,8 +276,7 @@ impl Used {
 
 impl Token {
     pub(crate) fn new(id: u16, len: u16, writable: u32) -> Token {
-        let about = u64::from(id) | u64::from(len) << 16 | u64::from(writable) << 32;
-        Token(Used { about, record: 0 })
+        Token(Used::new(id, len, writable))
     }
 
     #[inline]
@@ -288,8 +297,9 @@ impl Token {
         self.0.id()
     }
 
+    /// What it stands for, which the caller owes to the ring from now on.
     #[inline]
-    fn redeem(self) -> Used {
+    pub(crate) fn redeem(self) -> Used {
         let used = self.0;
         std::mem::forget(self);
         used
@@ -435,12 +445,35 @@ impl Ring {
         each_format!(self, r => r.take(map, chain))
     }
 
-    /// Takes the next chain, which [`available`](Self::available) has counted, if it is one buffer in one place: the packets
-    /// of most drivers, and what they receive into. `None`, and nothing has happened, for any other: [`take`](Self::take)
-    /// says what it is.
-    #[inline(always)] // once a chain of a burst
-    pub(crate) fn take_single(&mut self, at: &mut Locator<'_>, chain: &mut Chain) -> Option<Token> {
-        each_format!(self, r => r.take_single(at, chain))
+    /// Takes the next chains, which [`available`](Self::available) has counted, as long as each is one buffer in one place:
+    /// the packets of most drivers, and what they receive into. Into `slices` and `used`, as many as there is room for; how
+    /// many. Nothing has happened with the next one: [`take`](Self::take) says what it is.
+    #[inline(always)] // once a burst
+    pub(crate) fn take_singles(
+        &mut self,
+        at: &mut Locator<'_>,
+        ahead: Ahead,
+        slices: &mut [RawSlice],
+        used: &mut [Used],
+    ) -> usize {
+        each_format!(self, r => r.take_singles(at, ahead, slices, used))
+    }
+
+    /// Gives chains back in this order, `written(number)` bytes written to each, as [`complete`](Self::complete) does.
+    #[inline(always)] // once a burst
+    pub(crate) fn complete_all(&mut self, used: &[Used], written: impl Fn(usize) -> u32) {
+        match self {
+            Ring::Split(r) => r.complete_all(used, written),
+            Ring::Packed(r) => {
+                used.iter().enumerate().for_each(|(at, &used)| r.complete(used, written(at)));
+            }
+        }
+    }
+
+    /// As [`untake`](Self::untake).
+    #[inline]
+    pub(crate) fn untake_used(&mut self, used: Used) {
+        each_format!(self, r => r.untake(used));
     }
 
     /// Gives a chain back with the number of bytes written to it; seen by the driver after [`publish`](Self::publish).
@@ -453,7 +486,7 @@ impl Ring {
     /// was taken after one of them may have been completed.
     #[inline]
     pub fn untake(&mut self, token: Token) {
-        each_format!(self, r => r.untake(token.redeem()));
+        self.untake_used(token.redeem());
     }
 
     /// Shows all completed chains to the driver; false when there was none. The caller owes a look at

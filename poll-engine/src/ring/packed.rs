@@ -26,6 +26,7 @@ use crate::fault_point::pass;
 use crate::memory::iotlb::Miss;
 use crate::memory::log::{LoggedPart, QueueLog};
 use crate::memory::map::{Locator, MemoryMap};
+use crate::memory::slice::RawSlice;
 
 /// How many chains are looked ahead for: as many as a queue takes in a round.
 const LOOK_AHEAD: u16 = 16;
@@ -295,24 +296,39 @@ impl PackedRing {
         })
     }
 
-    /// As [`Ring::take_single`](super::Ring::take_single).
-    #[inline(always)] // once a chain of a burst
-    pub(super) fn take_single(&mut self, at: &mut Locator<'_>, chain: &mut Chain) -> Option<Token> {
+    /// As [`Ring::take_singles`](super::Ring::take_singles).
+    #[inline(always)] // once a burst
+    pub(super) fn take_singles(
+        &mut self,
+        at: &mut Locator<'_>,
+        ahead: Ahead,
+        slices: &mut [RawSlice],
+        used: &mut [Used],
+    ) -> usize {
+        if !self.kept.again.is_empty() || self.kept.record.is_some() {
+            return 0;
+        }
         let size = self.size();
-        if self.held >= size || !self.kept.again.is_empty() || self.kept.record.is_some() {
-            return None;
+        let (mut next, mut taken) = (self.next_avail, 0u16);
+        // What each chain changes is kept in registers until all are there.
+        let room = size.saturating_sub(self.held).min(self.ready);
+        for (slice, used) in slices.iter_mut().zip(used).take(room.into()) {
+            let (addr, rest) = self.layout.cursor(next.index).pair();
+            if rest.flags() & (DESC_F_INDIRECT | DESC_F_NEXT) != 0 {
+                break;
+            }
+            let writable = rest.flags() & DESC_F_WRITE != 0;
+            let Some(found) = at.whole(addr, rest.len(), writable) else { break };
+            found.prefetch_lines(ahead.bytes, ahead.write);
+            (*slice, *used) = (found, Used::new(rest.id(), 1, if writable { rest.len() } else { 0 }));
+            next = next.next(size);
+            taken += 1;
         }
-        let (addr, rest) = self.layout.cursor(self.next_avail.index).pair();
-        if rest.flags() & (DESC_F_INDIRECT | DESC_F_NEXT) != 0 {
-            return None;
-        }
-        let writable = rest.flags() & DESC_F_WRITE != 0;
-        chain.set(at.whole(addr, rest.len(), writable)?, writable)?;
-        self.next_avail = self.next_avail.next(size);
-        self.ready -= 1;
-        self.held += 1;
-        self.in_flight += 1;
-        Some(Token::new(rest.id(), 1, if writable { rest.len() } else { 0 }))
+        self.next_avail = next;
+        self.ready -= taken;
+        self.held += taken;
+        self.in_flight += u32::from(taken);
+        taken.into()
     }
 
     #[inline]

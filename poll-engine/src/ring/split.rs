@@ -23,7 +23,7 @@ use crate::fault_point::pass;
 use crate::memory::iotlb::Miss;
 use crate::memory::log::LoggedPart;
 use crate::memory::map::{Locator, MemoryMap};
-use crate::memory::slice::prefetch_write;
+use crate::memory::slice::{RawSlice, prefetch_write};
 
 /// With the event index, `avail_event` is moved on when the driver has come this far past it, so that the driver's
 /// 16-bit numbers never come round to it while notifications are off.
@@ -221,25 +221,43 @@ impl SplitRing {
         Ok(if again.is_some() { token.again() } else { token })
     }
 
-    /// As [`Ring::take_single`](super::Ring::take_single).
-    #[inline(always)] // once a chain of a burst
-    pub(super) fn take_single(&mut self, at: &mut Locator<'_>, chain: &mut Chain) -> Option<Token> {
-        let head = self.layout.avail_ring(self.next_avail);
-        if self.in_flight >= self.size() || head >= self.size() || !self.kept.again.is_empty() {
-            return None;
+    /// As [`Ring::take_singles`](super::Ring::take_singles).
+    #[inline(always)] // once a burst
+    pub(super) fn take_singles(
+        &mut self,
+        at: &mut Locator<'_>,
+        ahead: Ahead,
+        slices: &mut [RawSlice],
+        used: &mut [Used],
+    ) -> usize {
+        if !self.kept.again.is_empty() {
+            return 0;
         }
-        let desc = self.layout.desc(head);
-        if desc.flags & (DESC_F_INDIRECT | DESC_F_NEXT) != 0 {
-            return None;
+        let (size, first) = (self.size(), self.next_avail);
+        let room = size.saturating_sub(self.in_flight);
+        let mut taken = 0u16;
+        // What each chain changes is kept in registers until all are there.
+        for (slice, used) in slices.iter_mut().zip(used.iter_mut()).take(room.into()) {
+            let head = self.layout.avail_ring(first.wrapping_add(taken));
+            if head >= size {
+                break;
+            }
+            let desc = self.layout.desc(head);
+            if desc.flags & (DESC_F_INDIRECT | DESC_F_NEXT) != 0 {
+                break;
+            }
+            let writable = desc.flags & DESC_F_WRITE != 0;
+            let Some(found) = at.whole(desc.addr, desc.len, writable) else { break };
+            found.prefetch_lines(ahead.bytes, ahead.write);
+            (*slice, *used) = (found, Used::new(head, 1, if writable { desc.len } else { 0 }));
+            taken += 1;
         }
-        let writable = desc.flags & DESC_F_WRITE != 0;
-        chain.set(at.whole(desc.addr, desc.len, writable)?, writable)?;
-        self.in_flight += 1;
-        self.next_avail = self.next_avail.wrapping_add(1);
+        self.in_flight += taken;
+        self.next_avail = first.wrapping_add(taken);
         if let Some(inflight) = &mut self.kept.record {
-            inflight.taken(head);
+            used.iter().take(taken.into()).for_each(|used| inflight.taken(used.id()));
         }
-        Some(Token::new(head, 1, if writable { desc.len } else { 0 }))
+        taken.into()
     }
 
     #[inline]
@@ -349,6 +367,23 @@ impl SplitRing {
         }
         self.next_used = self.next_used.wrapping_add(1);
         self.in_flight -= 1;
+    }
+
+    /// As [`Ring::complete_all`](super::Ring::complete_all).
+    #[inline(always)] // once a burst
+    pub(super) fn complete_all(&mut self, used: &[Used], written: impl Fn(usize) -> u32) {
+        if self.in_order || self.kept.record.is_some() {
+            used.iter().enumerate().for_each(|(at, &used)| self.complete(used, written(at)));
+            return;
+        }
+        let count = used.len() as u16;
+        assert!(self.in_flight >= count, "completed more chains than were taken");
+        let first = self.next_used;
+        for (at, used) in used.iter().enumerate() {
+            self.layout.set_used_ring(first.wrapping_add(at as u16), used.id(), written(at));
+        }
+        self.next_used = first.wrapping_add(count);
+        self.in_flight -= count;
     }
 
     #[inline]
