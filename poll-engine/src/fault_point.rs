@@ -67,6 +67,23 @@ pub const TAKER: [&str; 8] = [
     "taker-said",
 ];
 
+#[cfg(feature = "fault-points")]
+mod hijack;
+#[cfg(feature = "fault-points")]
+pub use hijack::hijack;
+#[cfg(feature = "fault-points")]
+pub(crate) use hijack::hijack_reactor;
+
+/// Where a test has a thread of this name do what an attacker who runs code in it would.
+#[cfg(not(feature = "fault-points"))]
+#[inline(always)]
+pub fn hijack(_thread: &str) {}
+
+/// As [`hijack`], with the reactor's own io_uring.
+#[cfg(not(feature = "fault-points"))]
+#[inline(always)]
+pub(crate) fn hijack_reactor(_uring: &mut crate::uring::Uring) {}
+
 /// One of the places.
 #[cfg(not(feature = "fault-points"))]
 #[inline(always)]

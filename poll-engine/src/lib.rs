@@ -14,12 +14,14 @@
 //! - [`engine`] runs queues on pinned threads; [`uring`] is a thread's way into the kernel.
 //! - [`stats`] counts; [`limit`] lets pass no more than a rate; [`words`] takes records from reactors to whoever writes
 //!   them down.
+//! - [`confine`] is where threads give up what they do not need.
 //! - [`takeover`] hands all of it to another process while guests run.
 //!
 //! Control and data never share a lock: a queue is moved into its reactor to run and moved out to stop, and everything
 //! said to it in between goes through the reactor's mailbox.
 
 pub mod clock;
+pub mod confine;
 pub mod device;
 pub mod engine;
 pub mod fault_point;

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::Signal;
+use nix::unistd::Pid;
 
 use crate::image::Image;
 use crate::process::{self, Process};
@@ -273,6 +274,11 @@ impl Daemon {
             Ok(all.iter().all(there).then_some(()))
         })?;
         Ok(Daemon { process, sockets, control, program, args })
+    }
+
+    /// The process id.
+    pub fn pid(&self) -> Pid {
+        self.process.pid()
     }
 
     /// The socket front ends connect to, that of the first disk or port.

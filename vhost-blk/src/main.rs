@@ -5,10 +5,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::{Context, Result};
+use daemon::confine::{CapabilitySet, Identity, Places};
 use daemon::takeover::{self, Heir, Source};
 use daemon::{Place, Switch};
 use poll_engine::device::features;
 use poll_engine::engine::{Engine, EngineConfig};
+use poll_engine::memory::userfault;
 use poll_engine::session::serve::Export;
 use poll_engine::session::server::Server;
 use poll_engine::stats::QueueStats;
@@ -56,6 +58,7 @@ fn run(cli: &Cli) -> Result<()> {
         daemon::print_capabilities("block", &["read-only", "blk-file"]);
         return Ok(());
     }
+    let identity = cli.confine.enter()?;
     let options = &cli.options()?;
     let wanted = options.disks();
     if cli.check {
@@ -74,17 +77,21 @@ fn run(cli: &Cli) -> Result<()> {
             spec,
             place,
         });
-        serve(options, wanted.collect(), heir, inherited)
+        serve((cli, options), wanted.collect(), identity, heir, inherited)
     })
 }
 
 /// Serves until told to stop.
 fn serve(
-    options: &Options,
+    (cli, options): (&Cli, &Options),
     wanted: Vec<Wanted>,
+    identity: Option<Identity>,
     heir: &mut Heir,
     mut inherited: Vec<Option<Inherited>>,
 ) -> Result<()> {
+    let confinement = cli.confine.threads(identity, &places(&wanted, cli), CapabilitySet::empty())?;
+    // A guest that migrates may come before its memory, later.
+    userfault::keep_device();
     // Everything that can be wrong is found out before anybody can connect, or the other process stops.
     let places: Vec<_> = inherited.iter().map(|i| i.as_ref().map(|i| i.place)).collect();
     let disks = wanted.iter().zip(&mut inherited).map(|(w, i)| open_disk(w, i.take()));
@@ -97,6 +104,7 @@ fn serve(
     let sources = wanted.iter().zip(places).map(|(w, inherited)| Source::of(&w.place, inherited));
     let sources = sources.collect::<Result<Vec<_>, _>>()?;
     let control = heir.listen()?;
+    confinement.seal()?;
 
     heir.ask()?;
     let left = Arc::new(AtomicUsize::new(wanted.len()));
@@ -147,6 +155,13 @@ fn serve(
     drop(served);
     drop(engine);
     successor.outcome()
+}
+
+/// Where something is done by name once all is open.
+fn places(wanted: &[Wanted], cli: &Cli) -> Places {
+    let sockets = wanted.iter().filter_map(|w| w.place.path()).chain(cli.upgrade.control.as_deref());
+    let records = wanted.iter().filter_map(|w| w.spec.record.as_deref());
+    Places { sockets: sockets.chain(records).map(Places::directory_of).collect(), ..Places::default() }
 }
 
 fn engine_config(options: &Options) -> EngineConfig {

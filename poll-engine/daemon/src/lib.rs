@@ -1,5 +1,6 @@
 //! What the daemons have in common besides the engine: how they are called, where they listen, what they log.
 
+pub mod confine;
 pub mod file;
 pub mod said;
 pub mod takeover;
@@ -91,6 +92,14 @@ impl Place {
         match self {
             Place::Path(path) => Listener::bind(path),
             Place::Fd(fd) => Listener::inherited(*fd),
+        }
+    }
+
+    /// The path of a socket that is to be made.
+    pub fn path(&self) -> Option<&Path> {
+        match self {
+            Place::Path(path) => Some(path),
+            Place::Fd(_) => None,
         }
     }
 

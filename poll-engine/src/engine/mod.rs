@@ -18,6 +18,7 @@ use crossbeam::channel::{Receiver, bounded};
 use crossbeam::sync::WaitGroup;
 use tracing::info;
 
+use crate::confine::{self, Role};
 use crate::device::QueueHandler;
 use crate::memory::iotlb::Miss;
 use crate::memory::log::QueueLog;
@@ -105,6 +106,7 @@ impl Engine {
             let made = cpu.map_or(Ok(()), |cpu| pin_to(cpu).map_err(io::Error::from));
             match made
                 .and_then(|()| Reactor::new(Arc::clone(&name), index, (mail, own), pacing, fixed, cycles))
+                .and_then(|reactor| confine::begin(Role::Reactor).map(|()| reactor))
             {
                 Ok(mut reactor) => {
                     let _ = ready_tx.send(Ok(()));

@@ -15,6 +15,7 @@ use super::queue::{MapChange, Queue};
 use super::station::{Queues, Station, Waker};
 use crate::clock::Clock;
 use crate::device::QueueHandler;
+use crate::fault_point;
 use crate::memory::fault::faults;
 use crate::memory::iotlb::Miss;
 use crate::memory::log::QueueLog;
@@ -282,6 +283,7 @@ impl Reactor {
 
     /// Runs until told to quit.
     pub(super) fn run(&mut self) {
+        fault_point::hijack_reactor(&mut self.uring);
         loop {
             if self.mailbox.has_mail() {
                 self.read_mail();

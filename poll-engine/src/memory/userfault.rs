@@ -24,6 +24,15 @@ const FLAGS: libc::c_int = libc::O_CLOEXEC | libc::O_NONBLOCK;
 #[derive(Debug)]
 pub struct Userfault(OwnedFd);
 
+/// `/dev/userfaultfd`, if it could be opened.
+static DEVICE: OnceLock<Option<File>> = OnceLock::new();
+
+/// Keeps the device open for later, when this process may open nothing any more.
+pub fn keep_device() -> Option<&'static File> {
+    let open = || File::options().read(true).write(true).open("/dev/userfaultfd").ok();
+    DEVICE.get_or_init(open).as_ref()
+}
+
 /// Whether there are such things here. Says why not, once.
 pub fn is_available() -> bool {
     static AVAILABLE: OnceLock<bool> = OnceLock::new();
@@ -32,7 +41,7 @@ pub fn is_available() -> bool {
         Err(e) => {
             info!(
                 "post-copy migration is not offered: no userfaultfd for faults in the kernel ({e}); \
-                 it takes CAP_SYS_PTRACE, access to /dev/userfaultfd, or vm.unprivileged_userfaultfd=1"
+                 it takes access to /dev/userfaultfd, vm.unprivileged_userfaultfd=1, or CAP_SYS_PTRACE without a sandbox"
             );
             false
         }
@@ -96,9 +105,7 @@ fn open() -> io::Result<OwnedFd> {
     }
     let refused = io::Error::last_os_error();
     // Those who may not make the call may have been given the device.
-    let Ok(device) = File::options().read(true).write(true).open("/dev/userfaultfd") else {
-        return Err(refused);
-    };
+    let Some(device) = keep_device() else { return Err(refused) };
     // SAFETY: the request takes flags only.
     let fd = unsafe { libc::ioctl(device.as_raw_fd(), USERFAULTFD_IOC_NEW, FLAGS) };
     if fd < 0 {

@@ -15,6 +15,8 @@ use super::handover::{Freeze, HandoverError, Parking, Snapshot, Then};
 use super::listen::{Accepted, Listener};
 use super::serve::{Ended, Export, Served};
 use super::socket::{Connection, SocketError};
+use crate::confine::{self, Role};
+use crate::fault_point;
 use crate::memory::userfault;
 use crate::sync::Bell;
 
@@ -148,8 +150,6 @@ impl Server {
     }
 
     fn spawn(run: impl FnOnce(Control) + Send + 'static) -> io::Result<Server> {
-        // Said at the start, not when the first front end comes.
-        userfault::is_available();
         let bell = Arc::new(Bell::new()?);
         let orders = Arc::new(Orders {
             bell,
@@ -160,7 +160,13 @@ impl Server {
         let (parking, receiver) = unbounded();
         let control = Control { orders: Arc::clone(&orders), parking: receiver };
         let builder = std::thread::Builder::new().name("session".into()).stack_size(STACK);
-        let thread = builder.spawn(move || run(control))?;
+        let thread = confine::spawn(builder, Role::Session, move || {
+            // Said at the start, not when the first front end comes; and by a thread that may do no more than those that
+            // will need it.
+            userfault::is_available();
+            fault_point::hijack("session");
+            run(control);
+        })?;
         Ok(Server { orders, parking, thread: Some(thread) })
     }
 

@@ -17,6 +17,7 @@ use tracing::{info, warn};
 use super::baton::Baton;
 use super::channel::Channel;
 use super::{Answer, Request, TakeoverError};
+use crate::confine::{self, Role};
 use crate::device::Device;
 use crate::fault_point;
 use crate::session::handover::{Freeze, Snapshot};
@@ -94,7 +95,8 @@ impl Giver {
         let bell = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
         let shared = Arc::new(Bell { stop: AtomicBool::new(false), bell });
         let seen = Arc::clone(&shared);
-        let thread = std::thread::Builder::new().name("control".into()).spawn(move || {
+        let builder = std::thread::Builder::new().name("control".into());
+        let thread = confine::spawn(builder, Role::Session, move || {
             while !seen.stop.load(Ordering::Acquire) {
                 match listener.accept(seen.bell.as_fd()) {
                     Ok(Accepted::FrontEnd(stream)) => match give(stream, program, &lots) {

@@ -19,6 +19,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use poll_engine::clock::Clock;
+use poll_engine::confine::{self, Role};
 use tracing::warn;
 
 use self::format::{Header, Kind, MAX_56, RECORD_LEN, Record};
@@ -96,7 +97,7 @@ impl Recorder {
         let told_lost = vec![0; queues.into()];
         let writer = Writer { shared, file, good, clock, zero, told_lost, out: Vec::with_capacity(CHUNK) };
         let thread = std::thread::Builder::new().name("record".into());
-        recorder.writer = Some(thread.spawn(move || writer.run()).map_err(failed)?);
+        recorder.writer = Some(confine::spawn(thread, Role::Writer, move || writer.run()).map_err(failed)?);
         Ok(recorder)
     }
 

@@ -1,0 +1,204 @@
+//! What a daemon gives up once it is ready to serve: system calls, files, rights. Each thread gives up what its kind does
+//! not need, as it begins; the first one, last, what nobody needs any more.
+//!
+//! | Thread | System calls | Files by name |
+//! |---|---|---|
+//! | reactor | its io_uring (of 12 operations), memory, descriptors that are open | none |
+//! | session | as much, and what comes with messages; further threads | its socket, to move and remove it |
+//! | writer of a capture | writing | none |
+//! | main, and what it starts later | opening, local sockets | the [`Places`] it is given |
+
+mod files;
+mod filter;
+mod install;
+mod rights;
+
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use anyhow::{Context, Result, bail};
+use clap::{Args, ValueEnum};
+use nix::sys::resource::{Resource, setrlimit};
+use poll_engine::confine::{Role, threads_with};
+use poll_engine::fault_point::hijack;
+use tracing::{info, warn};
+
+pub use files::Places;
+use files::{Rules, support};
+use filter::{Filters, Verdict, Who, filters};
+use install::{has_seccomp, install};
+pub use rights::Identity;
+use rights::{forgo_new, reduce};
+pub use rustix::thread::CapabilitySet;
+
+/// Whether a daemon confines itself.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum Mode {
+    /// With all that the kernel has for it.
+    #[default]
+    On,
+    /// System calls pass that would not, and the kernel's audit log tells of them.
+    Log,
+    /// Not at all.
+    Off,
+}
+
+/// The options.
+#[derive(Args, Clone, Debug, Default)]
+#[group(id = "confine")]
+pub struct Options {
+    /// Once ready, give up all rights that serving does not need: on; log (do not refuse system calls, but have the
+    /// kernel's audit log tell of them); or off
+    #[arg(long, value_enum, default_value_t = Mode::On, value_name = "MODE")]
+    pub sandbox: Mode,
+
+    /// Once everything is open, be this user (name or number) instead of root
+    #[arg(long, value_name = "USER")]
+    pub user: Option<String>,
+
+    /// Before anything is opened, make this directory the root: all paths are below it
+    #[arg(long, value_name = "DIR")]
+    pub chroot: Option<PathBuf>,
+}
+
+/// What is to be given up, and by whom.
+struct Plan {
+    mode: Mode,
+    identity: Option<Identity>,
+    keep: CapabilitySet,
+    /// Of each kind of thread.
+    threads: Vec<(Role, Option<Filters>, Rules)>,
+    main: Option<(Option<Filters>, Rules)>,
+    /// For the log. Asking is among what is given up.
+    telling: String,
+    /// Whether the threads that begin now have been started by one that is nobody any more.
+    sealed: AtomicBool,
+}
+
+/// A process on its way to giving up its rights.
+pub struct Confinement(Arc<Plan>);
+
+impl Options {
+    /// Changes the root, if that is asked for, and finds out who to become. Before anything is opened.
+    pub fn enter(&self) -> Result<Option<Identity>> {
+        let identity = self.user.as_deref().map(Identity::of).transpose()?;
+        if identity.is_some() && !nix::unistd::geteuid().is_root() {
+            bail!("--user: only root can become somebody else; start the program as that user instead");
+        }
+        if let Some(root) = &self.chroot {
+            let done = nix::unistd::chroot(root).and_then(|()| nix::unistd::chdir("/"));
+            done.with_context(|| format!("--chroot {}", root.display()))?;
+        }
+        Ok(identity)
+    }
+
+    /// Has threads that begin from now on give up what their kind does not need. `places` is what the first thread still
+    /// does by name once it is sealed.
+    pub fn threads(
+        &self,
+        identity: Option<Identity>,
+        places: &Places,
+        keep: CapabilitySet,
+    ) -> Result<Confinement> {
+        let verdict = if self.sandbox == Mode::Log { Verdict::Log } else { Verdict::Enforce };
+        let of = |who, places: &Places| {
+            let filters = has_seccomp().then(|| filters(who, verdict)).transpose().context("--sandbox")?;
+            anyhow::Ok((filters, Rules::new(places).context("--sandbox")?))
+        };
+        let mut plan = Plan {
+            mode: self.sandbox,
+            identity,
+            keep,
+            threads: Vec::new(),
+            main: None,
+            telling: telling(self.sandbox, keep),
+            sealed: AtomicBool::new(false),
+        };
+        if self.sandbox != Mode::Off {
+            if rustix::thread::capabilities(None)?.effective.contains(CapabilitySet::IPC_LOCK) {
+                // What rings of later reactors may register is not limited by what this one gives up.
+                let _ = setrlimit(Resource::RLIMIT_MEMLOCK, libc::RLIM_INFINITY, libc::RLIM_INFINITY);
+            }
+            forgo_new().context("no_new_privs")?;
+            for role in [Role::Reactor, Role::Session, Role::Writer] {
+                let places = if role == Role::Session { places.of_sockets() } else { Places::default() };
+                let (filters, rules) = of(Who::Thread(role), &places)?;
+                plan.threads.push((role, filters, rules));
+            }
+            plan.main = Some(of(Who::Main, places)?);
+        }
+        let plan = Arc::new(plan);
+        let of_threads = Arc::clone(&plan);
+        if !threads_with(move |role| of_threads.begin(role)) {
+            bail!("this process is confined already");
+        }
+        Ok(Confinement(plan))
+    }
+}
+
+impl Confinement {
+    /// Gives up, for the calling thread and all that it starts from now on, what nobody needs any more.
+    pub fn seal(&self) -> Result<()> {
+        let plan = &self.0;
+        plan.reduce().context("cannot give up rights")?;
+        if let Some((filters, rules)) = &plan.main {
+            apply(filters.as_ref(), rules).context("cannot be confined (see --sandbox)")?;
+        }
+        plan.sealed.store(true, Ordering::Release);
+        hijack("main");
+        match plan.mode {
+            Mode::Off => warn!("not confined, by --sandbox off"),
+            Mode::On | Mode::Log => info!("{}", plan.telling),
+        }
+        Ok(())
+    }
+}
+
+impl Plan {
+    fn begin(&self, role: Role) -> io::Result<()> {
+        // What the thread that started it has given up is given up.
+        if !self.sealed.load(Ordering::Acquire) {
+            self.reduce()?;
+        }
+        let of_role = self.threads.iter().find(|(r, ..)| *r == role);
+        of_role.map_or(Ok(()), |(_, filters, rules)| apply(filters.as_ref(), rules))
+    }
+
+    fn reduce(&self) -> io::Result<()> {
+        if self.mode == Mode::Off && self.identity.is_none() {
+            return Ok(());
+        }
+        reduce(self.identity.as_ref(), self.keep)
+    }
+}
+
+/// One line: what is going to be in force, and what the kernel lacks for more.
+fn telling(mode: Mode, keep: CapabilitySet) -> String {
+    let seccomp = match (has_seccomp(), mode) {
+        (true, Mode::Log) => (Some("seccomp (which only logs)".to_owned()), None),
+        (true, _) => (Some("seccomp".to_owned()), None),
+        (false, _) => (None, Some("seccomp (CONFIG_SECCOMP_FILTER)")),
+    };
+    let (on, lacks): (Vec<_>, Vec<_>) = [seccomp, support()].into_iter().unzip();
+    let on: String = on.into_iter().flatten().map(|part| part + ", ").collect();
+    let lacks: Vec<_> = lacks.into_iter().flatten().collect();
+    let capabilities = if keep.is_empty() {
+        "no capabilities".to_owned()
+    } else {
+        let names = keep.iter_names().map(|(name, _)| format!("CAP_{name}"));
+        format!("no capabilities but {}", names.collect::<Vec<_>>().join(" and "))
+    };
+    let lacks =
+        if lacks.is_empty() { String::new() } else { format!("; this kernel lacks {}", lacks.join(" and ")) };
+    format!("confined: {on}{capabilities}, no_new_privs{lacks}")
+}
+
+/// What is allowed comes last: changing what is in force is not.
+fn apply(filters: Option<&Filters>, rules: &Rules) -> io::Result<()> {
+    rules.hold()?;
+    let Some(Filters { allow, kill }) = filters else { return Ok(()) };
+    install(kill)?;
+    install(allow)
+}
