@@ -57,8 +57,8 @@ const NET_CONFIG: u32 = 8;
 const BLOCK_CONFIG: u32 = 60;
 /// `VIRTIO_NET_F_MAC`: the front end has the address.
 const NET_F_MAC: u64 = 1 << 5;
-/// `VIRTIO_NET_F_CTRL_VQ`, and `VIRTIO_NET_F_MQ` which needs it: there is no control queue here.
-const NET_F_CONTROLLED: u64 = 1 << 17 | 1 << 22;
+/// `VIRTIO_NET_F_CTRL_VQ`, and all that needs it (virtio 1.3, 5.1.3.1): there is no control queue here.
+const NET_F_CONTROLLED: u64 = 0x7f << 17 | 1 << 2 | 1 << 57 | 1 << 60;
 
 /// A queue as the driver has set it up. Addresses are the guest's.
 #[derive(Debug, Clone, Copy, Default)]
