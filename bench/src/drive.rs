@@ -18,6 +18,8 @@ use crate::spec::Spec;
 const PATIENCE: Duration = Duration::from_secs(5);
 /// How often that is looked at.
 const LOOK: Duration = Duration::from_millis(100);
+/// And how often at least, before that is too long.
+const LOOKS: u32 = 25;
 
 /// What a thread of a run does.
 pub trait Work: Send + 'static {
@@ -38,8 +40,9 @@ struct Watched {
     spec: Arc<Spec>,
     control: Arc<Control>,
     waker: EventFd,
-    /// How far it was when that last changed.
-    seen: (u64, Instant),
+    /// How far it was when that last changed, and how often it was looked at since: a machine that stands still, and this
+    /// thread with it, is no back end that does.
+    seen: (u64, Instant, u32),
     failure: Option<Failure>,
 }
 
@@ -71,9 +74,10 @@ impl Watched {
     fn stuck(&mut self) -> Option<u32> {
         let (finished, in_flight) = self.control.progress();
         if finished != self.seen.0 || in_flight == 0 {
-            self.seen = (finished, Instant::now());
+            self.seen = (finished, Instant::now(), 0);
         }
-        (self.seen.1.elapsed() >= PATIENCE).then_some(in_flight)
+        self.seen.2 = self.seen.2.saturating_add(1);
+        (self.seen.1.elapsed() >= PATIENCE && self.seen.2 >= LOOKS).then_some(in_flight)
     }
 }
 
@@ -91,7 +95,7 @@ pub fn drive<W: Work>(
     for (spec, job) in jobs {
         let begin = if spec.ramp_time.is_zero() { Order::Measure } else { Order::Ramp };
         let control = Arc::new(Control::new(begin));
-        let (waker, seen) = (job.waker()?, (0, Instant::now()));
+        let (waker, seen) = (job.waker()?, (0, Instant::now(), 0));
         let (start, done, theirs) = (Arc::clone(&start), Arc::clone(&done), Arc::clone(&control));
         let ready = move || {
             start.wait();

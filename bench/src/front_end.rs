@@ -1,4 +1,4 @@
-//! The front end: connects by the `vhost` crate's half of the protocol and lays rings out.
+//! The front end: negotiates with a back end, and lays rings out.
 
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
@@ -17,17 +17,17 @@ use poll_engine::device::features;
 use poll_engine::memory::Ram;
 use poll_engine::ring::RingConfig;
 use poll_engine::ring::driver::DriverRing;
-use vhost::vhost_user::message::{
-    VhostUserConfigFlags, VhostUserInflight, VhostUserProtocolFeatures, VhostUserVirtioFeatures,
-};
+use vhost::vhost_user::message::VhostUserProtocolFeatures;
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use vhost_blk::device::F_RO;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::Load;
+use crate::back_end::{BackEnd, Socket};
 use crate::drive::drive;
 use crate::job::{Job, JobResult};
+use crate::node::{BLOCK, Node, is_node};
 use crate::requests::Region;
 use crate::spec::Spec;
 use crate::verify::Ledger;
@@ -50,29 +50,38 @@ pub fn run(socket: &Path, run: &Load, mark: impl FnMut()) -> Result<Vec<JobResul
 
 /// A started session: its queues run for as long as it is kept.
 pub struct Session {
-    front: Frontend,
+    back_end: Box<dyn BackEnd>,
     /// One job for each queue, to be taken out and run.
     pub jobs: Vec<(Arc<Spec>, Job)>,
 }
 
 impl Session {
-    /// Connects, and starts a queue for every job of every section.
+    /// Connects to a socket, or opens a vhost-vdpa node, and starts a queue for every job of every section.
     pub fn open(path: &Path, specs: &[Arc<Spec>], known: &Ledger) -> Result<Session> {
+        if is_node(path) {
+            return Session::negotiate(path, Box::new(Node::open(path, BLOCK)?), specs, known);
+        }
         let deadline = Deadline::new(reach(path)?)?;
-        let outcome = Session::negotiate(path, deadline.stream.try_clone()?, specs, known);
+        let mut protocol = VhostUserProtocolFeatures::MQ | VhostUserProtocolFeatures::CONFIG;
+        protocol.set(VhostUserProtocolFeatures::INFLIGHT_SHMFD, specs.iter().any(|s| s.inflight));
+        let socket = Socket::new(deadline.stream.try_clone()?, jobs(specs), protocol)?;
+        let outcome = Session::negotiate(path, Box::new(socket), specs, known);
         outcome.map_err(|e| {
             let late = "does not answer; does it serve another front end?";
             if deadline.passed() { anyhow!("{} {late}", path.display()) } else { e }
         })
     }
 
-    fn negotiate(path: &Path, stream: UnixStream, specs: &[Arc<Spec>], known: &Ledger) -> Result<Session> {
-        let jobs: u64 = specs.iter().map(|s| u64::from(s.numjobs)).sum();
+    fn negotiate(
+        path: &Path,
+        mut back_end: Box<dyn BackEnd>,
+        specs: &[Arc<Spec>],
+        known: &Ledger,
+    ) -> Result<Session> {
         let any = |is: fn(&Spec) -> bool| specs.iter().any(|s| is(s));
-        let (path, mut front) = (path.display(), Frontend::from_stream(stream, jobs));
+        let (path, jobs) = (path.display(), jobs(specs));
         let refused = || format!("{path} refused the session");
-        front.set_owner().with_context(refused)?;
-        let offered = front.get_features().with_context(refused)?;
+        let offered = back_end.offered().with_context(refused)?;
         let packed = any(|s| s.packed);
         if packed && offered & features::RING_PACKED == 0 {
             bail!("{path} does not offer RING_PACKED; run without --packed");
@@ -81,61 +90,54 @@ impl Session {
             bail!("{path} is a read-only disk");
         }
         let indirect = any(|s| s.indirect);
-        let mut wanted = features::VERSION_1 | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+        let needs = back_end.needs();
+        let mut wanted = features::VERSION_1 | needs.0;
         wanted |= if indirect { features::INDIRECT_DESC } else { 0 };
         wanted |= if packed { features::RING_PACKED } else { 0 };
         wanted |= if any(|s| s.in_order) { features::IN_ORDER } else { 0 };
         wanted |= if any(|s| s.no_event_idx) { 0 } else { offered & features::EVENT_IDX };
         if wanted & !offered != 0 {
-            bail!("{path} does not offer {}", names(wanted & !offered));
+            bail!("{path} does not offer {}", names(wanted & !offered, needs));
         }
-        front.set_features(wanted).with_context(refused)?;
-        let protocol = front.get_protocol_features().with_context(refused)?;
-        let inflight = any(|s| s.inflight);
-        if inflight && !protocol.contains(VhostUserProtocolFeatures::INFLIGHT_SHMFD) {
-            bail!("{path} does not offer INFLIGHT_SHMFD; run without --inflight");
-        }
-        let mut use_protocol = protocol & (VhostUserProtocolFeatures::MQ | VhostUserProtocolFeatures::CONFIG);
-        use_protocol.set(VhostUserProtocolFeatures::INFLIGHT_SHMFD, inflight);
-        front.set_protocol_features(use_protocol).with_context(refused)?;
-        let mq = use_protocol.contains(VhostUserProtocolFeatures::MQ);
-        let queues = if mq { front.get_queue_num().with_context(refused)? } else { 1 };
+        back_end.accept(wanted).with_context(refused)?;
+        let queues = back_end.num_queues().with_context(refused)?;
         if queues < jobs {
             bail!("{path} has {queues} queues, fewer than the {jobs} jobs that run at once (--numjobs)");
         }
-        if !use_protocol.contains(VhostUserProtocolFeatures::CONFIG) {
-            bail!("{path} does not tell the size of its disk: it has no configuration space");
-        }
-        let none = VhostUserConfigFlags::empty();
-        let (_, config) = front.get_config(0, 8, none, &[0; 8]).with_context(refused)?;
+        let config = back_end.config(8).with_context(|| format!("{path} does not tell its disk's size"))?;
         let sectors =
             u64::from_le_bytes(config.try_into().ok().context("a configuration space of another size")?);
         let regions = regions(specs, sectors.saturating_mul(512))?;
 
         let mut ram = memory(specs.iter().map(|s| s.memory()).sum(), any(|s| s.hugepages))?;
-        share(&front, &ram).with_context(refused)?;
-        if inflight {
+        back_end.share(&ram).with_context(refused)?;
+        if any(|s| s.inflight) {
             let largest = specs.iter().map(|s| s.ring_size()).max().unwrap_or_default();
-            record(&mut front, jobs as u16, largest).with_context(refused)?;
+            back_end.record(jobs as u16, largest).with_context(refused)?;
         }
-        let mut session = Session { front, jobs: Vec::new() };
+        let mut session = Session { back_end, jobs: Vec::new() };
         for (at, (spec, index, region)) in regions.into_iter().enumerate() {
             let full = "guest memory is used up; lower iodepth, bs or numjobs";
             let config = DriverRing::lay_out(&mut ram, spec.ring_size(), wanted).context(full)?;
             let events = events()?;
-            set_up(&mut session.front, at, &config, &events).with_context(|| {
+            session.back_end.set_up(at, &config, &events).with_context(|| {
                 format!("{path} refused a ring of {} descriptors; lower --iodepth", config.size)
             })?;
             let job = Job::new(&spec, index, &mut ram, &config, (region, known), events).context(full)?;
             session.jobs.push((spec, job));
         }
+        session.back_end.start().with_context(refused)?;
         Ok(session)
     }
 
-    /// The socket, to see when the back end closes it.
+    /// To see when the back end is gone.
     pub fn fd(&self) -> RawFd {
-        self.front.as_raw_fd()
+        self.back_end.fd()
     }
+}
+
+fn jobs(specs: &[Arc<Spec>]) -> u64 {
+    specs.iter().map(|s| u64::from(s.numjobs)).sum()
 }
 
 /// Kick and call. A read of the call blocks.
@@ -201,12 +203,6 @@ pub fn share(front: &Frontend, ram: &Ram) -> vhost::Result<()> {
     Ok(())
 }
 
-/// Has requests in flight recorded, in memory that the back end makes and keeps mapped.
-fn record(front: &mut Frontend, queues: u16, ring_size: u16) -> vhost::Result<()> {
-    let (made, file) = front.get_inflight_fd(&VhostUserInflight::new(0, 0, queues, ring_size))?;
-    front.set_inflight_fd(&made, file.as_raw_fd())
-}
-
 /// Connects, but does not wait for ever for a listener that does not accept.
 pub fn reach(path: &Path) -> Result<UnixStream> {
     let connected = || -> nix::Result<UnixStream> {
@@ -253,12 +249,12 @@ impl Deadline {
 }
 
 /// Names of feature bits.
-fn names(bits: u64) -> String {
+fn names(bits: u64, needs: (u64, &'static str)) -> String {
     let known = [
         (features::VERSION_1, "VIRTIO_F_VERSION_1"),
         (features::INDIRECT_DESC, "VIRTIO_F_INDIRECT_DESC (--indirect)"),
         (features::IN_ORDER, "VIRTIO_F_IN_ORDER (--in-order)"),
-        (VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits(), "VHOST_USER_F_PROTOCOL_FEATURES"),
+        needs,
     ];
     let names: Vec<_> = known.iter().filter(|(bit, _)| bits & bit != 0).map(|(_, name)| *name).collect();
     names.join(" and ")

@@ -1,6 +1,7 @@
-//! `vbench`: drives vhost-user-blk and vhost-user-net sockets from the driver's side of the ring; disks with fio's
-//! vocabulary.
+//! `vbench`: drives vhost-user-blk and vhost-user-net sockets, and devices of the vDPA bus, from the driver's side of the
+//! ring; disks with fio's vocabulary.
 
+mod back_end;
 mod ceiling;
 mod compare;
 mod control;
@@ -14,6 +15,7 @@ mod job;
 mod jobfile;
 mod measure;
 mod net;
+mod node;
 mod options;
 mod outcome;
 mod pace;
@@ -34,7 +36,7 @@ use std::time::Duration;
 use anyhow::Result;
 use clap::{Parser, Subcommand, ValueEnum};
 
-/// Load generator for vhost-user sockets.
+/// Load generator for vhost-user sockets and vhost-vdpa nodes.
 #[derive(Debug, Parser)]
 #[command(name = "vbench", version)]
 struct Cli {
@@ -44,9 +46,9 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Drive one vhost-user-blk socket and report rates and latencies
+    /// Drive one vhost-user-blk socket, or a disk's /dev/vhost-vdpa-N, and report rates and latencies
     Run(run::Run),
-    /// Drive one vhost-user-net socket, or two ports of a switch, and report packet rates, losses and latencies
+    /// Drive one vhost-user-net socket, a card's /dev/vhost-vdpa-N, or two ports of a switch, and report packet rates, losses and latencies
     Net(Box<net::Net>),
     /// Measure the generator itself, against a ring that is served in this process
     Ceiling(ceiling::Ceiling),

@@ -74,7 +74,7 @@ pub const OPTIONS: &[Opt] = &[
         v.clone_into(&mut s.name);
         Ok(())
     }),
-    opt("socket_path", "PATH", "vhost-user-blk socket to connect to", |s, v| {
+    opt("socket_path", "PATH", "vhost-user-blk socket to connect to, or /dev/vhost-vdpa-N", |s, v| {
         s.socket_path = Some(PathBuf::from(v));
         Ok(())
     }),

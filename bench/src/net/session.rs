@@ -1,7 +1,6 @@
 //! The front ends: connects to one back end or two, or lets them connect, and sets all queue pairs up.
 
-use std::io::{Read, Write};
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::RawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::Arc;
@@ -9,15 +8,15 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use poll_engine::device::features;
-use vhost::VhostBackend;
-use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
-use vhost::vhost_user::{Frontend, VhostUserFrontend};
+use vhost::vhost_user::message::VhostUserProtocolFeatures;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::queue::{Port, Rx, Tx, lay_out};
 use super::spec::NetSpec;
 use super::worker::{Shared, Worker};
-use crate::front_end::{Deadline, memory, reach, set_up, share};
+use crate::back_end::{BackEnd, Socket};
+use crate::front_end::{Deadline, memory, reach};
+use crate::node::{NET, Node, is_node};
 
 /// How long a back end may take to connect to us.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -45,7 +44,7 @@ use net_features::{BLK_SIZE, CSUM, CTRL_VQ, GUEST_CSUM, GUEST_TSO4, HOST_TSO4, M
 
 /// Started sessions: queues run for as long as it is kept.
 pub struct Session {
-    fronts: Vec<Frontend>,
+    back_ends: Vec<Box<dyn BackEnd>>,
     /// One for each queue pair, to be taken out and run.
     pub workers: Vec<Worker>,
     /// What was negotiated with each back end.
@@ -64,24 +63,28 @@ pub struct Negotiated {
 impl Session {
     /// Opens all sockets and starts all queues.
     pub fn open(spec: &Arc<NetSpec>) -> Result<Session> {
-        let streams = if spec.server {
-            accept(spec)?
-        } else {
-            spec.sockets.iter().map(|path| reach(path)).collect::<Result<_>>()?
-        };
-        let mut session = Session { fronts: Vec::new(), workers: Vec::new(), negotiated: Vec::new() };
+        let mut listeners = if spec.server { accept(spec)?.into_iter() } else { vec![].into_iter() };
+        let mut session = Session { back_ends: Vec::new(), workers: Vec::new(), negotiated: Vec::new() };
         let pairs = usize::from(spec.load.queue_pairs);
         let mut ports: Vec<Vec<Port>> = (0..pairs).map(|_| Vec::new()).collect();
         let calls: Vec<EventFd> =
             (0..pairs).map(|_| EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)).collect::<std::io::Result<_>>()?;
-        for (at, (path, stream)) in spec.sockets.iter().zip(streams).enumerate() {
-            let deadline = Deadline::new(stream.try_clone()?)?;
-            let outcome = session.port(spec, at, stream, &calls);
-            let passed = deadline.passed();
-            let of_port = outcome.map_err(|e| {
-                let late = "does not answer; does it serve another front end?";
-                if passed { anyhow!("{} {late}", path.display()) } else { e }
-            })?;
+        for (at, path) in spec.sockets.iter().enumerate() {
+            let of_port = if is_node(path) {
+                session.port(spec, at, Box::new(Node::open(path, NET)?), &calls)?
+            } else {
+                let stream = listeners.next().map_or_else(|| reach(path), Ok)?;
+                let deadline = Deadline::new(stream.try_clone()?)?;
+                // Acknowledged messages tell of a refusal where it happens.
+                let protocol = VhostUserProtocolFeatures::MQ | VhostUserProtocolFeatures::REPLY_ACK;
+                let socket = Socket::new(stream, u64::from(spec.load.queue_pairs) * 2, protocol)?;
+                let outcome = session.port(spec, at, Box::new(socket), &calls);
+                let passed = deadline.passed();
+                outcome.map_err(|e| {
+                    let late = "does not answer; does it serve another front end?";
+                    if passed { anyhow!("{} {late}", path.display()) } else { e }
+                })?
+            };
             for (pair, port) in ports.iter_mut().zip(of_port) {
                 pair.push(port);
             }
@@ -93,43 +96,31 @@ impl Session {
         Ok(session)
     }
 
-    /// The sockets, to see when a back end closes one.
+    /// To see when a back end is gone.
     pub fn fds(&self) -> impl Iterator<Item = RawFd> {
-        self.fronts.iter().map(AsRawFd::as_raw_fd)
+        self.back_ends.iter().map(|b| b.fd())
     }
 
-    /// Negotiates at one socket; its queue pairs.
+    /// Negotiates with one back end; its queue pairs.
     fn port(
         &mut self,
         spec: &NetSpec,
         at: usize,
-        stream: UnixStream,
+        mut back_end: Box<dyn BackEnd>,
         calls: &[EventFd],
     ) -> Result<Vec<Port>> {
         let path = spec.sockets[at].display();
-        let raw = stream.try_clone()?;
         let pairs = spec.load.queue_pairs;
-        let mut front = Frontend::from_stream(stream, u64::from(pairs) * 2);
         let refused = || format!("{path} refused the session");
-        front.set_owner().with_context(refused)?;
-        let offered = front.get_features().with_context(refused)?;
-        let used = choose(spec, at, offered).with_context(|| path.to_string())?;
-        front.set_features(used).with_context(refused)?;
-        let protocol = front.get_protocol_features().with_context(refused)?;
-        // Acknowledged messages tell of a refusal where it happens.
-        let use_protocol = protocol & (VhostUserProtocolFeatures::MQ | VhostUserProtocolFeatures::REPLY_ACK);
-        front.set_protocol_features(use_protocol).with_context(refused)?;
+        let offered = back_end.offered().with_context(refused)?;
+        let used = choose(spec, at, offered, back_end.needs()).with_context(|| path.to_string())?;
+        back_end.accept(used).with_context(refused)?;
         if pairs > 1 {
-            ensure!(
-                use_protocol.contains(VhostUserProtocolFeatures::MQ),
-                "{path} has one queue pair (no protocol feature MQ), fewer than --queue-pairs {pairs}"
-            );
-            // Some say how many rings, some how many pairs; the crate takes it for the number of rings.
-            let there = queue_num(&raw).with_context(refused)?;
+            let there = back_end.num_queues().with_context(refused)?;
             ensure!(there >= pairs.into(), "{path} has {there} queues, fewer than --queue-pairs {pairs}");
         }
         let mut ram = memory(spec.memory(), spec.base.hugepages)?;
-        share(&front, &ram).with_context(refused)?;
+        back_end.share(&ram).with_context(refused)?;
         let mut ports = Vec::new();
         for (pair, call) in calls.iter().enumerate() {
             let full = "guest memory is used up; lower --ring-size, --size or --queue-pairs";
@@ -139,7 +130,7 @@ impl Session {
                 let kick = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
                 // One call for all rings of a thread: it waits for all of them at once.
                 let events = (kick, call.try_clone()?);
-                set_up(&mut front, ring, &config, &events).with_context(|| {
+                back_end.set_up(ring, &config, &events).with_context(|| {
                     format!("{path} refused ring {ring} of {} descriptors; lower --ring-size", config.size)
                 })?;
                 rings.push((config, events.0));
@@ -149,23 +140,21 @@ impl Session {
             let tx = Tx::new(spec, used, &mut ram, tx).context(full)?;
             ports.push(Port { map: Arc::clone(ram.map()), rx, tx });
         }
-        self.fronts.push(front);
+        back_end.start().with_context(refused)?;
+        self.back_ends.push(back_end);
         self.negotiated.push(Negotiated { offered, used });
         Ok(ports)
     }
 }
 
 /// The features to use.
-fn choose(spec: &NetSpec, port: usize, offered: u64) -> Result<u64> {
+fn choose(spec: &NetSpec, port: usize, offered: u64, needs: (u64, &'static str)) -> Result<u64> {
     if offered & BLK_SIZE != 0 && offered & (CSUM | CTRL_VQ | MQ | MRG_RXBUF) == 0 {
         bail!("looks like a block device (it offers VIRTIO_BLK_F_BLK_SIZE); vbench run drives those");
     }
     let direction = spec.direction;
     let gso = spec.load.size.gso();
-    let mut needed = vec![
-        (features::VERSION_1, "VIRTIO_F_VERSION_1"),
-        (VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits(), "VHOST_USER_F_PROTOCOL_FEATURES"),
-    ];
+    let mut needed = vec![(features::VERSION_1, "VIRTIO_F_VERSION_1"), needs];
     if spec.base.indirect {
         needed.push((features::INDIRECT_DESC, "VIRTIO_F_INDIRECT_DESC (--indirect)"));
     }
@@ -191,18 +180,6 @@ fn choose(spec: &NetSpec, port: usize, offered: u64) -> Result<u64> {
     // What goes with it, CTRL_VQ, tells the number of pairs to devices of which the front end does not start rings.
     used |= if spec.load.queue_pairs > 1 { offered & MQ } else { 0 };
     Ok(used)
-}
-
-/// `VHOST_USER_GET_QUEUE_NUM`.
-fn queue_num(mut stream: &UnixStream) -> Result<u64> {
-    const GET_QUEUE_NUM: u32 = 17;
-    let header = [GET_QUEUE_NUM, 1, 0].map(u32::to_le_bytes).concat();
-    stream.write_all(&header)?;
-    let mut reply = [0; 20];
-    stream.read_exact(&mut reply)?;
-    let (head, number) = reply.split_at(12);
-    ensure!(head[..4] == header[..4] && head[8..] == [8, 0, 0, 0], "an answer of another form");
-    Ok(u64::from_le_bytes(number.try_into()?))
 }
 
 /// Removes a socket file that was made here.
