@@ -7,7 +7,7 @@ use daemon::{Switch, ring_size};
 use poll_engine::engine::pacing::Pacing;
 use poll_engine::engine::placement::CpuList;
 use vhost_blk::cli::{DeviceOptions, Synthetic, parse_size};
-use vhost_net::spec::mac;
+use vhost_net::spec::{PortSpec, mac};
 
 use crate::sysfs::Driver;
 use crate::vduse::memory::Bounce;
@@ -97,7 +97,7 @@ pub enum Serve {
     /// A disk
     Blk(ServeBlk),
     /// A network card
-    Net(ServeNet),
+    Net(Box<ServeNet>),
 }
 
 /// `serve blk`.
@@ -131,19 +131,32 @@ pub struct ServeBlk {
 /// `serve net`.
 #[derive(Debug, Args)]
 pub struct ServeNet {
-    /// Name of the device
-    #[arg(long, value_name = "NAME")]
-    pub name: String,
+    /// Name of the device, which is joined to --tap, or by a switch to each --port and the --uplink
+    #[arg(long, value_name = "NAME", required_unless_present = "port")]
+    pub name: Option<String>,
 
     /// Join it to this tap; one that does not exist is made, and goes when this ends
-    #[arg(long, value_name = "NAME")]
-    pub tap: String,
+    #[arg(long, value_name = "NAME", requires = "name", conflicts_with_all = ["port", "uplink"])]
+    pub tap: Option<String>,
 
-    /// Address of the card (such as 52:54:00:12:34:56)
-    #[arg(long, value_name = "MAC", value_parser = mac)]
+    /// Serve a further card on the switch; repeat for more. Keys are those of vhost-net --port; one with name and without
+    /// socket-path is on the vDPA bus by that name, the others are for virtual machines
+    #[arg(long, value_name = "KEY=VALUE,...")]
+    pub port: Vec<PortSpec>,
+
+    /// Join the switch to the host, as vhost-net --uplink does: tap=, af-packet= or af-xdp=
+    #[arg(long, value_name = "KEY=VALUE,...")]
+    pub uplink: Option<PortSpec>,
+
+    /// How long the switch knows an address that sends nothing
+    #[arg(long, value_name = "SECONDS", default_value_t = 300, value_parser = clap::value_parser!(u32).range(1..))]
+    pub mac_ageing: u32,
+
+    /// Address of the card of --name (such as 52:54:00:12:34:56)
+    #[arg(long, value_name = "MAC", value_parser = mac, requires = "name")]
     pub mac: Option<[u8; 6]>,
 
-    /// MTU that it advises
+    /// MTU that cards advise
     #[arg(long, value_name = "BYTES", value_parser = clap::value_parser!(u16).range(68..=65521))]
     pub mtu: Option<u16>,
 

@@ -8,7 +8,7 @@
 //! packets a [`burst`] at a time ([`tx`]) by the [`exits`] that there are ([`rx`]). [`header`] is what comes before every packet in a ring, and what may be wrong with it,
 //! [`packet`] what is to be known of a frame, [`offload`] what is done to it in software, [`rss`] which receive queue it
 //! belongs to. [`port`] is what a device can be joined to besides another guest, and [`pcap`] writes down what crosses it, told by a [`witness`] of each hub.
-//! [`switch`] says which port a frame goes to. [`features`] names the feature bits.
+//! [`switch`] says which port a frame goes to. [`join`] makes all that of the options. [`features`] names the feature bits.
 
 pub mod announce;
 pub mod burst;
@@ -22,6 +22,7 @@ pub mod fallback;
 pub mod features;
 pub mod header;
 pub mod hub;
+pub mod join;
 pub mod mac;
 pub mod mib;
 pub mod offload;

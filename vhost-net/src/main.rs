@@ -4,12 +4,11 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use daemon::Place;
 use daemon::takeover::{self, Heir, Inherited, Source};
-use daemon::{Place, Switch};
-use poll_engine::device::{Device, features};
+use poll_engine::device::Device;
 use poll_engine::engine::{Engine, EngineConfig};
 use poll_engine::session::serve::Export;
 use poll_engine::session::server::Server;
@@ -20,21 +19,17 @@ use tracing::{info, warn};
 use vhost_net::cli::{Cli, Options};
 use vhost_net::device::{Card, Joined, MTU_RANGE, NetDevice};
 use vhost_net::hub::{Hub, Plan, Port};
-use vhost_net::outside::{HOST_OFFLOADS, Outside, host_features};
+use vhost_net::join;
+use vhost_net::outside::Outside;
 use vhost_net::pcap::{Capture, CaptureConfig, SNAPLEN};
 use vhost_net::port::Uplink;
-use vhost_net::port::af_packet::AfPacket;
-use vhost_net::port::af_xdp::AfXdp;
-use vhost_net::port::interface::exists;
 use vhost_net::port::tap::Tap;
 use vhost_net::port::tap::card::TapCard;
-use vhost_net::port::tap::uplink::TapUplink;
 use vhost_net::reload::{Reload, reload};
 use vhost_net::report::{cycles, report, tap_report, uplink_report};
 use vhost_net::shard::Shard;
 use vhost_net::spec::PortSpec;
-use vhost_net::switch::fdb::FdbConfig;
-use vhost_net::switch::{self, PortConfig, PortId};
+use vhost_net::switch::{PortConfig, PortId};
 use vhost_net::takeover::{About, PROGRAM};
 use vhost_net::witness::Witness;
 
@@ -112,7 +107,7 @@ fn run(cli: &Cli) -> Result<()> {
     }
     daemon::init_log(&options.log)?;
     let wanted = options.ports().into_iter().map(|spec| open(spec, options)).collect::<Result<Vec<_>>>()?;
-    let plan = plan(options);
+    let plan = join::plan(options);
     if let (Some(_), Some(w)) = (&cli.upgrade.control, wanted.iter().find(|w| w.tap.is_some())) {
         bail!("{}: a port that is joined to a tap cannot be handed over; leave --control out", w.name);
     }
@@ -140,7 +135,7 @@ fn serve(
     places: impl Iterator<Item = Option<usize>>,
 ) -> Result<()> {
     let capture = capture(options, &wanted)?;
-    let mut uplink = options.uplink.as_ref().map(|spec| open_uplink(spec, &wanted)).transpose()?;
+    let mut uplink = open_uplink(options, &wanted)?;
     let config = EngineConfig {
         cpus: options.cpus.clone().unwrap_or_default(),
         pacing: options.poll,
@@ -150,16 +145,15 @@ fn serve(
     let engine = Arc::new(Engine::start(&config)?);
     // Before the sockets: whoever sees one may send signals.
     let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP, SIGUSR1]).context("cannot handle signals")?;
-    let hub = join(options, plan, &wanted, uplink.as_mut().map(|u| u.link().mtu), engine.reactors());
+    let uplink_mtu = uplink.as_mut().map(|u| u.link().mtu);
+    let hub = Arc::new(join::hub(options, &guests(&wanted), uplink_mtu, engine.reactors()));
     // The last port.
     let out = hub.ports.len().saturating_sub(1);
     hub.connect(&engine);
     let sources = wanted.iter().zip(places).map(|(w, inherited)| Source::of(&w.place, inherited));
     let sources = sources.collect::<Result<Vec<_>, _>>()?;
     let control = heir.listen()?;
-    let withheld = if options.packed == Switch::Off { features::RING_PACKED } else { 0 };
-    // What leaves by the uplink leaves as a guest has made it.
-    let withheld = withheld | uplink.as_ref().map_or(0, |u| HOST_OFFLOADS & !host_features(u.takes()));
+    let withheld = join::withheld(options, uplink.as_deref());
     let shards = (0..engine.reactors()).map(|reactor| {
         let witness = witness(capture.as_deref(), &wanted);
         let mut shard = Shard::new(Arc::clone(&hub), reactor).with_witness(witness);
@@ -319,64 +313,14 @@ fn witness(capture: Option<&Capture>, wanted: &[Wanted]) -> Witness {
     capture.map(|capture| Witness::new(capture.probe(0), ports)).unwrap_or_default()
 }
 
-/// How the ports are joined that have no tap.
-fn plan(options: &Options) -> Plan {
-    match (options.switch, options.wire, options.loopback) {
-        (true, ..) => Plan::Switch,
-        (_, true, _) => Plan::Wire,
-        (.., Some(plan)) => plan,
-        // A hub without ports.
-        _ => Plan::Discard,
-    }
-}
-
-fn open_uplink(spec: &PortSpec, wanted: &[Wanted]) -> Result<Box<dyn Uplink>> {
-    let name = spec.interface().context("the uplink has no interface")?;
+fn open_uplink(options: &Options, wanted: &[Wanted]) -> Result<Option<Box<dyn Uplink>>> {
     let told = wanted.iter().filter_map(|w| w.card.mtu).max();
-    let mut uplink: Box<dyn Uplink> = match (&spec.tap, &spec.af_xdp) {
-        // One that is made has the cards' MTU.
-        (Some(_), _) => Box::new(TapUplink::open(name, told.filter(|_| !exists(name)))?),
-        (_, Some(_)) => Box::new(AfXdp::open(name, spec.queue.unwrap_or(0))?),
-        _ => Box::new(AfPacket::open(name)?),
-    };
-    let has = uplink.link().mtu;
-    if let Some(told) = told.filter(|told| u32::from(*told) > has) {
-        warn!(
-            "uplink {name} has an MTU of {has}, and guests are told {told}: what is longer does not leave by it; \
-             ip link set {name} mtu {told}, or --mtu {has}"
-        );
-    }
-    Ok(uplink)
+    options.uplink.as_ref().map(|spec| join::open_uplink(spec, told)).transpose()
 }
 
-/// What joins ports that have no tap, and an uplink with its MTU.
-fn join(
-    options: &Options,
-    plan: Plan,
-    wanted: &[Wanted],
-    uplink_mtu: Option<u32>,
-    reactors: usize,
-) -> Arc<Hub> {
-    let ports = wanted.iter().filter(|w| w.tap.is_none());
-    let ports = ports.map(|w| Arc::new(Port::new(w.name.clone(), w.card.pairs, w.spec.wait)));
-    // The last port is the uplink's, on the first reactor.
-    let ports = ports.chain(options.uplink.iter().map(|u| Arc::new(Port::uplink(u.name(), 0)))).collect();
-    Arc::new(match plan {
-        Plan::Switch => {
-            let switch = switch(options, wanted, uplink_mtu, reactors);
-            Hub::switched(Arc::new(switch), ports, reactors)
-        }
-        _ => Hub::new(plan, ports, reactors),
-    })
-}
-
-/// The switch that joins these ports, and an uplink with its MTU.
-fn switch(options: &Options, wanted: &[Wanted], uplink_mtu: Option<u32>, reactors: usize) -> switch::Switch {
-    let mut configs: Vec<_> = wanted.iter().filter(|w| w.tap.is_none()).map(|w| w.spec.rules()).collect();
-    let outer = options.uplink.iter().zip(uplink_mtu);
-    configs.extend(outer.map(|(spec, mtu)| PortConfig { mtu, ..spec.rules() }));
-    let ageing = Some(Duration::from_secs(options.mac_ageing.into()));
-    switch::Switch::new(FdbConfig { ageing }, &configs, reactors)
+/// Ports of the hub, with their pairs of queues.
+fn guests(wanted: &[Wanted]) -> Vec<(&PortSpec, u16)> {
+    wanted.iter().filter(|w| w.tap.is_none()).map(|w| (&w.spec, w.card.pairs)).collect()
 }
 
 /// Opens what a port is joined to. A card that is joined to a tap has its MTU and as many pairs of queues.

@@ -3,9 +3,10 @@
 use anyhow::{Result, ensure};
 use kickless_tests::qemu::Vm;
 use kickless_tests::scene::Scene;
+use serde_json::Value;
 use std::time::Duration;
 
-use crate::guest::{LIMIT, compare_with_iproute2, gone, guest, prepare, said, serve, signal};
+use crate::guest::{LIMIT, compare_with_iproute2, gone, guest, prepare, refused, said, serve, signal};
 
 const ATTACH: &str = "attach /disk/image.img --num-queues 4 --queue-size 128";
 
@@ -28,7 +29,8 @@ pub fn disks(scene: &Scene) -> Result<Option<String>> {
 
     let node = serve(&mut vm, "image", ATTACH)?;
     ensure!(node == "/dev/vdb", "it is {node}");
-    compare_with_iproute2(&mut vm)?;
+    compare_with_iproute2(&mut vm, "image")?;
+    by_either(&mut vm)?;
     let queues = vm.check("vdpactl list --json")?;
     ensure!(queues.contains("\"max_vqs\":4") && queues.contains("\"max_vq_size\":128"), "{queues}");
     let features = vm.check("cat /sys/bus/vdpa/devices/image/virtio*/features")?;
@@ -36,8 +38,7 @@ pub fn disks(scene: &Scene) -> Result<Option<String>> {
 
     file_system(&mut vm)?;
     verify(&mut vm, "/dev/vdb", "8M")?;
-    vm.check("blkdiscard -f -o 1M -l 2M /dev/vdb && blkdiscard -z -o 4M -l 1M /dev/vdb")?;
-    vm.check("dd if=/dev/vdb bs=1M skip=4 count=1 iflag=direct 2>/dev/null | cmp -n 1048576 - /dev/zero")?;
+    discard(&mut vm)?;
     grow(&mut vm)?;
     killed_under_load(&mut vm)?;
     vm.check("vdpactl detach /disk/image.img")?;
@@ -57,6 +58,28 @@ pub fn disks(scene: &Scene) -> Result<Option<String>> {
     Ok(None)
 }
 
+/// A device is put on the bus and taken from it by iproute2 or by us; whoever serves it goes on.
+fn by_either(vm: &mut Vm) -> Result<()> {
+    let blk = "serve blk --name null --backend null:64M --queue-size 64";
+    vm.check(&format!("vdpactl {blk} 2>/tmp/null.log >/dev/null & echo $! >/tmp/null.pid"))?;
+    vm.check_soon("test -e /dev/vduse/null", LIMIT)?;
+    let [(add, del), (their_add, their_del)] = [
+        ("vdpactl add null --driver vhost", "vdpactl del null"),
+        ("vdpa dev add mgmtdev vduse name null", "vdpa dev del null"),
+    ];
+    for (add, del) in [(add, their_del), (their_add, del)] {
+        vm.check_soon(add, LIMIT)?;
+        ensure!(
+            vm.check("vdpactl list")?.contains("null: type block mgmtdev vduse"),
+            "{add}: it is not there"
+        );
+        vm.check(del)?;
+        ensure!(!vm.check("vdpa dev show")?.contains("null:"), "{del}: it is still there");
+    }
+    vm.check("test -e /proc/$(cat /tmp/null.pid)/exe")?;
+    signal(vm, "null", "TERM")
+}
+
 fn file_system(vm: &mut Vm) -> Result<()> {
     vm.check("mkfs.ext4 -q /dev/vdb && mount /dev/vdb /mnt && head -c 5000000 /dev/urandom >/mnt/a && sync")?;
     let sum = vm.check("sha256sum </mnt/a")?;
@@ -66,6 +89,27 @@ fn file_system(vm: &mut Vm) -> Result<()> {
     vm.check("kill -TERM $(cat /tmp/image.pid) && sleep 1 && umount /mnt && mount /dev/vdb /mnt")?;
     ensure!(vm.check("sha256sum </mnt/a")? == sum, "the file is another one");
     vm.check("umount /mnt && e2fsck -fn /dev/vdb")?;
+    Ok(())
+}
+
+/// What is discarded takes no room in the image any more and reads as zeroes; so does what is zeroed.
+fn discard(vm: &mut Vm) -> Result<()> {
+    vm.check(
+        "head -c 8M /dev/urandom | dd of=/dev/vdb bs=1M iflag=fullblock oflag=direct 2>/dev/null && sync",
+    )?;
+    let blocks = |vm: &mut Vm| -> Result<u64> { Ok(vm.check("stat -c %b /disk/image.img")?.parse()?) };
+    let before = blocks(vm)?;
+    vm.check("blkdiscard -f -o 1M -l 2M /dev/vdb && blkdiscard -z -o 4M -l 1M /dev/vdb")?;
+    let after = blocks(vm)?;
+    ensure!(
+        after + 4096 <= before,
+        "{before} blocks of 512 bytes before 2 MiB were discarded, {after} after"
+    );
+    for (skip, count) in [(1, 2), (4, 1)] {
+        let read = format!("dd if=/dev/vdb bs=1M skip={skip} count={count} iflag=direct 2>/dev/null");
+        vm.check(&format!("{read} | cmp -n {} - /dev/zero", count << 20))?;
+    }
+    vm.check("! dd if=/dev/vdb bs=1M count=1 iflag=direct 2>/dev/null | cmp -s -n 1048576 - /dev/zero")?;
     Ok(())
 }
 
@@ -86,21 +130,21 @@ fn grow(vm: &mut Vm) -> Result<()> {
     vm.check_soon("test $(blockdev --getsize64 /dev/vdb) = 100663296", LIMIT)
 }
 
-/// Whatever was in flight is finished by the next process.
+/// Whatever was in flight is finished by the next process. Kills come by what was done, not by time.
 fn killed_under_load(vm: &mut Vm) -> Result<()> {
     let job = "--name=k --filename=/dev/vdb --rw=randrw --bs=4k --size=24M --direct=1 --ioengine=libaio --iodepth=64";
-    vm.start(
-        "load",
-        &format!("fio {job} --verify=crc32c --verify_fatal=1 --time_based --runtime=8 --minimal"),
-    )?;
-    for _ in 0..3 {
-        vm.check("sleep 1.5")?;
+    let done = "awk '{ print $1 + $5 }' /sys/block/vdb/stat";
+    let before: u64 = vm.check(done)?.parse()?;
+    // More than 9,000 requests each time, of which a part is in flight at each kill.
+    vm.start("load", &format!("fio {job} --verify=crc32c --verify_fatal=1 --loops=4 --minimal"))?;
+    for kill in 1..=3 {
+        vm.check_soon(&format!("test $({done}) -gt {}", before + kill * 5000), 2 * LIMIT)?;
         ensure!(vm.is_running("load")?, "the load has ended too early");
         signal(vm, "image", "KILL")?;
         let node = serve(vm, "image", ATTACH)?;
         ensure!(node == "/dev/vdb", "it is {node}");
     }
-    let load = vm.join("load", 2 * LIMIT)?;
+    let load = vm.join("load", 3 * LIMIT)?;
     ensure!(load.code == 0, "fio: {}\n{}", load.stdout, said(vm, "image"));
     let log = said(vm, "image");
     ensure!(log.contains("going on with its driver"), "{log}");
@@ -130,31 +174,63 @@ fn vhost_vdpa(vm: &mut Vm) -> Result<()> {
         let client = vm.run_for(&format!("client client {node}"), LIMIT + Duration::from_secs(30))?;
         ensure!(client.code == 0, "{}\n{}", client.stdout, said(vm, "v"));
     }
+    load(vm, &node)?;
     signal(vm, "v", "KILL")?;
     vm.check("vdpactl detach")?;
     vm.check("! test -e /dev/vhost-vdpa-0 && ! test -e /dev/vduse/v && ! test -e /run/kickless-vdpa/v")?;
     Ok(())
 }
 
+/// Our load generator, with rings of both formats, on both queues.
+fn load(vm: &mut Vm, node: &str) -> Result<()> {
+    let run = format!("vbench run --socket-path {node}");
+    for more in ["--indirect", "--packed"] {
+        let parts = "--numjobs 2 --size 2M --offset-increment 8M";
+        let job = format!("{run} --rw randwrite {parts} --iodepth 16 --completion interrupt {more}");
+        let done = vm.run_for(&format!("{job} --verify crc32c --json=-"), 2 * LIMIT)?;
+        ensure!(done.code == 0, "{more}: {}\n{}", done.stdout, said(vm, "v"));
+        let result: Value = serde_json::from_str(&done.stdout)?;
+        let done = |what: &str| -> u64 {
+            let jobs = result["jobs"].as_array().into_iter().flatten();
+            jobs.map(|job| job[what]["total_ios"].as_u64().unwrap_or(0)).sum()
+        };
+        // All of it, and all of it read back.
+        ensure!((done("write"), done("read")) == (1024, 1024), "{result}");
+    }
+    for (command, why) in [
+        (format!("{run} --inflight"), "vhost-user's front ends only"),
+        (format!("{run} --numjobs 3"), "has 2 queues"),
+        (format!("{run} --iodepth 1000"), "at most 1024"),
+        (format!("vbench net --socket-path {node}"), "vbench run drives those"),
+    ] {
+        let refused = vm.run(&command)?;
+        ensure!(refused.code == 1 && refused.stdout.contains(why), "{command}: {}", refused.stdout);
+    }
+    Ok(())
+}
+
 fn refusals(vm: &mut Vm) -> Result<()> {
     serve(vm, "one", "attach /disk/image.img --name one --driver vhost")?;
+    let attach = "vdpactl attach /disk/image.img";
+    let nobody = "setpriv --reuid 65534 --regid 65534 --clear-groups";
     for (command, why) in [
         ("vdpactl serve blk --backend null:1G --name one", "served by process"),
-        ("vdpactl attach /disk/image.img --name two", "another process has it open"),
+        (&format!("{attach} --name two"), "another process has it open"),
         ("vdpactl add three", "three"),
         ("vdpactl detach three", "no device three"),
+        // A name that is taken by somebody whose record we do not have.
+        ("vdpactl serve blk --backend null:1G --name one --state-dir /tmp/other", "vdpactl detach one"),
+        (
+            &format!("{nobody} vdpactl serve blk --backend null:1G --name two --state-dir /tmp/nobody"),
+            "cannot open /dev/vduse/control: Permission denied",
+        ),
+        ("setpriv --bounding-set -net_admin vdpactl serve net --name c --port name=d", "CAP_NET_ADMIN"),
+        ("setpriv --bounding-set -net_admin vdpactl del one", "CAP_NET_ADMIN"),
     ] {
-        let refused = vm.run(command)?;
-        ensure!(refused.code == 1 && refused.stdout.contains(why), "{command}: {}", refused.stdout);
-        ensure!(
-            refused.stdout.lines().filter(|l| l.starts_with("vdpactl:")).count() == 1,
-            "{}",
-            refused.stdout
-        );
+        refused(vm, command, why)?;
     }
+    vm.check("! test -e /dev/vduse/c && ! test -e /run/kickless-vdpa/c && ! test -e /run/kickless-vdpa/two")?;
     signal(vm, "one", "TERM")?;
     vm.check("modprobe -r virtio_vdpa vhost_vdpa vduse 2>/dev/null; rmmod virtio_vdpa; rmmod vhost_vdpa; rmmod vduse; ! test -e /dev/vduse/control")?;
-    let missing = vm.run("vdpactl attach /disk/image.img")?;
-    ensure!(missing.code == 1 && missing.stdout.contains("modprobe"), "{}", missing.stdout);
-    Ok(())
+    refused(vm, attach, "modprobe")
 }

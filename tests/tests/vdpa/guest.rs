@@ -1,6 +1,6 @@
 //! The guest, with our program in it.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
@@ -15,24 +15,25 @@ use serde_json::Value;
 /// How long something may take in a guest that is emulated on a busy machine.
 pub const LIMIT: Duration = Duration::from_secs(60);
 
-fn program() -> Option<PathBuf> {
-    process::built("vdpactl")
-}
+/// Of ours, in the guest.
+const PROGRAMS: [&str; 2] = ["vdpactl", "vbench"];
 
 pub fn missing_program() -> Option<String> {
-    program().is_none().then(|| "no vdpactl: run cargo build, or set KICKLESS_BIN_DIR".to_owned())
+    let missing = PROGRAMS.iter().find(|name| process::built(name).is_none())?;
+    Some(format!("no {missing}: run cargo build, or set KICKLESS_BIN_DIR"))
 }
 
 /// A guest with our programs, as small as they can be: they are unpacked into its memory.
 pub fn guest(scene: &Scene) -> Result<VmBuilder> {
     let overlay = Overlay::new(scene, "overlay")?;
-    for (name, path) in [("vdpactl", program().context("no vdpactl")?), ("client", std::env::current_exe()?)]
-    {
+    let programs = PROGRAMS.iter().filter_map(|name| Some((*name, process::built(name)?)));
+    for (name, path) in programs.chain([("client", std::env::current_exe()?)]) {
         let stripped = scene.path(name);
         let status = Command::new("strip").arg("-o").arg(&stripped).arg(path).status().context("strip")?;
         ensure!(status.success(), "strip: {status}");
         overlay.program(Path::new(&stripped))?;
     }
+    overlay.program(&process::find_program("setpriv").context("no setpriv")?)?;
     Ok(Vm::builder().release(Release::Backports).memory_mib(768).cpus(2).overlay(overlay))
 }
 
@@ -70,13 +71,50 @@ pub fn gone(vm: &mut Vm, name: &str) -> Result<()> {
     vm.check_soon(&wait, LIMIT).with_context(|| said(vm, name))
 }
 
-/// What iproute2 and we say of the bus is the same, name for name.
-pub fn compare_with_iproute2(vm: &mut Vm) -> Result<()> {
-    for (theirs, ours) in [("dev show", "list"), ("mgmtdev show", "mgmtdev"), ("dev config show", "config")] {
-        let theirs: Value = serde_json::from_str(&vm.check(&format!("vdpa -j {theirs}"))?)?;
+/// What iproute2 and we say of the bus, and of the device `name` on it, is the same: word for word, and field by field.
+pub fn compare_with_iproute2(vm: &mut Vm, name: &str) -> Result<()> {
+    for (theirs, ours) in [
+        ("dev show", "list"),
+        (&format!("dev show {name}"), &format!("show {name}")),
+        ("mgmtdev show", "mgmtdev"),
+        ("mgmtdev show vduse", "mgmtdev vduse"),
+        ("dev config show", "config"),
+        (&format!("dev config show {name}"), &format!("config {name}")),
+    ] {
+        let json: Value = serde_json::from_str(&vm.check(&format!("vdpa -j {theirs}"))?)?;
         let text = vm.check(&format!("vdpactl {ours} --json"))?;
-        ensure!(serde_json::from_str::<Value>(&text)? == theirs, "we say {text}, iproute2 {theirs}");
-        ensure!(theirs.as_object().is_some_and(|all| !all.is_empty()), "iproute2 says nothing: {theirs}");
+        ensure!(serde_json::from_str::<Value>(&text)? == json, "we say {text}, iproute2 {json}");
+        ensure!(json.as_object().is_some_and(|all| !all.is_empty()), "iproute2 says nothing: {json}");
+        let plain = |text: String| text.split_whitespace().map(str::to_owned).collect::<Vec<_>>();
+        let (theirs, ours) =
+            (plain(vm.check(&format!("vdpa {theirs}"))?), plain(vm.check(&format!("vdpactl {ours}"))?));
+        ensure!(ours == theirs, "we say {ours:?}, iproute2 {theirs:?}");
     }
+    // Nothing is counted by the kernel for a VDUSE device, and both say so; and what is not there.
+    for (theirs, ours, why) in [
+        (format!("dev vstats show {name} qidx 0"), format!("stats {name}"), "not supported"),
+        ("dev show nobody".into(), "show nobody".into(), "No such device"),
+        ("dev del nobody".into(), "del nobody".into(), "No such device"),
+        ("dev add mgmtdev vduse name nobody".into(), "add nobody".into(), "Invalid argument"),
+        (format!("dev add mgmtdev vduse name {name}"), format!("add {name}"), "File exists"),
+    ] {
+        // It ends well all the same.
+        let said = vm.run(&format!("vdpa {theirs}"))?.stdout;
+        ensure!(said.contains(why), "iproute2, {theirs}: {said}");
+        refused(vm, &format!("vdpactl {ours}"), why)?;
+    }
+    Ok(())
+}
+
+/// A command that is refused with one line of ours, in which there is `why`.
+pub fn refused(vm: &mut Vm, command: &str, why: &str) -> Result<()> {
+    let said = vm.run(command)?;
+    let lines = said.stdout.lines().filter(|l| l.starts_with("vdpactl:")).count();
+    ensure!(
+        said.code == 1 && said.stdout.contains(why) && lines == 1,
+        "{command}: {}, {}",
+        said.code,
+        said.stdout
+    );
     Ok(())
 }

@@ -1,15 +1,16 @@
 //! A network card of the guest's own kernel, joined to a tap in another network namespace.
 
 use anyhow::{Context, Result, ensure};
+use kickless_tests::qemu::Vm;
 use kickless_tests::scene::Scene;
 use serde_json::Value;
 
-use crate::guest::{compare_with_iproute2, guest, prepare, said, serve, signal};
+use crate::guest::{LIMIT, compare_with_iproute2, guest, prepare, said, serve, signal};
 
 pub fn network_card(scene: &Scene) -> Result<Option<String>> {
     let mut vm = guest(scene)?.boot(scene)?;
     prepare(&mut vm)?;
-    for (turn, more) in ["", " --packed off"].into_iter().enumerate() {
+    for more in ["", " --packed off"] {
         let args = format!(
             "serve net --name card --tap t0 --mac 52:54:00:12:34:56 --mtu 1400 --driver virtio{more}"
         );
@@ -21,19 +22,84 @@ pub fn network_card(scene: &Scene) -> Result<Option<String>> {
         ))?;
         let about = vm.check(&format!("ip link show {interface}"))?;
         ensure!(about.contains("mtu 1400") && about.contains("52:54:00:12:34:56"), "{about}");
-        compare_with_iproute2(&mut vm)?;
+        compare_with_iproute2(&mut vm, "card")?;
         let config: Value = serde_json::from_str(&vm.check("vdpactl config --json")?)?;
         ensure!(config["config"]["card"]["mac"] == "52:54:00:12:34:56", "{config}");
         vm.check("ping -c 3 -W 10 10.0.0.2").with_context(|| said(&mut vm, "card"))?;
         vm.check("ping -c 2 -W 10 -s 6000 10.0.0.2")?;
-        vm.check("ip netns exec far iperf3 -s -D -1 && sleep 1")?;
-        let said = vm.check("iperf3 -c 10.0.0.2 -t 3 -J").with_context(|| said(&mut vm, "card"))?;
-        let result: Value = serde_json::from_str(&said)?;
-        let bytes = result["end"]["sum_received"]["bytes"].as_f64().unwrap_or(0.0);
-        ensure!(bytes > 1e6, "turn {turn}: {bytes} bytes in three seconds");
+        iperf(&mut vm, "", "far", "10.0.0.2").with_context(|| said(&mut vm, "card"))?;
         signal(&mut vm, "card", "TERM")?;
         vm.check("! test -e /dev/vduse/card && ! ip link show eth0 2>/dev/null")?;
     }
+    switched(&mut vm)?;
+    driven(&mut vm)?;
     vm.quit()?;
     Ok(None)
+}
+
+/// Has iperf3 send some megabytes from the namespace `from` (the first one without a name) to `to`.
+fn iperf(vm: &mut Vm, from: &str, to: &str, address: &str) -> Result<()> {
+    vm.check(&format!("ip netns exec {to} iperf3 -s -D -1"))?;
+    vm.check_soon(&format!("ip netns exec {to} grep -q ':1451 .* 0A ' /proc/net/tcp /proc/net/tcp6"), LIMIT)?;
+    let within = if from.is_empty() { String::new() } else { format!("ip netns exec {from}") };
+    let said = vm.run_for(&format!("{within} iperf3 -c {address} -n 8M -J"), 2 * LIMIT)?;
+    let result: Value = serde_json::from_str(&said.stdout).with_context(|| said.stdout.clone())?;
+    let bytes = result["end"]["sum_received"]["bytes"].as_f64().unwrap_or(0.0);
+    ensure!(bytes > 4e6, "{bytes} of 8 MiB have come: {result}");
+    Ok(())
+}
+
+/// Two cards of the guest's kernel and one for a virtual machine on the switch, with a tap as its uplink.
+fn switched(vm: &mut Vm) -> Result<()> {
+    let cards =
+        "--name a --mac 52:54:00:00:00:0a --port name=b,mac=52:54:00:00:00:0b --port socket-path=/tmp/vm";
+    let args = format!("serve net {cards} --uplink tap=up0 --driver virtio");
+    serve(vm, "switch", &args)?;
+    vm.check_soon("test $(wc -l </tmp/switch.node) = 2", LIMIT).with_context(|| said(vm, "switch"))?;
+    vm.check("test -S /tmp/vm && ip addr add 10.1.0.9/24 dev up0 && ip link set up0 up")?;
+    for (line, name) in [(1, "a"), (2, "b")] {
+        vm.check(&format!(
+            "n=$(sed -n {line}p /tmp/switch.node) && ip link show $n | grep -q 52:54:00:00:00:0{name} && ip netns add {name} && \
+             ip link set $n netns {name} && ip -n {name} addr add 10.1.0.{line}/24 dev $n && ip -n {name} link set $n up"
+        ))?;
+    }
+    compare_with_iproute2(vm, "b")?;
+    for (from, to) in [("a", 2), ("b", 1), ("a", 9), ("b", 9)] {
+        let ping = vm.check(&format!("ip netns exec {from} ping -c 2 -W 10 10.1.0.{to}"));
+        ping.with_context(|| said(vm, "switch"))?;
+    }
+    iperf(vm, "a", "b", "10.1.0.2").with_context(|| said(vm, "switch"))?;
+    // What has crossed is counted at both ports.
+    vm.check("kill -USR1 $(cat /tmp/switch.pid)")?;
+    vm.check_soon("grep -q '^uplink up0 up' /tmp/switch.node", LIMIT)?;
+    let report = vm.check("cat /tmp/switch.node")?;
+    ensure!(["port a", "port b", "port /tmp/vm"].iter().all(|port| report.contains(port)), "{report}");
+    signal(vm, "switch", "TERM")?;
+    vm.check("! test -e /dev/vduse/a && ! test -e /dev/vduse/b && ! test -e /tmp/vm && ! ip link show up0 2>/dev/null")?;
+    vm.check("ip netns del a && ip netns del b")?;
+    Ok(())
+}
+
+/// Cards for drivers in user space: our load generator from one to the other, through the switch.
+fn driven(vm: &mut Vm) -> Result<()> {
+    serve(vm, "pair", "serve net --name x --port name=y --driver vhost")?;
+    vm.check_soon("test $(wc -l </tmp/pair.node) = 2", LIMIT).with_context(|| said(vm, "pair"))?;
+    let nodes = vm.check("cat /tmp/pair.node")?;
+    let nodes: Vec<_> = nodes.lines().map(|node| format!("--socket-path {node}")).collect();
+    for more in ["", "--packed"] {
+        let run = format!(
+            "vbench net {} --direction both --iodepth 16 --runtime 1 --completion interrupt",
+            nodes.join(" ")
+        );
+        let done = vm.run_for(&format!("{run} {more} --json=-"), LIMIT)?;
+        ensure!(done.code == 0, "{more}: {}\n{}", done.stdout, said(vm, "pair"));
+        let result: Value = serde_json::from_str(&done.stdout)?;
+        let received = result["result"]["received"].as_u64().unwrap_or(0);
+        ensure!(received > 100, "{result}");
+    }
+    let refused = vm.run(&format!("vbench net {} --direction echo --queue-pairs 2", nodes[0]))?;
+    ensure!(refused.code == 1 && refused.stdout.contains("1 queues"), "{}", refused.stdout);
+    let refused = vm.run(&format!("vbench run {}", nodes[0]))?;
+    ensure!(refused.code == 1 && refused.stdout.contains("vbench net drives those"), "{}", refused.stdout);
+    signal(vm, "pair", "TERM")
 }

@@ -21,6 +21,8 @@ use super::uapi::{
 pub const DIRECTORY: &str = "/dev/vduse";
 /// `VIRTIO_ID_NET`.
 pub const ID_NET: u32 = 1;
+/// `VIRTIO_ID_BLOCK`.
+pub const ID_BLOCK: u32 = 2;
 
 /// Why VDUSE does not do what is asked of it.
 #[derive(Debug, thiserror::Error)]
