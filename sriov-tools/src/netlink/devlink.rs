@@ -1,16 +1,11 @@
 //! devlink: modes and ports of embedded switches (include/uapi/linux/devlink.h), over generic netlink.
 
 use netaddr::MacAddr;
-use netlink_packet_core::{
-    DecodeError, DefaultNla, Emitable, NLA_F_NESTED, Nla, NlasIterator, ParseableParametrized,
-};
-use netlink_packet_generic::ctrl::nlas::GenlCtrlAttrs;
-use netlink_packet_generic::ctrl::{GenlCtrl, GenlCtrlCmd};
-use netlink_packet_generic::{GenlFamily, GenlHeader, GenlMessage};
-use netlink_sys::protocols::NETLINK_GENERIC;
+use netlink::Refused;
+use netlink::generic::{self, Attributes, Generic, nested, text};
+use netlink_packet_core::DefaultNla;
 
-use super::Connection;
-use crate::host::{EswitchMode, Port, PortSet, Refused};
+use crate::host::{EswitchMode, Port, PortSet};
 use crate::pci::PciAddr;
 
 const CMD_PORT_GET: u8 = 5;
@@ -29,78 +24,16 @@ const ATTR_PORT_FUNCTION: u16 = 145;
 const FUNCTION_ATTR_HW_ADDR: u16 = 1;
 const FUNCTION_ATTR_STATE: u16 = 2;
 
-/// A message of the family: a command and its attributes.
+/// The family.
 #[derive(Clone, Debug)]
-struct Message {
-    command: u8,
-    attributes: Vec<DefaultNla>,
+struct Family;
+
+impl generic::Family for Family {
+    const NAME: &'static str = "devlink";
 }
 
-impl GenlFamily for Message {
-    fn family_name() -> &'static str {
-        "devlink"
-    }
-
-    fn command(&self) -> u8 {
-        self.command
-    }
-
-    fn version(&self) -> u8 {
-        1
-    }
-}
-
-impl Emitable for Message {
-    fn buffer_len(&self) -> usize {
-        self.attributes.as_slice().buffer_len()
-    }
-
-    fn emit(&self, buffer: &mut [u8]) {
-        self.attributes.as_slice().emit(buffer);
-    }
-}
-
-impl ParseableParametrized<[u8], GenlHeader> for Message {
-    fn parse_with_param(bytes: &[u8], header: GenlHeader) -> Result<Message, DecodeError> {
-        let attribute = |nla: Result<netlink_packet_core::NlaBuffer<&[u8]>, DecodeError>| {
-            nla.map(|nla| DefaultNla::new(nla.kind(), nla.value().to_vec()))
-        };
-        let attributes = NlasIterator::new(bytes).map(attribute).collect::<Result<_, _>>()?;
-        Ok(Message { command: header.cmd, attributes })
-    }
-}
-
-impl Message {
-    fn value(&self, kind: u16) -> Option<Vec<u8>> {
-        value(&self.attributes, kind)
-    }
-
-    fn text(&self, kind: u16) -> Option<String> {
-        Some(String::from_utf8_lossy(&self.value(kind)?).trim_end_matches('\0').to_owned())
-    }
-
-    fn u16(&self, kind: u16) -> Option<u16> {
-        Some(u16::from_ne_bytes(self.value(kind)?.get(..2)?.try_into().ok()?))
-    }
-
-    fn address(&self) -> Option<PciAddr> {
-        (self.text(ATTR_BUS_NAME)? == "pci").then(|| self.text(ATTR_DEV_NAME)?.parse().ok()).flatten()
-    }
-}
-
-fn value(attributes: &[DefaultNla], kind: u16) -> Option<Vec<u8>> {
-    let nla = attributes.iter().find(|nla| nla.kind() & !NLA_F_NESTED == kind)?;
-    let mut bytes = vec![0; nla.value_len()];
-    nla.emit_value(&mut bytes);
-    Some(bytes)
-}
-
-fn attributes(bytes: &[u8]) -> Vec<DefaultNla> {
-    NlasIterator::new(bytes).flatten().map(|nla| DefaultNla::new(nla.kind(), nla.value().to_vec())).collect()
-}
-
-fn text(kind: u16, text: &str) -> DefaultNla {
-    DefaultNla::new(kind, [text.as_bytes(), b"\0"].concat())
+fn address(of: &Attributes) -> Option<PciAddr> {
+    (of.text(ATTR_BUS_NAME)? == "pci").then(|| of.text(ATTR_DEV_NAME)?.parse().ok()).flatten()
 }
 
 fn device(pf: PciAddr) -> Vec<DefaultNla> {
@@ -108,36 +41,18 @@ fn device(pf: PciAddr) -> Vec<DefaultNla> {
 }
 
 /// A connection to devlink.
-pub struct Devlink {
-    connection: Connection,
-    family: u16,
-}
+pub struct Devlink(Generic<Family>);
 
 impl Devlink {
     /// Opens it; none if this kernel has no devlink.
     pub fn open() -> Option<Devlink> {
-        let mut connection = Connection::open(NETLINK_GENERIC).ok()?;
-        let nlas = vec![GenlCtrlAttrs::FamilyName(Message::family_name().into())];
-        let question = GenlMessage::from_payload(GenlCtrl { cmd: GenlCtrlCmd::GetFamily, nlas });
-        let answers = connection.call(question).ok()?;
-        let family =
-            answers.into_iter().flat_map(|answer| answer.payload.nlas).find_map(|nla| match nla {
-                GenlCtrlAttrs::FamilyId(id) => Some(id),
-                _ => None,
-            })?;
-        Some(Devlink { connection, family })
-    }
-
-    fn message(&self, command: u8, attributes: Vec<DefaultNla>) -> GenlMessage<Message> {
-        let mut message = GenlMessage::from_payload(Message { command, attributes });
-        message.set_resolved_family_id(self.family);
-        message
+        Generic::open().ok()?.map(Devlink)
     }
 
     /// The mode of a function's embedded switch.
     pub fn eswitch(&mut self, pf: PciAddr) -> Result<Option<EswitchMode>, Refused> {
-        let answers = self.connection.call(self.message(CMD_ESWITCH_GET, device(pf)))?;
-        Ok(answers.iter().find_map(|answer| match answer.payload.u16(ATTR_ESWITCH_MODE)? {
+        let answers = self.0.call(CMD_ESWITCH_GET, device(pf))?;
+        Ok(answers.iter().find_map(|answer| match answer.number(ATTR_ESWITCH_MODE)? {
             0 => Some(EswitchMode::Legacy),
             1 => Some(EswitchMode::Switchdev),
             _ => None,
@@ -149,13 +64,12 @@ impl Devlink {
         let mode = u16::from(mode == EswitchMode::Switchdev);
         let mut attributes = device(pf);
         attributes.push(DefaultNla::new(ATTR_ESWITCH_MODE, mode.to_ne_bytes().to_vec()));
-        self.connection.call(self.message(CMD_ESWITCH_SET, attributes)).map(drop)
+        self.0.call(CMD_ESWITCH_SET, attributes).map(drop)
     }
 
     /// All ports of PCI functions.
     pub fn ports(&mut self) -> Result<Vec<Port>, Refused> {
-        let answers = self.connection.dump(self.message(CMD_PORT_GET, Vec::new()))?;
-        Ok(answers.iter().filter_map(|answer| port(&answer.payload)).collect())
+        Ok(self.0.dump(CMD_PORT_GET, Vec::new())?.iter().filter_map(port).collect())
     }
 
     /// Sets something of the function behind a port.
@@ -164,22 +78,21 @@ impl Devlink {
             PortSet::Mac(mac) => DefaultNla::new(FUNCTION_ATTR_HW_ADDR, mac.0.to_vec()),
             PortSet::Active(active) => DefaultNla::new(FUNCTION_ATTR_STATE, vec![u8::from(active)]),
         };
-        let mut bytes = vec![0; function.buffer_len()];
-        function.emit(&mut bytes);
         let mut attributes = device(pf);
         attributes.push(DefaultNla::new(ATTR_PORT_INDEX, index.to_ne_bytes().to_vec()));
-        attributes.push(DefaultNla::new(ATTR_PORT_FUNCTION | NLA_F_NESTED, bytes));
-        self.connection.call(self.message(CMD_PORT_SET, attributes)).map(drop)
+        attributes.push(nested(ATTR_PORT_FUNCTION, &[function]));
+        self.0.call(CMD_PORT_SET, attributes).map(drop)
     }
 }
 
-fn port(message: &Message) -> Option<Port> {
-    let function = attributes(&message.value(ATTR_PORT_FUNCTION).unwrap_or_default());
-    let mac = value(&function, FUNCTION_ATTR_HW_ADDR).and_then(|bytes| Some(MacAddr(bytes.try_into().ok()?)));
+fn port(message: &Attributes) -> Option<Port> {
+    let function = message.nested(ATTR_PORT_FUNCTION);
+    let mac = function.value(FUNCTION_ATTR_HW_ADDR).and_then(|bytes| Some(MacAddr(bytes.try_into().ok()?)));
+    let number = |of: &Attributes, kind| of.number(kind).and_then(|n| u32::try_from(n).ok());
     Some(Port {
-        pf: message.address()?,
-        index: u32::from_ne_bytes(message.value(ATTR_PORT_INDEX)?.try_into().ok()?),
-        flavour: match message.u16(ATTR_PORT_FLAVOUR) {
+        pf: address(message)?,
+        index: number(message, ATTR_PORT_INDEX)?,
+        flavour: match message.number(ATTR_PORT_FLAVOUR) {
             Some(0) => "physical",
             Some(1) => "cpu",
             Some(2) => "dsa",
@@ -190,10 +103,10 @@ fn port(message: &Message) -> Option<Port> {
             _ => "other",
         }
         .into(),
-        vf: message.u16(ATTR_PORT_PCI_VF_NUMBER).map(u32::from),
+        vf: number(message, ATTR_PORT_PCI_VF_NUMBER),
         interface: message.text(ATTR_PORT_NETDEV_NAME),
         mac: mac.filter(|mac| mac.is_station()),
-        active: value(&function, FUNCTION_ATTR_STATE).and_then(|state| Some(*state.first()? == 1)),
+        active: function.number(FUNCTION_ATTR_STATE).map(|state| state == 1),
     })
 }
 
@@ -203,22 +116,16 @@ mod tests {
 
     #[test]
     fn a_port_of_a_vf() {
-        let mac = DefaultNla::new(FUNCTION_ATTR_HW_ADDR, vec![0x52, 0x54, 0, 0, 0, 9]);
-        let mut function = vec![0; mac.buffer_len()];
-        mac.emit(&mut function);
+        let function = [DefaultNla::new(FUNCTION_ATTR_HW_ADDR, vec![0x52, 0x54, 0, 0, 0, 9])];
         let mut attributes = device("0000:03:00.0".parse().unwrap());
         attributes.extend([
             DefaultNla::new(ATTR_PORT_INDEX, 131_072_u32.to_ne_bytes().to_vec()),
             DefaultNla::new(ATTR_PORT_FLAVOUR, 4_u16.to_ne_bytes().to_vec()),
             DefaultNla::new(ATTR_PORT_PCI_VF_NUMBER, 1_u16.to_ne_bytes().to_vec()),
             text(ATTR_PORT_NETDEV_NAME, "eth0_1"),
-            DefaultNla::new(ATTR_PORT_FUNCTION | NLA_F_NESTED, function),
+            nested(ATTR_PORT_FUNCTION, &function),
         ]);
-        let message = Message { command: CMD_PORT_GET, attributes };
-        let mut bytes = vec![0; message.buffer_len()];
-        message.emit(&mut bytes);
-        let header = GenlHeader { cmd: CMD_PORT_GET, version: 1 };
-        let port = port(&Message::parse_with_param(&bytes, header).unwrap()).unwrap();
+        let port = port(&Attributes::new(attributes)).unwrap();
         assert_eq!((port.flavour.as_str(), port.vf, port.index), ("pcivf", Some(1), 131_072));
         assert_eq!(port.interface.as_deref(), Some("eth0_1"));
         assert_eq!(port.mac, Some("52:54:00:00:00:09".parse().unwrap()));

@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::RawFd;
 
 use netaddr::MacAddr;
+use netlink::{Connection, Refused};
 use netlink_packet_route::link::{
     LinkAttribute, LinkExtentMask, LinkFlags, LinkMessage, LinkVfInfo, VfInfo, VfInfoLinkState, VfInfoMac,
     VfInfoRate, VfInfoSpoofCheck, VfInfoTrust, VfLinkState, VfVlan, VfVlanInfo, VlanProtocol,
@@ -13,8 +14,7 @@ use netlink_packet_route::route::{RouteAttribute, RouteMessage};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use netlink_sys::protocols::NETLINK_ROUTE;
 
-use super::Connection;
-use crate::host::{Link, LinkState, Refused, Settings, VfSet, VlanProto};
+use crate::host::{Link, LinkState, Settings, VfSet, VlanProto};
 use crate::pci::PciAddr;
 
 /// An interface, with what only the kernel knows it by.

@@ -1,8 +1,9 @@
 //! What the bus has, as iproute2's `vdpa` shows it: the same words for people, the same JSON for programs.
 
+use netlink::generic::{Attributes, number_of, text_of};
 use serde_json::{Map, Value, json};
 
-use super::{Message, attr, number, string};
+use super::attr;
 
 /// `VIRTIO_NET_S_LINK_UP` and `_ANNOUNCE`.
 const LINK_UP: u64 = 1;
@@ -24,9 +25,9 @@ fn kind(id: u64) -> &'static str {
     }
 }
 
-fn mgmtdev_name(m: &Message) -> String {
-    let name = m.string(attr::MGMTDEV_DEV_NAME).unwrap_or_default();
-    m.string(attr::MGMTDEV_BUS_NAME).map_or(name.clone(), |bus| format!("{bus}/{name}"))
+fn mgmtdev_name(m: &Attributes) -> String {
+    let name = m.text(attr::MGMTDEV_DEV_NAME).unwrap_or_default();
+    m.text(attr::MGMTDEV_BUS_NAME).map_or(name.clone(), |bus| format!("{bus}/{name}"))
 }
 
 /// A number for one that has no name.
@@ -102,7 +103,7 @@ fn put(entry: &mut Map<String, Value>, name: &str, value: Option<u64>) {
 }
 
 /// `vdpa mgmtdev show`.
-pub fn mgmtdevs(messages: &[Message]) -> Value {
+pub fn mgmtdevs(messages: &[Attributes]) -> Value {
     section(
         "mgmtdev",
         messages.iter().map(|m| {
@@ -121,7 +122,7 @@ pub fn mgmtdevs(messages: &[Message]) -> Value {
 }
 
 /// `vdpa dev show`.
-pub fn devices(messages: &[Message]) -> Value {
+pub fn devices(messages: &[Attributes]) -> Value {
     section(
         "dev",
         messages.iter().map(|m| {
@@ -131,13 +132,13 @@ pub fn devices(messages: &[Message]) -> Value {
             put(&mut entry, "vendor_id", m.number(attr::DEV_VENDOR_ID));
             put(&mut entry, "max_vqs", m.number(attr::DEV_MAX_VQS));
             put(&mut entry, "max_vq_size", m.number(attr::DEV_MAX_VQ_SIZE));
-            (m.string(attr::DEV_NAME).unwrap_or_default(), entry)
+            (m.text(attr::DEV_NAME).unwrap_or_default(), entry)
         }),
     )
 }
 
 /// `vdpa dev config show`.
-pub fn config(messages: &[Message]) -> Value {
+pub fn config(messages: &[Attributes]) -> Value {
     section(
         "config",
         messages.iter().map(|m| {
@@ -160,20 +161,20 @@ pub fn config(messages: &[Message]) -> Value {
                     entry.insert("negotiated_features".into(), features(bits, id));
                 }
             }
-            (m.string(attr::DEV_NAME).unwrap_or_default(), entry)
+            (m.text(attr::DEV_NAME).unwrap_or_default(), entry)
         }),
     )
 }
 
 /// `vdpa dev vstats show`.
-pub fn statistics(messages: &[Message]) -> Value {
+pub fn statistics(messages: &[Attributes]) -> Value {
     section(
         "vstats",
         messages.iter().map(|m| {
-            let names = m.all(attr::DEV_VENDOR_ATTR_NAME).map(|v| string(&v));
-            let values = m.all(attr::DEV_VENDOR_ATTR_VALUE).map(|v| number(&v).unwrap_or(0));
+            let names = m.all(attr::DEV_VENDOR_ATTR_NAME).map(|v| text_of(&v));
+            let values = m.all(attr::DEV_VENDOR_ATTR_VALUE).map(|v| number_of(&v).unwrap_or(0));
             let entry = names.zip(values).map(|(name, value)| (name, value.into())).collect();
-            (m.string(attr::DEV_NAME).unwrap_or_default(), entry)
+            (m.text(attr::DEV_NAME).unwrap_or_default(), entry)
         }),
     )
 }
@@ -220,9 +221,9 @@ mod tests {
     use super::*;
     use netlink_packet_core::DefaultNla;
 
-    fn message(attributes: &[(u16, &[u8])]) -> Message {
+    fn message(attributes: &[(u16, &[u8])]) -> Attributes {
         let attributes = attributes.iter().map(|&(kind, value)| DefaultNla::new(kind, value.to_vec()));
-        Message { command: 0, attributes: attributes.collect() }
+        Attributes::new(attributes.collect())
     }
 
     #[test]
