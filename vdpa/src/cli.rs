@@ -7,6 +7,7 @@ use daemon::{Switch, ring_size};
 use poll_engine::engine::pacing::Pacing;
 use poll_engine::engine::placement::CpuList;
 use vhost_blk::cli::{DeviceOptions, Synthetic, parse_size};
+use vhost_net::cli::pairs;
 use vhost_net::spec::{PortSpec, mac};
 
 use crate::sysfs::Driver;
@@ -29,7 +30,7 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Take an image to /dev/vdX, and take all of it away on SIGTERM or SIGINT
-    Attach(Attach),
+    Attach(Box<Attach>),
     /// Take a device away, whoever serves it, or served it
     Detach(Detach),
     /// Serve a device
@@ -95,7 +96,7 @@ pub struct Detach {
 #[derive(Debug, Subcommand)]
 pub enum Serve {
     /// A disk
-    Blk(ServeBlk),
+    Blk(Box<ServeBlk>),
     /// A network card
     Net(Box<ServeNet>),
 }
@@ -159,6 +160,11 @@ pub struct ServeNet {
     /// MTU that cards advise
     #[arg(long, value_name = "BYTES", value_parser = clap::value_parser!(u16).range(68..=65521))]
     pub mtu: Option<u16>,
+
+    /// Pairs of queues that each card on the switch offers (1 to 16); one on the bus has as many only if the kernel takes a
+    /// control queue from VDUSE, which Linux up to 7.2 does not, and one otherwise
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = pairs, conflicts_with = "tap")]
+    pub num_queue_pairs: u16,
 
     /// Largest ring a queue may have (a power of two up to 32768)
     #[arg(long, value_name = "N", default_value_t = 256, value_parser = ring_size)]

@@ -70,7 +70,6 @@ fn blk(
         name,
         id: ID_BLOCK,
         device,
-        num_queues: options.num_queues,
         config_len: vhost_blk::device::CONFIG_LEN,
         common,
         engine: engine(common, options.fixed_buffers.into())?,
@@ -102,7 +101,7 @@ impl Service for Disk {
 pub fn serve_net(cli: &ServeNet) -> Result<()> {
     daemon::init_log(&cli.common.log)?;
     let Some(tap) = &cli.tap else { return switch::serve_net(cli) };
-    // Without a control queue there is no choosing among pairs of queues.
+    // A tap's own card has no control queue, and without one there is no choosing among pairs of queues.
     let tap = Tap::open(tap, 1, cli.mtu)?;
     let card = Card { mac: cli.mac, mtu: cli.mtu, pairs: 1, ring_size: cli.queue_size };
     let joined = Joined::Tap(TapCard::new(Arc::clone(&tap), None));
@@ -110,7 +109,6 @@ pub fn serve_net(cli: &ServeNet) -> Result<()> {
         name: cli.name.clone().context("--name is missing")?,
         id: ID_NET,
         device: Arc::new(NetDevice::new(card, joined, withheld_rings(cli.packed))),
-        num_queues: 2,
         config_len: vhost_net::device::CONFIG_LEN,
         common: &cli.common,
         engine: engine(&cli.common, FixedBuffers::Off)?,

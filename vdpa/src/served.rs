@@ -10,6 +10,8 @@ use poll_engine::engine::Engine;
 use poll_engine::session::serve::Export;
 use poll_engine::stats::QueueStats;
 use tracing::{info, warn};
+use vhost_net::control;
+use vhost_net::features::{CTRL_VQ, MQ};
 
 use crate::cli::{BounceMemory, Common};
 use crate::netlink::{Bus, NetOptions};
@@ -20,6 +22,8 @@ use crate::vduse::state::{About, State};
 
 /// How long a node may take to appear.
 const NODE: Duration = Duration::from_secs(5);
+/// `VIRTIO_BLK_F_CONFIG_WCE`.
+const CONFIG_WCE: u64 = 1 << 11;
 
 /// A device to be served.
 pub struct Wanted<'a> {
@@ -29,8 +33,6 @@ pub struct Wanted<'a> {
     pub id: u32,
     /// What it is.
     pub device: Arc<dyn Device>,
-    /// Number of queues.
-    pub num_queues: u16,
     /// Bytes of configuration space.
     pub config_len: usize,
     /// What all devices have.
@@ -52,25 +54,8 @@ pub struct Served {
 ///
 /// - `RING_RESET`: no message resets a queue alone.
 /// - Configuration space is read-only to drivers: no `CONFIG_WCE`.
-/// - A control queue is refused for network devices (Linux up to 7.2), and with it goes all that needs one.
 fn withheld(id: u32) -> u64 {
-    use vhost_net::features as net;
-    features::RING_RESET
-        | match id {
-            ID_NET => {
-                net::CTRL_VQ
-                    | net::CTRL_RX
-                    | net::CTRL_VLAN
-                    | net::CTRL_RX_EXTRA
-                    | net::GUEST_ANNOUNCE
-                    | net::MQ
-                    | net::CTRL_MAC_ADDR
-                    | net::CTRL_GUEST_OFFLOADS
-                    | net::RSS
-                    | net::HASH_REPORT
-            }
-            _ => 1 << 11,
-        }
+    features::RING_RESET | if id == ID_NET { 0 } else { CONFIG_WCE }
 }
 
 /// All that a device offers through VDUSE.
@@ -79,31 +64,64 @@ pub fn offered(device: &dyn Device, id: u32) -> u64 {
     (device.features() | features::ENGINE | in_order) & !device.withheld_features() & !withheld(id)
 }
 
+/// What a device can be to the kernel, the best first. A network card comes with its control queue, and without for a kernel
+/// that takes none (Linux up to 7.2): with the queue goes all that needs one, and all pairs but the first.
+pub fn forms(device: &dyn Device, id: u32, config_len: usize) -> Vec<About> {
+    let about = About {
+        device_id: id,
+        features: offered(device, id),
+        num_queues: device.num_queues(),
+        queue_size: device.max_ring_size(),
+        config_len,
+    };
+    if id != ID_NET {
+        return vec![about];
+    }
+    let features = about.features & !(control::FEATURES | MQ);
+    let plain = About { features, num_queues: 2, ..about.clone() };
+    if about.features & CTRL_VQ != 0 { vec![about, plain] } else { vec![plain] }
+}
+
+/// Makes the first of these that the kernel takes, with its record.
+pub fn create(control: &Control, state: &State, name: &str, forms: &[About], config: &[u8]) -> Result<About> {
+    let mut forms = forms.iter().peekable();
+    while let Some(about) = forms.next() {
+        // First: what is made without a record could not be gone on with.
+        state.begin(about)?;
+        let About { device_id, features, num_queues, queue_size, .. } = *about;
+        let config = config.to_vec();
+        let spec = Spec { name: name.into(), device_id, features, num_queues, queue_size, config };
+        match control.create(&spec) {
+            Ok(()) => return Ok(about.clone()),
+            Err(VduseError::Create(_, e, _))
+                if e.raw_os_error() == Some(libc::EINVAL) && forms.peek().is_some() => {}
+            Err(e) => return Err(e.into()),
+        }
+    }
+    bail!("{name} is nothing")
+}
+
 impl Served {
     /// Begins to serve; `ended` is called if the kernel gives the device up.
     pub fn begin(wanted: Wanted<'_>, ended: impl FnOnce() + Send + 'static) -> Result<Served> {
-        let Wanted { name, id, device, num_queues, config_len, common, engine } = wanted;
+        let Wanted { name, id, device, config_len, common, engine } = wanted;
         if common.bounce != BounceMemory::Kernel {
             raise_lock_limit();
         }
-        let about = About {
-            device_id: id,
-            features: offered(&*device, id),
-            num_queues,
-            queue_size: device.max_ring_size(),
-            config_len,
-        };
+        let forms = forms(&*device, id, config_len);
         let control = Control::open()?;
         let state = State::claim(&common.state_dir, &name)?;
         let found = Node::open(&name)?;
         let resume = found.is_some();
-        let node = match found {
+        let (node, about) = match found {
             Some(node) => {
-                state.resume(&about)?;
-                node
+                let known = forms.iter().find(|about| state.resume(about).is_ok());
+                // Why not, of the form that asks least of the kernel.
+                forms.last().filter(|_| known.is_none()).map_or(Ok(()), |about| state.resume(about))?;
+                (node, known.cloned().with_context(|| format!("{name} is nothing"))?)
             }
-            None => match make(&control, &state, &name, &about, &*device, common) {
-                Ok(node) => node,
+            None => match make(&control, &state, &name, &forms, &*device, common) {
+                Ok(made) => made,
                 Err(e) => {
                     // Nothing is left that could be gone on with.
                     state.remove();
@@ -111,8 +129,11 @@ impl Served {
                 }
             },
         };
+        if about.num_queues < device.num_queues() {
+            info!("{name} has one pair of queues and no control queue: this kernel takes none from VDUSE");
+        }
         let stats: Vec<Arc<QueueStats>> =
-            std::iter::repeat_with(Arc::default).take(num_queues.into()).collect();
+            std::iter::repeat_with(Arc::default).take(device.num_queues().into()).collect();
         let export = Export { name: name.clone(), device, stats: stats.clone(), engine };
         let plan = Plan { about, state, resume, bounce: common.bounce.into(), patience: PATIENCE };
         let server = Server::start(export, node, plan, ended).context("cannot start a control thread")?;
@@ -175,16 +196,13 @@ fn make(
     control: &Control,
     state: &State,
     name: &str,
-    about: &About,
+    forms: &[About],
     device: &dyn Device,
     common: &Common,
-) -> Result<Node> {
-    // First: what is made without a record could not be gone on with.
-    state.begin(about)?;
-    let mut config = vec![0; about.config_len];
+) -> Result<(Node, About)> {
+    let mut config = vec![0; forms.first().map_or(0, |about| about.config_len)];
     device.read_config(0, &mut config);
-    let About { device_id, features, num_queues, queue_size, .. } = *about;
-    control.create(&Spec { name: name.into(), device_id, features, num_queues, queue_size, config })?;
+    let about = create(control, state, name, forms, &config)?;
     let outcome = (|| {
         let deadline = Instant::now() + NODE;
         let node = loop {
@@ -196,8 +214,8 @@ fn make(
                 }
             }
         };
-        for index in 0..num_queues {
-            node.setup_queue(index, queue_size)?;
+        for index in 0..about.num_queues {
+            node.setup_queue(index, about.queue_size)?;
         }
         if let Some(bytes) = common.bounce_size {
             sysfs::set_bounce_size(name, bytes).context("--bounce-size needs Linux 6.0")?;
@@ -207,7 +225,7 @@ fn make(
     if outcome.is_err() {
         let _ = control.destroy(name);
     }
-    outcome
+    Ok((outcome?, about))
 }
 
 /// What bounces through memory of ours is locked.

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
+use poll_engine::device::Device;
 use poll_engine::engine::Engine;
 use poll_engine::session::serve::Export;
 use poll_engine::session::server::Server;
@@ -27,9 +28,6 @@ use crate::serve::{Service, engine, serve};
 use crate::served::{Served, Wanted};
 use crate::vduse::node::{DIRECTORY, ID_NET};
 
-/// The pairs of queues of each card: without a control queue there is no choosing among more.
-const PAIRS: u16 = 1;
-
 /// What `vhost-net` would be told. A card on the bus has its node there for a socket: all that is checked of ports holds for
 /// such cards as well.
 fn options(cli: &ServeNet) -> Result<Options> {
@@ -50,7 +48,7 @@ fn options(cli: &ServeNet) -> Result<Options> {
         uplink: cli.uplink.clone(),
         mac_ageing: cli.mac_ageing,
         mtu: cli.mtu,
-        num_queue_pairs: PAIRS,
+        num_queue_pairs: cli.num_queue_pairs,
         queue_size: cli.queue_size,
         packed: cli.packed,
         ..Options::default()
@@ -79,11 +77,19 @@ fn name_on_bus(port: &PortSpec) -> Option<&str> {
 struct Switched {
     hub: Arc<Hub>,
     uplink: Option<String>,
+    /// Those on the bus, in their order there.
+    cards: Vec<Arc<NetDevice>>,
     /// Names and counters of those that virtual machines use.
     sockets: Vec<(String, Vec<Arc<QueueStats>>)>,
 }
 
 impl Service for Switched {
+    fn begun(&self, served: &[Served]) {
+        for (device, card) in served.iter().zip(&self.cards) {
+            card.on_change(device.config_notifier());
+        }
+    }
+
     fn report(&self, served: &[Served]) -> String {
         let on_bus = served.iter().map(|device| (device.name(), device.stats()));
         let all = on_bus.chain(self.sockets.iter().map(|(name, stats)| (name.as_str(), stats.as_slice())));
@@ -109,7 +115,7 @@ pub(crate) fn serve_net(cli: &ServeNet) -> Result<()> {
     let engine = engine(&cli.common, FixedBuffers::Off)?;
     let told = options.port.iter().filter_map(|port| port.mtu).max();
     let mut uplink = options.uplink.as_ref().map(|spec| join::open_uplink(spec, told)).transpose()?;
-    let guests: Vec<_> = options.port.iter().map(|port| (port, PAIRS)).collect();
+    let guests: Vec<_> = options.port.iter().map(|port| (port, cli.num_queue_pairs)).collect();
     let uplink_mtu = uplink.as_mut().map(|u| u.link().mtu);
     let hub = Arc::new(join::hub(&options, &guests, uplink_mtu, engine.reactors()));
     hub.connect(&engine);
@@ -126,26 +132,27 @@ pub(crate) fn serve_net(cli: &ServeNet) -> Result<()> {
     let shards = shards.collect::<Result<Vec<_>>>()?;
 
     let uplink = options.uplink.as_ref().map(PortSpec::name);
-    let mut switched = Switched { hub: Arc::clone(&hub), uplink, sockets: vec![] };
+    let mut switched = Switched { hub: Arc::clone(&hub), uplink, cards: vec![], sockets: vec![] };
     let (mut on_bus, mut servers) = (vec![], vec![]);
     for (number, port) in options.port.iter().enumerate() {
-        let card = Card { mac: port.mac, mtu: port.mtu, pairs: PAIRS, ring_size: cli.queue_size };
+        let card =
+            Card { mac: port.mac, mtu: port.mtu, pairs: cli.num_queue_pairs, ring_size: cli.queue_size };
         let device = Arc::new(NetDevice::new(card, Joined::Hub(Arc::clone(&hub), number), withheld));
         if port.link_down {
             device.set_link(false)?;
         }
         if let Some(name) = name_on_bus(port) {
+            switched.cards.push(Arc::clone(&device));
             on_bus.push(Wanted {
                 name: name.into(),
                 id: ID_NET,
                 device,
-                num_queues: 2 * PAIRS,
                 config_len: CONFIG_LEN,
                 common: &cli.common,
                 engine: Arc::clone(&engine),
             });
         } else {
-            let (server, stats) = listen(port, device, &engine)?;
+            let (server, stats) = listen(port, &device, &engine)?;
             switched.sockets.push((port.name(), stats));
             servers.push(server);
         }
@@ -160,14 +167,20 @@ pub(crate) fn serve_net(cli: &ServeNet) -> Result<()> {
 /// Serves a card to whatever virtual machine connects.
 fn listen(
     port: &PortSpec,
-    device: Arc<NetDevice>,
+    device: &Arc<NetDevice>,
     engine: &Arc<Engine>,
 ) -> Result<(Server, Vec<Arc<QueueStats>>)> {
     let place = port.place().context("a port without name and socket-path")?;
     let stats: Vec<Arc<QueueStats>> =
-        std::iter::repeat_with(Arc::default).take(usize::from(2 * PAIRS)).collect();
-    let export = Export { name: port.name(), device, stats: stats.clone(), engine: Arc::clone(engine) };
+        std::iter::repeat_with(Arc::default).take(device.num_queues().into()).collect();
+    let export = Export {
+        name: port.name(),
+        device: Arc::clone(device) as _,
+        stats: stats.clone(),
+        engine: Arc::clone(engine),
+    };
     let server = Server::start(export, place.listen()?, || ()).context("cannot start a control thread")?;
+    device.on_change(server.config_notifier());
     if port.link_down {
         server.set_link(false);
     }

@@ -229,7 +229,8 @@ fn plan(s: &str) -> Result<Plan, String> {
     }
 }
 
-fn pairs(s: &str) -> Result<u16, String> {
+/// How many pairs of queues a card has.
+pub fn pairs(s: &str) -> Result<u16, String> {
     let pairs = s.parse().ok().filter(|n| (1..=MAX_PAIRS).contains(n));
     pairs.ok_or(format!("a card has 1 to {MAX_PAIRS} pairs of queues, not '{s}'"))
 }

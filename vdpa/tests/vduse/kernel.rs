@@ -53,6 +53,8 @@ pub struct Device {
     /// Bytes that can be put behind the translations from 0 on.
     pub bounce: u64,
     pub umem: Option<(u64, u64, u64)>,
+    /// Of network devices; Linux up to 7.2 does not.
+    pub takes_control_queues: bool,
     next: u32,
 }
 
@@ -183,6 +185,11 @@ impl Edge for FakeEdge {
                 let (id, features) = (word(s, 260), long(s, 264));
                 // Reserved words, and ACCESS_PLATFORM.
                 if s[280..332].iter().any(|&b| b != 0) || features & 1 << 33 == 0 {
+                    return Err(error(libc::EINVAL));
+                }
+                // `features_is_valid`: VERSION_1 of a network device, and no CTRL_VQ.
+                let refused = !d.takes_control_queues && features & 1 << 17 != 0;
+                if id == 1 && (refused || features & 1 << 32 == 0) {
                     return Err(error(libc::EINVAL));
                 }
                 let config = s[336..][..word(s, 332) as usize].to_vec();

@@ -2,6 +2,7 @@
 
 mod hostile;
 mod kernel;
+mod net;
 mod rig;
 
 use std::sync::Arc;

@@ -36,6 +36,7 @@ pub struct Rig {
     pub root: TempDir,
     engine: Arc<Engine>,
     device: Arc<dyn Device>,
+    about: About,
     pub features: u64,
     pub bounce: Bounce,
     pub patience: Duration,
@@ -65,13 +66,19 @@ impl Rig {
     }
 
     pub fn with(features: u64, device: Arc<dyn Device>) -> Rig {
+        Rig::of(about(PACKED), features, device)
+    }
+
+    /// A device that is this to the kernel, with a driver that accepts these features of it.
+    pub fn of(about: About, features: u64, device: Arc<dyn Device>) -> Rig {
         Rig {
-            kernel: Kernel::new(QUEUES.into(), features),
+            kernel: Kernel::new(about.num_queues.into(), features),
             server: None,
             disk: Arc::new(Ram::new(0, 4096, false).unwrap()),
             root: TempDir::new().unwrap(),
             engine: Arc::new(Engine::start(&EngineConfig::default()).unwrap()),
             device,
+            about,
             features,
             bounce: Bounce::Kernel,
             patience: PATIENCE,
@@ -81,19 +88,19 @@ impl Rig {
     pub fn serve(&mut self, resume: bool) {
         let state = State::claim(self.root.path(), "d0").unwrap();
         if !resume {
-            state.begin(&about(PACKED)).unwrap();
+            state.begin(&self.about).unwrap();
         }
-        let stats = std::iter::repeat_with(Arc::default).take(QUEUES.into()).collect();
+        let stats = std::iter::repeat_with(Arc::default).take(self.about.num_queues.into()).collect();
         let (device, engine) = (Arc::clone(&self.device), Arc::clone(&self.engine));
         let export = Export { name: "d0".into(), device, stats, engine };
         let (bounce, patience) = (self.bounce, self.patience);
-        let plan = Plan { about: about(PACKED), state, resume, bounce, patience };
+        let plan = Plan { about: self.about.clone(), state, resume, bounce, patience };
         self.server = Some(Server::start(export, Node::new(self.kernel.edge()), plan, || {}).unwrap());
     }
 
     /// The driver lays its rings out and is ready.
     pub fn drive(&self) -> Driver {
-        let mut driver = Driver::new(&self.kernel, self.features);
+        let mut driver = Driver::new(&self.kernel, self.features, self.about.num_queues);
         assert!(self.kernel.set_status(1 | 2 | 8));
         driver.ready(0);
         assert!(self.kernel.set_status(1 | 2 | 8 | DRIVER_OK));
@@ -116,10 +123,10 @@ pub fn file_of(ram: &Ram) -> File {
 }
 
 impl Driver {
-    pub fn new(kernel: &Arc<Kernel>, features: u64) -> Driver {
+    pub fn new(kernel: &Arc<Kernel>, features: u64, queues: u16) -> Driver {
         let mut rings = Ram::new(RINGS, 1 << 20, false).unwrap();
         let data = Ram::new(0, BOUNCE, false).unwrap();
-        let configs = (0..QUEUES).map(|_| DriverRing::lay_out(&mut rings, RING, features).unwrap());
+        let configs = (0..queues).map(|_| DriverRing::lay_out(&mut rings, RING, features).unwrap());
         let configs: Vec<_> = configs.collect();
         let queues = configs.iter().map(|c| DriverRing::new(c, rings.map()).unwrap()).collect();
         kernel.map(RINGS, 1 << 20, 0, 3, &file_of(&rings));
