@@ -213,7 +213,7 @@ fn io(uring: &mut Uring, purpose: Purpose, id: QueueId, reactor: usize) -> Io<'_
 pub struct ReactorStats {
     /// Rounds in which there was work.
     pub busy_rounds: Counter,
-    /// Cycles of the time-stamp counter that these took.
+    /// Cycles of the time-stamp counter that these took, each from the look at the rings that found it.
     pub busy_cycles: Counter,
 }
 
@@ -245,6 +245,8 @@ pub(super) struct Reactor {
     /// Memory faults caught, as last looked at.
     seen_faults: usize,
     cycles: Option<(Clock, Arc<ReactorStats>)>,
+    /// When the last look at the rings began, of that clock.
+    looked: u64,
     quitting: bool,
     /// Answers owed to control threads that wait for requests to be over.
     awaited: usize,
@@ -276,6 +278,7 @@ impl Reactor {
             held_back: 0,
             seen_faults: 0,
             cycles: cycles.map(|stats| (Clock::new(), stats)),
+            looked: 0,
             quitting: false,
             awaited: 0,
         })
@@ -303,11 +306,10 @@ impl Reactor {
     }
 
     fn counted_round(&mut self) -> usize {
-        let start = self.cycles.as_ref().map_or(0, |(clock, _)| clock.raw());
         let worked = self.round();
         if let (Some((clock, stats)), true) = (&self.cycles, worked > 0) {
             stats.busy_rounds.add(1);
-            stats.busy_cycles.add(clock.raw().wrapping_sub(start));
+            stats.busy_cycles.add(clock.raw().wrapping_sub(self.looked));
         }
         worked
     }
@@ -319,6 +321,10 @@ impl Reactor {
         let looks = if self.pacer.saves_cpu() { 1 } else { MAX_LOOKS };
         let mut worked = 0;
         for _ in 0..looks {
+            // Looks that find nothing are no work.
+            if let Some((clock, _)) = &self.cycles {
+                self.looked = clock.raw();
+            }
             let (found, in_flight) = self.poll_rings();
             worked += found;
             if found > 0 || in_flight || self.uring.queued() > 0 {
