@@ -134,6 +134,12 @@ pub trait Device: Send + Sync {
         None
     }
 
+    /// On the reactor of which number somebody wants a queue to run, if that one is there; asked for when the queue starts. It
+    /// says less than [`place`](Self::place): nothing depends on it.
+    fn reactor(&self, _index: u16) -> Option<usize> {
+        None
+    }
+
     /// The device is reset, or its front end is gone. No queue runs. A front end that keeps a copy of configuration space
     /// (QEMU does) shows that to its guest afterwards as well, and resets at times when the guest does not know of it: what
     /// a driver relies on in there must hold.

@@ -92,6 +92,8 @@ pub struct QueueStats {
     /// Most requests ever in flight at once.
     pub in_flight_peak: Counter,
     errors: [Counter; ERROR_KINDS.len()],
+    /// Number of the reactor that it runs on, and one; 0 while it does not run. Written by its control thread.
+    reactor: AtomicU64,
     /// Time from taking a request to giving it back, in nanoseconds.
     pub latency: Histogram,
 }
@@ -102,6 +104,16 @@ impl QueueStats {
         let counter = &self.errors[kind as usize];
         counter.add(1);
         counter.get() == 1
+    }
+
+    /// Notes which reactor the queue runs on.
+    pub fn runs_on(&self, reactor: Option<usize>) {
+        self.reactor.store(reactor.map_or(0, |number| number as u64 + 1), Ordering::Release);
+    }
+
+    /// The number of the reactor that the queue runs on, if it runs.
+    pub fn reactor(&self) -> Option<usize> {
+        self.reactor.load(Ordering::Acquire).checked_sub(1).map(|number| number as usize)
     }
 
     /// How many errors of this kind.

@@ -137,7 +137,8 @@ fn serve(
     });
     let served: Vec<_> = served.collect();
     let over = signals.handle();
-    let mut successor = heir.settle(control, || served.iter().map(lot).collect(), move || over.close());
+    let mut successor =
+        heir.settle(control, || served.iter().map(lot).collect::<Result<Vec<_>>>(), move || over.close());
 
     for signal in signals.forever() {
         match signal {

@@ -215,7 +215,8 @@ fn serve(
     let lot =
         |s: &Served| takeover::lot(s.place.key(), &about, vec![], &s.server, Arc::clone(&s.device) as _);
     let over = signals.handle();
-    let mut successor = heir.settle(control, || served.iter().map(lot).collect(), move || over.close());
+    let mut successor =
+        heir.settle(control, || served.iter().map(lot).collect::<Result<Vec<_>>>(), move || over.close());
 
     let mut options = options.clone();
     for signal in signals.forever() {
@@ -287,7 +288,7 @@ fn statistics(
         text += &uplink_report(&uplink.name(), hub, hub.ports.len() - 1);
     }
     if options.record_core_cycles {
-        text += &cycles(engine.stats(), &hub.ports);
+        text += &cycles(engine.stats().iter().map(|s| &**s), &hub.ports);
     }
     if let Some(capture) = capture {
         text += &capture.line();

@@ -15,7 +15,7 @@ use poll_engine::session::serve::Export;
 use poll_engine::session::server::{Prepared, Server};
 use poll_engine::takeover::TakeoverError;
 use poll_engine::takeover::baton::Baton;
-use poll_engine::takeover::give::{Giver, Lot, Program};
+use poll_engine::takeover::give::{Estate, Giver, Lot, Program};
 use poll_engine::takeover::take::{Offered, Taker};
 use sd_notify::NotifyState;
 use serde::Serialize;
@@ -201,10 +201,10 @@ impl Heir {
 
     /// Says to the other process and to the service manager that this one serves, and waits on `control` for the next;
     /// `over` is called when that has taken over.
-    pub fn settle(
+    pub fn settle<E: Estate>(
         &mut self,
         control: Option<Listener>,
-        lots: impl FnOnce() -> Result<Vec<Lot>>,
+        estate: impl FnOnce() -> Result<E>,
         over: impl FnOnce() + Send + 'static,
     ) -> Successor {
         let given = Arc::new(OnceLock::new());
@@ -222,7 +222,7 @@ impl Heir {
                 if let (Some(path), true) = (&self.options.control, self.options.takeover.is_some()) {
                     listener.replace(path)?;
                 }
-                anyhow::Ok(Giver::start(listener, self.program, lots()?, when_given)?)
+                anyhow::Ok(Giver::start(listener, self.program, estate()?, when_given)?)
             };
             start().map_err(|e| warn!("nobody can take over from this process: {e}")).ok()
         });

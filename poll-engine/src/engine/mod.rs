@@ -11,7 +11,7 @@ mod waker;
 
 use std::io;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::thread::JoinHandle;
 
 use crossbeam::channel::{Receiver, bounded};
@@ -22,6 +22,7 @@ use crate::confine::{self, Role};
 use crate::device::QueueHandler;
 use crate::memory::iotlb::Miss;
 use crate::memory::log::QueueLog;
+use crate::stats::QueueStats;
 use crate::uring::FixedBuffers;
 use mailbox::{Postbox, mailbox};
 use pacing::Pacing;
@@ -60,7 +61,43 @@ pub enum EngineError {
     Reactor(#[from] io::Error),
 }
 
+/// Why the set of reactors stays as it is.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum RetireError {
+    /// No such one.
+    #[error("there is no reactor {0}")]
+    Unknown(usize),
+    /// Somebody has to run the queues.
+    #[error("it is the only reactor; add another one first")]
+    Last,
+}
+
+/// What a reactor is, for people.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ReactorInfo {
+    /// Its number, which no other one ever has.
+    pub number: usize,
+    /// The CPU it is pinned to.
+    pub cpu: Option<usize>,
+    /// How many queues run on it.
+    pub queues: usize,
+}
+
+/// Where a queue is to run, and how it begins.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct At {
+    /// On which reactor, counted round those there are. A device that has places for its queues says so.
+    pub place: Option<usize>,
+    /// Else on that of this number, if it is there still. Else on the one that has the fewest queues.
+    pub reactor: Option<usize>,
+    /// It takes nothing before [`RunningQueue::resume`].
+    pub paused: bool,
+}
+
 struct ReactorHandle {
+    number: usize,
+    cpu: Option<usize>,
+    thread: Mutex<Option<JoinHandle<()>>>,
     postbox: Postbox<Message>,
     waker: Waker,
     queues: AtomicUsize,
@@ -69,32 +106,38 @@ struct ReactorHandle {
 
 /// A set of reactors. Dropping it ends their threads once their queues have been stopped.
 pub struct Engine {
-    reactors: Vec<Arc<ReactorHandle>>,
-    threads: Mutex<Vec<JoinHandle<()>>>,
+    reactors: RwLock<Vec<Arc<ReactorHandle>>>,
+    /// As the next reactor is to be; and its number.
+    next: Mutex<(EngineConfig, usize)>,
 }
 
 impl Engine {
     /// Starts the reactors.
     pub fn start(config: &EngineConfig) -> Result<Engine, EngineError> {
-        let usable = usable_cpus().map_err(io::Error::from)?;
-        if let Some(&cpu) = config.cpus.0.iter().find(|cpu| !usable.contains(cpu)) {
-            return Err(EngineError::NoCpu { cpu, usable });
-        }
+        expect_usable(&config.cpus.0)?;
         let cpus: Vec<Option<usize>> = match config.cpus.0.as_slice() {
             [] => vec![None],
             list => list.iter().copied().map(Some).collect(),
         };
-        let mut engine = Engine { reactors: Vec::new(), threads: Mutex::default() };
+        let engine = Engine { reactors: RwLock::default(), next: Mutex::new((config.clone(), 0)) };
         for cpu in cpus {
-            engine.start_reactor(cpu, config)?;
+            engine.start_reactor(cpu)?;
         }
         Ok(engine)
     }
 
-    fn start_reactor(&mut self, cpu: Option<usize>, config: &EngineConfig) -> io::Result<()> {
+    /// Starts a reactor more, pinned to this CPU if one is named: its number. Queues that start from now on may run there.
+    pub fn add_reactor(&self, cpu: Option<usize>) -> Result<usize, EngineError> {
+        expect_usable(cpu.as_slice())?;
+        Ok(self.start_reactor(cpu)?)
+    }
+
+    fn start_reactor(&self, cpu: Option<usize>) -> io::Result<usize> {
+        let (config, next) = &mut *self.next.lock().unwrap_or_else(PoisonError::into_inner);
+        let index = *next;
         let (postbox, mail) = mailbox()?;
         let waker = Waker::new(mail.shared_bell());
-        let (index, own) = (self.reactors.len(), waker.clone());
+        let own = waker.clone();
         let stats = Arc::new(ReactorStats::default());
         let cycles = config.count_cycles.then(|| Arc::clone(&stats));
         let name: Arc<str> = cpu.map_or("reactor".into(), |cpu| format!("reactor-{cpu}").into());
@@ -119,33 +162,94 @@ impl Engine {
         })?;
         ready.recv().map_err(|_| io::Error::other("the reactor's thread ended"))??;
         info!("reactor on {}, {pacing:?}", cpu.map_or("any CPU".into(), |cpu| format!("CPU {cpu}")));
-        self.threads.lock().unwrap_or_else(PoisonError::into_inner).push(thread);
-        self.reactors.push(Arc::new(ReactorHandle { postbox, waker, queues: AtomicUsize::new(0), stats }));
-        Ok(())
+        let handle = ReactorHandle {
+            number: index,
+            cpu,
+            thread: Mutex::new(Some(thread)),
+            postbox,
+            waker,
+            queues: AtomicUsize::new(0),
+            stats,
+        };
+        self.reactors.write().unwrap_or_else(PoisonError::into_inner).push(Arc::new(handle));
+        *next += 1;
+        Ok(index)
+    }
+
+    fn all(&self) -> Vec<Arc<ReactorHandle>> {
+        self.reactors.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// That of this place, counted round those there are.
+    fn at(&self, place: usize) -> Arc<ReactorHandle> {
+        let all = self.reactors.read().unwrap_or_else(PoisonError::into_inner);
+        Arc::clone(&all[place % all.len()])
     }
 
     /// How many reactors there are.
     pub fn reactors(&self) -> usize {
-        self.reactors.len()
+        self.all().len()
+    }
+
+    /// What there is to say of each reactor.
+    pub fn list(&self) -> Vec<ReactorInfo> {
+        let info = |r: &Arc<ReactorHandle>| ReactorInfo {
+            number: r.number,
+            cpu: r.cpu,
+            queues: r.queues.load(Ordering::Relaxed),
+        };
+        self.all().iter().map(info).collect()
     }
 
     /// The counters of each reactor.
-    pub fn stats(&self) -> impl Iterator<Item = &ReactorStats> {
-        self.reactors.iter().map(|r| &*r.stats)
+    pub fn stats(&self) -> Vec<Arc<ReactorStats>> {
+        self.all().iter().map(|r| Arc::clone(&r.stats)).collect()
+    }
+
+    /// How reactors wait.
+    pub fn pacing(&self) -> Pacing {
+        self.next.lock().unwrap_or_else(PoisonError::into_inner).0.pacing
+    }
+
+    /// Has all reactors wait in this way from now on.
+    pub fn set_pacing(&self, pacing: Pacing) {
+        // Held for both: a reactor that starts meanwhile has it from here, or from there.
+        let next = &mut *self.next.lock().unwrap_or_else(PoisonError::into_inner);
+        next.0.pacing = pacing;
+        for reactor in self.all() {
+            reactor.postbox.post(Message::SetPacing(pacing));
+        }
+    }
+
+    /// Starts no queue on this reactor from now on. It ends with [`Retiring::finish`], when it has none left.
+    pub fn retire(&self, number: usize) -> Result<Retiring, RetireError> {
+        let mut all = self.reactors.write().unwrap_or_else(PoisonError::into_inner);
+        let at = all.iter().position(|r| r.number == number).ok_or(RetireError::Unknown(number))?;
+        if all.len() == 1 {
+            return Err(RetireError::Last);
+        }
+        Ok(Retiring { reactor: all.remove(at) })
+    }
+
+    /// Takes one back that was to retire.
+    pub fn keep(&self, retiring: Retiring) {
+        let mut all = self.reactors.write().unwrap_or_else(PoisonError::into_inner);
+        all.push(retiring.reactor);
+        all.sort_by_key(|r| r.number);
     }
 
     /// What wakes reactor number `reactor`, counted round those there are.
     pub fn waker(&self, reactor: usize) -> Waker {
-        self.reactors[reactor % self.reactors.len()].waker.clone()
+        self.at(reactor).waker.clone()
     }
 
     /// Puts a station on reactor number `reactor`, counted round those there are.
     pub fn add_station(&self, reactor: usize, station: Box<dyn Station>) -> io::Result<RunningStation> {
-        let reactor = &self.reactors[reactor % self.reactors.len()];
+        let reactor = self.at(reactor);
         let (tx, rx) = bounded(1);
         reactor.postbox.post(Message::AddStation { station, id: tx });
         let id = rx.recv().map_err(|_| gone())?;
-        Ok(RunningStation { reactor: Arc::clone(reactor), id })
+        Ok(RunningStation { reactor, id })
     }
 
     /// Moves a queue into reactor number `place`, counted round those there are, or the one that has the fewest.
@@ -155,27 +259,85 @@ impl Engine {
         handler: Box<dyn QueueHandler>,
         place: Option<usize>,
     ) -> io::Result<RunningQueue> {
-        let reactor = match place {
-            Some(place) => &self.reactors[place % self.reactors.len()],
-            None => self.reactors.iter().min_by_key(|r| r.queues.load(Ordering::Relaxed)).ok_or_else(gone)?,
+        self.run_queue_at(queue, handler, At { place, ..At::default() })
+    }
+
+    /// As [`run_queue`](Self::run_queue), with more to say about it.
+    pub fn run_queue_at(
+        &self,
+        queue: Queue,
+        handler: Box<dyn QueueHandler>,
+        At { place, reactor, paused }: At,
+    ) -> io::Result<RunningQueue> {
+        let reactor = {
+            // Counted under the lock: one that retires knows of all queues that may still come.
+            let all = self.reactors.read().unwrap_or_else(PoisonError::into_inner);
+            let placed = place.map(|place| &all[place % all.len()]);
+            let wished = || all.iter().find(|r| Some(r.number) == reactor);
+            let idlest = || all.iter().min_by_key(|r| r.queues.load(Ordering::Relaxed));
+            let chosen = placed.or_else(wished).or_else(idlest).ok_or_else(gone)?;
+            chosen.queues.fetch_add(1, Ordering::Relaxed);
+            Arc::clone(chosen)
         };
         let (tx, rx) = bounded(1);
-        reactor.queues.fetch_add(1, Ordering::Relaxed);
-        reactor.postbox.post(Message::Start { queue: Box::new(queue), handler, id: tx });
+        let stats = queue.shared_stats();
+        reactor.postbox.post(Message::Start { queue: Box::new(queue), handler, paused, id: tx });
         let id = rx.recv().map_err(|_| gone())?;
-        Ok(RunningQueue { reactor: Arc::clone(reactor), id, stopped: false })
+        stats.runs_on(Some(reactor.number));
+        Ok(RunningQueue { reactor, id, stats, stopped: false })
     }
 }
 
 impl Drop for Engine {
     fn drop(&mut self) {
-        for reactor in &self.reactors {
+        let all = self.all();
+        for reactor in &all {
             reactor.postbox.post(Message::Quit);
         }
-        for thread in std::mem::take(&mut *self.threads.lock().unwrap_or_else(PoisonError::into_inner)) {
-            // A panic has already ended the process.
-            let _ = thread.join();
+        for reactor in &all {
+            reactor.join();
         }
+    }
+}
+
+impl ReactorHandle {
+    /// Waits for its end, after it was told to quit.
+    fn join(&self) {
+        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+        // A panic has already ended the process.
+        thread.map(JoinHandle::join);
+    }
+}
+
+/// A reactor on its way out.
+pub struct Retiring {
+    reactor: Arc<ReactorHandle>,
+}
+
+impl Retiring {
+    /// Its number.
+    pub fn number(&self) -> usize {
+        self.reactor.number
+    }
+
+    /// How many queues it has yet. None can come any more.
+    pub fn queues(&self) -> usize {
+        self.reactor.queues.load(Ordering::Relaxed)
+    }
+
+    /// Ends it, once its queues are gone.
+    pub fn finish(self) {
+        self.reactor.postbox.post(Message::Quit);
+        self.reactor.join();
+        info!("reactor {} has ended", self.reactor.number);
+    }
+}
+
+fn expect_usable(cpus: &[usize]) -> Result<(), EngineError> {
+    let usable = usable_cpus().map_err(io::Error::from)?;
+    match cpus.iter().find(|cpu| !usable.contains(cpu)) {
+        Some(&cpu) => Err(EngineError::NoCpu { cpu, usable }),
+        None => Ok(()),
     }
 }
 
@@ -201,6 +363,7 @@ impl Drop for RunningStation {
 pub struct RunningQueue {
     reactor: Arc<ReactorHandle>,
     id: QueueId,
+    stats: Arc<QueueStats>,
     stopped: bool,
 }
 
@@ -219,12 +382,22 @@ impl RunningQueue {
         self.stopped = true;
         let (tx, base) = bounded(1);
         self.reactor.postbox.post(Message::Stop { id: self.id, base: tx });
-        StoppingQueue { reactor: Arc::clone(&self.reactor), base }
+        StoppingQueue { reactor: Arc::clone(&self.reactor), stats: Arc::clone(&self.stats), base }
     }
 
     /// Goes over to a new memory map.
     pub fn set_map(&self, change: MapChange) {
         self.reactor.postbox.post(Message::SetMap { id: self.id, change });
+    }
+
+    /// Takes no more requests before [`resume`](Self::resume). `paused` is dropped once those in flight are finished.
+    pub fn pause(&self, paused: WaitGroup) {
+        self.reactor.postbox.post(Message::Pause { id: self.id, paused });
+    }
+
+    /// Takes requests again.
+    pub fn resume(&self) {
+        self.reactor.postbox.post(Message::Resume { id: self.id });
     }
 
     /// Takes no more requests, finishes those in flight, and leaves the ring alone until
@@ -261,6 +434,7 @@ impl Drop for RunningQueue {
 /// A queue that finishes what is in flight.
 pub struct StoppingQueue {
     reactor: Arc<ReactorHandle>,
+    stats: Arc<QueueStats>,
     base: Receiver<u32>,
 }
 
@@ -268,6 +442,7 @@ impl StoppingQueue {
     /// Waits for the last request. Returns where to go on.
     pub fn wait(self) -> io::Result<u32> {
         let base = self.base.recv().map_err(|_| gone());
+        self.stats.runs_on(None);
         self.reactor.queues.fetch_sub(1, Ordering::Relaxed);
         base
     }

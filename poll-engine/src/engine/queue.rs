@@ -224,6 +224,11 @@ impl Queue {
         &self.stats
     }
 
+    /// The counters, for whoever outlives the queue.
+    pub(super) fn shared_stats(&self) -> Arc<QueueStats> {
+        Arc::clone(&self.stats)
+    }
+
     /// Requests taken and not completed.
     #[inline]
     pub fn in_flight(&self) -> u16 {

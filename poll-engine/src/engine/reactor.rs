@@ -45,11 +45,17 @@ pub struct QueueId {
 /// What control threads can ask of a reactor.
 pub(super) enum Message {
     /// Run this queue from now on.
-    Start { queue: Box<Queue>, handler: Box<dyn QueueHandler>, id: Sender<QueueId> },
+    Start { queue: Box<Queue>, handler: Box<dyn QueueHandler>, paused: bool, id: Sender<QueueId> },
     /// Take no more chains, finish what is in flight, answer with the base and let the queue go.
     Stop { id: QueueId, base: Sender<u32> },
     /// Go over to a new memory map.
     SetMap { id: QueueId, change: MapChange },
+    /// Take no more chains for now, finish what is in flight, and let `paused` go.
+    Pause { id: QueueId, paused: WaitGroup },
+    /// Take chains again.
+    Resume { id: QueueId },
+    /// Wait in this way from now on.
+    SetPacing(Pacing),
     /// Take no more chains, finish what is in flight, and leave the ring alone until a map comes that has it.
     Park { id: QueueId, parked: WaitGroup },
     /// The front end has no translation for this, or (`None`) for the ring.
@@ -157,6 +163,11 @@ pub(super) struct Task {
     stopping: Option<Sender<u32>>,
     /// Set when asked to leave the ring alone: who waits for that.
     parking: Option<WaitGroup>,
+    /// Is to take nothing for now, unless it is to stop; and who waits for that.
+    paused: bool,
+    pausing: Option<WaitGroup>,
+    /// Takes nothing, for one of these reasons: kept up to date by [`settle`](Self::settle).
+    rests: bool,
     watching_kick: bool,
     reported: bool,
     /// Has completed chains to publish after reaping.
@@ -197,7 +208,12 @@ impl Task {
     /// One that is to stop takes nothing new, but what an earlier back end had begun is as good as in flight.
     fn polls(&self) -> bool {
         let takes = self.stopping.is_none() || self.queue.has_resubmits();
-        takes && self.parking.is_none() && self.queue.is_running()
+        takes && !self.rests && self.queue.is_running()
+    }
+
+    /// To be called when it was told to stop, to park, to pause, or to go on.
+    fn settle(&mut self) {
+        self.rests = self.parking.is_some() || self.paused && self.stopping.is_none();
     }
 }
 
@@ -515,14 +531,15 @@ impl Reactor {
         self.uring.submit();
         for message in self.mailbox.take() {
             match message {
-                Message::Start { queue, handler, id } => {
-                    let started = self.start(queue, handler);
+                Message::Start { queue, handler, paused, id } => {
+                    let started = self.start(queue, handler, paused);
                     // Whoever asked may have given up; then the queue is stopped by its owner going away.
                     let _ = id.send(started);
                 }
                 Message::Stop { id, base } => {
                     if let Some(task) = self.find(id) {
                         task.stopping = Some(base);
+                        task.settle();
                         self.awaited += 1;
                     } else {
                         warn!("{}: asked to stop a queue that does not run here", self.name);
@@ -538,9 +555,28 @@ impl Reactor {
                 Message::Park { id, parked } => {
                     if let Some(task) = self.find(id) {
                         task.parking = Some(parked);
+                        task.settle();
                         self.awaited += 1;
                     }
                 }
+                Message::Pause { id, paused } => {
+                    if let Some(task) = self.find(id) {
+                        task.paused = true;
+                        let waits = task.pausing.replace(paused).is_none();
+                        task.settle();
+                        self.awaited += usize::from(waits);
+                    }
+                }
+                Message::Resume { id } => {
+                    if let Some(task) = self.find(id) {
+                        task.paused = false;
+                        let waited = task.pausing.take().is_some();
+                        task.settle();
+                        self.awaited -= usize::from(waited);
+                        self.pacer.worked();
+                    }
+                }
+                Message::SetPacing(pacing) => self.pacer = Pacer::new(pacing),
                 Message::Refuse { id, miss } => {
                     if let Some(task) = self.find(id) {
                         task.queue.refuse(miss);
@@ -584,7 +620,7 @@ impl Reactor {
         self.tasks.get_mut(place).filter(|t| t.id == id)
     }
 
-    fn start(&mut self, queue: Box<Queue>, mut handler: Box<dyn QueueHandler>) -> QueueId {
+    fn start(&mut self, queue: Box<Queue>, mut handler: Box<dyn QueueHandler>, paused: bool) -> QueueId {
         let slot = self.places.iter().position(Option::is_none).unwrap_or_else(|| {
             self.places.push(None);
             self.places.len() - 1
@@ -598,6 +634,9 @@ impl Reactor {
             handler,
             stopping: None,
             parking: None,
+            paused,
+            pausing: None,
+            rests: paused,
             watching_kick: false,
             reported: false,
             reaped: false,
@@ -641,6 +680,13 @@ impl Reactor {
                 task.queue.unmap_ring();
                 self.awaited -= 1;
                 task.parking = None;
+                task.settle();
+            }
+            if task.pausing.is_some() && task.queue.in_flight() == 0 {
+                task.queue.publish();
+                task.queue.signal(&mut io(&mut self.uring, Purpose::Handler, task.id, self.index));
+                self.awaited -= 1;
+                task.pausing = None;
             }
         }
     }

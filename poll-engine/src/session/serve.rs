@@ -18,7 +18,7 @@ use super::listen::Listener;
 use super::logging::Logs;
 use super::postcopy::{PostCopy, PostCopyError};
 use super::repeats::Repeats;
-use super::server::{Control, Orders};
+use super::server::{Ask, Control, Orders};
 use super::socket::{Connection, Incoming, SocketError};
 use super::state::{Offer, Session};
 use super::wire::{Reply, config_change};
@@ -26,7 +26,7 @@ use crate::device::{Device, QueueHandler, features};
 use crate::engine::alarm::Alarm;
 use crate::engine::queue::{Call, Notifier, Queue};
 use crate::engine::reactor::NotifierChange;
-use crate::engine::{Engine, RunningQueue};
+use crate::engine::{At, Engine, RunningQueue};
 use crate::memory::iotlb::IotlbError;
 use crate::memory::log::LogError;
 use crate::memory::map::{MapHold, MemoryError, MemoryMap, Region, RegionSpec};
@@ -236,6 +236,7 @@ impl<'a> Served<'a> {
                     if control.take_config_changed() {
                         self.tell_config_changed();
                     }
+                    control.answer(|ask| self.answer(ask));
                     if let Some(parking) = control.take_parking() {
                         match parking.follow(|| self.save(listener)) {
                             Then::GoOn => self.go_on(),
@@ -455,6 +456,28 @@ impl<'a> Served<'a> {
         Ok(())
     }
 
+    /// Does what the rest of the process asks for.
+    fn answer(&mut self, ask: Ask) -> Result<(), String> {
+        match ask {
+            Ask::Pause => {
+                let paused = WaitGroup::new();
+                for (queue, _) in self.slots.iter().filter_map(|slot| slot.running.as_ref()) {
+                    if self.orders.is_paused() { queue.pause(paused.clone()) } else { queue.resume() }
+                }
+                paused.wait();
+                Ok(())
+            }
+            Ask::Restart if self.postcopy.is_some() => {
+                Err("a guest is on its way here (post-copy); try again when all of it has come".into())
+            }
+            Ask::Restart => {
+                let stopped = self.pause();
+                self.go_on();
+                stopped.map_err(|e| e.to_string())
+            }
+        }
+    }
+
     pub(super) fn slot(&mut self, index: u16) -> &mut Slot {
         &mut self.slots[usize::from(index)]
     }
@@ -517,7 +540,9 @@ impl<'a> Served<'a> {
             queue = queue.recover(region).map_err(|e| ActionError::Ring(index, e))?;
         }
         queue.set_log(self.log_of(index));
-        let running = self.engine().run_queue(queue, parts.handler, export.device.place(index));
+        let (place, reactor) = (export.device.place(index), export.device.reactor(index));
+        let at = At { place, reactor, paused: self.orders.is_paused() };
+        let running = self.engine().run_queue_at(queue, parts.handler, at);
         self.slot(index).running = Some((running.map_err(|e| ActionError::Queue(index, e))?, config));
         Ok(())
     }

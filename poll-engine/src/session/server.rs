@@ -3,7 +3,7 @@
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -23,18 +23,55 @@ use crate::sync::Bell;
 /// A control thread's stack: it parses small messages. Hundreds of these threads may exist.
 const STACK: usize = 128 << 10;
 
+/// How long a control thread may take over what it is asked for: its queues may have to finish what is in flight, on storage
+/// that is slow to answer.
+const PATIENCE: Duration = Duration::from_secs(30);
+
 /// What a control thread hears of.
 #[derive(Debug)]
 pub(super) struct Control {
     orders: Arc<Orders>,
     parking: Receiver<Parking>,
+    asked: Receiver<(Ask, Sender<Result<(), String>>)>,
 }
+
+/// What may be asked of a control thread, done between two requests of its front end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Ask {
+    /// Queues take no requests, or do so again, as [`Orders::is_paused`] says.
+    Pause,
+    /// Queues are stopped and started again: with other handlers, on other reactors.
+    Restart,
+}
+
+/// Why a server does not do what it is asked for.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum AskError {
+    /// It has ended.
+    #[error("it serves nobody any more")]
+    Ended,
+    /// It has not answered.
+    #[error("its control thread has not answered within {0:?}; see what keeps its storage or its front end")]
+    Late(Duration),
+    /// It cannot be done now.
+    #[error("{0}")]
+    Refused(String),
+}
+
+/// Nobody is connected.
+const IDLE: u8 = 0;
+/// A front end is.
+const ATTACHED: u8 = 1;
+/// Nobody is to be served any more.
+const STOPPING: u8 = 2;
 
 /// What is shared with it.
 #[derive(Debug)]
 pub(super) struct Orders {
     bell: Arc<Bell>,
-    stop: AtomicBool,
+    /// One of the above.
+    phase: AtomicU8,
+    paused: AtomicBool,
     config_changed: AtomicBool,
     /// The link of a network device is down.
     link_down: AtomicBool,
@@ -42,7 +79,17 @@ pub(super) struct Orders {
 
 impl Orders {
     pub(super) fn is_stopping(&self) -> bool {
-        self.stop.load(Ordering::Acquire)
+        self.phase.load(Ordering::Acquire) == STOPPING
+    }
+
+    /// Whether queues are to take no requests.
+    pub(super) fn is_paused(&self) -> bool {
+        self.paused.load(Ordering::Acquire)
+    }
+
+    /// Goes over to the next phase; false if it was another one.
+    fn turn(&self, from: u8, to: u8) -> bool {
+        self.phase.compare_exchange(from, to, Ordering::AcqRel, Ordering::Acquire).is_ok()
     }
 }
 
@@ -81,6 +128,14 @@ impl Control {
     pub(super) fn take_parking(&self) -> Option<Parking> {
         self.parking.try_recv().ok()
     }
+
+    /// Does what was asked for.
+    pub(super) fn answer(&self, mut act: impl FnMut(Ask) -> Result<(), String>) {
+        for (ask, done) in self.asked.try_iter() {
+            // Whoever has asked may have given up.
+            let _ = done.send(act(ask));
+        }
+    }
 }
 
 /// A running control thread.
@@ -88,6 +143,7 @@ impl Control {
 pub struct Server {
     orders: Arc<Orders>,
     parking: Sender<Parking>,
+    asked: Sender<(Ask, Sender<Result<(), String>>)>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -153,12 +209,14 @@ impl Server {
         let bell = Arc::new(Bell::new()?);
         let orders = Arc::new(Orders {
             bell,
-            stop: AtomicBool::new(false),
+            phase: AtomicU8::new(IDLE),
+            paused: AtomicBool::new(false),
             config_changed: AtomicBool::new(false),
             link_down: AtomicBool::new(false),
         });
         let (parking, receiver) = unbounded();
-        let control = Control { orders: Arc::clone(&orders), parking: receiver };
+        let (asked, asks) = unbounded();
+        let control = Control { orders: Arc::clone(&orders), parking: receiver, asked: asks };
         let builder = std::thread::Builder::new().name("session".into()).stack_size(STACK);
         let thread = confine::spawn(builder, Role::Session, move || {
             // Said at the start, not when the first front end comes; and by a thread that may do no more than those that
@@ -167,7 +225,7 @@ impl Server {
             fault_point::hijack("session");
             run(control);
         })?;
-        Ok(Server { orders, parking, thread: Some(thread) })
+        Ok(Server { orders, parking, asked, thread: Some(thread) })
     }
 
     /// Tells the front end, and through it the guest, to read configuration space again.
@@ -194,8 +252,49 @@ impl Server {
 
     /// Begins to stop: queues finish what is in flight, the socket is closed and its path removed.
     pub fn begin_stop(&self) {
-        self.orders.stop.store(true, Ordering::Release);
+        self.orders.phase.store(STOPPING, Ordering::Release);
         self.ring();
+    }
+
+    /// As [`begin_stop`](Self::begin_stop), unless a front end is connected: false then, and nothing has changed.
+    pub fn begin_stop_unattached(&self) -> bool {
+        let stops = self.orders.turn(IDLE, STOPPING) || self.orders.is_stopping();
+        self.ring();
+        stops
+    }
+
+    /// Whether a front end is connected.
+    pub fn is_attached(&self) -> bool {
+        self.orders.phase.load(Ordering::Acquire) == ATTACHED
+    }
+
+    /// Whether queues take no requests.
+    pub fn is_paused(&self) -> bool {
+        self.orders.is_paused()
+    }
+
+    /// Has queues take no requests, or take them again; those that start later, too. Returns when what was in flight is
+    /// finished. An error says that it may be so later, or never.
+    pub fn set_paused(&self, paused: bool) -> Result<(), AskError> {
+        self.orders.paused.store(paused, Ordering::Release);
+        self.ask(Ask::Pause)
+    }
+
+    /// Stops all queues, finishing what is in flight, and starts them again where they were: with handlers that their device
+    /// makes anew, on the reactors that it wants them on. Guests notice a pause.
+    pub fn restart_queues(&self) -> Result<(), AskError> {
+        self.ask(Ask::Restart)
+    }
+
+    fn ask(&self, ask: Ask) -> Result<(), AskError> {
+        let (done, answer) = bounded(1);
+        self.asked.send((ask, done)).map_err(|_| AskError::Ended)?;
+        self.ring();
+        match answer.recv_timeout(PATIENCE) {
+            Ok(outcome) => outcome.map_err(AskError::Refused),
+            Err(RecvTimeoutError::Timeout) => Err(AskError::Late(PATIENCE)),
+            Err(RecvTimeoutError::Disconnected) => Err(AskError::Ended),
+        }
     }
 
     /// Has the thread come to a rest between two requests of its front end, to be handed over or let go on.
@@ -266,7 +365,13 @@ fn serve<'a>(export: &'a Export, mut listener: Listener, mut served: Option<Serv
             set_aside(&mut listener, false, export);
         }
         if let Some(session) = served.take() {
-            match session.run(control, &listener) {
+            // One that came with a hand-over, or that came while it was decided to stop.
+            if !control.orders.turn(IDLE, ATTACHED) {
+                return;
+            }
+            let ended = session.run(control, &listener);
+            control.orders.turn(ATTACHED, IDLE);
+            match ended {
                 Ok(Ended::Over) => info!("{}: front end gone", export.name),
                 Ok(Ended::HandedOver) => return listener.own(None),
                 Ok(Ended::CutOff) => {
@@ -291,6 +396,8 @@ fn serve<'a>(export: &'a Export, mut listener: Listener, mut served: Option<Serv
                 control.heard();
                 // Nobody to tell that configuration space has changed.
                 control.take_config_changed();
+                // Queues that do not run are as they are to be.
+                control.answer(|_| Ok(()));
                 if let Some(parking) = control.take_parking()
                     && parking.follow(|| Snapshot::idle(&listener)) == Then::Leave
                 {

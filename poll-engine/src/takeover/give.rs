@@ -61,6 +61,20 @@ impl std::fmt::Debug for Lot {
     }
 }
 
+/// What is there to be handed over when somebody asks for it.
+pub trait Estate: Send + 'static {
+    /// Calls `give` with all of it. Nothing is added to it or taken away meanwhile.
+    fn with(&self, give: &mut dyn FnMut(&[Lot])) -> io::Result<()>;
+}
+
+/// One that never changes.
+impl Estate for Vec<Lot> {
+    fn with(&self, give: &mut dyn FnMut(&[Lot])) -> io::Result<()> {
+        give(self);
+        Ok(())
+    }
+}
+
 /// What the program calls itself.
 #[derive(Clone, Copy, Debug)]
 pub struct Program {
@@ -84,12 +98,12 @@ pub struct Giver {
 }
 
 impl Giver {
-    /// Waits on `listener` for somebody to hand `lots` to. Afterwards, with nothing left to serve, `given` is
+    /// Waits on `listener` for somebody to hand `estate` to. Afterwards, with nothing left to serve, `given` is
     /// called, with an error if the new process has taken over and was not heard of again.
     pub fn start(
         mut listener: Listener,
         program: Program,
-        lots: Vec<Lot>,
+        estate: impl Estate,
         given: impl FnOnce(Result<(), TakeoverError>) + Send + 'static,
     ) -> io::Result<Giver> {
         let bell = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
@@ -99,7 +113,7 @@ impl Giver {
         let thread = confine::spawn(builder, Role::Session, move || {
             while !seen.stop.load(Ordering::Acquire) {
                 match listener.accept(seen.bell.as_fd()) {
-                    Ok(Accepted::FrontEnd(stream)) => match give(stream, program, &lots) {
+                    Ok(Accepted::FrontEnd(stream)) => match give(stream, program, &estate) {
                         Ok(heard) => return given(heard),
                         Err(e) => warn!("not handed over, going on: {e}"),
                     },
@@ -128,19 +142,23 @@ impl Drop for Giver {
     }
 }
 
-/// Hands `lots` to whoever has connected. Any error means that they are served here as before; one inside, that they are
+/// Hands `estate` to whoever has connected. Any error means that they are served here as before; one inside, that they are
 /// not, and perhaps nowhere.
 fn give(
     stream: UnixStream,
     program: Program,
-    lots: &[Lot],
+    estate: &impl Estate,
 ) -> Result<Result<(), TakeoverError>, TakeoverError> {
     let peer = Peer::of(&stream);
     let channel = Channel::new(stream)?;
-    let lots: Vec<&Lot> = lots.iter().filter(|lot| !lot.server.has_ended()).collect();
-    let allowed = channel.expect_user(false);
-    let greeted = allowed.and_then(|()| greet(&channel, program, &lots));
-    let outcome = greeted.and_then(|()| hand_over(&channel, &peer, &lots));
+    let outcome = channel.expect_user(false).and_then(|()| {
+        let mut outcome = Err(TakeoverError::Gone);
+        estate.with(&mut |lots| {
+            let lots: Vec<&Lot> = lots.iter().filter(|lot| !lot.server.has_ended()).collect();
+            outcome = greet(&channel, program, &lots).and_then(|()| hand_over(&channel, &peer, &lots));
+        })?;
+        outcome
+    });
     if let Err(e) = &outcome {
         // The last message of all, to somebody who may be gone, or stuck.
         let _ = channel.send(&Answer::Refused(e.to_string()), &[], Instant::now());

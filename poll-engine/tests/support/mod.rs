@@ -41,6 +41,8 @@ pub struct Echo {
     pub idle: AtomicBool,
     /// What it takes along, if it offers that.
     pub state: Mutex<Option<Vec<u8>>>,
+    /// On which reactor its queues are wanted.
+    pub wanted_on: Mutex<Option<usize>>,
     gate: EventFd,
 }
 
@@ -95,6 +97,9 @@ impl Device for Shared {
     fn start_queue(&self, _: u16, _: u64, _: u16) -> std::io::Result<Box<dyn QueueHandler>> {
         let gate = self.0.gate.as_fd().try_clone_to_owned()?;
         Ok(Box::new(Handler { echo: Arc::clone(&self.0), gate, held: Vec::new() }))
+    }
+    fn reactor(&self, _: u16) -> Option<usize> {
+        *self.0.wanted_on.lock().unwrap()
     }
     fn reset(&self) {
         self.0.resets.fetch_add(1, Ordering::AcqRel);
@@ -160,6 +165,7 @@ pub struct Back {
     pub stats: Vec<Arc<QueueStats>>,
     pub socket: PathBuf,
     pub server: Server,
+    pub engine: Arc<Engine>,
     dir: Arc<tempfile::TempDir>,
 }
 
@@ -181,14 +187,16 @@ impl Back {
             held: Arc::default(),
             idle: AtomicBool::new(false),
             state: Mutex::default(),
+            wanted_on: Mutex::default(),
             gate: eventfd(),
         });
         let stats: Vec<Arc<QueueStats>> = (0..QUEUES).map(|_| Arc::default()).collect();
         let engine = Arc::new(Engine::start(&EngineConfig { pacing, ..EngineConfig::default() }).unwrap());
         let device = Arc::new(Shared(Arc::clone(&echo)));
-        let export = Export { name: "echo".into(), device, stats: stats.clone(), engine };
+        let export =
+            Export { name: "echo".into(), device, stats: stats.clone(), engine: Arc::clone(&engine) };
         let server = serve(export);
-        Back { echo, stats, socket, server, dir }
+        Back { echo, stats, socket, server, engine, dir }
     }
 
     /// As a live upgrade does: another back end goes on with the session, and this one has left. What goes from the one to
