@@ -11,7 +11,8 @@ use crate::spec::DiskSpec;
 pub fn check(options: &Options) -> Result<(), Wrong> {
     first_disk(options)?;
     let disks = options.disks();
-    if disks.is_empty() {
+    // With the API, they may come later.
+    if disks.is_empty() && options.api.is_none() {
         return Err(Wrong::new(
             &[],
             "nothing to serve; give --socket-path and --blk-file, or --disk (see --help)",

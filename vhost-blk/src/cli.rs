@@ -1,6 +1,7 @@
 //! The command line, by QEMU's back-end conventions (docs/interop/vhost-user.rst, "Backend program conventions"), and the
 //! file that says the same.
 
+use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
@@ -11,7 +12,7 @@ use daemon::{Fixed, Switch, from_text, ring_size, said};
 use poll_engine::engine::pacing::Pacing;
 use poll_engine::engine::placement::CpuList;
 use poll_engine::session::state::MAX_QUEUES;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use crate::check::check;
 use crate::limits::Limits;
@@ -53,8 +54,20 @@ pub struct Cli {
 }
 
 /// The options that are not [`DeviceOptions`].
-const OWN: [&str; 10] =
-    ["socket_path", "fd", "blk_file", "backend", "disk", "incoming", "record", "cpus", "poll", "log"];
+const OWN: [&str; 12] = [
+    "socket_path",
+    "fd",
+    "blk_file",
+    "backend",
+    "disk",
+    "incoming",
+    "record",
+    "cpus",
+    "poll",
+    "api",
+    "api_mode",
+    "log",
+];
 
 /// What is served and how, on the command line or in a file.
 #[derive(Clone, Debug, Args, Deserialize)]
@@ -108,6 +121,15 @@ pub struct Options {
     #[arg(long, value_name = "MODE", default_value = "adaptive")]
     #[serde(deserialize_with = "pacing")]
     pub poll: Pacing,
+
+    /// Unix socket on which the running daemon can be asked, and told, what to do (HTTP and JSON; see vhostctl)
+    #[arg(long, value_name = "PATH")]
+    pub api: Option<PathBuf>,
+
+    /// Mode of that socket, octal: 660 lets its group use it, too
+    #[arg(long, value_name = "MODE", default_value = "600", value_parser = daemon::socket_mode)]
+    #[serde(deserialize_with = "mode")]
+    pub api_mode: u32,
 
     /// What to log: error, warn, info, debug or trace, also by module (poll_engine=debug)
     #[arg(long, value_name = "FILTER", default_value = "info")]
@@ -170,7 +192,8 @@ pub struct DeviceOptions {
 }
 
 /// Write-cache modes, named as QEMU names them.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
 pub enum CacheMode {
     /// Durable after a flush.
     Writeback,
@@ -185,6 +208,21 @@ pub enum Synthetic {
     Ram(u64),
     /// Nothing, said to be of this many bytes.
     Null(u64),
+}
+
+impl Serialize for Synthetic {
+    fn serialize<S: serde::Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        to.collect_str(self)
+    }
+}
+
+impl fmt::Display for Synthetic {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Synthetic::Ram(size) => write!(f, "ram:{size}"),
+            Synthetic::Null(size) => write!(f, "null:{size}"),
+        }
+    }
 }
 
 impl FromStr for Synthetic {
@@ -211,6 +249,7 @@ from_text! {
     cache: CacheMode = cache_mode;
     blocks: u32 = block_size;
     text: String = serial;
+    mode: u32 = daemon::socket_mode;
     fixed: Fixed = |s| <Fixed as ValueEnum>::from_str(s, false);
 }
 
@@ -350,7 +389,7 @@ mod tests {
     }
 
     /// Of each option some value, on the command line and in a file.
-    const EACH: [(&str, &str); 20] = [
+    const EACH: [(&str, &str); 22] = [
         ("--socket-path=/s", "socket-path = '/s'"),
         ("--fd=3", "fd = 3"),
         ("--blk-file=/f", "blk-file = '/f'"),
@@ -373,6 +412,8 @@ mod tests {
         ("--fixed-buffers=on", "fixed-buffers = true"),
         ("--cpus=0-1", "cpus = [0, 1]"),
         ("--poll=busy", "poll = 'busy'"),
+        ("--api=/a", "api = '/a'"),
+        ("--api-mode=660", "api-mode = 660"),
         ("--log=debug", "log = 'debug'"),
     ];
 

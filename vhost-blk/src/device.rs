@@ -1,7 +1,9 @@
 //! The block device's face to the engine: features, configuration space, queues (virtio 1.3, 5.2.3 to 5.2.5).
 
+use std::collections::HashMap;
 use std::io;
-use std::sync::Arc;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use poll_engine::device::{ConfigRefused, Device, QueueHandler, StateRefused};
 
@@ -45,8 +47,10 @@ pub struct BlkDevice {
     disk: Arc<Disk>,
     num_queues: u16,
     ring_size: u16,
-    recorder: Option<Arc<Recorder>>,
+    recorder: Mutex<Option<Arc<Recorder>>>,
     withheld: u64,
+    /// On which reactors queues are wanted, if somebody wants that.
+    wanted_on: Mutex<HashMap<u16, usize>>,
 }
 
 impl BlkDevice {
@@ -57,7 +61,19 @@ impl BlkDevice {
         ring_size: u16,
         recorder: Option<Arc<Recorder>>,
     ) -> BlkDevice {
-        BlkDevice { disk, num_queues, ring_size, recorder, withheld: 0 }
+        let (recorder, wanted_on) = (Mutex::new(recorder), Mutex::default());
+        BlkDevice { disk, num_queues, ring_size, recorder, withheld: 0, wanted_on }
+    }
+
+    /// Has these queues on this reactor when they start next.
+    pub fn want_on(&self, queues: Range<u16>, reactor: usize) {
+        let mut wanted = self.wanted_on.lock().unwrap_or_else(PoisonError::into_inner);
+        wanted.extend(queues.map(|queue| (queue, reactor)));
+    }
+
+    /// Has queues that start from now on captured by this one, or by none.
+    pub fn set_recorder(&self, recorder: Option<Arc<Recorder>>) {
+        *self.recorder.lock().unwrap_or_else(PoisonError::into_inner) = recorder;
     }
 
     /// Without these features of the engine.
@@ -203,7 +219,8 @@ impl Device for BlkDevice {
         if let (Cache::AsConfigured, Storage::File(..)) = (cache, disk.storage()) {
             disk.settle_writeback();
         }
-        let tap = self.recorder.as_ref().and_then(|r| r.tap(index));
+        let recorder = self.recorder.lock().unwrap_or_else(PoisonError::into_inner);
+        let tap = recorder.as_ref().and_then(|r| r.tap(index));
         Ok(match disk.storage() {
             Storage::Null => Box::new(BlkQueue::new(disk, Null, tap)),
             Storage::Ram(ram) => {
@@ -220,6 +237,10 @@ impl Device for BlkDevice {
                 Box::new(BlkQueue::new(disk, backend, tap))
             }
         })
+    }
+
+    fn reactor(&self, index: u16) -> Option<usize> {
+        self.wanted_on.lock().unwrap_or_else(PoisonError::into_inner).get(&index).copied()
     }
 
     fn reset(&self) {

@@ -8,21 +8,27 @@
 //! was asked for, [`open`] finds out what a file can do before anything starts, [`lock`] keeps other writers away,
 //! [`record`] writes down what was asked for, [`limits`] is how much may be done and [`throttle`] keeps to it,
 //! [`spec`] and [`cli`] are what a disk and a daemon are asked to be, and [`check`] whether that goes together,
+//! [`exports`] are the disks of a running daemon and what can change of them, [`api`] and [`metrics`] how that is asked for,
+//! [`saved`] how it gets into the file,
 //! [`takeover`] is what a newer process needs to know of a disk to go on with it.
 
+pub mod api;
 pub mod backend;
 pub mod check;
 pub mod cli;
 pub mod device;
 pub mod disk;
+pub mod exports;
 pub mod image;
 pub mod limits;
 pub mod lock;
+pub mod metrics;
 pub mod open;
 pub mod queue;
 pub mod record;
 pub mod report;
 pub mod request;
+pub mod saved;
 pub mod spec;
 pub mod takeover;
 pub mod throttle;

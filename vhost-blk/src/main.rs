@@ -1,56 +1,29 @@
 //! `vhost-blk`: opens images, starts reactors, serves sockets, obeys signals.
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::{Context, Result};
+use control::server::{Api, bind};
+use daemon::Place;
 use daemon::confine::{CapabilitySet, Identity, Places};
 use daemon::takeover::{self, Heir, Source};
-use daemon::{Place, Switch};
-use poll_engine::device::features;
 use poll_engine::engine::{Engine, EngineConfig};
 use poll_engine::memory::userfault;
-use poll_engine::session::serve::Export;
-use poll_engine::session::server::Server;
-use poll_engine::stats::QueueStats;
-use poll_engine::takeover::give::Lot;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1};
 use signal_hook::iterator::Signals;
 use tracing::{info, warn};
-use vhost_blk::cli::{Cli, DeviceOptions, Options};
-use vhost_blk::device::BlkDevice;
-use vhost_blk::disk::Disk;
-use vhost_blk::image::Image;
-use vhost_blk::record::Recorder;
-use vhost_blk::report::report;
-use vhost_blk::spec::DiskSpec;
+use vhost_blk::api::router;
+use vhost_blk::cli::{Cli, Options};
+use vhost_blk::exports::{Exports, HandedOver, Wanted};
 use vhost_blk::takeover::{About, PROGRAM};
 
 type Inherited = takeover::Inherited<About>;
 
 fn main() -> ExitCode {
     daemon::main(run)
-}
-
-/// A disk as asked for.
-struct Wanted {
-    name: String,
-    place: Place,
-    spec: DiskSpec,
-    device: DeviceOptions,
-}
-
-/// A disk being served.
-struct Served {
-    name: String,
-    key: String,
-    disk: Arc<Disk>,
-    stats: Vec<Arc<QueueStats>>,
-    server: Arc<Server>,
-    device: Arc<BlkDevice>,
-    /// After the server: with it gone, nothing is noted any more.
-    recorder: Option<Arc<Recorder>>,
 }
 
 fn run(cli: &Cli) -> Result<()> {
@@ -60,28 +33,23 @@ fn run(cli: &Cli) -> Result<()> {
     }
     let identity = cli.confine.enter()?;
     let options = &cli.options()?;
-    let wanted = options.disks();
+    let disks = options.disks();
     if cli.check {
-        daemon::print(&format!("nothing is wrong, {} disks", wanted.len()));
+        daemon::print(&format!("nothing is wrong, {} disks", disks.len()));
         return Ok(());
     }
     daemon::init_log(&options.log)?;
     daemon::raise_descriptor_limit();
-    let places = wanted.iter().map(|w| w.place().context("a disk without a socket"));
-    let places = places.collect::<Result<Vec<_>>>()?;
-    let keys: Vec<_> = places.iter().map(Place::key).collect();
+    let wanted =
+        disks.into_iter().map(|spec| Wanted::new(spec, &options.device)).collect::<Result<Vec<_>>>()?;
+    let keys: Vec<_> = wanted.iter().map(|w| w.place.key()).collect();
     takeover::run(&cli.upgrade, PROGRAM, &keys, |heir, inherited| {
-        let wanted = wanted.into_iter().zip(places).map(|(spec, place)| Wanted {
-            device: spec.device(&options.device),
-            name: spec.title(),
-            spec,
-            place,
-        });
-        serve((cli, options), wanted.collect(), identity, heir, inherited)
+        serve((cli, options), wanted, identity, heir, inherited)
     })
 }
 
-/// Serves until told to stop.
+/// Serves until told to stop. The options may come from a file, and the socket of the API may be that of the process that
+/// this one takes over from.
 fn serve(
     (cli, options): (&Cli, &Options),
     wanted: Vec<Wanted>,
@@ -89,80 +57,81 @@ fn serve(
     heir: &mut Heir,
     mut inherited: Vec<Option<Inherited>>,
 ) -> Result<()> {
-    let confinement = cli.confine.threads(identity, &places(&wanted, cli), CapabilitySet::empty())?;
+    let is_heir = cli.upgrade.takeover.is_some();
+    let confinement =
+        cli.confine.threads(identity, &places(&wanted, cli, options), CapabilitySet::empty())?;
     // A guest that migrates may come before its memory, later.
     userfault::keep_device();
     // Everything that can be wrong is found out before anybody can connect, or the other process stops.
     let places: Vec<_> = inherited.iter().map(|i| i.as_ref().map(|i| i.place)).collect();
-    let disks = wanted.iter().zip(&mut inherited).map(|(w, i)| open_disk(w, i.take()));
-    let disks = disks.collect::<Result<Vec<_>>>()?;
-    let recorders = wanted.iter().zip(&disks).map(|(w, d)| record(w, d));
-    let recorders = recorders.collect::<Result<Vec<_>>>()?;
+    let disks =
+        wanted.iter().zip(&mut inherited).map(|(w, i)| w.open(i.take())).collect::<Result<Vec<_>>>()?;
+    let recorders = wanted.iter().zip(&disks).map(|(w, d)| w.record(d)).collect::<Result<Vec<_>>>()?;
     let engine = Arc::new(Engine::start(&engine_config(options))?);
     // Before the sockets: whoever sees one may send signals.
     let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP, SIGUSR1]).context("cannot handle signals")?;
     let sources = wanted.iter().zip(places).map(|(w, inherited)| Source::of(&w.place, inherited));
     let sources = sources.collect::<Result<Vec<_>, _>>()?;
     let control = heir.listen()?;
+    let api = options.api.as_deref().map(|path| bind(path, options.api_mode, is_heir)).transpose()?;
     confinement.seal()?;
 
     heir.ask()?;
     let left = Arc::new(AtomicUsize::new(wanted.len()));
-    let (mut served, mut prepared) = (Vec::new(), Vec::new());
+    let (mut ready, mut prepared) = (Vec::new(), Vec::new());
     for (((wanted, disk), recorder), source) in wanted.into_iter().zip(disks).zip(recorders).zip(sources) {
-        let DeviceOptions { num_queues, queue_size, packed, .. } = wanted.device;
-        let withheld = if packed == Switch::Off { features::RING_PACKED } else { 0 };
-        let device = BlkDevice::new(Arc::clone(&disk), num_queues, queue_size, recorder.clone());
-        let device = Arc::new(device.without(withheld));
-        let stats: Vec<_> = std::iter::repeat_with(Arc::default).take(num_queues.into()).collect();
-        let (name, engine) = (wanted.name.clone(), Arc::clone(&engine));
-        let export = Export { name, device: Arc::clone(&device) as _, stats: stats.clone(), engine };
-        let (left, signals) = (Arc::clone(&left), signals.handle());
+        let (export, one) = wanted.ready(disk, recorder, &engine);
+        let (left, signals, stays) = (Arc::clone(&left), signals.handle(), api.is_some());
         let ended = move || {
-            // A connected --fd has had its one front end.
-            if left.fetch_sub(1, Ordering::AcqRel) == 1 {
+            // A connected --fd has had its one front end. With the API, others may come.
+            if left.fetch_sub(1, Ordering::AcqRel) == 1 && !stays {
                 signals.close();
             }
         };
         prepared.push(heir.prepare(export, source, ended)?);
-        served.push((wanted, disk, stats, device, recorder));
+        ready.push(one);
     }
-    let servers = heir.go(served.iter().map(|(wanted, ..)| &wanted.place).zip(prepared))?;
-    let served = served.into_iter().zip(servers).map(|((wanted, disk, stats, device, recorder), server)| {
-        info!("serving {}, {} bytes", wanted.name, disk.capacity());
-        if let Some(recorder) = &recorder {
-            recorder.keep();
-        }
-        Served { name: wanted.name, key: wanted.place.key(), disk, stats, server, device, recorder }
-    });
-    let served: Vec<_> = served.collect();
+    let keys: Vec<Place> = ready.iter().map(|r| r.wanted.place.clone()).collect();
+    let servers = heir.go(keys.iter().zip(prepared))?;
+    let served = ready.into_iter().zip(servers).map(|(ready, server)| ready.served(server)).collect();
+    let exports = Arc::new(Exports::new(Arc::clone(&engine), options.clone(), cli.config.clone(), served));
+    let api = api.map(|listener| Api::start(listener, router(Arc::clone(&exports)))).transpose();
+    let mut api = api.context("cannot serve the API")?;
     let over = signals.handle();
-    let mut successor =
-        heir.settle(control, || served.iter().map(lot).collect::<Result<Vec<_>>>(), move || over.close());
+    let mut successor = heir.settle(control, || Ok(HandedOver(Arc::clone(&exports))), move || over.close());
+    if let (Some(api), Some(path), true) = (&mut api, &options.api, is_heir) {
+        // The other process leaves, and takes its socket along unless ours is there.
+        api.replace(path).unwrap_or_else(|e| warn!("the API stays on {}.new: {e}", path.display()));
+    }
 
     for signal in signals.forever() {
         match signal {
-            SIGHUP => grow(&served),
-            SIGUSR1 => print_statistics(&served),
+            SIGHUP => exports.grow_all(),
+            SIGUSR1 => daemon::print(&exports.report()),
             _ => break,
         }
     }
     successor.bid_farewell();
     info!("stopping: finishing what is in flight");
-    // All at once, then each awaited by its drop.
-    for s in &served {
-        s.server.begin_stop();
-    }
-    drop(served);
+    // Those that still call are told so.
+    exports.begin_stop();
+    drop(api);
+    drop(exports);
     drop(engine);
     successor.outcome()
 }
 
 /// Where something is done by name once all is open.
-fn places(wanted: &[Wanted], cli: &Cli) -> Places {
+fn places(wanted: &[Wanted], cli: &Cli, options: &Options) -> Places {
     let sockets = wanted.iter().filter_map(|w| w.place.path()).chain(cli.upgrade.control.as_deref());
-    let records = wanted.iter().filter_map(|w| w.spec.record.as_deref());
-    Places { sockets: sockets.chain(records).map(Places::directory_of).collect(), ..Places::default() }
+    let records = wanted.iter().filter_map(|w| w.record_path());
+    let api = options.api.as_deref();
+    Places {
+        sockets: sockets.chain(records).chain(api).map(Places::directory_of).collect(),
+        // Disks that are added are anywhere. Threads that guests have to do with stay without any files.
+        write: api.map(|_| PathBuf::from("/")).into_iter().collect(),
+        ..Places::default()
+    }
 }
 
 fn engine_config(options: &Options) -> EngineConfig {
@@ -172,55 +141,4 @@ fn engine_config(options: &Options) -> EngineConfig {
         fixed_buffers: options.device.fixed_buffers.into(),
         count_cycles: false,
     }
-}
-
-fn lot(s: &Served) -> Result<Lot> {
-    let (about, fd) = About::disk(&s.disk)?;
-    takeover::lot(s.key.clone(), &about, fd.into_iter().collect(), &s.server, Arc::clone(&s.device) as _)
-}
-
-fn open_disk(wanted: &Wanted, other: Option<Inherited>) -> Result<Arc<Disk>> {
-    let Wanted { spec, device, place, .. } = wanted;
-    let medium = spec.medium().context("a disk without an image")?;
-    if let Some(other) = &other {
-        other.about.expect(&place.key(), About { medium, read_only: device.read_only })?;
-    }
-    let image = Image {
-        file: spec.blk_file.as_deref(),
-        synthetic: spec.backend,
-        serial: &device.serial,
-        read_only: device.read_only,
-        incoming: spec.incoming,
-        beside: other.and_then(|other| other.fds.into_iter().next()),
-    };
-    Ok(Arc::new(image.open(device)?))
-}
-
-fn record(wanted: &Wanted, disk: &Disk) -> Result<Option<Arc<Recorder>>> {
-    let Some(path) = &wanted.spec.record else { return Ok(None) };
-    let recorder = Recorder::create(path, wanted.device.num_queues, disk.capacity(), disk.block_size())?;
-    info!("recording the requests to {} in {}", wanted.name, path.display());
-    Ok(Some(Arc::new(recorder)))
-}
-
-fn grow(served: &[Served]) {
-    for s in served {
-        match s.disk.grow() {
-            Ok(Some(size)) => {
-                info!("{} has grown to {size} bytes", s.name);
-                s.server.config_changed();
-            }
-            Ok(None) => {}
-            Err(e) => warn!("{}: {e}", s.name),
-        }
-    }
-}
-
-fn print_statistics(served: &[Served]) {
-    let of = |s: &Served| {
-        let record = s.recorder.as_ref().map(|r| r.line() + "\n").unwrap_or_default();
-        report(&s.name, s.disk.capacity(), &s.stats) + &record
-    };
-    let text: String = served.iter().map(of).collect();
-    daemon::print(&text);
 }

@@ -6,6 +6,7 @@ use std::str::FromStr;
 use daemon::said::{self, from_keys};
 use daemon::{Place, Switch, from_text, on_off, ring_size};
 use serde::Deserialize;
+use utoipa::ToSchema;
 
 use crate::cli::{CacheMode, DeviceOptions, Synthetic, block_size, cache_mode, num_queues, serial};
 use crate::limits::Limits;
@@ -15,53 +16,70 @@ use crate::takeover::Medium;
 const MAX_NAME: usize = 128;
 
 /// One `--disk` or `[[disk]]`.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, ToSchema)]
+#[schema(as = DiskSpec)]
 #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
 pub struct DiskSpec {
     /// For people, and for whoever manages it.
     #[serde(deserialize_with = "some_name")]
+    #[schema(value_type = String, min_length = 1, max_length = 128, pattern = "^[!-~]+$")]
     pub name: Option<String>,
     /// Where to listen.
+    #[schema(value_type = String)]
     pub socket_path: Option<PathBuf>,
     /// Or what was inherited for that.
     #[serde(deserialize_with = "some_fd")]
+    #[schema(value_type = i32)]
     pub fd: Option<i32>,
     /// Image file.
+    #[schema(value_type = String)]
     pub blk_file: Option<PathBuf>,
     /// Or no file.
     #[serde(deserialize_with = "some_backend")]
+    #[schema(value_type = String, example = "ram:1G", pattern = "^(ram|null):[0-9]+[KMGTkmgt]?$")]
     pub backend: Option<Synthetic>,
     /// Serial number.
     #[serde(deserialize_with = "text")]
+    #[schema(value_type = String, max_length = 20, pattern = "^[ -~]*$")]
     pub serial: String,
     /// Leave the image to another daemon until the guest arrives.
     #[serde(deserialize_with = "on_off_")]
+    #[schema(value_type = bool)]
     pub incoming: bool,
     /// Record requests here.
+    #[schema(value_type = String)]
     pub record: Option<PathBuf>,
 
     /// Refuse writes. This and what follows is that of all disks if it is not said.
     #[serde(deserialize_with = "some_on_off")]
+    #[schema(value_type = bool)]
     pub read_only: Option<bool>,
     /// Request queues.
     #[serde(deserialize_with = "some_count")]
+    #[schema(value_type = u16, minimum = 1, maximum = 256)]
     pub num_queues: Option<u16>,
     /// Largest ring.
     #[serde(deserialize_with = "some_size")]
+    #[schema(value_type = u16, minimum = 4, maximum = 32768)]
     pub queue_size: Option<u16>,
     /// Offer packed rings.
     #[serde(deserialize_with = "some_switch")]
+    #[schema(value_type = bool)]
     pub packed: Option<Switch>,
     /// Write cache.
     #[serde(deserialize_with = "some_cache")]
+    #[schema(value_type = String, pattern = "^(writeback|writethrough)$")]
     pub cache: Option<CacheMode>,
     /// Bypass the host's page cache.
     #[serde(deserialize_with = "some_switch")]
+    #[schema(value_type = bool)]
     pub direct: Option<Switch>,
     /// Logical block size in bytes.
     #[serde(deserialize_with = "some_blocks")]
+    #[schema(value_type = u32, minimum = 512, maximum = 65536)]
     pub block_size: Option<u32>,
     /// How much may be done in a second.
+    #[schema(value_type = Object)]
     pub limit: Option<Limits>,
 }
 
@@ -136,6 +154,50 @@ impl DiskSpec {
             serial: self.serial.clone(),
             fixed_buffers: all.fixed_buffers,
         }
+    }
+}
+
+/// A value as a file has it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Written {
+    /// In quotes.
+    Text(String),
+    /// A number.
+    Number(i64),
+    /// True or false.
+    Truth(bool),
+}
+
+impl DiskSpec {
+    /// All that it says, key by key.
+    pub fn written(&self) -> Vec<(&'static str, Written)> {
+        let text = |value: Option<String>| value.map(Written::Text);
+        let path = |path: &Option<PathBuf>| path.as_ref().map(|p| Written::Text(p.display().to_string()));
+        let switch = |switch: Option<Switch>| switch.map(|s| Written::Truth(s == Switch::On));
+        let backend = self.backend.map(|backend| backend.to_string());
+        let cache = self.cache.map(|cache| match cache {
+            CacheMode::Writeback => "writeback".to_owned(),
+            CacheMode::Writethrough => "writethrough".to_owned(),
+        });
+        let all = [
+            ("name", text(self.name.clone())),
+            ("socket-path", path(&self.socket_path)),
+            ("fd", self.fd.map(|fd| Written::Number(fd.into()))),
+            ("blk-file", path(&self.blk_file)),
+            ("backend", text(backend)),
+            ("serial", text(Some(self.serial.clone()).filter(|serial| !serial.is_empty()))),
+            ("incoming", self.incoming.then_some(Written::Truth(true))),
+            ("record", path(&self.record)),
+            ("read-only", self.read_only.map(Written::Truth)),
+            ("num-queues", self.num_queues.map(|n| Written::Number(n.into()))),
+            ("queue-size", self.queue_size.map(|n| Written::Number(n.into()))),
+            ("packed", switch(self.packed)),
+            ("cache", text(cache)),
+            ("direct", switch(self.direct)),
+            ("limit", self.limit.map(|limits| Written::Text(limits.to_string()))),
+            ("block-size", self.block_size.map(|n| Written::Number(n.into()))),
+        ];
+        all.into_iter().filter_map(|(key, value)| Some((key, value?))).collect()
     }
 }
 

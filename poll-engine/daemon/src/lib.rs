@@ -15,6 +15,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use poll_engine::ring::MAX_RING_SIZE;
 use poll_engine::session::listen::{ListenError, Listener};
 use poll_engine::uring::FixedBuffers;
+use serde::Serialize;
 use tracing_subscriber::EnvFilter;
 
 /// Runs a program: what it is asked for, and what has gone wrong in one line.
@@ -123,7 +124,8 @@ pub fn fd_key(fd: i32) -> String {
 }
 
 /// On or off.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Switch {
     /// On.
     On,
@@ -159,6 +161,12 @@ pub fn on_off(value: &str) -> Result<bool, String> {
         "off" => Ok(false),
         other => Err(format!("'{other}' is neither on nor off")),
     }
+}
+
+/// The mode of a socket's file: octal digits, of which the owner's stay.
+pub fn socket_mode(s: &str) -> Result<u32, String> {
+    let mode = u32::from_str_radix(s, 8).ok().filter(|mode| mode & !0o777 == 0 && mode & 0o600 == 0o600);
+    mode.ok_or(format!("'{s}' is no mode of a socket; write 600, or 660 for its group"))
 }
 
 /// A ring size, for a device whose requests do not fit into fewer than four descriptors.

@@ -17,6 +17,17 @@ pub enum Pacing {
     Event,
 }
 
+impl Pacing {
+    /// As it is written.
+    pub fn name(self) -> &'static str {
+        match self {
+            Pacing::Busy => "busy",
+            Pacing::Adaptive => "adaptive",
+            Pacing::Event => "event",
+        }
+    }
+}
+
 impl FromStr for Pacing {
     type Err = String;
 

@@ -78,17 +78,27 @@ impl Listener {
 
     /// As [`bind`](Self::bind), for nobody but the user that this process runs as.
     pub fn bind_private(path: &Path) -> Result<Listener, ListenError> {
-        Self::bind_with(path, Some(&fs::Permissions::from_mode(PRIVATE)))
+        Self::bind_mode(path, PRIVATE)
+    }
+
+    /// As [`bind`](Self::bind), with this mode of its file.
+    pub fn bind_mode(path: &Path, mode: u32) -> Result<Listener, ListenError> {
+        Self::bind_with(path, Some(&fs::Permissions::from_mode(mode)))
     }
 
     /// Listens in the place of whoever listens on `path`, once [`replace`](Self::replace) is called.
     pub fn bind_private_beside(path: &Path) -> Result<Listener, ListenError> {
+        Self::bind_mode_beside(path, PRIVATE)
+    }
+
+    /// As [`bind_private_beside`](Self::bind_private_beside), with this mode.
+    pub fn bind_mode_beside(path: &Path, mode: u32) -> Result<Listener, ListenError> {
         let path = with_suffix(path);
         // Of an earlier attempt.
         let _ = fs::remove_file(&path);
         let fail = |error| ListenError::Bind { path: path.clone(), error };
         let listener = UnixListener::bind(&path).map_err(fail)?;
-        fs::set_permissions(&path, fs::Permissions::from_mode(PRIVATE)).map_err(fail)?;
+        fs::set_permissions(&path, fs::Permissions::from_mode(mode)).map_err(fail)?;
         let inode = fs::symlink_metadata(&path).map_err(fail)?.ino();
         Self::listening(listener, Some((path.clone(), inode))).map_err(fail)
     }
@@ -161,6 +171,19 @@ impl Listener {
     fn listening(listener: UnixListener, made: Option<(PathBuf, u64)>) -> io::Result<Listener> {
         listener.set_nonblocking(true)?;
         Ok(Listener { source: Source::Listening(listener), made })
+    }
+
+    /// The socket file that we made.
+    pub fn path(&self) -> Option<&Path> {
+        self.made.as_ref().map(|(path, _)| path.as_path())
+    }
+
+    /// The socket itself, if it listens: for whoever accepts in a way of its own.
+    pub fn socket(&self) -> io::Result<UnixListener> {
+        match &self.source {
+            Source::Listening(listener) => listener.try_clone(),
+            Source::Connected(_) => Err(io::ErrorKind::InvalidInput.into()),
+        }
     }
 
     /// What another process needs to go on in our place.

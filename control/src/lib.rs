@@ -1,0 +1,14 @@
+//! The control API of a daemon: HTTP and JSON on a Unix socket.
+//!
+//! ```text
+//! vhostctl, curl ─► socket ─► who is it? ─► router (the program's) ─► one call after the other ─► the program
+//! ```
+//!
+//! One thread of its own serves it, which never touches the data path; what takes long is done on a few others. Nothing
+//! listens on a network. [`server`] is the socket, [`problem`] what is said of a call that fails, [`body`] how calls bring
+//! what they say, [`client`] the other side.
+
+pub mod body;
+pub mod client;
+pub mod problem;
+pub mod server;

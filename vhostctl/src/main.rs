@@ -1,0 +1,276 @@
+//! `vhostctl`: asks a running `vhost-blk` for things, over its control API (docs/control.md).
+
+mod table;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Result, bail};
+use clap::{CommandFactory, Parser, Subcommand};
+use clap_complete::Shell;
+use control::client::{Client, part};
+use serde_json::{Map, Value, json};
+
+/// Asks a running vhost-blk for things, or tells it to do something.
+#[derive(Debug, Parser)]
+#[command(name = "vhostctl", version, max_term_width = 110)]
+struct Cli {
+    /// The daemon's --api
+    #[arg(
+        long,
+        short,
+        value_name = "PATH",
+        global = true,
+        env = "VHOSTCTL_API",
+        default_value = "/run/vhost-blk/api"
+    )]
+    api: PathBuf,
+
+    /// Print what the daemon answers, as JSON
+    #[arg(long, global = true)]
+    json: bool,
+
+    /// Print again every so many seconds
+    #[arg(long, value_name = "SECONDS", global = true, num_args = 0..=1, default_missing_value = "2")]
+    watch: Option<f64>,
+
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// What the daemon is
+    Info,
+    /// All disks
+    List,
+    /// A disk and its queues
+    Show {
+        /// Name of the disk
+        name: String,
+    },
+    /// Serve one more disk
+    Add {
+        /// Keys as of vhost-blk --disk, such as socket-path=/run/a.sock blk-file=/img/a.img num-queues=4
+        #[arg(value_name = "KEY=VALUE", required = true)]
+        keys: Vec<String>,
+    },
+    /// Serve a disk no more, once what is in flight is finished
+    Remove {
+        /// Name of the disk
+        name: String,
+        /// Also if a front end is connected, which is hung up on
+        #[arg(long)]
+        force: bool,
+    },
+    /// Have a guest see that its image has grown
+    Grow {
+        /// Name of the disk
+        name: String,
+        /// Make the image's file this large first, such as 20G
+        size: Option<String>,
+    },
+    /// Take no requests of a disk for now
+    Pause {
+        /// Name of the disk
+        name: String,
+    },
+    /// Take requests again
+    Resume {
+        /// Name of the disk
+        name: String,
+    },
+    /// Record the requests of a disk to a new file, or no more
+    Record {
+        /// Name of the disk
+        name: String,
+        /// The file; or off
+        file: String,
+    },
+    /// The limits of a disk, or keep it to others: none that is not named
+    Limit {
+        /// Name of the disk
+        name: String,
+        /// Keys as of vhost-blk --limit, such as iops-total=1000 bps-write=100M; none for no limit at all
+        #[arg(value_name = "KEY=VALUE")]
+        keys: Vec<String>,
+    },
+    /// Move queues of a disk to another reactor
+    Move {
+        /// Name of the disk
+        name: String,
+        /// Number of the reactor
+        reactor: usize,
+        /// Number of the queue; without, all of them
+        #[arg(long)]
+        queue: Option<u16>,
+    },
+    /// All reactors
+    Reactors,
+    /// Start a reactor more
+    AddReactor {
+        /// CPU to pin it to
+        #[arg(long)]
+        cpu: Option<usize>,
+    },
+    /// End a reactor, once its queues have moved to others
+    Retire {
+        /// Its number
+        reactor: usize,
+    },
+    /// How reactors wait for requests, or have them wait in another way
+    Poll {
+        /// busy, adaptive or event
+        mode: Option<String>,
+    },
+    /// Write what has changed into the daemon's configuration file
+    Save,
+    /// All counters as Prometheus wants them
+    Metrics,
+    /// The API's own description (OpenAPI)
+    Openapi,
+    /// Any call at all
+    Call {
+        /// GET, POST, PUT or DELETE
+        method: String,
+        /// Such as /v1/disks
+        path: String,
+        /// JSON
+        body: Option<String>,
+    },
+    /// Print a script that completes commands in a shell
+    Completions {
+        /// Which one
+        shell: Shell,
+    },
+}
+
+/// Method, path and body of a call.
+type Call = (&'static str, String, Option<Value>);
+
+fn call_of(command: &Command) -> Result<Call> {
+    let disk = |name: &str, what: &str| format!("/v1/disks/{}{what}", part(name));
+    Ok(match command {
+        Command::Info => ("GET", "/v1/daemon".into(), None),
+        Command::List => ("GET", "/v1/disks".into(), None),
+        Command::Show { name } => ("GET", disk(name, ""), None),
+        Command::Add { keys } => ("POST", "/v1/disks".into(), Some(spec(keys)?)),
+        Command::Remove { name, force: false } => ("DELETE", disk(name, ""), None),
+        Command::Remove { name, force: true } => ("DELETE", disk(name, "?force=true"), None),
+        Command::Grow { name, size } => {
+            let body = size.as_ref().map_or(json!({}), |size| json!({ "size": size }));
+            ("POST", disk(name, "/grow"), Some(body))
+        }
+        Command::Pause { name } => ("POST", disk(name, "/pause"), None),
+        Command::Resume { name } => ("POST", disk(name, "/resume"), None),
+        Command::Record { name, file } if file == "off" => ("DELETE", disk(name, "/record"), None),
+        Command::Record { name, file } => ("PUT", disk(name, "/record"), Some(json!({ "file": file }))),
+        Command::Limit { name, keys } if keys.is_empty() => ("GET", disk(name, "/limits"), None),
+        Command::Limit { name, keys } if *keys == ["none"] => ("PUT", disk(name, "/limits"), Some(json!({}))),
+        Command::Limit { name, keys } => ("PUT", disk(name, "/limits"), Some(spec(keys)?)),
+        Command::Move { name, reactor, queue } => {
+            let mut body = json!({ "reactor": reactor });
+            if let Some(queue) = queue {
+                body["queue"] = json!(queue);
+            }
+            ("PUT", disk(name, "/reactor"), Some(body))
+        }
+        Command::Reactors => ("GET", "/v1/reactors".into(), None),
+        Command::AddReactor { cpu } => {
+            ("POST", "/v1/reactors".into(), Some(cpu.map_or(json!({}), |cpu| json!({ "cpu": cpu }))))
+        }
+        Command::Retire { reactor } => ("DELETE", format!("/v1/reactors/{reactor}"), None),
+        Command::Poll { mode: None } => ("GET", "/v1/poll".into(), None),
+        Command::Poll { mode: Some(mode) } => ("PUT", "/v1/poll".into(), Some(json!({ "poll": mode }))),
+        Command::Save => ("POST", "/v1/save".into(), None),
+        Command::Metrics => ("GET", "/metrics".into(), None),
+        Command::Openapi => ("GET", "/v1/openapi.json".into(), None),
+        Command::Call { .. } | Command::Completions { .. } => bail!("no call of its own"),
+    })
+}
+
+/// A disk of keys and values. The daemon reads numbers and truth values out of texts, too.
+fn spec(keys: &[String]) -> Result<Value> {
+    let mut spec = Map::new();
+    for pair in keys.iter().flat_map(|keys| keys.split(',')) {
+        let (key, value) = pair.split_once('=').unwrap_or((pair, "on"));
+        if spec.insert(key.into(), value.into()).is_some() {
+            bail!("{key} is there twice");
+        }
+    }
+    Ok(Value::Object(spec))
+}
+
+fn main() -> ExitCode {
+    daemon::main(run)
+}
+
+fn run(cli: &Cli) -> Result<()> {
+    if let Command::Completions { shell } = cli.command {
+        let mut script = Vec::new();
+        clap_complete::generate(shell, &mut Cli::command(), "vhostctl", &mut script);
+        daemon::print(String::from_utf8_lossy(&script).trim_end());
+        return Ok(());
+    }
+    let Some(seconds) = cli.watch else {
+        daemon::print(&answer(cli)?);
+        return Ok(());
+    };
+    let every = Duration::try_from_secs_f64(seconds)?.max(Duration::from_millis(100));
+    loop {
+        // From the top of an empty screen.
+        daemon::print(&format!("\x1b[H\x1b[2J{}", answer(cli)?));
+        std::thread::sleep(every);
+    }
+}
+
+fn answer(cli: &Cli) -> Result<String> {
+    let client = Client::new(&cli.api);
+    let answer = match &cli.command {
+        Command::Call { method, path, body } => {
+            client.send(method, path, body.clone().unwrap_or_default().into_bytes())?
+        }
+        command => {
+            let (method, path, body) = call_of(command)?;
+            client.call(method, &path, body.as_ref())?
+        }
+    };
+    if matches!(cli.command, Command::Metrics) && answer.status == 200 {
+        return Ok(String::from_utf8_lossy(&answer.body).trim_end().to_owned());
+    }
+    let value = answer.done()?;
+    let raw = cli.json || matches!(cli.command, Command::Openapi | Command::Call { .. });
+    Ok(match &value {
+        Value::Null => "done".into(),
+        value if raw => serde_json::to_string_pretty(value)?,
+        value => table::text(value),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn names_that_are_paths_are_one_part_of_a_path() {
+        let cli = Cli::parse_from(["vhostctl", "remove", "/run/a b.sock", "--force"]);
+        let (method, path, _) = call_of(&cli.command).unwrap();
+        assert_eq!((method, path.as_str()), ("DELETE", "/v1/disks/%2Frun%2Fa%20b.sock?force=true"));
+    }
+
+    #[test]
+    fn disks_are_keys_and_values() {
+        let keys = ["socket-path=/a,read-only".to_owned(), "num-queues=4".to_owned()];
+        assert_eq!(
+            spec(&keys).unwrap(),
+            json!({ "socket-path": "/a", "read-only": "on", "num-queues": "4" })
+        );
+        assert!(spec(&["a=1,a=2".to_owned()]).is_err());
+    }
+}
