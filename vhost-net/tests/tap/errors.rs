@@ -84,6 +84,21 @@ pub fn not_permitted() {
     }
 }
 
+/// One without any capability.
+pub fn daemon_without_rights() {
+    ip("tuntap add kl0 mode tap vnet_hdr user 1");
+    let daemon = [env!("CARGO_BIN_EXE_vhost-net"), "--tap=kl0", "--socket-path=/nonexistent/socket"];
+    let without = ["--bounding-set=-all", "--inh-caps=-all"];
+    let out = std::process::Command::new("setpriv").args(without).args(daemon).output().unwrap();
+    let said = String::from_utf8(out.stderr).unwrap();
+    assert_eq!(out.status.code(), Some(1), "{said}");
+    assert_eq!(
+        said,
+        "vhost-net: may not use tap kl0: that needs CAP_NET_ADMIN, or a tap that is this user's \
+         (ip tuntap add kl0 mode tap vnet_hdr multi_queue user NAME)\n"
+    );
+}
+
 /// Descriptors as another program hands them on.
 fn opened(name: &str, flags: i32) -> OwnedFd {
     super::host::attached(name, flags)

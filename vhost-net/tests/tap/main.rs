@@ -44,6 +44,7 @@ const TESTS: &[Test] = &[
     ("a_tap_that_is_deleted_ends_quietly", trouble::deleted),
     ("a_tap_that_is_made_anew_goes_on", trouble::made_anew),
     ("a_tap_that_this_user_may_not_use_is_said_so", errors::not_permitted),
+    ("a_daemon_without_rights_says_what_to_do", errors::daemon_without_rights),
     ("a_guest_without_buffers_loses_nothing_and_nothing_spins", trouble::without_buffers),
     ("too_few_buffers_for_a_segment_are_waited_for", trouble::too_few_buffers),
     ("a_queue_that_waits_for_frames_stops_at_once", trouble::stops_at_once),

@@ -1,7 +1,9 @@
 //! Guests on a switch that is joined to an interface, and somebody at the other end of the wire.
 
+use pcap_file::pcapng::{Block, PcapNgReader};
 use vhost_net::header::VnetHdr;
 use vhost_net::mac::MacAddr;
+use vhost_net::pcap::{Capture, CaptureConfig};
 use vhost_net::port::Uplink;
 use vhost_net::port::af_packet::AfPacket;
 use vhost_net::port::af_xdp::AfXdp;
@@ -15,6 +17,8 @@ pub const TESTS: &[Test] = &[
     ("switched::guests_talk_to_the_outside_by_packet_sockets", packet),
     ("switched::guests_talk_to_the_outside_around_the_stack", xdp),
     ("switched::the_link_goes_and_comes_back", link),
+    ("switched::a_capture_has_what_crosses_the_uplink", captured),
+    ("switched::guests_that_are_told_a_larger_mtu_are_warned_of", larger_mtu),
 ];
 
 pub const FAR: MacAddr = MacAddr([2, 0, 0, 0, 0, 9]);
@@ -79,6 +83,63 @@ pub fn talk(uplink: Box<dyn Uplink>, far: &str, reactors: usize) {
     assert!(pair::is_quiet(&mut far));
     let out = &back.hub.ports[2].pairs[0];
     assert_eq!((out.rx_packets.get(), out.tx_packets.get()), (8, 6));
+}
+
+/// What comes in is outbound at its interface, as what a guest sends is at the guest's.
+fn captured() {
+    use pcap_file::pcapng::blocks::enhanced_packet::EnhancedPacketOption::Flags;
+    pair::make();
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("capture");
+    let capture = Capture::create(&path, &["a", "near"], CaptureConfig::default()).unwrap();
+    capture.keep();
+    let uplink: Box<dyn Uplink> = Box::new(AfPacket::open("near").unwrap());
+    let back = Back::start_captured(&[""], 1, 1, Some(uplink), Some(&capture));
+    let mut far = AfPacket::open("far").unwrap();
+    let mut guest = back.guest(0, 1);
+    pair::until(|| back.switch.is_up(PortId(1)));
+    let hello = frame(MacAddr::BROADCAST, mac(0), 1, 60);
+    guest.send(0, &hello);
+    assert_eq!(pair::receive(&mut far, 1)[0].1, hello);
+    let inward = frame(mac(0), FAR, 2, 1514);
+    send(&mut far, &inward);
+    assert_eq!(guest.await_frames(1), std::slice::from_ref(&inward));
+    drop(back);
+    drop(capture);
+    let mut seen = vec![];
+    let mut reader = PcapNgReader::new(std::fs::File::open(&path).unwrap()).unwrap();
+    while let Some(block) = reader.next_block() {
+        let Block::EnhancedPacket(packet) = block.unwrap() else { continue };
+        let way =
+            packet.options.iter().find_map(|o| if let Flags(flags) = o { Some(flags & 3) } else { None });
+        seen.push((packet.interface_id, way.unwrap(), packet.data.to_vec()));
+    }
+    let (inbound, outbound) = (1, 2);
+    for (interface, way, bytes) in
+        [(0, outbound, &hello), (1, inbound, &hello), (1, outbound, &inward), (0, inbound, &inward)]
+    {
+        let is_it = |(i, w, b): &&(u32, u32, Vec<u8>)| (*i, *w, b) == (interface, way, bytes);
+        assert_eq!(seen.iter().filter(is_it).count(), 1, "interface {interface}, way {way}");
+    }
+}
+
+fn larger_mtu() {
+    use std::io::{BufRead, BufReader};
+    pair::make();
+    let dir = tempfile::tempdir().unwrap();
+    let port = format!("--port=socket-path={}", dir.path().join("a").display());
+    let mut child = std::process::Command::new(env!("CARGO_BIN_EXE_vhost-net"))
+        .args(["--switch", "--mtu=9000", "--uplink=af-packet=near", &port])
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let lines = BufReader::new(child.stderr.take().unwrap()).lines().map_while(Result::ok);
+    let said: Vec<String> = lines.take_while(|line| !line.contains("serving ")).collect();
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let warning = "uplink near has an MTU of 1500, and guests are told 9000: what is longer does not leave by it; \
+                   ip link set near mtu 9000, or --mtu 1500";
+    assert_eq!(said.iter().filter(|line| line.contains(warning)).count(), 1, "{said:?}");
 }
 
 fn link() {
