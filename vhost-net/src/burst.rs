@@ -24,6 +24,8 @@ use crate::tx::{Glance, Head, swap_addresses};
 const SENT: Ahead = Ahead { bytes: 76, write: false };
 /// Rounds between two looks at a receive queue that has no buffers: about a microsecond.
 const PAUSE: u32 = 32;
+/// Nanoseconds between two looks for a receiver that is expected.
+const LOOK_AGAIN: u64 = 1_000_000;
 
 /// A transmit queue on this reactor.
 #[derive(Debug)]
@@ -36,14 +38,23 @@ pub struct Source {
     /// Bytes of the header before its packets.
     header: usize,
     features: u64,
-    /// The receive queue that its next packet waits for, and for how many rounds nobody looks whether it has buffers now:
-    /// looking takes the line from the driver that is about to write there.
-    waits_for: Option<QueueId>,
+    /// What its next packet waits for, and for how many rounds nobody looks whether there are buffers now: looking takes the
+    /// line from the driver that is about to write there.
+    waits_for: Option<Awaited>,
     pause: u32,
-    /// When its rate limit lets it send again, of the hub's clock.
+    /// When its rate limit lets it send again, or when to look again for what is awaited, of the hub's clock.
     pub waits_until: Option<u64>,
     /// Where its packet before went.
     last: Option<QueueId>,
+}
+
+/// What a packet waits for.
+#[derive(Clone, Copy, Debug)]
+enum Awaited {
+    /// Buffers in this receive queue.
+    Buffers(QueueId),
+    /// A receive queue, to be looked for at this time.
+    Queue(u64),
 }
 
 impl Source {
@@ -55,13 +66,24 @@ impl Source {
 
     /// What has to have chains before it can go on.
     pub fn wake_on(&self) -> QueueId {
-        self.waits_for.unwrap_or(self.id)
+        match self.waits_for {
+            Some(Awaited::Buffers(target)) => target,
+            _ => self.id,
+        }
     }
 
-    /// Whether its next packet still has to wait for buffers of its receiver.
+    /// Whether its next packet still has to wait for its receiver.
     #[inline]
-    fn is_held_up(&mut self, queues: &mut Queues<'_>) -> bool {
-        let Some(target) = self.waits_for else { return false };
+    fn is_held_up(&mut self, queues: &mut Queues<'_>, hub: &Hub) -> bool {
+        let Some(awaited) = self.waits_for else { return false };
+        let target = match awaited {
+            Awaited::Buffers(target) => target,
+            Awaited::Queue(until) => {
+                let waits = hub.now() < until;
+                self.waits_for = self.waits_for.filter(|_| waits);
+                return waits;
+            }
+        };
         if self.pause > 0 {
             self.pause -= 1;
             return true;
@@ -105,7 +127,7 @@ impl Burst {
         switching: Option<&mut switch::Shard>,
         queues: &mut Queues<'_>,
     ) -> usize {
-        if source.is_held_up(queues) {
+        if source.is_held_up(queues, hub) {
             return 0;
         }
         let Some(tx) = queues.get(source.id) else { return 0 };
@@ -269,11 +291,15 @@ impl Pass<'_, '_> {
         }
     }
 
-    /// Copies packets to each of many ports, as far as there is room: they do not wait for one, being late for the others.
+    /// Copies packets to each of many ports, as far as there is room: they do not wait for one of several, being late for the others.
     fn flood(&mut self, flood: Flood, run: &[Option<Glance>], at: usize, heads: &mut Heads) -> usize {
         let from = |done: usize| Origin { at: at + done, ..origin(self.source) };
         let Some(switch) = &self.switching else { return self.sent(run) };
-        for (to, action) in switch.egress(flood, self.now) {
+        if self.exits.expects_any(switch.reach(flood)) {
+            return self.hold();
+        }
+        let mut waits = None;
+        'ports: for (to, action) in switch.egress(flood, self.now) {
             let to = usize::from(to.0);
             let mut done = 0;
             while let Some(Some(packet)) = run.get(done) {
@@ -286,13 +312,21 @@ impl Pass<'_, '_> {
                 let head = &mut heads.flooded;
                 head.take_glance(packet);
                 head.retag(action);
-                if let Given::Waits(target) = self.exits.give(self.queues, from(done), to, head) {
-                    self.exits.refuse(to, target);
+                match self.exits.give(self.queues, from(done), to, head) {
+                    Given::Waits(target) if switch.reach(flood).count() == 1 => {
+                        waits = Some((target, done));
+                        break 'ports;
+                    }
+                    given => self.refuse(to, given),
                 }
                 done += 1;
             }
         }
-        self.sent(run)
+        match waits {
+            None => self.sent(run),
+            Some((target, 0)) => self.wait(target),
+            Some((_, done)) => self.sent(&run[..done]),
+        }
     }
 
     /// Asks the switch. Those that are not simply to be copied come back with what is to be done.
@@ -353,14 +387,25 @@ impl Pass<'_, '_> {
             Verdict::Flood(flood) => {
                 let from = self.from(at);
                 let Some(switch) = &self.switching else { return 1 };
+                if self.exits.expects_any(switch.reach(flood)) {
+                    return self.hold();
+                }
+                let mut waits = None;
                 for (to, action) in switch.egress(flood, self.now) {
                     flooded.clone_from(head);
                     flooded.retag(action);
                     let to = to.0.into();
-                    if let Given::Waits(target) = self.exits.give(self.queues, from, to, flooded) {
+                    match self.exits.give(self.queues, from, to, flooded) {
+                        Given::Waits(target) if switch.reach(flood).count() == 1 => {
+                            waits = Some(target);
+                            break;
+                        }
                         // It would be late for the others.
-                        self.exits.refuse(to, target);
+                        given => self.refuse(to, given),
                     }
+                }
+                if let Some(target) = waits {
+                    return self.wait(target);
                 }
             }
         }
@@ -376,6 +421,7 @@ impl Pass<'_, '_> {
     fn give_bytes(&mut self, to: usize, at: usize, head: &mut Head, bytes: u32) -> usize {
         match self.exits.give(self.queues, self.from(at), to, head) {
             Given::Waits(target) => return self.wait(target),
+            Given::Absent => return self.hold(),
             Given::To(target) => self.source.last = Some(target),
             Given::Away => {}
         }
@@ -401,10 +447,29 @@ impl Pass<'_, '_> {
         1
     }
 
+    /// A packet to many that could wait for one of them does not.
+    fn refuse(&self, to: usize, given: Given) {
+        match given {
+            Given::Waits(target) => self.exits.refuse(to, target),
+            Given::Absent => self.own.drop_tx(Drop::LinkDown),
+            Given::To(_) | Given::Away => {}
+        }
+    }
+
     #[cold]
     fn wait(&mut self, target: QueueId) -> usize {
-        (self.source.waits_for, self.source.last) = (Some(target), Some(target));
+        (self.source.waits_for, self.source.last) = (Some(Awaited::Buffers(target)), Some(target));
         self.source.pause = PAUSE;
+        self.own.tx_waits.add(1);
+        0
+    }
+
+    /// Leaves the packet where it is until its receiver may be there again.
+    #[cold]
+    fn hold(&mut self) -> usize {
+        let until = self.hub.now() + LOOK_AGAIN;
+        self.source.waits_for = Some(Awaited::Queue(until));
+        self.source.waits_until = Some(until);
         self.own.tx_waits.add(1);
         0
     }

@@ -15,6 +15,7 @@ use crate::parcel::Chute;
 use crate::receivers::{Place, Receivers};
 use crate::rx::{Form, Refused, Sent, Spread, copy, copy_chain, deliver};
 use crate::stats::{Drop, PairStats};
+use crate::switch::PortId;
 use crate::tx::{Glance, Head};
 use crate::witness::Witness;
 
@@ -59,6 +60,8 @@ pub enum Given {
     Away,
     /// This queue has no room for it yet, and it is to wait.
     Waits(QueueId),
+    /// Its port has no queue just now, and it is to wait.
+    Absent,
 }
 
 /// What became of packets of a burst to one receiver.
@@ -127,7 +130,9 @@ impl Exits {
         self.targets[port] = plain.map(|t| Target { made: made(t.id), ..t }).collect();
         let (places, own) = (&self.hub.ports[port].places, 1 << (self.reactor % 64));
         if self.targets[port].is_empty() && !self.receivers[port].is_steered() {
-            places.fetch_and(!own, Ordering::Relaxed);
+            if places.fetch_and(!own, Ordering::Relaxed) == own {
+                self.hub.miss(port);
+            }
         } else {
             places.fetch_or(own, Ordering::Relaxed);
         }
@@ -201,13 +206,12 @@ impl Exits {
         let target = match self.target(port, from.pair) {
             Some(target) => target,
             None => match self.look(queues, from, port, head) {
-                Some(target) => target,
-                None => return Given::Away,
+                Ok(target) => target,
+                Err(given) => return given,
             },
         };
         let Some((tx, rx)) = queues.pair(from.id, target.id) else {
-            self.stats_of(from).drop_tx(Drop::LinkDown);
-            return Given::Away;
+            return self.stopping(queues, from, port, target.id);
         };
         let chain = tx.burst(from.at);
         let read = |at: u32, into: &mut [u8]| _ = chain.readable(at, into.len() as u32).read(into);
@@ -237,7 +241,7 @@ impl Exits {
     }
 
     /// The queue here for a packet that has to be looked at, or that is for a port without queues here. `None`: it went
-    /// elsewhere, or nowhere.
+    /// elsewhere, or nowhere, or is to wait.
     #[cold]
     fn look(
         &mut self,
@@ -245,15 +249,34 @@ impl Exits {
         from: Origin,
         port: usize,
         head: &mut Head,
-    ) -> Option<Target> {
+    ) -> Result<Target, Given> {
+        if self.hub.expects(port) {
+            return Err(Given::Absent);
+        }
         if !self.receivers[port].is_steered() {
             self.send_away(queues, from, port, head);
-            return None;
+            return Err(Given::Away);
         }
-        let chain = queues.finishing(from.id)?.burst(from.at);
+        let chain = queues.finishing(from.id).ok_or(Given::Away)?.burst(from.at);
         let read = |at: u32, into: &mut [u8]| chain.readable(at, into.len() as u32).read(into);
-        let place = self.receivers[port].place(from.pair, head, read)?;
-        self.settle(port, place, |chute, pair| chute.send(port, pair, head, &chain))
+        let place = self.receivers[port].place(from.pair, head, read).ok_or(Given::Away)?;
+        self.settle(port, place, |chute, pair| chute.send(port, pair, head, &chain)).ok_or(Given::Away)
+    }
+
+    /// What becomes of a packet for a queue that takes nothing any more: it is about to stop, or broken.
+    #[cold]
+    fn stopping(&self, queues: &mut Queues<'_>, from: Origin, port: usize, target: QueueId) -> Given {
+        if self.hub.ports[port].waits && queues.finishing(target).is_some_and(|rx| !rx.is_broken()) {
+            return Given::Absent;
+        }
+        self.stats_of(from).drop_tx(Drop::LinkDown);
+        Given::Away
+    }
+
+    /// Whether one of these ports is expected: what goes to it and to others waits for it.
+    #[inline]
+    pub fn expects_any(&self, mut ports: impl Iterator<Item = PortId>) -> bool {
+        self.hub.expecting.load(Ordering::Relaxed) && ports.any(|port| self.hub.expects(port.0.into()))
     }
 
     /// The queue here for a packet that has to be looked at, whose bytes are ours; as [`look`](Self::look).

@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::Duration;
 
 use poll_engine::clock::Clock;
 use poll_engine::device::QueueHandler;
@@ -14,6 +15,10 @@ use crate::parcel::Chute;
 use crate::stats::PairStats;
 use crate::steering::Steering;
 use crate::switch::{PortConfig, PortId, Switch};
+
+/// For how long packets wait for a port that has them wait, while its receive queues have stopped or have not come yet: as
+/// long as its front end takes to come back (QEMU's `reconnect=1`).
+pub const PATIENCE: Duration = Duration::from_secs(2);
 
 /// Where packets of a port go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,6 +55,8 @@ pub struct Port {
     steering: Mutex<Arc<Steering>>,
     /// A packet waits for buffers of its receiver, and those behind it wait with it; otherwise it is dropped.
     pub waits: bool,
+    /// When packets no longer wait for its receive queues, of the hub's clock.
+    expected_until: AtomicU64,
 }
 
 impl Port {
@@ -66,6 +73,8 @@ impl Port {
             places: AtomicU64::new(0),
             running: AtomicUsize::new(0),
             waits,
+            // As long as nobody has come.
+            expected_until: AtomicU64::new(if waits { u64::MAX } else { 0 }),
         }
     }
 
@@ -131,6 +140,11 @@ pub struct Hub {
     pub switch: Option<Arc<Switch>>,
     clock: Clock,
     start: u64,
+    patience: u64,
+    /// A queue has run.
+    begun: AtomicBool,
+    /// There may be ports that are [expected](Hub::expects).
+    pub(crate) expecting: AtomicBool,
     pub(crate) inboxes: Vec<Inbox>,
     /// The way to each reactor, for packets that come from elsewhere.
     pub(crate) chutes: OnceLock<Vec<Chute>>,
@@ -146,12 +160,37 @@ impl Hub {
         let inboxes = std::iter::repeat_with(Inbox::default).take(reactors).collect();
         let clock = Clock::new();
         let (chutes, announcing, outside) = (OnceLock::new(), Mutex::default(), News::default());
-        Hub { plan, ports, switch: None, start: clock.raw(), clock, inboxes, chutes, announcing, outside }
+        let (start, patience, begun) = (clock.raw(), PATIENCE.as_nanos() as u64, AtomicBool::new(false));
+        let expecting = AtomicBool::new(ports.iter().any(|port| port.waits));
+        Hub {
+            plan,
+            ports,
+            switch: None,
+            clock,
+            start,
+            patience,
+            begun,
+            expecting,
+            inboxes,
+            chutes,
+            announcing,
+            outside,
+        }
     }
 
     /// Joins `ports` by a switch that has the same ones, of as many shards as there are reactors.
     pub fn switched(switch: Arc<Switch>, ports: Vec<Arc<Port>>, reactors: usize) -> Hub {
-        Hub { switch: Some(switch), ..Hub::new(Plan::Switch, ports, reactors) }
+        let hub = Hub { switch: Some(switch), ..Hub::new(Plan::Switch, ports, reactors) };
+        // Those that are expected get what goes to many.
+        (0..hub.ports.len()).filter(|&at| hub.ports[at].waits).for_each(|at| hub.look_at_link(at));
+        hub
+    }
+
+    /// With another [`PATIENCE`].
+    #[must_use]
+    pub fn patient(mut self, patience: Duration) -> Hub {
+        self.patience = patience.as_nanos() as u64;
+        self
     }
 
     /// Lets packets go from one reactor to another.
@@ -200,11 +239,55 @@ impl Hub {
         }
     }
 
-    /// A switch's port is up when its link is and its guest is there.
+    /// Whether packets for a port wait for its receive queues, of which none is there.
+    pub(crate) fn expects(&self, at: usize) -> bool {
+        let port = &self.ports[at];
+        let is_missing = port.waits && port.places.load(Ordering::Relaxed) == 0;
+        is_missing && port.link.load(Ordering::Relaxed) && self.may_come(port)
+    }
+
+    fn may_come(&self, port: &Port) -> bool {
+        self.now() < port.expected_until.load(Ordering::SeqCst)
+    }
+
+    /// A port's last receive queue has stopped.
+    pub(crate) fn miss(&self, at: usize) {
+        if self.ports[at].waits {
+            self.ports[at].expected_until.store(self.now() + self.patience, Ordering::SeqCst);
+            self.expecting.store(true, Ordering::SeqCst);
+        }
+    }
+
+    /// A queue runs: the others are expected from now on.
+    fn begin(&self) {
+        if !self.begun.swap(true, Ordering::SeqCst) {
+            (0..self.ports.len()).for_each(|at| self.miss(at));
+        }
+    }
+
+    /// When to look again whether ports that were expected are up, if there are such.
+    pub(crate) fn next_look(&self) -> Option<u64> {
+        self.ports.iter().any(|port| port.waits).then(|| self.now() + self.patience)
+    }
+
+    /// Looks whether they are.
+    #[cold]
+    pub(crate) fn look_again(&self) {
+        self.expecting.store(false, Ordering::SeqCst);
+        for at in (0..self.ports.len()).filter(|&at| self.ports[at].waits) {
+            self.look_at_link(at);
+            if self.may_come(&self.ports[at]) {
+                self.expecting.store(true, Ordering::SeqCst);
+            }
+        }
+    }
+
+    /// A switch's port is up when its link is and its guest is there, or expected.
     fn look_at_link(&self, at: usize) {
         let Some(switch) = &self.switch else { return };
         let (port, id) = (&self.ports[at], PortId(at as u16));
-        let is_up = || port.link.load(Ordering::SeqCst) && port.running.load(Ordering::SeqCst) > 0;
+        let is_there = || port.running.load(Ordering::SeqCst) > 0 || self.may_come(port);
+        let is_up = || port.link.load(Ordering::SeqCst) && is_there();
         // Another thread may have changed it while this one said what it was.
         loop {
             let up = is_up();
@@ -227,6 +310,7 @@ pub(crate) struct Member {
 impl QueueHandler for Member {
     fn attach(&mut self, io: &mut Io<'_>) {
         let Member { port, index, features, .. } = *self;
+        self.hub.begin();
         self.hub.inboxes[io.reactor()].put(Change::Up { port, index, id: io.id(), features });
         if self.hub.ports[port].running.fetch_add(1, Ordering::SeqCst) == 0 {
             self.hub.look_at_link(port);
@@ -243,6 +327,7 @@ impl QueueHandler for Member {
         let Member { port, index, .. } = *self;
         self.hub.inboxes[io.reactor()].put(Change::Down { port, index });
         if self.hub.ports[port].running.fetch_sub(1, Ordering::SeqCst) == 1 {
+            self.hub.miss(port);
             self.hub.look_at_link(port);
         }
     }

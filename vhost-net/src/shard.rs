@@ -40,6 +40,8 @@ pub struct Shard {
     /// Of a packet that does not come from a guest here, and that for one of many receivers.
     head: Head,
     flooded: Head,
+    /// When to look again whether ports that are expected have come.
+    next_look: Option<u64>,
 }
 
 impl Shard {
@@ -48,7 +50,8 @@ impl Shard {
         let exits = Exits::new(Arc::clone(&hub), reactor);
         let switching = hub.switch.as_ref().map(|switch| switch.shard(reactor));
         let (burst, head, flooded) = (Burst::new(), Head::new(), Head::new());
-        Shard { hub, reactor, sources: Vec::new(), exits, switching, burst, head, flooded }
+        let (sources, next_look) = (Vec::new(), None);
+        Shard { hub, reactor, sources, exits, switching, burst, head, flooded, next_look }
     }
 
     /// With the uplink, whose port is one of the hub's.
@@ -67,6 +70,7 @@ impl Shard {
 
     #[cold]
     fn change(&mut self, changes: Vec<Change>) {
+        self.next_look = self.hub.next_look();
         for change in changes {
             match change {
                 Change::Up { port, index, id, features } => {
@@ -188,6 +192,10 @@ impl Station for Shard {
         if let Some(changes) = self.hub.inboxes[self.reactor].take() {
             self.change(changes);
         }
+        if self.next_look.is_some_and(|at| self.hub.now() >= at) {
+            self.hub.look_again();
+            self.next_look = None;
+        }
         let mut moved = self.take_in(queues);
         let Shard { hub, sources, exits, switching, burst, .. } = self;
         for source in sources {
@@ -236,7 +244,7 @@ impl Station for Shard {
     }
 
     fn longest_sleep(&self) -> Option<Duration> {
-        let until = self.sources.iter().filter_map(|s| s.waits_until).min();
+        let until = self.sources.iter().filter_map(|s| s.waits_until).chain(self.next_look).min();
         // The link of an uplink is looked at now and then.
         let Some(until) = until else { return self.exits.outside.is_some().then_some(LONGEST_SLEEP) };
         // No longer than what a driver may be without service that makes its ring anew.

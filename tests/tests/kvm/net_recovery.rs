@@ -73,7 +73,7 @@ pub fn killed(scene: &Scene, platform: Platform) -> Result<Option<String>> {
         cards.daemon.kill_and_restart(scene)?;
         (0..2).try_for_each(|card| cards.guest.reconnect(card))?;
     }
-    // A round of each card; and what was sent to a card that was not there yet, whose connection comes second.
+    // A round of each card; and what was sent to a card that was not there for longer than packets wait.
     Cards::expect(&cards.guest.finish()?, KILLS * 2 * (BURST + DEPTH))?;
     cards.undisturbed()?;
     ensure!(!cards.daemon.stats()?.text().contains("\ndrops "), "{}", cards.daemon.stats()?.text());
@@ -92,7 +92,7 @@ pub fn upgraded(scene: &Scene, platform: Platform) -> Result<Option<String>> {
         cards.guest.after(1000)?;
         cards.daemon.upgrade(scene, &[["--poll=adaptive", "--poll=event"][round as usize % 2]])?;
         ensure!(cards.guest.progress()? < 80_000, "the load was over before the new daemon ran");
-        // What was sent to a card whose queues had stopped before the others, or started after them.
+        // What was sent to a card whose queues were stopped for longer than packets wait.
         Cards::expect(&cards.guest.finish()?, 4 * DEPTH)?;
         cards.undisturbed()?;
     }
@@ -126,8 +126,8 @@ pub fn memory(scene: &Scene, platform: Platform) -> Result<Option<String>> {
     Ok(None)
 }
 
-/// Queues are reset one by one with packets under way: those that come while there is nothing to receive with are lost, and
-/// counted; all that is sent is taken exactly once.
+/// Queues are reset one by one with packets under way: those that come while there is nothing to receive with wait; all that
+/// is sent is taken exactly once.
 pub fn queue_resets(scene: &Scene, platform: Platform) -> Result<Option<String>> {
     if let Some(reason) = net::missing_needs() {
         return Ok(Some(reason));

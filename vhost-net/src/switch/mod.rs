@@ -471,6 +471,17 @@ impl Shard {
         }
     }
 
+    /// The ports that a flood goes to but for their limits, which do not count it.
+    pub fn reach(&self, flood: Flood) -> impl Iterator<Item = PortId> {
+        let from = &self.ports[flood.from.index()];
+        let ports = (0..).map(PortId).zip(&*self.ports).filter(move |&(id, to)| {
+            let is_wanted = id != flood.from && (to.floods_unknown || !flood.is_unknown);
+            let is_open = is_wanted && self.switch.is_up(id) && !(from.is_isolated && to.is_isolated);
+            is_open && to.vlan.emit(flood.vid, flood.tag).is_ok()
+        });
+        ports.map(|(id, _)| id)
+    }
+
     /// The ports that a frame to many goes to, and what becomes of its tag at each. What does not pass at a port is counted
     /// there, unless it is simply not for that port.
     pub fn egress(&self, flood: Flood, now: u64) -> impl Iterator<Item = (PortId, TagAction)> {

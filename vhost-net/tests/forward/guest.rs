@@ -4,6 +4,7 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use nix::sys::eventfd::EventFd;
 use poll_engine::device::Device;
@@ -78,8 +79,22 @@ impl Back {
         ports: &[&str],
         pairs: u16,
         reactors: usize,
+        uplink: Option<Box<dyn Uplink>>,
+        capture: Option<&Capture>,
+    ) -> Back {
+        // Longer than any test.
+        Back::start_patient(plan, ports, pairs, reactors, uplink, capture, Duration::from_secs(60))
+    }
+
+    /// The same, waiting for guests for so long.
+    pub fn start_patient(
+        plan: Plan,
+        ports: &[&str],
+        pairs: u16,
+        reactors: usize,
         mut uplink: Option<Box<dyn Uplink>>,
         capture: Option<&Capture>,
+        patience: Duration,
     ) -> Back {
         // More reactors than CPUs are slow, but right.
         let cpus = usable_cpus().unwrap();
@@ -93,10 +108,11 @@ impl Back {
         let made = made.map(|(text, c)| Arc::new(Port::new(c.name.clone(), pairs, text.contains("wait"))));
         let mut made: Vec<_> = made.collect();
         made.extend(uplink.iter().map(|_| Arc::new(Port::uplink("uplink".into(), 0))));
-        let hub = Arc::new(match plan {
+        let hub = match plan {
             Plan::Switch => Hub::switched(Arc::clone(&switch), made, reactors),
             plan => Hub::new(plan, made, reactors),
-        });
+        };
+        let hub = Arc::new(hub.patient(patience));
         hub.connect(&engine);
         let stations = (0..reactors).map(|at| {
             let mut shard = Shard::new(Arc::clone(&hub), at);
@@ -137,21 +153,17 @@ impl Back {
 
     /// The same, with features of network cards.
     pub fn guest_with(&self, at: usize, pairs: u16, features: u64) -> Guest {
-        let mut guest = self.connect(at, pairs, features);
-        for rx in &mut guest.rx {
-            (0..RING).for_each(|_| rx.offer(&guest.map));
-        }
-        guest
+        self.connect(at, pairs, features, RING)
     }
 
     /// The guest at a port, which receives nothing yet.
     pub fn idle_guest(&self, at: usize, pairs: u16) -> Guest {
-        self.connect(at, pairs, MRG_RXBUF)
+        self.connect(at, pairs, MRG_RXBUF, 0)
     }
 
-    fn connect(&self, at: usize, pairs: u16, features: u64) -> Guest {
+    fn connect(&self, at: usize, pairs: u16, features: u64, buffers: u16) -> Guest {
         let control = queue_index(features, self.pairs);
-        let guest = Guest::connect(&socket(self.dir.path(), at), at, pairs, features, control);
+        let guest = Guest::connect(&socket(self.dir.path(), at), at, pairs, (features, control), buffers);
         until("the link", || self.hub.switch.is_none() || self.switch.is_up(PortId(at as u16)));
         guest
     }
@@ -285,7 +297,14 @@ pub struct Guest {
 }
 
 impl Guest {
-    fn connect(path: &Path, at: usize, pairs: u16, features: u64, control: Option<u16>) -> Guest {
+    /// With so many buffers to receive into from the beginning.
+    fn connect(
+        path: &Path,
+        at: usize,
+        pairs: u16,
+        (features, control): (u64, Option<u16>),
+        buffers: u16,
+    ) -> Guest {
         let features = FEATURES | features;
         let mut ram = Ram::new((at as u64 + 1) << 32, MEMORY * (u64::from(pairs) + 1), false).unwrap();
         let all = ram.spec();
@@ -298,6 +317,9 @@ impl Guest {
         peer.send(16, false, &longs(&[protocol]), &[]);
         let mut rings: Vec<Ring> = (0..2 * pairs).map(|_| Ring::new(&mut ram, features)).collect();
         assert!(peer.mem_table(&[(ram.spec(), ram.fd().as_fd().as_raw_fd())]));
+        for rx in rings.iter_mut().step_by(2) {
+            (0..buffers).for_each(|_| rx.offer(ram.map()));
+        }
         (0..).zip(&rings).for_each(|(index, ring)| ring.set_up(&mut peer, index));
         let header = header_len(features);
         let control = control.map(|index| {

@@ -10,6 +10,7 @@ mod guest;
 mod live;
 mod loopback;
 mod offload;
+mod patience;
 
 use std::time::{Duration, Instant};
 
