@@ -22,6 +22,7 @@ enum Step {
     Other(u32, u64),
     Map { start: u64, len: u64, offset: u64, perm: u8, rings: bool },
     Unmap(usize),
+    Lie(Option<(u64, u64, u64, u8)>),
     Queue { index: usize, num: u32, addrs: [u64; 3], state: u64, ready: bool },
     Features(u64),
     Kick(usize),
@@ -42,12 +43,13 @@ fn address() -> impl Strategy<Value = u64> {
 fn step() -> impl Strategy<Value = Step> {
     prop_oneof![
         3 => prop_oneof![Just(0u8), Just(11), Just(15), any::<u8>()].prop_map(Step::Status),
-        1 => any::<u32>().prop_map(|i| Step::State(i % 4)),
+        1 => prop_oneof![0..4u32, any::<u32>()].prop_map(Step::State),
         2 => (address(), address()).prop_map(|(a, b)| Step::Update(a, b)),
         1 => (any::<u32>(), any::<u64>()).prop_map(|(kind, x)| Step::Other(kind, x)),
         3 => (address(), 1..600_000u64, 0..80u64, 0..5u8, any::<bool>())
             .prop_map(|(start, len, page, perm, rings)| Step::Map { start, len, offset: page * 4096, perm, rings }),
         1 => (0..4usize).prop_map(Step::Unmap),
+        1 => prop::option::of((any::<u64>(), address(), address(), any::<u8>())).prop_map(Step::Lie),
         3 => (0..2usize, prop_oneof![Just(16u32), any::<u32>(), 0..40u32], [address(), address(), address()], any::<u64>(), any::<bool>())
             .prop_map(|(index, num, addrs, state, ready)| Step::Queue { index, num, addrs, state, ready }),
         1 => prop_oneof![Just(SPLIT), Just(PACKED), any::<u64>()].prop_map(Step::Features),
@@ -95,6 +97,7 @@ proptest! {
                     (queue.num, queue.addrs, queue.ready) = (num, addrs, ready);
                     queue.state = std::array::from_fn(|i| (state >> (16 * i)) as u16);
                 }
+                Step::Lie(lie) => rig.kernel.lock().lie = lie,
                 Step::Features(features) => rig.kernel.lock().driver_features = features,
                 Step::Kick(index) => rig.kernel.kick(index),
                 Step::Garbage(seed) => {
@@ -111,6 +114,7 @@ proptest! {
         {
             let mut kernel = rig.kernel.lock();
             kernel.table.clear();
+            kernel.lie = None;
             kernel.driver_features = rig.features;
         }
         let mut driver = rig.drive();

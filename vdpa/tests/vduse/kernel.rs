@@ -55,6 +55,10 @@ pub struct Device {
     pub umem: Option<(u64, u64, u64)>,
     /// Of network devices; Linux up to 7.2 does not.
     pub takes_control_queues: bool,
+    /// Requests come in part only.
+    pub cuts_requests: bool,
+    /// What every question for a translation is answered with, whatever it is: offset, first, last, permission.
+    pub lie: Option<(u64, u64, u64, u8)>,
     next: u32,
 }
 
@@ -277,10 +281,11 @@ impl Edge for FakeEdge {
         let (first, last) = (long(s, 8), long(s, 16));
         let found = d.table.iter().filter(|t| t.start <= last && t.last >= first).min_by_key(|t| t.start);
         let t = found.ok_or(error(libc::EINVAL))?;
-        for (i, v) in [t.offset, t.start, t.last].into_iter().enumerate() {
+        let (offset, start, last, perm) = d.lie.unwrap_or((t.offset, t.start, t.last, t.perm));
+        for (i, v) in [offset, start, last].into_iter().enumerate() {
             s[8 * i..8 * i + 8].copy_from_slice(&v.to_ne_bytes());
         }
-        s[24] = t.perm;
+        s[24] = perm;
         // The descriptor's mode follows the permission.
         let mut options = OpenOptions::new();
         options.read(t.perm & 1 != 0).write(t.perm & 2 != 0);
@@ -294,7 +299,7 @@ impl Edge for FakeEdge {
             return Err(io::ErrorKind::WouldBlock.into());
         };
         into.copy_from_slice(request.as_bytes());
-        Ok(into.len())
+        Ok(if d.cuts_requests { 7 } else { into.len() })
     }
 
     fn write(&self, bytes: &[u8]) -> io::Result<usize> {

@@ -224,6 +224,23 @@ fn features_that_were_not_offered_are_refused() {
 }
 
 #[test]
+fn a_request_that_comes_in_part_ends_the_device_and_nothing_else() {
+    let mut rig = Rig::new(SPLIT);
+    rig.serve(false);
+    rig.drive().write(0, 1, 1);
+    rig.kernel.lock().cuts_requests = true;
+    rig.kernel.post(1, &[0]);
+    until("it is served on", || rig.server.as_ref().unwrap().has_ended());
+    drop(rig.server.take());
+    // A successor finds the kernel as it should be.
+    rig.kernel.lock().cuts_requests = false;
+    rig.serve(true);
+    assert!(rig.kernel.set_status(0));
+    rig.kernel.lock().table.clear();
+    assert_eq!(rig.drive().read(0, 1), 1);
+}
+
+#[test]
 fn a_successor_goes_on_where_a_killed_process_was() {
     for features in [SPLIT, PACKED] {
         let mut rig = Rig::new(features);
