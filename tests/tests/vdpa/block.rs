@@ -95,7 +95,7 @@ fn file_system(vm: &mut Vm) -> Result<()> {
 /// What is discarded takes no room in the image any more and reads as zeroes; so does what is zeroed.
 fn discard(vm: &mut Vm) -> Result<()> {
     vm.check(
-        "head -c 8M /dev/urandom | dd of=/dev/vdb bs=1M iflag=fullblock oflag=direct 2>/dev/null && sync",
+        "head -c 8388608 /dev/urandom | dd of=/dev/vdb bs=1M iflag=fullblock oflag=direct 2>/dev/null && sync",
     )?;
     let blocks = |vm: &mut Vm| -> Result<u64> { Ok(vm.check("stat -c %b /disk/image.img")?.parse()?) };
     let before = blocks(vm)?;
