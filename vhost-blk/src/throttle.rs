@@ -255,7 +255,9 @@ mod tests {
     fn run<const N: usize>(throttle: &Throttle, queues: &mut [Backlog; N], from: u64, time: u64) -> [u64; N] {
         let before: Vec<_> = queues.iter().map(|q| q.passed).collect();
         for now in (from..from + time).step_by(STEP as usize) {
-            queues.iter_mut().for_each(|queue| queue.round(throttle, now));
+            for queue in queues.iter_mut() {
+                queue.round(throttle, now);
+            }
         }
         std::array::from_fn(|i| queues[i].passed - before[i])
     }
