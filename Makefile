@@ -1,6 +1,6 @@
 # Thin by intent: what a target does is in scripts/.
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo demo-kvm test soak bench lint
+.PHONY: help setup build demo demo-kvm test soak bench lint deb deb-test
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,3 +28,9 @@ bench: ## Rates and latencies of the engine on this machine
 
 lint: ## Formatting, clippy, dependency policy
 	@scripts/lint.sh
+
+deb: ## The Debian package, into target/debian (needs cargo-deb)
+	@scripts/deb.sh
+
+deb-test: ## Install that package in a clean root, and remove it (needs root and mmdebstrap)
+	@scripts/deb-test.sh

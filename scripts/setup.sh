@@ -20,6 +20,7 @@ librte-net-virtio23 a driver of network devices in testpmd
 librte-mempool-ring23 the packet buffers of testpmd
 e2fsprogs file systems in the guest, and checking them from outside
 util-linux setpriv, blkdiscard and blockdev
+systemd checks the units
 binutils prepares kernel modules and programs for the guest
 xz-utils unpacks kernels and their modules
 zstd unpacks kernels

@@ -208,6 +208,7 @@ fi
 step "build" cargo build --workspace --bins
 # And one of them beside it that can be had to die between any two steps of a request.
 step "build with fault points" cargo build -p vhost-blk --profile fault-points --features fault-points
+step "first day" scripts/first-day.sh
 if command -v apt-get >/dev/null; then
     step "guest image" scripts/guest-image.sh
     # A newer kernel and emulator, for what Debian 12 is too old for.

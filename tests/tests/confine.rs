@@ -112,7 +112,9 @@ fn attempt(scene: &Scene, thread: &str, what: &str, args: &[&str]) -> Result<Out
 
 /// Whether the kernel limits what is done with files by their names: a daemon says what it has found.
 fn has_landlock(scene: &Scene) -> Result<bool> {
-    let daemon = Options::default().spawn(scene, "asked", Medium::Null(1 << 20))?;
+    let mut daemon = Options::default().spawn(scene, "asked", Medium::Null(1 << 20))?;
+    // Its sockets are there before it has said so.
+    daemon.stats()?;
     Ok(daemon.times_said(", Landlock ABI ") == 1)
 }
 

@@ -92,7 +92,7 @@ fn capabilities_are_what_the_discovery_file_promises() {
     let said: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(said["type"], "block");
     assert_eq!(said["features"], serde_json::json!(["read-only", "blk-file"]));
-    let file = concat!(env!("CARGO_MANIFEST_DIR"), "/../vhost-blk/50-kickless-vhost-blk.json");
+    let file = concat!(env!("CARGO_MANIFEST_DIR"), "/../packaging/vhost-user/50-kickless-vhost-blk.json");
     let discovery: serde_json::Value = serde_json::from_slice(&fs::read(file).unwrap()).unwrap();
     assert_eq!(discovery["type"], said["type"]);
     assert!(discovery["binary"].as_str().is_some_and(|b| b.ends_with("/vhost-blk")));

@@ -94,6 +94,7 @@ pub struct Detach {
 
 /// `serve`.
 #[derive(Debug, Subcommand)]
+#[allow(clippy::large_enum_variant)] // one for a process
 pub enum Serve {
     /// A disk
     Blk(Box<ServeBlk>),

@@ -10,6 +10,7 @@ use control::server::{Api, bind};
 use daemon::Place;
 use daemon::confine::{CapabilitySet, Identity, Places};
 use daemon::takeover::{self, Heir, Source};
+use daemon::watchdog::Watchdog;
 use poll_engine::engine::{Engine, EngineConfig};
 use poll_engine::memory::userfault;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1};
@@ -104,6 +105,7 @@ fn serve(
         api.replace(path).unwrap_or_else(|e| warn!("the API stays on {}.new: {e}", path.display()));
     }
 
+    let watchdog = Watchdog::start(&engine, is_heir)?;
     for signal in signals.forever() {
         match signal {
             SIGHUP => exports.grow_all(),
@@ -111,6 +113,7 @@ fn serve(
             _ => break,
         }
     }
+    drop(watchdog);
     successor.bid_farewell();
     info!("stopping: finishing what is in flight");
     // Those that still call are told so.

@@ -43,6 +43,10 @@ pub struct Cli {
     #[command(flatten)]
     pub upgrade: daemon::takeover::Options,
 
+    /// Confinement.
+    #[command(flatten)]
+    pub confine: daemon::confine::Options,
+
     /// All else.
     #[command(flatten)]
     pub options: Options,

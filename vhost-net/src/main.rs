@@ -7,7 +7,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::{Context, Result, bail};
 use daemon::Place;
+use daemon::confine::{CapabilitySet, Identity};
 use daemon::takeover::{self, Heir, Inherited, Source};
+use daemon::watchdog::Watchdog;
 use poll_engine::device::Device;
 use poll_engine::engine::{Engine, EngineConfig};
 use poll_engine::session::serve::Export;
@@ -100,6 +102,7 @@ fn run(cli: &Cli) -> Result<()> {
         daemon::print_capabilities("net", &[]);
         return Ok(());
     }
+    let identity = cli.confine.enter()?;
     let options = &cli.options()?;
     if cli.check {
         daemon::print(&format!("nothing is wrong, {} ports", options.ports().len()));
@@ -122,20 +125,28 @@ fn run(cli: &Cli) -> Result<()> {
             other.as_ref().map_or(Ok(()), |other: &Inherited<About>| other.about.expect(key, plan.into()))?;
         }
         let places = inherited.iter().map(|i| i.as_ref().map(|i| i.place));
-        serve((options, cli.config.as_deref()), wanted, plan, heir, places)
+        serve((cli, options), wanted, (plan, identity), heir, places)
     })
 }
 
 /// Serves until told to stop; ports with a place are those of another process. With a file, its options may change.
 fn serve(
-    (options, file): (&Options, Option<&Path>),
+    (cli, options): (&Cli, &Options),
     wanted: Vec<Wanted>,
-    plan: Plan,
+    (plan, identity): (Plan, Option<Identity>),
     heir: &mut Heir,
     places: impl Iterator<Item = Option<usize>>,
 ) -> Result<()> {
-    let capture = capture(options, &wanted)?;
     let mut uplink = open_uplink(options, &wanted)?;
+    let capture = capture(options, &wanted)?;
+    // Before the sockets: whoever sees one may send signals.
+    let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP, SIGUSR1]).context("cannot handle signals")?;
+    let sources = wanted.iter().zip(places).map(|(w, inherited)| Source::of(&w.place, inherited));
+    let sources = sources.collect::<Result<Vec<_>, _>>()?;
+    let control = heir.listen()?;
+    // Interfaces that were gone are opened again.
+    let keep = CapabilitySet::NET_ADMIN | CapabilitySet::NET_RAW;
+    cli.confine.seal_coarsely(identity.as_ref(), keep)?;
     let config = EngineConfig {
         cpus: options.cpus.clone().unwrap_or_default(),
         pacing: options.poll,
@@ -143,16 +154,11 @@ fn serve(
         ..EngineConfig::default()
     };
     let engine = Arc::new(Engine::start(&config)?);
-    // Before the sockets: whoever sees one may send signals.
-    let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP, SIGUSR1]).context("cannot handle signals")?;
     let uplink_mtu = uplink.as_mut().map(|u| u.link().mtu);
     let hub = Arc::new(join::hub(options, &guests(&wanted), uplink_mtu, engine.reactors()));
     // The last port.
     let out = hub.ports.len().saturating_sub(1);
     hub.connect(&engine);
-    let sources = wanted.iter().zip(places).map(|(w, inherited)| Source::of(&w.place, inherited));
-    let sources = sources.collect::<Result<Vec<_>, _>>()?;
-    let control = heir.listen()?;
     let withheld = join::withheld(options, uplink.as_deref());
     let shards = (0..engine.reactors()).map(|reactor| {
         let witness = witness(capture.as_deref(), &wanted);
@@ -218,18 +224,9 @@ fn serve(
     let mut successor =
         heir.settle(control, || served.iter().map(lot).collect::<Result<Vec<_>>>(), move || over.close());
 
-    let mut options = options.clone();
-    for signal in signals.forever() {
-        match (signal, file) {
-            (SIGUSR1, _) => {
-                let text = statistics(&options, &served, &hub, &engine, capture.as_deref());
-                daemon::print(&text);
-            }
-            (SIGHUP, Some(path)) => read_again(path, &mut options, &served, &hub),
-            (SIGHUP, None) => warn!("SIGHUP: there is no --config to be read again"),
-            _ => break,
-        }
-    }
+    let watchdog = Watchdog::start(&engine, heir.is_one())?;
+    obey(&mut signals, (cli.config.as_deref(), options), &served, &hub, &engine, capture.as_deref());
+    drop(watchdog);
     successor.bid_farewell();
     info!("stopping: finishing what is in flight");
     // All at once, then each awaited by its drop.
@@ -241,6 +238,29 @@ fn serve(
     drop(engine);
     drop(capture);
     successor.outcome()
+}
+
+/// What signals ask for, until one ends it.
+fn obey(
+    signals: &mut Signals,
+    (file, options): (Option<&Path>, &Options),
+    served: &[Served],
+    hub: &Hub,
+    engine: &Engine,
+    capture: Option<&Capture>,
+) {
+    let mut options = options.clone();
+    for signal in signals.forever() {
+        match (signal, file) {
+            (SIGUSR1, _) => {
+                let text = statistics(&options, served, hub, engine, capture);
+                daemon::print(&text);
+            }
+            (SIGHUP, Some(path)) => read_again(path, &mut options, served, hub),
+            (SIGHUP, None) => warn!("SIGHUP: there is no --config to be read again"),
+            _ => break,
+        }
+    }
 }
 
 /// Does what a file asks for now.

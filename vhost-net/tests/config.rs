@@ -104,7 +104,7 @@ fn capabilities_are_what_the_discovery_file_promises() {
     assert!(out.status.success());
     let said = String::from_utf8(out.stdout).unwrap();
     assert_eq!(said.trim(), r#"{"features":[],"type":"net"}"#);
-    let file = include_str!("../50-kickless-vhost-net.json");
+    let file = include_str!("../../packaging/vhost-user/50-kickless-vhost-net.json");
     for part in [r#""type": "net""#, r#""binary": "/usr/bin/vhost-net""#, r#""description": ""#] {
         assert!(file.contains(part), "{part}");
     }

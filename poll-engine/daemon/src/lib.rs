@@ -4,6 +4,7 @@ pub mod confine;
 pub mod file;
 pub mod said;
 pub mod takeover;
+pub mod watchdog;
 
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};

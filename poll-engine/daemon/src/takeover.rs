@@ -155,6 +155,11 @@ impl Heir {
         Listener::bind_private(path).map(Some)
     }
 
+    /// Whether it is in the place of another one.
+    pub fn is_one(&self) -> bool {
+        self.options.takeover.is_some()
+    }
+
     /// Has the other process stop: guests wait from here on. Everything that can be wrong here must have been found out.
     pub fn ask(&mut self) -> Result<(), TakeoverError> {
         if let Some(taker) = &self.taker {

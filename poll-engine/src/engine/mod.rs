@@ -13,6 +13,7 @@ use std::io;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use crossbeam::channel::{Receiver, bounded};
 use crossbeam::sync::WaitGroup;
@@ -199,6 +200,17 @@ impl Engine {
             queues: r.queues.load(Ordering::Relaxed),
         };
         self.all().iter().map(info).collect()
+    }
+
+    /// Whether every reactor gets round to its mailbox within `limit`. Wakes those that sleep.
+    pub fn turns(&self, limit: Duration) -> bool {
+        let until = Instant::now() + limit;
+        let reactors = self.all();
+        let (tell, heard) = bounded(reactors.len());
+        for reactor in &reactors {
+            reactor.postbox.post(Message::Turn(tell.clone()));
+        }
+        reactors.iter().all(|_| heard.recv_deadline(until).is_ok())
     }
 
     /// The counters of each reactor.

@@ -68,6 +68,8 @@ pub(super) enum Message {
     AddStation { station: Box<dyn Station>, id: Sender<QueueId> },
     /// Let this station go once nothing of its own is in flight.
     RemoveStation { id: QueueId, gone: WaitGroup },
+    /// Say that it turns.
+    Turn(Sender<()>),
     /// Leave, once no queue is left.
     Quit,
 }
@@ -609,6 +611,9 @@ impl Reactor {
                         self.stations[at].leaving = Some(gone);
                         self.awaited += 1;
                     }
+                }
+                Message::Turn(heard) => {
+                    let _ = heard.send(());
                 }
                 Message::Quit => self.quitting = true,
             }

@@ -81,6 +81,10 @@ fn attempt(what: &str) -> i64 {
                 let mut params = [0_u32; 30];
                 libc::syscall(libc::SYS_io_uring_setup, 8, params.as_mut_ptr())
             }
+            // Its thread does nothing any more.
+            "hang" => loop {
+                std::thread::park();
+            },
             "trace" => libc::syscall(libc::SYS_ptrace, libc::PTRACE_SEIZE, parent, 0, 0),
             "signal" => libc::syscall(libc::SYS_kill, parent, 0),
             "user" => libc::syscall(libc::SYS_setresuid, 0, 0, 0),

@@ -60,6 +60,16 @@ pub fn filters(who: Who, verdict: Verdict) -> Result<Filters, seccompiler::Backe
     Ok(Filters { allow, kill })
 }
 
+/// What ends the process, whichever thread tries it, in a program whose threads open interfaces again while they run.
+pub fn deadly_to_all(verdict: Verdict) -> Result<BpfProgram, seccompiler::BackendError> {
+    let arch = TargetArch::try_from(std::env::consts::ARCH)?;
+    let kill = if verdict == Verdict::Log { SeccompAction::Log } else { SeccompAction::KillProcess };
+    let mut rules = deadly_always()?;
+    // Of packet sockets, whose programs go with them.
+    rules.remove(&libc::SYS_bpf);
+    SeccompFilter::new(rules, SeccompAction::Allow, kill, arch)?.try_into()
+}
+
 fn add(rules: &mut Rules, calls: &[i64]) {
     rules.extend(calls.iter().map(|&call| (call, Vec::new())));
 }
@@ -340,13 +350,18 @@ const DEADLY: &[i64] = &[
     libc::SYS_modify_ldt,
 ];
 
-fn deadly(who: Who) -> Result<Rules, seccompiler::BackendError> {
+fn deadly_always() -> Result<Rules, seccompiler::BackendError> {
     let mut rules = Rules::new();
     add(&mut rules, DEADLY);
     add_if_bits(&mut rules, libc::SYS_clone, 0, (libc::CLONE_THREAD as u64, 0))?;
     let executable = libc::PROT_EXEC as u64;
     add_if_bits(&mut rules, libc::SYS_mmap, 2, (executable, executable))?;
     add_if_bits(&mut rules, libc::SYS_mprotect, 2, (executable, executable))?;
+    Ok(rules)
+}
+
+fn deadly(who: Who) -> Result<Rules, seccompiler::BackendError> {
+    let mut rules = deadly_always()?;
     match who {
         Who::Main => {
             let local = SeccompCondition::new(0, Width::Dword, Op::Ne, libc::AF_UNIX as u64)?;

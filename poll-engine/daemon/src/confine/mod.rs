@@ -27,7 +27,7 @@ use tracing::{info, warn};
 
 pub use files::Places;
 use files::{Rules, support};
-use filter::{Filters, Verdict, Who, filters};
+use filter::{Filters, Verdict, Who, deadly_to_all, filters};
 use install::{has_seccomp, install};
 pub use rights::Identity;
 use rights::{forgo_new, reduce};
@@ -94,6 +94,29 @@ impl Options {
         Ok(identity)
     }
 
+    /// Has the calling thread, and all that it starts from now on, give up what no program here needs once interfaces and
+    /// images are open: programs, processes, other users, code that is made, capabilities but `keep`. Less than
+    /// [`threads`](Self::threads), for programs whose threads open interfaces again while they run.
+    pub fn seal_coarsely(&self, identity: Option<&Identity>, keep: CapabilitySet) -> Result<()> {
+        if self.sandbox == Mode::Off {
+            warn!("not confined, by --sandbox off");
+            let Some(_) = identity else { return Ok(()) };
+        }
+        keep_locking()?;
+        reduce(identity, keep).context("cannot give up rights")?;
+        if self.sandbox == Mode::Off {
+            return Ok(());
+        }
+        forgo_new().context("no_new_privs")?;
+        if has_seccomp() {
+            let verdict = if self.sandbox == Mode::Log { Verdict::Log } else { Verdict::Enforce };
+            let program = deadly_to_all(verdict).context("--sandbox")?;
+            install(&program).context("cannot be confined (see --sandbox)")?;
+        }
+        info!("{}", telling(self.sandbox, keep, false));
+        Ok(())
+    }
+
     /// Has threads that begin from now on give up what their kind does not need. `places` is what the first thread still
     /// does by name once it is sealed.
     pub fn threads(
@@ -113,14 +136,11 @@ impl Options {
             keep,
             threads: Vec::new(),
             main: None,
-            telling: telling(self.sandbox, keep),
+            telling: telling(self.sandbox, keep, true),
             sealed: AtomicBool::new(false),
         };
         if self.sandbox != Mode::Off {
-            if rustix::thread::capabilities(None)?.effective.contains(CapabilitySet::IPC_LOCK) {
-                // What rings of later reactors may register is not limited by what this one gives up.
-                let _ = setrlimit(Resource::RLIMIT_MEMLOCK, libc::RLIM_INFINITY, libc::RLIM_INFINITY);
-            }
+            keep_locking()?;
             forgo_new().context("no_new_privs")?;
             for role in [Role::Reactor, Role::Session, Role::Writer] {
                 let places = if role == Role::Session { places.of_sockets() } else { Places::default() };
@@ -174,14 +194,23 @@ impl Plan {
     }
 }
 
+/// What later rings may register is not limited by what is given up, where it was not before.
+fn keep_locking() -> io::Result<()> {
+    if rustix::thread::capabilities(None)?.effective.contains(CapabilitySet::IPC_LOCK) {
+        let _ = setrlimit(Resource::RLIMIT_MEMLOCK, libc::RLIM_INFINITY, libc::RLIM_INFINITY);
+    }
+    Ok(())
+}
+
 /// One line: what is going to be in force, and what the kernel lacks for more.
-fn telling(mode: Mode, keep: CapabilitySet) -> String {
+fn telling(mode: Mode, keep: CapabilitySet, files: bool) -> String {
     let seccomp = match (has_seccomp(), mode) {
         (true, Mode::Log) => (Some("seccomp (which only logs)".to_owned()), None),
         (true, _) => (Some("seccomp".to_owned()), None),
         (false, _) => (None, Some("seccomp (CONFIG_SECCOMP_FILTER)")),
     };
-    let (on, lacks): (Vec<_>, Vec<_>) = [seccomp, support()].into_iter().unzip();
+    let (on, lacks): (Vec<_>, Vec<_>) =
+        [seccomp, if files { support() } else { (None, None) }].into_iter().unzip();
     let on: String = on.into_iter().flatten().map(|part| part + ", ").collect();
     let lacks: Vec<_> = lacks.into_iter().flatten().collect();
     let capabilities = if keep.is_empty() {

@@ -1,0 +1,237 @@
+//! The daemons as services: what a service manager hears, what its units say, and what the package has in it.
+#![allow(clippy::unwrap_used)]
+
+use std::os::unix::net::UnixDatagram;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitCode, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use kickless_tests::process::{built, find_program, run};
+use kickless_tests::runner::{self, Test};
+use kickless_tests::scene::Scene;
+
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// A daemon that is not left behind.
+struct Running(Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Starts `program` under a service manager whose socket this is; its watchdog wants to hear of it every 0.3 s.
+fn start(program: &Path, args: &[String], manager: &Path, hijack: &str) -> Result<Running> {
+    let child = Command::new(program)
+        .args(args)
+        .env("NOTIFY_SOCKET", manager)
+        .env("WATCHDOG_USEC", "300000")
+        .env_remove("WATCHDOG_PID")
+        .env("KICKLESS_HIJACK", hijack)
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()?;
+    Ok(Running(child))
+}
+
+/// The next message that has `what` in it.
+fn hears(manager: &UnixDatagram, what: &str, within: Duration) -> Result<bool> {
+    let until = Instant::now() + within;
+    let mut bytes = [0; 512];
+    while let Some(left) = until.checked_duration_since(Instant::now()).filter(|left| !left.is_zero()) {
+        manager.set_read_timeout(Some(left))?;
+        let Ok(n) = manager.recv(&mut bytes) else { continue };
+        if std::str::from_utf8(&bytes[..n])?.lines().any(|line| line == what) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+fn socket(scene: &Scene) -> Result<(PathBuf, UnixDatagram)> {
+    let path = scene.path("notify");
+    let _ = std::fs::remove_file(&path);
+    let socket = UnixDatagram::bind(&path)?;
+    Ok((path, socket))
+}
+
+fn disk(scene: &Scene) -> Vec<String> {
+    let socket = format!("--socket-path={}", scene.path("s").display());
+    ["--backend=null:1M".to_owned(), socket].into()
+}
+
+fn the_watchdog_hears_that_reactors_turn(scene: &Scene) -> Result<Option<String>> {
+    let port = format!("--port=socket-path={},name=a", scene.path("n").display());
+    let card = vec!["--switch".to_owned(), "--poll=event".into(), port];
+    for (program, args) in [("vhost-blk", disk(scene)), ("vhost-net", card)] {
+        let (path, manager) = socket(scene)?;
+        let program = built(program).context("not built")?;
+        let _running = start(&program, &args, &path, "")?;
+        ensure!(hears(&manager, "READY=1", LIMIT)?, "it does not say that it is ready");
+        for _ in 0..3 {
+            ensure!(hears(&manager, "WATCHDOG=1", LIMIT)?, "it does not say that all is well");
+        }
+    }
+    Ok(None)
+}
+
+fn the_watchdog_hears_nothing_of_a_reactor_that_hangs(scene: &Scene) -> Result<Option<String>> {
+    let (path, manager) = socket(scene)?;
+    let program = hijackable().context("no daemon with fault points")?;
+    let _running = start(&program, &disk(scene), &path, "reactor:hang")?;
+    ensure!(hears(&manager, "READY=1", LIMIT)?, "it does not say that it is ready");
+    ensure!(!hears(&manager, "WATCHDOG=1", Duration::from_secs(1))?, "all is said to be well");
+    Ok(None)
+}
+
+fn hijackable() -> Option<PathBuf> {
+    let plain = built("vhost-blk")?;
+    Some(plain.parent()?.parent()?.join("fault-points/vhost-blk")).filter(|path| path.is_file())
+}
+
+fn not_hijackable() -> Option<String> {
+    let how = "cargo build -p vhost-blk --profile fault-points --features fault-points";
+    hijackable().is_none().then(|| format!("no daemon with fault points: {how}"))
+}
+
+fn packaging() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../packaging")
+}
+
+/// What of the package is there without it being built, as it would lie on a host.
+fn lay_out(root: &Path) -> Result<()> {
+    let copy = |from: &str, to: &str| -> Result<()> {
+        let to = root.join(to);
+        std::fs::create_dir_all(to.parent().context("a root")?)?;
+        std::fs::copy(packaging().join(from), &to).with_context(|| from.to_owned())?;
+        Ok(())
+    };
+    copy("conf/sysusers.conf", "usr/lib/sysusers.d/kickless.conf")?;
+    copy("conf/tmpfiles.conf", "usr/lib/tmpfiles.d/kickless.conf")?;
+    for unit in std::fs::read_dir(packaging().join("systemd"))? {
+        let name = unit?.file_name().into_string().unwrap();
+        copy(&format!("systemd/{name}"), &format!("usr/lib/systemd/system/{name}"))?;
+    }
+    for program in ["vhost-blk", "vhost-net", "sriov"] {
+        let from = built(program).with_context(|| format!("{program} is not built"))?;
+        std::fs::create_dir_all(root.join("usr/bin"))?;
+        std::os::unix::fs::symlink(from, root.join("usr/bin").join(program))?;
+    }
+    Ok(())
+}
+
+fn no_systemd() -> Option<String> {
+    ["systemd-analyze", "systemd-sysusers", "systemd-tmpfiles"]
+        .into_iter()
+        .find(|program| find_program(program).is_none())
+        .map(|program| format!("{program} is missing (package systemd)"))
+}
+
+fn units_are_sound_and_hardened(scene: &Scene) -> Result<Option<String>> {
+    lay_out(&scene.path("root"))?;
+    // Programs where they are built, as nothing is installed here.
+    let units = scene.path("units");
+    std::fs::create_dir(&units)?;
+    let bin = scene.path("root/usr/bin").display().to_string();
+    for unit in std::fs::read_dir(packaging().join("systemd"))? {
+        let unit = unit?;
+        let text = std::fs::read_to_string(unit.path())?.replace("/usr/bin/", &format!("{bin}/"));
+        std::fs::write(units.join(unit.file_name()), text)?;
+    }
+    for unit in ["vhost-blk@data.socket", "vhost-blk@data.service", "vhost-net@lan.service", "sriov.service"]
+    {
+        let path = units.join(unit);
+        let template = unit.replace("data", "").replace("lan", "");
+        if !path.exists() {
+            std::fs::copy(units.join(template), &path)?;
+        }
+    }
+    for unit in ["vhost-blk@data.socket", "vhost-blk@data.service", "vhost-net@lan.service", "sriov.service"]
+    {
+        let path = units.join(unit);
+        let (code, said) = run(
+            "systemd-analyze",
+            &["verify", "--man=no", "--recursive-errors=one", path.to_str().unwrap()],
+        )?;
+        ensure!(code == 0 && !said.contains(unit), "{unit}: {code}: {said}");
+    }
+    // Tenths of systemd's measure from 0, nothing exposed, to 10.
+    for (unit, most) in [("vhost-blk@data.service", "20"), ("vhost-net@lan.service", "40")] {
+        let path = units.join(unit);
+        let threshold = format!("--threshold={most}");
+        let (code, said) = run(
+            "systemd-analyze",
+            &["security", "--offline=yes", &threshold, "--no-pager", path.to_str().unwrap()],
+        )?;
+        ensure!(code == 0, "{unit}: {said}");
+        println!("{unit}: {}", said.lines().rfind(|line| line.contains("exposure")).unwrap_or_default());
+    }
+    Ok(None)
+}
+
+fn users_and_directories_are_made(scene: &Scene) -> Result<Option<String>> {
+    if !nix::unistd::geteuid().is_root() {
+        return Ok(Some("only root can make users and directories of theirs".into()));
+    }
+    let root = scene.path("root");
+    lay_out(&root)?;
+    std::fs::create_dir_all(root.join("etc"))?;
+    let at = format!("--root={}", root.display());
+    let (code, said) = run("systemd-sysusers", &[&at, "kickless.conf"])?;
+    ensure!(code == 0, "{said}");
+    let users = std::fs::read_to_string(root.join("etc/passwd"))?;
+    ensure!(users.lines().any(|line| line.starts_with("kickless:")), "{users}");
+    let (code, said) = run("systemd-tmpfiles", &[&at, "--create", "kickless.conf"])?;
+    ensure!(code == 0, "{said}");
+    ensure!(root.join("var/lib/kickless").is_dir() && root.join("run/vhost-blk").is_dir(), "{said}");
+    Ok(None)
+}
+
+fn pages_and_completions_are_made(scene: &Scene) -> Result<Option<String>> {
+    let program = built("packaging").context("packaging is not built")?;
+    let dir = scene.path("made");
+    let (code, said) = run(program.to_str().unwrap(), &[dir.to_str().unwrap()])?;
+    ensure!(code == 0, "{said}");
+    for (name, option) in
+        [("vhost-blk", "sandbox"), ("vhost-net", "uplink"), ("vdpactl", "driver"), ("sriov", "json")]
+    {
+        for file in [
+            format!("completions/{name}.bash"),
+            format!("completions/_{name}"),
+            format!("completions/{name}.fish"),
+        ] {
+            let text = std::fs::read_to_string(dir.join(&file)).with_context(|| file.clone())?;
+            ensure!(text.contains(option), "{file} does not know {option}");
+        }
+        let page = std::fs::read_to_string(dir.join(format!("man/{name}.1")))?;
+        ensure!(page.contains(".TH"), "{name}.1: {page}");
+    }
+    let page = std::fs::read_to_string(dir.join("man/vhost-blk.1"))?;
+    ensure!(page.contains("blk\\-file") && page.contains("sandbox"), "{page}");
+    Ok(None)
+}
+
+type Body = fn(&Scene) -> Result<Option<String>>;
+
+fn main() -> ExitCode {
+    let test = |name: &str, body: Body, needs: fn() -> Option<String>| Test {
+        name: name.to_owned(),
+        needs: Box::new(needs),
+        run: Box::new(body),
+    };
+    let tests = vec![
+        test("the_watchdog_hears_that_reactors_turn", the_watchdog_hears_that_reactors_turn, || None),
+        test(
+            "the_watchdog_hears_nothing_of_a_reactor_that_hangs",
+            the_watchdog_hears_nothing_of_a_reactor_that_hangs,
+            not_hijackable,
+        ),
+        test("units_are_sound_and_hardened", units_are_sound_and_hardened, no_systemd),
+        test("users_and_directories_are_made", users_and_directories_are_made, no_systemd),
+        test("pages_and_completions_are_made", pages_and_completions_are_made, || None),
+    ];
+    runner::run(tests, "KICKLESS_REQUIRE_FAULTS")
+}
