@@ -426,7 +426,9 @@ mod tests {
     fn a_file_says_all_that_the_command_line_does() {
         let options = Cli::command().get_arguments().filter(|a| a.get_long().is_some()).count();
         // Those that are not for a file.
-        let others = ["config", "check", "print-capabilities", "control", "takeover"].len();
+        let others =
+            ["config", "check", "print-capabilities", "control", "takeover", "sandbox", "user", "chroot"]
+                .len();
         assert_eq!(EACH.len(), options - others, "an option is missing here");
         for (arg, line) in EACH {
             let said = Cli::parse_from(["", arg]).options;
