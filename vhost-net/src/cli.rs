@@ -284,8 +284,18 @@ mod tests {
     fn a_file_says_all_that_the_command_line_does() {
         let options = Cli::command().get_arguments().filter(|a| a.get_long().is_some()).count();
         // Those that are not for a file; and one that shares its line above.
-        let others =
-            ["config", "check", "print-capabilities", "record-core-cycles", "control", "takeover"].len();
+        let others = [
+            "config",
+            "check",
+            "print-capabilities",
+            "record-core-cycles",
+            "control",
+            "takeover",
+            "sandbox",
+            "user",
+            "chroot",
+        ]
+        .len();
         assert_eq!(EACH.len(), options - others, "an option is missing here");
         for (arg, line) in EACH {
             let mut args = vec!["", arg];
