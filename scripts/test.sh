@@ -150,10 +150,11 @@ soak() {
     local kills=${SOAK_KILLS:-10000} moves=${SOAK_MIGRATIONS:-100}
     local packets=${SOAK_PACKETS:-10000000}
     local upgrades=${SOAK_UPGRADES:-500} sessions=${SOAK_SESSIONS:-50000} attached=${SOAK_ATTACHED:-50}
+    local changes=${SOAK_CHANGES:-120}
     local limit=$((minutes * 60)) tests=(cargo test -p kickless-tests --test)
     export PROPTEST_CASES=${PROPTEST_CASES:-4096}
     {
-        cargo build -q -p vhost-blk -p vhost-net -p vdpa -p kickless-guest -p kickless-tests --bins && "${tests[@]}" kill --no-run
+        cargo build -q -p vhost-blk -p vhost-net -p vdpa -p vhostctl -p kickless-guest -p kickless-tests --bins && "${tests[@]}" kill --no-run
     } || { echo "soak: does not build"; return 1; }
 
     # By count; 0 leaves a part out. One that fails does not keep the others from running.
@@ -169,6 +170,8 @@ soak() {
         env KICKLESS_PACKETS="$packets" "${tests[@]}" kvm -- --nocapture packets_are_exchanged
     [ "$attached" = 0 ] || part "a disk attached and detached $attached times on the vDPA bus" $((attached * 20 + 600)) \
         env KICKLESS_VDPA_ROUNDS="$attached" "${tests[@]}" vdpa -- --nocapture disks
+    [ "$changes" = 0 ] || part "disks and reactors changed at random for $changes s under load, and 20,000 calls of any kind" $((changes + 1200)) \
+        env KICKLESS_CONTROL_SECONDS="$changes" KICKLESS_CONTROL_CALLS=20000 "${tests[@]}" control -- --nocapture
     # Others each time; a failure says which, to be repeated.
     [ "$sessions" = 0 ] || part "$sessions random sessions (KICKLESS_FUZZ_SEED=$seed)" $((sessions / 20 + 600)) \
         env KICKLESS_FUZZ_SEED=$seed KICKLESS_FUZZ_SESSIONS="$sessions" "${tests[@]}" hostile_front_end random

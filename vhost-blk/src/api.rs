@@ -13,7 +13,7 @@ use control::server::Turn;
 use poll_engine::engine::pacing::Pacing;
 use poll_engine::stats::{ERROR_KINDS, QueueStats, merge, percentile};
 use serde::{Deserialize, Serialize};
-use utoipa::openapi::{InfoBuilder, OpenApi, OpenApiBuilder};
+use utoipa::openapi::{ComponentsBuilder, InfoBuilder, OpenApi, OpenApiBuilder};
 use utoipa::{IntoParams, IntoResponses, ToSchema};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
@@ -99,7 +99,7 @@ struct Daemon {
 
 /// A disk.
 #[derive(Debug, Serialize, ToSchema)]
-#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+#[serde(rename_all = "kebab-case")]
 #[allow(clippy::struct_excessive_bools)] // each by itself
 struct Disk {
     /// What it is known by: its name, or the path of its socket.
@@ -335,7 +335,10 @@ fn calls() -> (Router<Api>, OpenApi) {
     let info = InfoBuilder::new().title("vhost-blk").version(VERSION).description(Some(
         "Disks of a running vhost-blk: what they do, and what can be changed while guests run.",
     ));
-    OpenApiRouter::with_openapi(OpenApiBuilder::new().info(info.build()).build())
+    // What is only in answers of calls that fail is not found by itself.
+    let components = ComponentsBuilder::new().schema_from::<Problem>().build();
+    let document = OpenApiBuilder::new().info(info.build()).components(Some(components)).build();
+    OpenApiRouter::with_openapi(document)
         .routes(routes!(openapi))
         .routes(routes!(daemon))
         .routes(routes!(list, add))
