@@ -15,6 +15,8 @@ const RINGS: u64 = 16 << 20;
 const BUFFERS: u64 = 20 << 20;
 const SIZE: u64 = 4 << 20;
 const BLOCKS: u64 = 256;
+/// `VHOST_F_LOG_ALL`, which is vhost's own: QEMU offers it to drivers of a vhost-vdpa-device (seen in 10.0).
+const VHOST_LOG_ALL: u64 = 1 << 26;
 
 /// Does it, and stops.
 pub fn run(devices: &mut Devices, line: &str, cpus: usize) -> ! {
@@ -42,7 +44,7 @@ fn test(devices: &mut Devices, index: usize, cpus: usize) -> Result<(u64, u64), 
         devices: 1 << index,
         arena: RINGS,
         arena_size: SIZE,
-        features: !0,
+        features: !VHOST_LOG_ALL,
         queues: 1,
         ring_size: 128,
         ..Order::default()

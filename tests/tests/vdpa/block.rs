@@ -7,6 +7,7 @@ use serde_json::Value;
 use std::time::Duration;
 
 use crate::guest::{LIMIT, compare_with_iproute2, gone, guest, prepare, refused, said, serve, signal};
+use crate::nested::{self, virtual_machine};
 
 const ATTACH: &str = "attach /disk/image.img --num-queues 4 --queue-size 128";
 
@@ -19,8 +20,8 @@ pub fn disks(scene: &Scene) -> Result<Option<String>> {
     let file = scene.path("host.img");
     std::fs::File::create(&file)?.set_len(512 << 20)?;
     let drive = format!("if=none,id=host,format=raw,file={}", file.display());
-    let vm = guest(scene)?.arg("drive", &drive).arg("device", "virtio-blk-pci,drive=host");
-    let mut vm = vm.boot(scene)?;
+    let vm = guest(scene)?.cpus(4).arg("drive", &drive).arg("device", "virtio-blk-pci,drive=host");
+    let mut vm = nested::files(vm, scene)?.boot(scene)?;
     prepare(&mut vm)?;
     // Images on a real file system: io_uring, direct I/O.
     vm.check(
@@ -37,10 +38,10 @@ pub fn disks(scene: &Scene) -> Result<Option<String>> {
     ensure!(features.as_bytes()[34] == b'1', "the ring is not packed: {features}");
 
     file_system(&mut vm)?;
-    verify(&mut vm, "/dev/vdb", "8M")?;
+    four_queues(&mut vm)?;
     discard(&mut vm)?;
     grow(&mut vm)?;
-    killed_under_load(&mut vm)?;
+    killed_under_load(&mut vm, "image", ATTACH, "/dev/vdb", 3)?;
     vm.check("vdpactl detach /disk/image.img")?;
     gone(&mut vm, "image")?;
     vm.check("! test -e /dev/vdb && ! test -e /dev/vduse/image && ! test -e /run/kickless-vdpa/image")?;
@@ -53,6 +54,7 @@ pub fn disks(scene: &Scene) -> Result<Option<String>> {
     }
     own_memory(&mut vm)?;
     vhost_vdpa(&mut vm)?;
+    virtual_machine(&mut vm)?;
     refusals(&mut vm)?;
     vm.quit()?;
     Ok(None)
@@ -113,14 +115,22 @@ fn discard(vm: &mut Vm) -> Result<()> {
     Ok(())
 }
 
-/// Writes that are read back, with flushes among them.
-fn verify(vm: &mut Vm, node: &str, size: &str) -> Result<()> {
-    let job = format!(
-        "--name=v --filename={node} --rw=randwrite --bs=4k --size={size} --direct=1 --ioengine=libaio"
-    );
-    let said =
-        vm.run_for(&format!("fio {job} --iodepth=32 --fsync=64 --verify=crc32c --minimal"), 2 * LIMIT)?;
+/// Writes that are read back, with flushes among them: a job on each CPU, whose requests go by a queue of its own.
+fn four_queues(vm: &mut Vm) -> Result<()> {
+    let job =
+        "--name=v --filename=/dev/vdb --rw=randwrite --bs=4k --size=2M --offset_increment=8M --direct=1";
+    let jobs = "--numjobs=4 --cpus_allowed=0-3 --cpus_allowed_policy=split --ioengine=libaio --iodepth=32";
+    let said = vm.run_for(&format!("fio {job} {jobs} --fsync=64 --verify=crc32c --minimal"), 2 * LIMIT)?;
     ensure!(said.code == 0, "fio: {}", said.stdout);
+    vm.check("kill -USR1 $(cat /tmp/image.pid)")?;
+    vm.check_soon("test $(wc -l </tmp/image.node) -gt 5", LIMIT)?;
+    let report = vm.check("cat /tmp/image.node")?;
+    for queue in 0..4 {
+        let line = report.lines().find(|line| line.split_whitespace().next() == Some(&queue.to_string()));
+        // 512 writes, and as many reads.
+        let requests = line.and_then(|line| line.split_whitespace().nth(1)?.parse::<u64>().ok());
+        ensure!(requests.is_some_and(|n| n > 500), "queue {queue} has done nothing: {report}");
+    }
     Ok(())
 }
 
@@ -131,36 +141,41 @@ fn grow(vm: &mut Vm) -> Result<()> {
 }
 
 /// Whatever was in flight is finished by the next process. Kills come by what was done, not by time.
-fn killed_under_load(vm: &mut Vm) -> Result<()> {
-    let job = "--name=k --filename=/dev/vdb --rw=randrw --bs=4k --size=24M --direct=1 --ioengine=libaio --iodepth=64";
-    let done = "awk '{ print $1 + $5 }' /sys/block/vdb/stat";
-    let before: u64 = vm.check(done)?.parse()?;
-    // More than 9,000 requests each time, of which a part is in flight at each kill.
-    vm.start("load", &format!("fio {job} --verify=crc32c --verify_fatal=1 --loops=4 --minimal"))?;
-    for kill in 1..=3 {
+fn killed_under_load(vm: &mut Vm, name: &str, args: &str, node: &str, kills: u64) -> Result<()> {
+    let job =
+        format!("--name=k --filename={node} --rw=randrw --bs=4k --size=24M --direct=1 --ioengine=libaio");
+    let done = format!("awk '{{ print $1 + $5 }}' /sys/block/{}/stat", node.trim_start_matches("/dev/"));
+    let before: u64 = vm.check(&done)?.parse()?;
+    // More than 9,000 requests in each loop, of which a part is in flight at each kill.
+    let more = format!("--iodepth=64 --verify=crc32c --verify_fatal=1 --loops={} --minimal", kills + 1);
+    vm.start(name, &format!("fio {job} {more}"))?;
+    for kill in 1..=kills {
         vm.check_soon(&format!("test $({done}) -gt {}", before + kill * 5000), 2 * LIMIT)?;
-        ensure!(vm.is_running("load")?, "the load has ended too early");
-        signal(vm, "image", "KILL")?;
-        let node = serve(vm, "image", ATTACH)?;
-        ensure!(node == "/dev/vdb", "it is {node}");
+        ensure!(vm.is_running(name)?, "the load has ended too early");
+        signal(vm, name, "KILL")?;
+        let now = serve(vm, name, args)?;
+        ensure!(now == node, "it is {now}");
     }
-    let load = vm.join("load", 3 * LIMIT)?;
-    ensure!(load.code == 0, "fio: {}\n{}", load.stdout, said(vm, "image"));
-    let log = said(vm, "image");
-    ensure!(log.contains("going on with its driver"), "{log}");
-    ensure!(log.contains("requests of an earlier back end are served again"), "nothing was in flight: {log}");
+    let load = vm.join(name, 3 * LIMIT)?;
+    let log = said(vm, name);
+    ensure!(load.code == 0, "fio: {}\n{log}", load.stdout);
+    ensure!(log.matches("going on with its driver").count() as u64 == kills, "{log}");
+    // Of several kills one at least meets requests in flight.
+    let again = log.contains("requests of an earlier back end are served again");
+    ensure!(kills == 1 || again, "nothing was in flight: {log}");
     Ok(())
 }
 
 /// Pages bounce through huge pages of ours; the ring is a split one.
 fn own_memory(vm: &mut Vm) -> Result<()> {
     vm.check("echo 8 >/proc/sys/vm/nr_hugepages")?;
-    let node =
-        serve(vm, "huge", "attach /disk/image.img --name huge --bounce huge --bounce-size 8M --packed off")?;
-    verify(vm, &node, "4M")?;
+    let args = "attach /disk/image.img --name huge --bounce huge --bounce-size 8M --packed off";
+    let node = serve(vm, "huge", args)?;
     ensure!(vm.check("cat /sys/class/vduse/huge/bounce_size")? == "8388608");
+    // The pages of the killed process are gone, and what was in them is not.
+    killed_under_load(vm, "huge", args, &node, 1)?;
     let log = said(vm, "huge");
-    ensure!(log.contains("8 MiB of our own huge pages"), "{log}");
+    ensure!(log.matches("8 MiB of our own huge pages").count() == 2, "{log}");
     signal(vm, "huge", "TERM")?;
     vm.check("test $(awk '/HugePages_Free/ { print $2 }' /proc/meminfo) = 8")?;
     Ok(())

@@ -6,6 +6,7 @@
 mod block;
 mod client;
 mod guest;
+mod nested;
 mod net;
 
 use std::process::ExitCode;
