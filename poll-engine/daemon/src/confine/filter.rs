@@ -183,6 +183,8 @@ const SESSION: &[i64] = &[
     libc::SYS_getuid,
     libc::SYS_eventfd2,
     libc::SYS_pipe2,
+    // Into and out of the pipe that a device's state goes by.
+    libc::SYS_splice,
     libc::SYS_memfd_create,
     libc::SYS_dup,
     libc::SYS_dup3,
