@@ -120,6 +120,18 @@ pub fn built(name: &str) -> Option<PathBuf> {
     Some(dir.join(name)).filter(|path| path.is_file())
 }
 
+/// The `vhost-blk` that is built with fault points; it lies beside the one that is not.
+pub fn with_fault_points() -> Option<PathBuf> {
+    let plain = built("vhost-blk")?;
+    Some(plain.parent()?.parent()?.join("fault-points/vhost-blk")).filter(|path| path.is_file())
+}
+
+/// Why there is no such program.
+pub fn no_fault_points() -> Option<String> {
+    let how = "cargo build -p vhost-blk --profile fault-points --features fault-points";
+    with_fault_points().is_none().then(|| format!("no daemon with fault points: {how}"))
+}
+
 /// Looks a program up in `PATH` and the system's administration directories.
 pub fn find_program(name: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();

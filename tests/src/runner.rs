@@ -21,6 +21,13 @@ pub struct Test {
     pub run: Scenario,
 }
 
+impl Test {
+    /// One that may lack what `needs` names.
+    pub fn new(name: &str, run: fn(&Scene) -> Result<Option<String>>, needs: fn() -> Option<String>) -> Test {
+        Test { name: name.to_owned(), needs: Box::new(needs), run: Box::new(run) }
+    }
+}
+
 impl std::fmt::Debug for Test {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Test").field("name", &self.name).finish_non_exhaustive()

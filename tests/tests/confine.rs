@@ -2,13 +2,12 @@
 //! build with fault points has a thread of it try.
 
 use std::os::unix::process::ExitStatusExt;
-use std::path::PathBuf;
 use std::process::{Command, ExitCode, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use kickless_tests::daemon::{Daemon, Medium, Options};
-use kickless_tests::process::{Process, built};
+use kickless_tests::process::{Process, built, no_fault_points, with_fault_points};
 use kickless_tests::runner::{self, Test};
 use kickless_tests::scene::Scene;
 use kickless_tests::wait;
@@ -59,20 +58,9 @@ const ATTEMPTS: &[(&str, &str, Outcome)] = &[
     ("main", "user", Killed),
 ];
 
-/// The daemon that is built with fault points; it lies beside the one that is not.
-fn hijackable() -> Option<PathBuf> {
-    let plain = built("vhost-blk")?;
-    Some(plain.parent()?.parent()?.join("fault-points/vhost-blk")).filter(|path| path.is_file())
-}
-
-fn not_hijackable() -> Option<String> {
-    let how = "cargo build -p vhost-blk --profile fault-points --features fault-points";
-    hijackable().is_none().then(|| format!("no daemon with fault points: {how}"))
-}
-
 /// Starts a daemon of which `thread` tries `what`.
 fn attempt(scene: &Scene, thread: &str, what: &str, args: &[&str]) -> Result<Outcome> {
-    let program = hijackable().context("no daemon with fault points")?;
+    let program = with_fault_points().context("no daemon with fault points")?;
     let log = scene.path("hijacked.log");
     // Its sockets are in a directory of their own.
     let socket = scene.path("sockets/s");
@@ -236,24 +224,17 @@ fn the_root_can_be_another_directory(scene: &Scene) -> Result<Option<String>> {
     Ok(None)
 }
 
-type Body = fn(&Scene) -> Result<Option<String>>;
-
 fn main() -> ExitCode {
-    let test = |name: &str, body: Body, needs: fn() -> Option<String>| Test {
-        name: name.to_owned(),
-        needs: Box::new(needs),
-        run: Box::new(body),
-    };
     let tests = vec![
-        test("hijacked_threads_reach_nothing", hijacked_threads_reach_nothing, not_hijackable),
-        test(
+        Test::new("hijacked_threads_reach_nothing", hijacked_threads_reach_nothing, no_fault_points),
+        Test::new(
             "without_a_sandbox_they_reach_everything",
             without_a_sandbox_they_reach_everything,
-            not_hijackable,
+            no_fault_points,
         ),
-        test("every_thread_has_given_up_its_rights", every_thread_has_given_up_its_rights, || None),
-        test("root_becomes_the_user", root_becomes_the_user, || None),
-        test("the_root_can_be_another_directory", the_root_can_be_another_directory, || None),
+        Test::new("every_thread_has_given_up_its_rights", every_thread_has_given_up_its_rights, || None),
+        Test::new("root_becomes_the_user", root_becomes_the_user, || None),
+        Test::new("the_root_can_be_another_directory", the_root_can_be_another_directory, || None),
     ];
     runner::run(tests, "KICKLESS_REQUIRE_FAULTS")
 }

@@ -7,7 +7,7 @@ use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use kickless_tests::process::{built, find_program, run};
+use kickless_tests::process::{built, find_program, no_fault_points, run, with_fault_points};
 use kickless_tests::runner::{self, Test};
 use kickless_tests::scene::Scene;
 
@@ -80,21 +80,11 @@ fn the_watchdog_hears_that_reactors_turn(scene: &Scene) -> Result<Option<String>
 
 fn the_watchdog_hears_nothing_of_a_reactor_that_hangs(scene: &Scene) -> Result<Option<String>> {
     let (path, manager) = socket(scene)?;
-    let program = hijackable().context("no daemon with fault points")?;
+    let program = with_fault_points().context("no daemon with fault points")?;
     let _running = start(&program, &disk(scene), &path, "reactor:hang")?;
     ensure!(hears(&manager, "READY=1", LIMIT)?, "it does not say that it is ready");
     ensure!(!hears(&manager, "WATCHDOG=1", Duration::from_secs(1))?, "all is said to be well");
     Ok(None)
-}
-
-fn hijackable() -> Option<PathBuf> {
-    let plain = built("vhost-blk")?;
-    Some(plain.parent()?.parent()?.join("fault-points/vhost-blk")).filter(|path| path.is_file())
-}
-
-fn not_hijackable() -> Option<String> {
-    let how = "cargo build -p vhost-blk --profile fault-points --features fault-points";
-    hijackable().is_none().then(|| format!("no daemon with fault points: {how}"))
 }
 
 fn packaging() -> PathBuf {
@@ -214,24 +204,17 @@ fn pages_and_completions_are_made(scene: &Scene) -> Result<Option<String>> {
     Ok(None)
 }
 
-type Body = fn(&Scene) -> Result<Option<String>>;
-
 fn main() -> ExitCode {
-    let test = |name: &str, body: Body, needs: fn() -> Option<String>| Test {
-        name: name.to_owned(),
-        needs: Box::new(needs),
-        run: Box::new(body),
-    };
     let tests = vec![
-        test("the_watchdog_hears_that_reactors_turn", the_watchdog_hears_that_reactors_turn, || None),
-        test(
+        Test::new("the_watchdog_hears_that_reactors_turn", the_watchdog_hears_that_reactors_turn, || None),
+        Test::new(
             "the_watchdog_hears_nothing_of_a_reactor_that_hangs",
             the_watchdog_hears_nothing_of_a_reactor_that_hangs,
-            not_hijackable,
+            no_fault_points,
         ),
-        test("units_are_sound_and_hardened", units_are_sound_and_hardened, no_systemd),
-        test("users_and_directories_are_made", users_and_directories_are_made, no_systemd),
-        test("pages_and_completions_are_made", pages_and_completions_are_made, || None),
+        Test::new("units_are_sound_and_hardened", units_are_sound_and_hardened, no_systemd),
+        Test::new("users_and_directories_are_made", users_and_directories_are_made, no_systemd),
+        Test::new("pages_and_completions_are_made", pages_and_completions_are_made, || None),
     ];
     runner::run(tests, "KICKLESS_REQUIRE_FAULTS")
 }

@@ -1,12 +1,11 @@
 //! The daemon dies between two steps of a request, at each of the places that there are, and at every one of them the
 //! next daemon finishes what it had begun.
 
-use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use kickless_tests::image::Image;
-use kickless_tests::process;
+use kickless_tests::process::with_fault_points;
 use kickless_tests::scene::Scene;
 use poll_engine::fault_point::{PACKED, RECOVER, SPLIT};
 
@@ -16,17 +15,6 @@ use crate::model::BLOCK;
 
 /// How long it may take until a place is passed.
 const LIMIT: Duration = Duration::from_secs(20);
-
-/// The daemon that is built with fault points; it lies beside the one that is not.
-pub fn program() -> Option<PathBuf> {
-    let plain = process::built("vhost-blk")?;
-    Some(plain.parent()?.parent()?.join("fault-points/vhost-blk")).filter(|path| path.is_file())
-}
-
-pub fn missing() -> Option<String> {
-    let how = "cargo build -p vhost-blk --profile fault-points --features fault-points";
-    program().is_none().then(|| format!("no daemon with fault points: {how}"))
-}
 
 /// Has daemons die at each of `places`, the first time they pass it and later, and at the places of a recovery.
 pub fn at_each(scene: &Scene, packed: bool) -> Result<()> {
@@ -63,7 +51,7 @@ fn leave_in_flight(scene: &Scene, image: &Image, front: &mut Front, packed: bool
 
 /// Has a daemon die when it passes `place` for the `nth` time.
 fn die(scene: &Scene, image: &Image, front: &mut Front, place: &str, nth: usize) -> Result<()> {
-    let program = program().context("no daemon with fault points")?;
+    let program = with_fault_points().context("no daemon with fault points")?;
     let fault = format!("{place}:{nth}");
     let mut dying = Daemon::start_program(&program, scene, image, &[], &[("KICKLESS_FAULT", &fault)])?;
     let deadline = Instant::now() + LIMIT;

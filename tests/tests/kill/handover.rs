@@ -11,7 +11,6 @@ use kickless_tests::scene::Scene;
 use kickless_tests::wait;
 use poll_engine::fault_point::{GIVER, TAKER};
 
-use crate::faults;
 use crate::front::{BLOCKS, End, Front, QUEUES};
 use crate::model::BLOCK;
 
@@ -66,7 +65,8 @@ fn start(
     place: Option<&str>,
 ) -> Result<Process> {
     let plain = process::built("vhost-blk").context("vhost-blk is not built")?;
-    let program = place.map_or(Some(plain), |_| faults::program()).context("no daemon with fault points")?;
+    let program =
+        place.map_or(Some(plain), |_| process::with_fault_points()).context("no daemon with fault points")?;
     let fault = format!("KICKLESS_FAULT={}:1", place.unwrap_or("nowhere"));
     let mut args = vec![
         fault,

@@ -128,7 +128,7 @@ fn main() -> std::process::ExitCode {
     };
     let all = TESTS.iter().map(|t| test(t, || None));
     runner::run(
-        all.chain(FAULTS.iter().map(|t| test(t, faults::missing))).collect(),
+        all.chain(FAULTS.iter().map(|t| test(t, kickless_tests::process::no_fault_points))).collect(),
         "KICKLESS_REQUIRE_FAULTS",
     )
 }
