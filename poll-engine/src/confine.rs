@@ -15,6 +15,8 @@ pub enum Role {
     Session,
     /// Writes captures into files that are open.
     Writer,
+    /// Reads and writes images that are open, where reactors would have to wait.
+    Worker,
 }
 
 type Confine = dyn Fn(Role) -> io::Result<()> + Send + Sync;

@@ -4,6 +4,7 @@ use std::collections::HashSet;
 
 use daemon::file::{Step, Wrong};
 
+use crate::backend::formatted::Format;
 use crate::cli::{DeviceOptions, Options, Synthetic};
 use crate::spec::DiskSpec;
 
@@ -115,6 +116,17 @@ fn disk(disk: &DiskSpec, all: &DeviceOptions) -> Result<(), DiskWrong> {
         (None, None) => return Err((None, "blk-file or backend is missing".into())),
         _ => {}
     }
+    match disk.format {
+        Format::Raw => {}
+        _ if disk.backend.is_some() => return fail("format", "format goes with blk-file"),
+        Format::Vmdk if !disk.device(all).read_only => {
+            return fail(
+                "format",
+                "vmdk images can only be read; add read-only, or convert it (qemu-img convert)",
+            );
+        }
+        _ => {}
+    }
     let block_size = disk.device(all).block_size;
     if let Some(Synthetic::Ram(size) | Synthetic::Null(size)) = disk.backend
         && !size.is_multiple_of(block_size.into())
@@ -139,6 +151,8 @@ mod tests {
         for args in [
             "x --socket-path=/s --blk-file=/f",
             "x --fd=3 --backend=ram:1M --record=/r",
+            "x --socket-path=/s --blk-file=/f --format=vmdk --read-only",
+            "x --disk=socket-path=/s,blk-file=/f,format=qcow2",
             "x --disk=socket-path=/s,backend=null:4K,block-size=4096",
             "x --socket-path=/a --blk-file=/f --disk=socket-path=/b,blk-file=/f,read-only",
             "x --disk=socket-path=/a,backend=null:1G,name=a --disk=fd=4,backend=null:1G",
@@ -167,6 +181,8 @@ mod tests {
             ("x --disk=socket-path=/s", vec![disk, item]),
             ("x --disk=socket-path=/s,fd=3,blk-file=/f", of("fd")),
             ("x --disk=socket-path=/s,blk-file=/f,backend=null:1G", of("backend")),
+            ("x --disk=socket-path=/s,blk-file=/f,format=vmdk", of("format")),
+            ("x --socket-path=/s --backend=ram:1M --format=qcow2", top("format")),
             ("x --disk=socket-path=/s,backend=null:512,block-size=4096", of("backend")),
             ("x --socket-path=/s --blk-file=/f --disk=socket-path=/s,blk-file=/g", of("socket-path")),
             ("x --socket-path=/s --blk-file=/f --disk=socket-path=/t,blk-file=/g,name=/s", of("name")),

@@ -14,6 +14,7 @@ use poll_engine::engine::placement::CpuList;
 use poll_engine::session::state::MAX_QUEUES;
 use serde::{Deserialize, Serialize};
 
+use crate::backend::formatted::Format;
 use crate::check::check;
 use crate::limits::Limits;
 use crate::spec::DiskSpec;
@@ -88,13 +89,18 @@ pub struct Options {
     #[arg(long, value_name = "PATH")]
     pub blk_file: Option<PathBuf>,
 
+    /// What the bytes of the image mean; never guessed, since a guest may write anything into a raw one. vmdk needs
+    /// --read-only
+    #[arg(long, value_enum, default_value_t = Format::Raw)]
+    pub format: Format,
+
     /// Serve memory or nothing instead of a file, for measuring: ram:SIZE or null:SIZE
     #[arg(long, value_name = "KIND:SIZE")]
     #[serde(deserialize_with = "backend")]
     pub backend: Option<Synthetic>,
 
-    /// Serve a further disk; repeat for more. Keys: socket-path, fd, blk-file, backend, name, serial, incoming, record, and
-    /// in the place of what all disks have: read-only, num-queues, queue-size, packed, cache, direct, block-size,
+    /// Serve a further disk; repeat for more. Keys: socket-path, fd, blk-file, format, backend, name, serial, incoming,
+    /// record, and in the place of what all disks have: read-only, num-queues, queue-size, packed, cache, direct, block-size,
     /// limit (with + for each comma)
     #[arg(long, value_name = "KEY=VALUE,...")]
     pub disk: Vec<DiskSpec>,
@@ -306,6 +312,7 @@ impl Options {
             socket_path: self.socket_path.clone(),
             fd: self.fd,
             blk_file: self.blk_file.clone(),
+            format: self.format,
             backend: self.backend,
             serial: self.device.serial.clone(),
             record: self.record.clone(),
@@ -389,10 +396,11 @@ mod tests {
     }
 
     /// Of each option some value, on the command line and in a file.
-    const EACH: [(&str, &str); 22] = [
+    const EACH: [(&str, &str); 23] = [
         ("--socket-path=/s", "socket-path = '/s'"),
         ("--fd=3", "fd = 3"),
         ("--blk-file=/f", "blk-file = '/f'"),
+        ("--format=qcow2", "format = 'qcow2'"),
         ("--backend=ram:1G", "backend = 'ram:1G'"),
         (
             "--disk=socket-path=/a,backend=null:1G,num-queues=2,read-only,cache=writethrough",

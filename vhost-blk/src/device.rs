@@ -7,6 +7,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use poll_engine::device::{ConfigRefused, Device, QueueHandler, StateRefused};
 
+use crate::backend::formatted::Mapped;
+use crate::backend::layout::Plain;
 use crate::backend::null::Null;
 use crate::backend::ram::RamBackend;
 use crate::backend::sync::SyncBackend;
@@ -117,6 +119,7 @@ impl Device for BlkDevice {
         match self.disk.storage() {
             Storage::Null | Storage::Ram(_) => true,
             Storage::File(_, traits) => traits.in_memory,
+            Storage::Image(_) => false,
         }
     }
 
@@ -170,7 +173,7 @@ impl Device for BlkDevice {
             return Err(format!("{what} differs"));
         }
         let sectors = u64::from_le_bytes(std::array::from_fn(|i| theirs[i]));
-        if !matches!(self.disk.storage(), Storage::File(..)) && sectors != self.disk.capacity() / 512 {
+        if self.disk.storage().file().is_none() && sectors != self.disk.capacity() / 512 {
             return Err("the size of --backend differs".into());
         }
         self.disk.adopt(sectors * 512, theirs[CONFIG_WRITEBACK as usize] == 1);
@@ -216,7 +219,7 @@ impl Device for BlkDevice {
             (true, false) => Cache::Fixed(disk.default_writeback()),
             (true, true) => Cache::AsConfigured,
         };
-        if let (Cache::AsConfigured, Storage::File(..)) = (cache, disk.storage()) {
+        if cache == Cache::AsConfigured && disk.storage().file().is_some() {
             disk.settle_writeback();
         }
         let recorder = self.recorder.lock().unwrap_or_else(PoisonError::into_inner);
@@ -232,8 +235,13 @@ impl Device for BlkDevice {
                 Box::new(BlkQueue::new(disk, backend, tap))
             }
             Storage::File(file, traits) => {
-                let backend =
-                    UringBackend::new(file.try_clone()?, *traits, Arc::clone(&disk), cache, ring_size);
+                let layout = Plain(file.try_clone()?);
+                let backend = UringBackend::new(layout, *traits, Arc::clone(&disk), cache, ring_size);
+                Box::new(BlkQueue::new(disk, backend, tap))
+            }
+            Storage::Image(image) => {
+                let layout = Mapped::new(image.run().map_err(io::Error::other)?, ring_size)?;
+                let backend = UringBackend::new(layout, image.traits(), Arc::clone(&disk), cache, ring_size);
                 Box::new(BlkQueue::new(disk, backend, tap))
             }
         })

@@ -11,6 +11,7 @@ use tracing::{info, warn};
 
 use poll_engine::memory::Ram;
 
+use crate::backend::formatted::{ChainError, Formatted};
 use crate::lock::{LockError, lock, outlast, release};
 use crate::open::{FileTraits, OpenError};
 use crate::throttle::Throttle;
@@ -47,6 +48,8 @@ pub struct Limits {
 pub enum Storage {
     /// A regular file or block device, and what it can do.
     File(File, FileTraits),
+    /// A file that holds a disk in a format of its own.
+    Image(Arc<Formatted>),
     /// Memory, shared by all queues.
     Ram(Arc<Ram>),
     /// Nowhere: writes vanish, reads leave the guest's buffer as it is.
@@ -95,17 +98,41 @@ pub struct DiskConfig {
     pub incoming: bool,
 }
 
+impl Storage {
+    /// The file that is locked, if there is one.
+    pub fn file(&self) -> Option<(&File, FileTraits)> {
+        match self {
+            Storage::File(file, traits) => Some((file, *traits)),
+            Storage::Image(image) => Some((image.file(), image.traits())),
+            Storage::Ram(_) | Storage::Null => None,
+        }
+    }
+}
+
+/// Why a disk is not ours.
+#[derive(Debug, thiserror::Error)]
+pub enum AcquireError {
+    /// Somebody else has it.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// It is not what it was.
+    #[error(transparent)]
+    Image(#[from] ChainError),
+}
+
 impl Disk {
     /// A disk of `capacity` bytes in `storage`.
     pub fn new(storage: Storage, capacity: u64, config: &DiskConfig) -> Disk {
         let granularity = match &storage {
             Storage::File(_, traits) => u64::from(traits.offset_align),
+            Storage::Image(image) => u64::from(image.traits().offset_align),
             Storage::Ram(_) | Storage::Null => 512,
         };
         // In memory, ranges are zeroed on the reactor: small ones, so that neighbours do not wait. For other files the
         // kernel does it, elsewhere.
         let on_reactor = match &storage {
             Storage::File(_, traits) => traits.in_memory,
+            Storage::Image(_) => false,
             Storage::Ram(_) | Storage::Null => true,
         };
         let max_range_sectors = if on_reactor { 1 << 13 } else { 1 << 22 };
@@ -134,8 +161,16 @@ impl Disk {
     }
 
     /// Makes the image ours before its first queue runs, if it is not yet: it may have been another daemon's until now.
-    pub fn acquire(&self) -> Result<(), OpenError> {
-        let Storage::File(file, traits) = &self.storage else { return Ok(()) };
+    pub fn acquire(&self) -> Result<(), AcquireError> {
+        self.acquire_file()?;
+        if let Storage::Image(image) = &self.storage {
+            image.run()?;
+        }
+        Ok(())
+    }
+
+    fn acquire_file(&self) -> Result<(), OpenError> {
+        let Some((file, traits)) = self.storage.file() else { return Ok(()) };
         let mut locked = self.locked.lock().unwrap_or_else(PoisonError::into_inner);
         if *locked {
             return Ok(());
@@ -154,19 +189,28 @@ impl Disk {
     /// Waits for the end of all that another process, which has died, had begun.
     pub fn reclaim(&self) -> Result<(), OpenError> {
         // What is done in memory ends with the thread that does it.
-        let Storage::File(file, _) = &self.storage else { return Ok(()) };
+        let Some((file, _)) = self.storage.file() else { return Ok(()) };
+        if let Storage::Image(image) = &self.storage {
+            // It may have been changed there.
+            image.rest();
+        }
         outlast(file).map_err(|error| OpenError::Lock { path: self.path.clone(), error })
     }
 
     /// Makes everything written visible to whoever takes the image over, and gives up its lock. Where the former fails
     /// the lock stays, so that nobody goes on with less than was written.
     pub fn hand_over(&self) {
-        let Storage::File(file, _) = &self.storage else { return };
+        let Some((file, _)) = self.storage.file() else { return };
         let mut locked = self.locked.lock().unwrap_or_else(PoisonError::into_inner);
         if !*locked {
             return;
         }
-        let done = file.sync_data().map_err(LockError::from).and_then(|()| release(file));
+        let rests = match &self.storage {
+            Storage::Image(image) => image.hand_over(),
+            _ => Ok(()),
+        };
+        let done =
+            rests.and_then(|()| file.sync_data()).map_err(LockError::from).and_then(|()| release(file));
         match done {
             Ok(()) => {
                 *locked = false;
@@ -287,6 +331,7 @@ impl Disk {
     /// Looks whether the file has grown, and takes the new size over; the new size, if so. A file that has shrunk keeps
     /// its size: requests beyond its end fail one by one.
     pub fn grow(&self) -> Result<Option<u64>, OpenError> {
+        // Nobody else may resize an image in a format of its own while it is ours.
         let Storage::File(file, _) = &self.storage else { return Ok(None) };
         let size = crate::open::size_of(file.as_fd())?;
         let size = size - size % u64::from(self.block_size);

@@ -87,6 +87,7 @@ impl Wanted {
         }
         let image = Image {
             file: spec.blk_file.as_deref(),
+            format: spec.format,
             synthetic: spec.backend,
             serial: &device.serial,
             read_only: device.read_only,

@@ -9,15 +9,18 @@ use anyhow::{Context, Result, bail};
 use daemon::Switch;
 use poll_engine::memory::Ram;
 
+use crate::backend::formatted::{Format, Formatted};
 use crate::cli::{CacheMode, DeviceOptions, Synthetic};
 use crate::disk::{Disk, DiskConfig, Storage};
-use crate::open::{Owner, open};
+use crate::open::{OpenError, Owner, open, open_file, own};
 
 /// A file, or something in place of one.
 #[derive(Debug, Default)]
 pub struct Image<'a> {
     /// The image.
     pub file: Option<&'a Path>,
+    /// What its bytes mean.
+    pub format: Format,
     /// Or none.
     pub synthetic: Option<Synthetic>,
     /// Serial number.
@@ -31,19 +34,45 @@ pub struct Image<'a> {
 }
 
 impl Image<'_> {
+    fn open_formatted(
+        &self,
+        path: &Path,
+        direct: bool,
+        block_size: u32,
+        owner: Owner<'_>,
+    ) -> Result<(Storage, u64)> {
+        let (file, traits) = open_file(path, self.read_only, direct)?;
+        if traits.offset_align > block_size {
+            bail!(OpenError::Alignment { path: path.to_owned(), align: traits.offset_align });
+        }
+        own(path, &file, self.read_only, owner)?;
+        let beside = matches!(owner, Owner::Beside(_));
+        let image = Formatted::new(self.format, path, (file, traits), self.read_only, beside);
+        let size = match owner {
+            // All that is wrong with it is found now.
+            Owner::Us => image.run()?.size(),
+            Owner::Beside(_) | Owner::Another => image.look()?,
+        };
+        Ok((Storage::Image(Arc::new(image)), size - size % u64::from(block_size)))
+    }
+
     /// The disk.
-    pub fn open(self, options: &DeviceOptions) -> Result<Disk> {
+    pub fn open(mut self, options: &DeviceOptions) -> Result<Disk> {
         let (storage, capacity) = match (self.file, self.synthetic) {
             (Some(path), _) => {
-                let beside = self.beside.map(File::from);
+                let beside = self.beside.take().map(File::from);
                 let direct = options.direct == Switch::On;
                 let owner = match &beside {
                     _ if self.incoming => Owner::Another,
                     Some(theirs) => Owner::Beside(theirs),
                     None => Owner::Us,
                 };
-                let (file, traits, size) = open(path, self.read_only, direct, options.block_size, owner)?;
-                (Storage::File(file, traits), size)
+                if self.format == Format::Raw {
+                    let (file, traits, size) = open(path, self.read_only, direct, options.block_size, owner)?;
+                    (Storage::File(file, traits), size)
+                } else {
+                    self.open_formatted(path, direct, options.block_size, owner)?
+                }
             }
             (None, Some(Synthetic::Ram(size))) => {
                 let ram = match self.beside {

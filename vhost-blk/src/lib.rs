@@ -1,7 +1,7 @@
 //! A virtio block device (virtio 1.3, 5.2) on the poll engine.
 //!
 //! ```text
-//! chain ─► request (pure parser) ─► queue ─► backend/{null, ram, uring} ─► queue: status byte, used length
+//! chain ─► request (pure parser) ─► queue ─► backend/{null, ram, sync, uring} ─► queue: status byte, used length
 //! ```
 //!
 //! [`disk`] is what all queues of a device share, [`device`] is its face to the engine, [`image`] opens one as it

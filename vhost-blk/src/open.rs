@@ -109,6 +109,31 @@ pub fn open(
     block_size: u32,
     owner: Owner<'_>,
 ) -> Result<(File, FileTraits, u64), OpenError> {
+    let (file, traits) = open_file(path, read_only, direct)?;
+    let size = size_of(file.as_fd())?;
+    if !size.is_multiple_of(u64::from(block_size)) {
+        return Err(OpenError::Size { path: path.to_owned(), size, block_size });
+    }
+    if traits.offset_align > block_size {
+        return Err(OpenError::Alignment { path: path.to_owned(), align: traits.offset_align });
+    }
+    own(path, &file, read_only, owner)?;
+    Ok((file, traits, size))
+}
+
+/// Locks an open image if it is to be ours.
+pub fn own(path: &Path, file: &File, read_only: bool, owner: Owner<'_>) -> Result<(), OpenError> {
+    match owner {
+        Owner::Us => lock(file, !read_only),
+        Owner::Beside(theirs) if is_same(file, theirs)? => lock_beside(file, !read_only),
+        Owner::Beside(_) => return Err(OpenError::Other(path.to_owned())),
+        Owner::Another => Ok(()),
+    }
+    .map_err(|error| OpenError::Lock { path: path.to_owned(), error })
+}
+
+/// Opens a file or block device that holds a disk or a part of one; it is not locked.
+pub fn open_file(path: &Path, read_only: bool, direct: bool) -> Result<(File, FileTraits), OpenError> {
     let with = |flags: i32| OpenOptions::new().read(true).write(!read_only).custom_flags(flags).open(path);
     // O_NONBLOCK keeps a named pipe from holding us up; files and block devices do not care.
     let file = with(libc::O_NONBLOCK).map_err(|error| {
@@ -120,12 +145,8 @@ pub fn open(
     if !kind.is_file() && !kind.is_block_device() {
         return Err(OpenError::Kind(path.to_owned()));
     }
-    let size = size_of(file.as_fd())?;
-    if size == 0 {
+    if size_of(file.as_fd())? == 0 {
         return Err(OpenError::Empty(path.to_owned()));
-    }
-    if !size.is_multiple_of(u64::from(block_size)) {
-        return Err(OpenError::Size { path: path.to_owned(), size, block_size });
     }
     // Device nodes lie on a tmpfs too; what they stand for does not.
     let in_memory =
@@ -152,20 +173,11 @@ pub fn open(
             (direct, traits)
         }
     };
-    if traits.offset_align > block_size {
-        return Err(OpenError::Alignment { path: path.to_owned(), align: traits.offset_align });
-    }
-    match owner {
-        Owner::Us => lock(&file, !read_only),
-        Owner::Beside(theirs) if is_same(&file, theirs)? => lock_beside(&file, !read_only),
-        Owner::Beside(_) => return Err(OpenError::Other(path.to_owned())),
-        Owner::Another => Ok(()),
-    }
-    .map_err(|error| OpenError::Lock { path: path.to_owned(), error })?;
-    Ok((file, traits, size))
+    Ok((file, traits))
 }
 
-fn is_same(a: &File, b: &File) -> io::Result<bool> {
+/// Whether two open files are the same one.
+pub fn is_same(a: &File, b: &File) -> io::Result<bool> {
     // A device may have several names.
     let identity = |file: &File| {
         let meta = file.metadata()?;

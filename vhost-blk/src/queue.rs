@@ -105,7 +105,9 @@ impl<B: Backend> BlkQueue<B> {
 }
 
 impl<B: Backend> QueueHandler for BlkQueue<B> {
-    fn attach(&mut self, _: &mut Io<'_>) {}
+    fn attach(&mut self, io: &mut Io<'_>) {
+        self.backend.attach(io);
+    }
 
     #[inline]
     fn poll(&mut self, queue: &mut Queue, io: &mut Io<'_>) -> usize {
@@ -137,7 +139,9 @@ impl<B: Backend> QueueHandler for BlkQueue<B> {
         });
     }
 
-    fn detach(&mut self, _: &mut Io<'_>) {}
+    fn detach(&mut self, io: &mut Io<'_>) {
+        self.backend.detach(io);
+    }
 
     fn wants_chains(&self) -> bool {
         !self.gate.is_closed()

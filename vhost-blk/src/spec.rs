@@ -8,6 +8,7 @@ use daemon::{Place, Switch, from_text, on_off, ring_size};
 use serde::Deserialize;
 use utoipa::ToSchema;
 
+use crate::backend::formatted::Format;
 use crate::cli::{CacheMode, DeviceOptions, Synthetic, block_size, cache_mode, num_queues, serial};
 use crate::limits::Limits;
 use crate::takeover::Medium;
@@ -34,6 +35,9 @@ pub struct DiskSpec {
     /// Image file.
     #[schema(value_type = String)]
     pub blk_file: Option<PathBuf>,
+    /// What the bytes of that mean.
+    #[serde(deserialize_with = "some_format")]
+    pub format: Format,
     /// Or no file.
     #[serde(deserialize_with = "some_backend")]
     #[schema(value_type = String, example = "ram:1G", pattern = "^(ram|null):[0-9]+[KMGTkmgt]?$")]
@@ -86,6 +90,7 @@ pub struct DiskSpec {
 from_text! {
     some_name: Option<String> = |s| name(s).map(Some);
     some_fd: Option<i32> = |s| s.parse().map(Some).map_err(|_| format!("'{s}' is no descriptor number"));
+    some_format: Format = format;
     some_backend: Option<Synthetic> = |s| s.parse().map(Some);
     text: String = serial;
     on_off_: bool = on_off;
@@ -133,7 +138,8 @@ impl DiskSpec {
     /// What it is made of, if that is said.
     pub fn medium(&self) -> Option<Medium> {
         match (&self.blk_file, self.backend) {
-            (Some(_), _) => Some(Medium::File),
+            (Some(_), _) if self.format == Format::Raw => Some(Medium::File),
+            (Some(_), _) => Some(Medium::Image(self.format)),
             (None, Some(Synthetic::Ram(size))) => Some(Medium::Ram(size)),
             (None, Some(Synthetic::Null(_))) => Some(Medium::Null),
             (None, None) => None,
@@ -184,6 +190,7 @@ impl DiskSpec {
             ("socket-path", path(&self.socket_path)),
             ("fd", self.fd.map(|fd| Written::Number(fd.into()))),
             ("blk-file", path(&self.blk_file)),
+            ("format", (self.format != Format::Raw).then(|| Written::Text(self.format.to_string()))),
             ("backend", text(backend)),
             ("serial", text(Some(self.serial.clone()).filter(|serial| !serial.is_empty()))),
             ("incoming", self.incoming.then_some(Written::Truth(true))),
@@ -199,6 +206,11 @@ impl DiskSpec {
         ];
         all.into_iter().filter_map(|(key, value)| Some((key, value?))).collect()
     }
+}
+
+/// A format.
+fn format(s: &str) -> Result<Format, String> {
+    <Format as clap::ValueEnum>::from_str(s, false).map_err(|_| format!("'{s}' is none of raw, qcow2, vmdk"))
 }
 
 fn name(s: &str) -> Result<String, String> {

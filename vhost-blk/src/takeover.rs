@@ -8,6 +8,7 @@ use daemon::takeover::ClaimError;
 use poll_engine::takeover::give::Program;
 use serde::{Deserialize, Serialize};
 
+use crate::backend::formatted::Format;
 use crate::disk::{Disk, Storage};
 
 /// This program, to its next version.
@@ -19,6 +20,8 @@ pub const PROGRAM: Program = Program { name: "vhost-blk", version: env!("CARGO_P
 pub enum Medium {
     /// A file; its descriptor comes with it, locked.
     File,
+    /// A file that holds a disk in this format; its descriptor comes with it, locked.
+    Image(Format),
     /// Memory; its descriptor comes with it.
     Ram(u64),
     /// Nothing.
@@ -40,6 +43,9 @@ impl About {
     pub fn disk(disk: &Disk) -> io::Result<(About, Option<OwnedFd>)> {
         let (medium, fd) = match disk.storage() {
             Storage::File(file, _) => (Medium::File, Some(file.as_fd().try_clone_to_owned()?)),
+            Storage::Image(image) => {
+                (Medium::Image(image.format()), Some(image.file().as_fd().try_clone_to_owned()?))
+            }
             Storage::Ram(ram) => (Medium::Ram(disk.capacity()), Some(ram.fd().try_clone_to_owned()?)),
             Storage::Null => (Medium::Null, None),
         };
@@ -49,6 +55,7 @@ impl About {
     fn words(self) -> String {
         let what = match self.medium {
             Medium::File => "an image".into(),
+            Medium::Image(format) => format!("a {format} image"),
             Medium::Ram(size) => format!("ram:{size}"),
             Medium::Null => "null".into(),
         };

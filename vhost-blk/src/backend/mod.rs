@@ -1,5 +1,8 @@
 //! Where requests are carried out. A back end answers at once or later; the queue does the rest.
 
+pub mod bounce;
+pub mod formatted;
+pub mod layout;
 pub mod null;
 pub mod ram;
 pub mod sync;
@@ -60,6 +63,12 @@ pub enum Begun {
 pub trait Backend: Send + 'static {
     /// Begins the request whose chain the queue has just taken. Never [`Operation::GetId`].
     fn begin(&mut self, request: Request, operation: Operation, queue: &mut Queue, io: &mut Io<'_>) -> Begun;
+
+    /// Called on the reactor before anything else.
+    fn attach(&mut self, _io: &mut Io<'_>) {}
+
+    /// Called on the reactor when nothing is pending, and nothing will be any more.
+    fn detach(&mut self, _io: &mut Io<'_>) {}
 
     /// Goes on with the pending request of `tag`; when it is over, `finish` is called with its chain still held.
     fn complete(

@@ -1,13 +1,12 @@
 //! Files and block devices through the reactor's io_uring, straight between the file and guest memory.
 //!
 //! A request is a slot; its index is the tag of its operations, of which it has one at a time. Short transfers go on
-//! where they stopped, discards go on with their next range, and what ends is handed to `finish`.
+//! where they stopped, as do those that lie in several places of a [`Layout`], discards go on with their next range, and
+//! what ends is handed to `finish`. What the layout does not know the place of is a worker's errand.
 #![allow(unsafe_code)] // submissions carry addresses of guest memory, iovecs and bounce buffers
 
-use std::collections::VecDeque;
-use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::RawFd;
 use std::sync::Arc;
 
 use io_uring::{opcode, squeue, types};
@@ -15,6 +14,9 @@ use poll_engine::engine::queue::{Queue, Request};
 use poll_engine::engine::reactor::Io;
 use poll_engine::ring::chain::{ChainView, HeldChain, Slices};
 
+use super::bounce::{Bounce, Pool};
+use super::formatted::errand::{Answer, Errand, Inbox, What};
+use super::layout::{Layout, Place};
 use super::{Backend, Begun, Failure, Outcome};
 use crate::device::Cache;
 use crate::disk::{Access, Disk};
@@ -23,33 +25,33 @@ use crate::request::{HEADER, Operation, Range, ranges};
 
 /// Most iovecs of one operation (`UIO_MAXIOV`); longer requests go in several.
 const MAX_IOVECS: usize = 1024;
-/// Bytes of a bounce buffer; longer requests go through it piece by piece.
-const BOUNCE_PAGES: usize = 32;
-/// Bounce buffers of a queue; further requests that need one wait their turn.
-const MAX_BOUNCES: usize = 8;
 /// Bytes of zeros written at a time where the file system has no better way.
 const ZEROS: usize = 64 << 10;
-
-#[repr(C, align(4096))]
-#[derive(Clone, Copy)]
-struct Page([u8; 4096]);
 
 #[repr(C, align(4096))]
 struct Zeros([u8; ZEROS]);
 
 static ZERO: Zeros = Zeros([0; ZEROS]);
 
+/// Most bytes that a worker zeroes or discards at a time.
+const MAX_ERRAND: u32 = 64 << 20;
+
+/// The tag of the wait for answers of workers; the ring has no slot of this number.
+const ANSWERS: u32 = u32::MAX;
+
 /// What the operation under way is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Phase {
     /// A transfer, or the flush of a flush request.
     Main,
-    /// `fallocate` on range `.0`.
-    Range(usize),
+    /// `fallocate` on range `.0` from its byte `.1` on.
+    Range(usize, u64),
     /// Writing zeros to range `.0`, of which `.1` bytes are done.
     Zeros(usize, u64),
     /// Making a write-through request durable.
     Sync,
+    /// None: it was over before it could be told.
+    Over,
 }
 
 #[derive(Default)]
@@ -62,8 +64,16 @@ struct Slot {
     done: u32,
     iovecs: Vec<libc::iovec>,
     needs_bounce: bool,
-    bounce: Option<Vec<Page>>,
+    bounce: Option<Bounce>,
+    /// Whether the transfer under way is from or to the bounce buffer.
+    bounced: bool,
     ranges: Vec<Range>,
+    /// Bytes of a range that are being seen to.
+    piece: u64,
+    /// Files synced.
+    synced: usize,
+    /// What is durable when all are.
+    mark: u64,
 }
 
 // SAFETY: the iovecs are addresses kept for the kernel, not used by us; they point into memory that `held` or `bounce`
@@ -71,16 +81,14 @@ struct Slot {
 unsafe impl Send for Slot {}
 
 /// The io_uring back end of one queue.
-pub struct UringBackend {
-    file: File,
+pub struct UringBackend<L> {
+    layout: L,
     traits: FileTraits,
     disk: Arc<Disk>,
     cache: Cache,
     slots: Vec<Slot>,
     free: Vec<u32>,
-    bounces: Vec<Vec<Page>>,
-    bounces_made: usize,
-    waiting: VecDeque<u32>,
+    bounces: Pool,
 }
 
 /// What to do with a slot after a step.
@@ -91,26 +99,24 @@ enum Step {
     Over(Outcome),
 }
 
-impl UringBackend {
-    /// On `file`, with room for `ring_size` requests.
+impl<L: Layout> UringBackend<L> {
+    /// On a disk laid out so, with room for `ring_size` requests.
     pub fn new(
-        file: File,
+        layout: L,
         traits: FileTraits,
         disk: Arc<Disk>,
         cache: Cache,
         ring_size: u16,
-    ) -> UringBackend {
+    ) -> UringBackend<L> {
         let size = u32::from(ring_size);
         UringBackend {
-            file,
+            layout,
             traits,
             disk,
             cache,
             slots: std::iter::repeat_with(Slot::default).take(size as usize).collect(),
             free: (0..size).rev().collect(),
-            bounces: Vec::new(),
-            bounces_made: 0,
-            waiting: VecDeque::new(),
+            bounces: Pool::new(L::BOUNCE_PAGES),
         }
     }
 
@@ -124,14 +130,9 @@ impl UringBackend {
     fn push(io: &mut Io<'_>, tag: u32, entry: squeue::Entry) {
         let entry = entry.user_data(io.label(tag));
         // SAFETY: the entry points into guest memory held by the slot, to the slot's iovecs, to its bounce buffer or to
-        // static zeros. The slot keeps all of them, unchanged, until the completion with this tag. The file is open
-        // for as long as this is, which outlives what is pending (`QueueHandler::detach`).
+        // static zeros. The slot keeps all of them, unchanged, until the completion with this tag. Files are open
+        // for as long as the layout is, which outlives what is pending (`QueueHandler::detach`).
         unsafe { io.uring().push(&entry) };
-    }
-
-    /// The plain descriptor, not a registered file: see `Uring`.
-    fn target(&self) -> types::Fd {
-        types::Fd(self.file.as_raw_fd())
     }
 
     fn rw_flags(&self, access: Access) -> i32 {
@@ -140,15 +141,45 @@ impl UringBackend {
 
     /// Submits the next transfer of a read or write.
     fn transfer(&mut self, io: &mut Io<'_>, tag: u32, access: Access, offset: u64, len: u32) -> Step {
-        if self.slots[tag as usize].needs_bounce {
-            return self.transfer_bounced(io, tag, access, offset, len);
+        loop {
+            let slot = &mut self.slots[tag as usize];
+            let (at, left) = (offset + u64::from(slot.done), len - slot.done);
+            match (self.layout.place(access, at, left), access) {
+                (Place::File { fd, offset, len }, _) => {
+                    return if slot.needs_bounce {
+                        self.transfer_bounced(io, tag, access, (fd, offset, len))
+                    } else {
+                        self.transfer_at(io, tag, access, (fd, offset, len))
+                    };
+                }
+                (Place::Zeros(n), Access::Read) => {
+                    let Some(chain) = slot.held.view() else { return lost() };
+                    data(&chain, access, slot.done, n).for_each(|s| s.fill(0));
+                    slot.done += n;
+                    if slot.done == len {
+                        return Step::Over(Outcome::Done);
+                    }
+                }
+                (Place::Zeros(n), Access::Write) | (Place::Elsewhere(n), _) => {
+                    return self.send(tag, access, at, n);
+                }
+            }
         }
+    }
+
+    /// Submits a transfer in a file.
+    fn transfer_at(
+        &mut self,
+        io: &mut Io<'_>,
+        tag: u32,
+        access: Access,
+        (fd, at, len): (RawFd, u64, u32),
+    ) -> Step {
         let flags = self.rw_flags(access);
-        let fd = self.target();
+        let fd = types::Fd(fd);
         let slot = &mut self.slots[tag as usize];
         let Some(chain) = slot.held.view() else { return lost() };
-        let at = offset + u64::from(slot.done);
-        let mut slices = data(&chain, access, slot.done, len - slot.done);
+        let mut slices = data(&chain, access, slot.done, len);
         slot.iovecs.clear();
         let first = slices.next();
         let second = slices.next();
@@ -177,79 +208,118 @@ impl UringBackend {
         Step::Going
     }
 
-    /// As `transfer`, through a buffer that is aligned where the guest's memory is not.
-    fn transfer_bounced(&mut self, io: &mut Io<'_>, tag: u32, access: Access, offset: u64, len: u32) -> Step {
-        if self.slots[tag as usize].bounce.is_none() {
-            let Some(buffer) = self.take_bounce() else {
-                self.waiting.push_back(tag);
-                return Step::Going;
-            };
-            self.slots[tag as usize].bounce = Some(buffer);
-        }
+    /// As `transfer_at`, through a buffer that is aligned where the guest's memory is not.
+    fn transfer_bounced(
+        &mut self,
+        io: &mut Io<'_>,
+        tag: u32,
+        access: Access,
+        (fd, at, len): (RawFd, u64, u32),
+    ) -> Step {
         let flags = self.rw_flags(access);
-        let fd = self.target();
+        let fd = types::Fd(fd);
         let slot = &mut self.slots[tag as usize];
-        let (Some(chain), Some(buffer)) = (slot.held.view(), &mut slot.bounce) else { return lost() };
-        let at = offset + u64::from(slot.done);
-        let n = (len - slot.done).min((BOUNCE_PAGES * size_of::<Page>()) as u32);
-        let host = buffer.as_mut_ptr().cast::<u8>();
+        let n = len.min(self.bounces.size());
+        if !fill_bounce(slot, &mut self.bounces, tag, access, n) {
+            return Step::Going;
+        }
+        let Some(buffer) = &mut slot.bounce else { return lost() };
+        let host = buffer.bytes_mut().as_mut_ptr();
         let entry = match access {
             Access::Read => opcode::Read::new(fd, host, n).offset(at).rw_flags(flags).build(),
-            Access::Write => {
-                data(&chain, access, slot.done, n).read(bytes_mut(buffer));
-                opcode::Write::new(fd, host, n).offset(at).rw_flags(flags).build()
-            }
+            Access::Write => opcode::Write::new(fd, host, n).offset(at).rw_flags(flags).build(),
         };
         Self::push(io, tag, entry);
         Step::Going
     }
 
-    fn take_bounce(&mut self) -> Option<Vec<Page>> {
-        if let Some(buffer) = self.bounces.pop() {
-            return Some(buffer);
+    /// Has a worker make the transfer, or the beginning of it.
+    fn send(&mut self, tag: u32, access: Access, offset: u64, len: u32) -> Step {
+        let durable = self.write_through();
+        let slot = &mut self.slots[tag as usize];
+        let len = len.min(self.bounces.size());
+        if !fill_bounce(slot, &mut self.bounces, tag, access, len) {
+            return Step::Going;
         }
-        (self.bounces_made < MAX_BOUNCES).then(|| {
-            self.bounces_made += 1;
-            vec![Page([0; 4096]); BOUNCE_PAGES]
-        })
-    }
-
-    fn sync(&self, io: &mut Io<'_>, tag: u32) -> Step {
-        let entry = opcode::Fsync::new(self.target()).flags(types::FsyncFlags::DATASYNC).build();
-        Self::push(io, tag, entry);
+        let Some(buffer) = slot.bounce.take() else { return lost() };
+        let what = match access {
+            Access::Read => What::Read(buffer),
+            Access::Write => What::Write { buffer, durable },
+        };
+        self.layout.send(Errand { tag, offset, len: len.into(), what });
         Step::Going
     }
 
-    /// Begins range `i` of a discard or write-zeroes request, or ends the request behind the last.
-    fn range(&mut self, io: &mut Io<'_>, tag: u32, i: usize) -> Step {
+    /// Begins to make everything durable, or goes on with the next file.
+    fn sync(&mut self, io: &mut Io<'_>, tag: u32) -> Step {
         let slot = &mut self.slots[tag as usize];
-        let Some(range) = slot.ranges.get(i).copied() else {
-            if self.write_through() {
-                self.slots[tag as usize].phase = Some(Phase::Sync);
-                return self.sync(io, tag);
-            }
+        if slot.synced == 0 {
+            slot.mark = self.layout.flush_mark();
+        }
+        let Some(fd) = self.layout.flush_fd(slot.synced) else {
+            self.layout.flushed(slot.mark);
             return Step::Over(Outcome::Done);
         };
-        slot.phase = Some(Phase::Range(i));
-        let give_up_space = range.unmap || matches!(slot.operation, Some(Operation::Discard { .. }));
-        let mode = if give_up_space { libc::FALLOC_FL_PUNCH_HOLE } else { libc::FALLOC_FL_ZERO_RANGE };
-        let entry = opcode::Fallocate::new(self.target(), range.len)
-            .offset(range.offset)
-            .mode(mode | libc::FALLOC_FL_KEEP_SIZE)
-            .build();
+        let entry = opcode::Fsync::new(types::Fd(fd)).flags(types::FsyncFlags::DATASYNC).build();
         Self::push(io, tag, entry);
         Step::Going
     }
 
+    /// Goes on at byte `done` of range `i` of a discard or write-zeroes request, or ends the request behind the last.
+    fn range(&mut self, io: &mut Io<'_>, tag: u32, mut i: usize, mut done: u64) -> Step {
+        loop {
+            let write_through = self.write_through();
+            let slot = &mut self.slots[tag as usize];
+            let Some(range) = slot.ranges.get(i).copied() else {
+                if write_through {
+                    slot.phase = Some(Phase::Sync);
+                    return self.sync(io, tag);
+                }
+                return Step::Over(Outcome::Done);
+            };
+            if done >= range.len {
+                (i, done) = (i + 1, 0);
+                continue;
+            }
+            slot.phase = Some(Phase::Range(i, done));
+            let discards = matches!(slot.operation, Some(Operation::Discard { .. }));
+            let left = (range.len - done).min(u64::from(!(ZEROS as u32 - 1))) as u32;
+            match self.layout.place(Access::Write, range.offset + done, left) {
+                Place::File { fd, offset, len } => {
+                    slot.piece = len.into();
+                    let give_up_space = range.unmap || discards;
+                    let mode =
+                        if give_up_space { libc::FALLOC_FL_PUNCH_HOLE } else { libc::FALLOC_FL_ZERO_RANGE };
+                    let entry = opcode::Fallocate::new(types::Fd(fd), len.into())
+                        .offset(offset)
+                        .mode(mode | libc::FALLOC_FL_KEEP_SIZE)
+                        .build();
+                    Self::push(io, tag, entry);
+                    return Step::Going;
+                }
+                Place::Zeros(n) => done += u64::from(n),
+                Place::Elsewhere(n) => {
+                    let n = n.min(MAX_ERRAND);
+                    slot.piece = n.into();
+                    let offset = range.offset + done;
+                    let what = if discards { What::Discard } else { What::Zero { unmap: range.unmap } };
+                    self.layout.send(Errand { tag, offset, len: n.into(), what });
+                    return Step::Going;
+                }
+            }
+        }
+    }
+
+    /// As [`range`](Self::range), by writing zeros.
     fn write_zeros(&mut self, io: &mut Io<'_>, tag: u32, i: usize, done: u64) -> Step {
         let slot = &mut self.slots[tag as usize];
         let range = slot.ranges[i];
-        if done >= range.len {
-            return self.range(io, tag, i + 1);
-        }
+        let n = (range.len - done.min(range.len)).min(ZEROS as u64) as u32;
+        let place =
+            if n == 0 { Place::Zeros(0) } else { self.layout.place(Access::Write, range.offset + done, n) };
+        let Place::File { fd, offset, len } = place else { return self.range(io, tag, i, done) };
         slot.phase = Some(Phase::Zeros(i, done));
-        let n = (range.len - done).min(ZEROS as u64) as u32;
-        let entry = opcode::Write::new(self.target(), ZERO.0.as_ptr(), n).offset(range.offset + done).build();
+        let entry = opcode::Write::new(types::Fd(fd), ZERO.0.as_ptr(), len).offset(offset).build();
         Self::push(io, tag, entry);
         Step::Going
     }
@@ -264,9 +334,10 @@ impl UringBackend {
             // Not begun; again.
             return match phase {
                 Phase::Main => self.main(io, tag),
-                Phase::Range(i) => self.range(io, tag, i),
+                Phase::Range(i, done) => self.range(io, tag, i, done),
                 Phase::Zeros(i, done) => self.write_zeros(io, tag, i, done),
                 Phase::Sync => self.sync(io, tag),
+                Phase::Over => Step::Over(Outcome::Done),
             };
         }
         match (phase, operation) {
@@ -284,24 +355,42 @@ impl UringBackend {
                 {
                     return fail(what, io::ErrorKind::UnexpectedEof.into());
                 }
-                if let (Access::Read, Some(buffer), Some(chain)) =
-                    (access, &mut slot.bounce, slot.held.view())
+                if let (Access::Read, true, Some(buffer), Some(chain)) =
+                    (access, slot.bounced, &slot.bounce, slot.held.view())
                 {
-                    data(&chain, access, slot.done, n).write(&bytes_mut(buffer)[..n as usize]);
+                    data(&chain, access, slot.done, n).write(&buffer.bytes()[..n as usize]);
                 }
+                slot.bounced = false;
                 slot.done += n;
-                if slot.done < len { self.main(io, tag) } else { Step::Over(Outcome::Done) }
+                if slot.done < len {
+                    return self.main(io, tag);
+                }
+                if access == Access::Write && self.layout.is_behind() && self.write_through() {
+                    self.slots[tag as usize].phase = Some(Phase::Sync);
+                    return self.sync(io, tag);
+                }
+                Step::Over(Outcome::Done)
             }
             (Phase::Main | Phase::Sync, _) if failed => fail("flush", error()),
-            (Phase::Main | Phase::Sync, _) => Step::Over(Outcome::Done),
-            (Phase::Range(i), _) if !failed => self.range(io, tag, i + 1),
+            (Phase::Main | Phase::Sync, _) => {
+                slot.synced += 1;
+                self.sync(io, tag)
+            }
+            (Phase::Over, _) => Step::Over(Outcome::Done),
+            (Phase::Range(i, done), _) if !failed => {
+                let done = done + slot.piece;
+                self.range(io, tag, i, done)
+            }
             // Not every file system, or device under one, can give space up or zero a range by itself.
-            (Phase::Range(i), _) if -result == libc::EOPNOTSUPP => match operation {
+            (Phase::Range(i, done), _) if -result == libc::EOPNOTSUPP => match operation {
                 // 5.2.6.2: a discard is advice.
-                Operation::Discard { .. } => self.range(io, tag, i + 1),
-                _ => self.write_zeros(io, tag, i, 0),
+                Operation::Discard { .. } => {
+                    let done = done + slot.piece;
+                    self.range(io, tag, i, done)
+                }
+                _ => self.write_zeros(io, tag, i, done),
             },
-            (Phase::Range(_), _) => fail("fallocate", error()),
+            (Phase::Range(..), _) => fail("fallocate", error()),
             (Phase::Zeros(..), _) if failed => fail("writing zeros", error()),
             (Phase::Zeros(..), _) if result == 0 => fail("writing zeros", io::ErrorKind::WriteZero.into()),
             (Phase::Zeros(i, done), _) => self.write_zeros(io, tag, i, done + result as u64),
@@ -318,19 +407,86 @@ impl UringBackend {
         }
     }
 
+    /// A step outside of a completion: what is over by it is told at the next one.
+    fn settle(&mut self, tag: u32, step: Step) {
+        let Step::Over(outcome) = step else { return };
+        assert!(matches!(outcome, Outcome::Done), "a request failed before it began");
+        self.slots[tag as usize].phase = Some(Phase::Over);
+        // Only what has workers has places where nothing is done.
+        let Some(inbox) = self.layout.inbox() else { return lost() };
+        inbox.put(Answer { tag, result: 0, buffer: None });
+    }
+
     /// Gives a slot's bounce buffer to whoever waits for one.
     fn pass_bounce_on(&mut self, io: &mut Io<'_>, tag: u32) {
         let Some(buffer) = self.slots[tag as usize].bounce.take() else { return };
-        self.bounces.push(buffer);
-        if let Some(next) = self.waiting.pop_front() {
-            // It has a buffer now, so it is under way; nothing can be over yet.
-            let _going = self.main(io, next);
+        self.bounces.give_back(buffer);
+        // One that waited may find that it needs none any more.
+        while let Some(next) = self.bounces.woken() {
+            let step = self.main(io, next);
+            self.settle(next, step);
         }
+    }
+
+    /// Acts on the result of an operation of the request of `tag`.
+    fn go_on(
+        &mut self,
+        io: &mut Io<'_>,
+        tag: u32,
+        result: i32,
+        finish: &mut dyn FnMut(Request, Operation, Outcome, ChainView<'_>),
+    ) {
+        let Step::Over(outcome) = self.step(io, tag, result) else { return };
+        let slot = &mut self.slots[tag as usize];
+        if let (Some(request), Some(operation), Some(chain)) =
+            (slot.request.take(), slot.operation.take(), slot.held.view())
+        {
+            finish(request, operation, outcome, chain);
+        }
+        slot.held.release();
+        self.pass_bounce_on(io, tag);
+        self.free.push(tag);
+    }
+
+    /// Waits for the next answers of workers.
+    fn wait_for_answers(&self, io: &mut Io<'_>) {
+        if let Some(inbox) = self.layout.inbox() {
+            let poll = opcode::PollAdd::new(types::Fd(inbox.fd()), libc::POLLIN as u32).build();
+            Self::push(io, ANSWERS, poll);
+        }
+    }
+
+    /// Takes what workers have answered.
+    #[cold]
+    fn take_answers(
+        &mut self,
+        io: &mut Io<'_>,
+        finish: &mut dyn FnMut(Request, Operation, Outcome, ChainView<'_>),
+    ) {
+        let Some(inbox) = self.layout.inbox() else { return lost() };
+        inbox.quiet();
+        while let Some(answer) = self.layout.inbox().and_then(Inbox::take) {
+            if answer.buffer.is_some() {
+                self.slots[answer.tag as usize].bounce = answer.buffer;
+            }
+            self.go_on(io, answer.tag, answer.result, finish);
+            // The next piece may not need the buffer, and somebody else wait for it.
+            if !self.slots[answer.tag as usize].bounced {
+                self.pass_bounce_on(io, answer.tag);
+            }
+        }
+        self.wait_for_answers(io);
     }
 }
 
-impl Backend for UringBackend {
+impl<L: Layout> Backend for UringBackend<L> {
     fn begin(&mut self, request: Request, operation: Operation, queue: &mut Queue, io: &mut Io<'_>) -> Begun {
+        if let Operation::Read { offset, len } = operation
+            && self.layout.place(Access::Read, offset, len) == Place::Zeros(len)
+        {
+            queue.chain().writable(0, len).for_each(|s| s.fill(0));
+            return Begun::Over(request, Outcome::Done);
+        }
         // The ring lets no more chains be in flight than it has descriptors, and there is a slot for each.
         let Some(tag) = self.free.pop() else { unreachable!("more requests than ring slots") };
         let slot = &mut self.slots[tag as usize];
@@ -348,14 +504,16 @@ impl Backend for UringBackend {
         slot.operation = Some(operation);
         slot.phase = Some(Phase::Main);
         slot.done = 0;
+        slot.synced = 0;
+        slot.bounced = false;
         slot.needs_bounce =
             self.traits.direct && is_misaligned(&queue.chain(), operation, self.traits.mem_align);
         queue.hold_chain(&mut slot.held);
         let step = match operation {
-            Operation::Discard { .. } | Operation::WriteZeroes { .. } => self.range(io, tag, 0),
+            Operation::Discard { .. } | Operation::WriteZeroes { .. } => self.range(io, tag, 0, 0),
             _ => self.main(io, tag),
         };
-        assert!(matches!(step, Step::Going), "a request was over before it began");
+        self.settle(tag, step);
         Begun::Pending
     }
 
@@ -366,16 +524,21 @@ impl Backend for UringBackend {
         result: i32,
         finish: &mut dyn FnMut(Request, Operation, Outcome, ChainView<'_>),
     ) {
-        let Step::Over(outcome) = self.step(io, tag, result) else { return };
-        let slot = &mut self.slots[tag as usize];
-        if let (Some(request), Some(operation), Some(chain)) =
-            (slot.request.take(), slot.operation.take(), slot.held.view())
-        {
-            finish(request, operation, outcome, chain);
+        if L::HAS_WORKERS && tag == ANSWERS {
+            return self.take_answers(io, finish);
         }
-        slot.held.release();
-        self.pass_bounce_on(io, tag);
-        self.free.push(tag);
+        self.go_on(io, tag, result, finish);
+    }
+
+    fn attach(&mut self, io: &mut Io<'_>) {
+        self.wait_for_answers(io);
+    }
+
+    fn detach(&mut self, io: &mut Io<'_>) {
+        if L::HAS_WORKERS {
+            let label = io.label(ANSWERS);
+            io.uring().unwatch(label, label);
+        }
     }
 
     fn uses_fixed_buffers(&self) -> bool {
@@ -400,10 +563,17 @@ fn is_misaligned(chain: &ChainView<'_>, operation: Operation, align: u32) -> boo
     slices.any(|s| (s.host_addr().addr() | s.len()) & (align as usize - 1) != 0)
 }
 
-fn bytes_mut(pages: &mut [Page]) -> &mut [u8] {
-    let len = size_of_val(pages);
-    // SAFETY: a Page is 4096 bytes without padding, and any bytes make one.
-    unsafe { std::slice::from_raw_parts_mut(pages.as_mut_ptr().cast(), len) }
+/// Has a slot hold a bounce buffer, with the `len` bytes to be written in it; false if it has to wait for one.
+fn fill_bounce(slot: &mut Slot, bounces: &mut Pool, tag: u32, access: Access, len: u32) -> bool {
+    if slot.bounce.is_none() {
+        slot.bounce = bounces.take(tag);
+    }
+    let (Some(buffer), Some(chain)) = (&mut slot.bounce, slot.held.view()) else { return false };
+    if access == Access::Write {
+        data(&chain, access, slot.done, len).read(buffer.bytes_mut());
+    }
+    slot.bounced = true;
+    true
 }
 
 fn fail(what: &'static str, error: io::Error) -> Step {
@@ -411,6 +581,6 @@ fn fail(what: &'static str, error: io::Error) -> Step {
 }
 
 /// A completion for a slot that has no request: our own mistake.
-fn lost() -> Step {
+fn lost<T>() -> T {
     unreachable!("an operation completed that no request is waiting for")
 }

@@ -274,6 +274,10 @@ fn allowed(who: Who) -> Result<Rules, seccompiler::BackendError> {
     add_if_one_of(&mut rules, libc::SYS_prctl, 0, &names)?;
     match who {
         Who::Thread(Role::Writer) => return Ok(rules),
+        Who::Thread(Role::Worker) => {
+            add(&mut rules, &[libc::SYS_fallocate]);
+            return Ok(rules);
+        }
         Who::Thread(Role::Reactor) => {
             add(&mut rules, REACTOR);
             return Ok(rules);
@@ -371,7 +375,7 @@ fn deadly(who: Who) -> Result<Rules, seccompiler::BackendError> {
         }
         // Its sockets are accepted.
         Who::Thread(Role::Session) => add(&mut rules, &[libc::SYS_socket, libc::SYS_connect, libc::SYS_bind]),
-        Who::Thread(Role::Reactor | Role::Writer) => add(
+        Who::Thread(Role::Reactor | Role::Writer | Role::Worker) => add(
             &mut rules,
             &[
                 libc::SYS_socket,

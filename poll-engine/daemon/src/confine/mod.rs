@@ -6,6 +6,7 @@
 //! | reactor | its io_uring (of 12 operations), memory, descriptors that are open | none |
 //! | session | as much, and what comes with messages; further threads | its socket, to move and remove it |
 //! | writer of a capture | writing | none |
+//! | worker of an image | reading, writing, giving up space | none |
 //! | main, and what it starts later | opening, local sockets | the [`Places`] it is given |
 
 mod files;
@@ -142,7 +143,7 @@ impl Options {
         if self.sandbox != Mode::Off {
             keep_locking()?;
             forgo_new().context("no_new_privs")?;
-            for role in [Role::Reactor, Role::Session, Role::Writer] {
+            for role in [Role::Reactor, Role::Session, Role::Writer, Role::Worker] {
                 let places = if role == Role::Session { places.of_sockets() } else { Places::default() };
                 let (filters, rules) = of(Who::Thread(role), &places)?;
                 plan.threads.push((role, filters, rules));

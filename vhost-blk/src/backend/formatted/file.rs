@@ -1,0 +1,275 @@
+//! A file of an image, as `imago` reads and writes it: with its descriptor, for reactors to use as well, and, if it holds a
+//! qcow2 image that is written to, in the right [order](super::order).
+#![allow(unsafe_code)] // imago has whoever reads and writes promise alignment
+
+use std::fmt;
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+
+use imago::io_buffers::{IoBuffer, IoVector, IoVectorMut};
+use imago::storage::PreallocateMode;
+use imago::storage::drivers::CommonStorageHelper;
+use imago::{Storage, StorageExt};
+use nix::fcntl::{FallocateFlags, fallocate};
+
+use super::order::{Disk, Order};
+use crate::open::{FileTraits, size_of};
+
+/// The file itself.
+struct Inner {
+    number: u8,
+    path: PathBuf,
+    file: File,
+    traits: FileTraits,
+    size: AtomicU64,
+    helper: CommonStorageHelper,
+    order: OnceLock<Mutex<Order>>,
+    /// Something was written that is not durable.
+    written: AtomicBool,
+}
+
+/// A file of an image. Clones are the same file.
+#[derive(Clone)]
+pub struct ImageFile(Arc<Inner>);
+
+impl ImageFile {
+    /// File number `number` of an image.
+    pub fn new(number: u8, path: &Path, file: File, traits: FileTraits) -> io::Result<ImageFile> {
+        let size = size_of(file.as_fd()).map_err(io::Error::other)?;
+        Ok(ImageFile(Arc::new(Inner {
+            number,
+            path: path.to_owned(),
+            file,
+            traits,
+            size: size.into(),
+            helper: CommonStorageHelper::default(),
+            order: OnceLock::new(),
+            written: AtomicBool::new(false),
+        })))
+    }
+
+    /// Its number.
+    pub fn number(&self) -> u8 {
+        self.0.number
+    }
+
+    /// Its name.
+    pub fn path(&self) -> &Path {
+        &self.0.path
+    }
+
+    /// The open file.
+    pub fn file(&self) -> &File {
+        &self.0.file
+    }
+
+    /// What it can do.
+    pub fn traits(&self) -> FileTraits {
+        self.0.traits
+    }
+
+    /// Bytes.
+    pub fn len(&self) -> u64 {
+        self.0.size.load(Ordering::Relaxed)
+    }
+
+    /// Reads a range; what is behind the end is zeros.
+    pub fn bytes(&self, range: Range<u64>) -> io::Result<Vec<u8>> {
+        let len = usize::try_from(range.end.saturating_sub(range.start)).map_err(io::Error::other)?;
+        let mut bytes = vec![0; len];
+        self.read(&mut bytes, range.start)?;
+        Ok(bytes)
+    }
+
+    /// From here on it is written to in this order.
+    pub fn keep_order(&self, order: Order) {
+        assert!(self.0.order.set(Mutex::new(order)).is_ok(), "one order");
+    }
+
+    /// The order, if there is one.
+    pub fn order(&self) -> Option<MutexGuard<'_, Order>> {
+        Some(self.0.order.get()?.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Makes all durable that was written.
+    pub fn make_durable(&self) -> io::Result<()> {
+        if !self.0.written.swap(false, Ordering::Relaxed) {
+            return Ok(());
+        }
+        let synced = self.0.file.sync_data();
+        match (&synced, self.order()) {
+            (Ok(()), Some(mut order)) => order.synced(),
+            (Ok(()), None) => {}
+            (Err(_), _) => self.0.written.store(true, Ordering::Relaxed),
+        }
+        synced
+    }
+
+    /// Punches a hole, or zeroes a range in another way that leaves it in place.
+    pub fn zero(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
+        if let Some(mut order) = self.order() {
+            order.before_data(&Raw(&self.0))?;
+        }
+        self.0.written.store(true, Ordering::Relaxed);
+        let how =
+            if unmap { FallocateFlags::FALLOC_FL_PUNCH_HOLE } else { FallocateFlags::FALLOC_FL_ZERO_RANGE };
+        let how = how | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        Ok(fallocate(&self.0.file, how, offset as i64, len as i64)?)
+    }
+}
+
+/// The file without any order.
+struct Raw<'a>(&'a Inner);
+
+impl Disk for Raw<'_> {
+    fn write(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        let align = self.0.traits.mem_align as usize;
+        if bytes.as_ptr().addr().is_multiple_of(align) {
+            return self.put(offset, bytes);
+        }
+        let mut buffer = IoBuffer::new(bytes.len(), align)?;
+        buffer.as_mut().into_slice().copy_from_slice(bytes);
+        self.put(offset, buffer.as_ref().into_slice())
+    }
+
+    fn read(&self, range: Range<u64>) -> io::Result<Vec<u8>> {
+        // Tables are whole clusters, which are whole blocks.
+        let len = (range.end - range.start) as usize;
+        let mut buffer = IoBuffer::new(len, self.0.traits.mem_align as usize)?;
+        self.get(range.start, buffer.as_mut().into_slice())?;
+        Ok(buffer.as_ref().into_slice().to_vec())
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.0.file.sync_data()
+    }
+}
+
+impl Raw<'_> {
+    fn put(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        self.0.written.store(true, Ordering::Relaxed);
+        self.0.file.write_all_at(bytes, offset)?;
+        self.0.size.fetch_max(offset + bytes.len() as u64, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Reads, and zeros behind the end.
+    fn get(&self, mut offset: u64, mut bytes: &mut [u8]) -> io::Result<()> {
+        while !bytes.is_empty() {
+            match self.0.file.read_at(bytes, offset) {
+                Ok(n) => {
+                    offset += n as u64;
+                    bytes = &mut bytes[n..];
+                    // Direct I/O does not go on from an odd end.
+                    if n == 0 || offset >= self.0.size.load(Ordering::Relaxed) {
+                        bytes.fill(0);
+                        return Ok(());
+                    }
+                }
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Storage for ImageFile {
+    fn mem_align(&self) -> usize {
+        self.0.traits.mem_align as usize
+    }
+
+    fn req_align(&self) -> usize {
+        if self.0.traits.direct { self.0.traits.offset_align as usize } else { 1 }
+    }
+
+    fn size(&self) -> io::Result<u64> {
+        Ok(self.len())
+    }
+
+    fn resolve_relative_path<P: AsRef<Path>>(&self, relative: P) -> io::Result<PathBuf> {
+        Ok(self.0.path.parent().unwrap_or(Path::new("")).join(relative))
+    }
+
+    fn get_filename(&self) -> Option<PathBuf> {
+        Some(self.0.path.clone())
+    }
+
+    unsafe fn pure_readv(&self, buffers: IoVectorMut<'_>, mut offset: u64) -> io::Result<()> {
+        for mut part in buffers.into_inner() {
+            Raw(&self.0).get(offset, &mut part)?;
+            offset += part.len() as u64;
+        }
+        Ok(())
+    }
+
+    unsafe fn pure_writev(&self, buffers: IoVector<'_>, mut offset: u64) -> io::Result<()> {
+        let raw = Raw(&self.0);
+        let mut order = self.order();
+        for part in buffers.into_inner() {
+            match &mut order {
+                Some(order) => order.write(&raw, offset, &part)?,
+                None => raw.put(offset, &part)?,
+            }
+            offset += part.len() as u64;
+        }
+        Ok(())
+    }
+
+    unsafe fn pure_write_zeroes(&self, offset: u64, length: u64) -> io::Result<()> {
+        if let Some(mut order) = self.order() {
+            order.before_data(&Raw(&self.0))?;
+        }
+        self.0.written.store(true, Ordering::Relaxed);
+        let hole = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        fallocate(&self.0.file, hole, offset as i64, length as i64)?;
+        if offset + length > self.len() {
+            self.0.file.set_len(offset + length)?;
+            self.0.size.fetch_max(offset + length, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        match self.order() {
+            Some(mut order) => order.release(&Raw(&self.0)),
+            None => Ok(()),
+        }
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.make_durable()
+    }
+
+    unsafe fn invalidate_cache(&self) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn get_storage_helper(&self) -> &CommonStorageHelper {
+        &self.0.helper
+    }
+
+    fn resize(&self, new_size: u64, _: PreallocateMode) -> io::Result<()> {
+        self.0.file.set_len(new_size)?;
+        self.0.size.store(new_size, Ordering::Relaxed);
+        Ok(())
+    }
+}
+
+impl fmt::Debug for ImageFile {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.0.path.display())
+    }
+}
+
+impl fmt::Display for ImageFile {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.0.path.display())
+    }
+}

@@ -1,0 +1,240 @@
+//! Where the clusters of an image are, as far as that is known: looked up by reactors without a lock, filled by workers.
+//!
+//! ```text
+//! cluster ─► directory (a word for each chunk of 512 clusters) ─► chunk (a word for each cluster)
+//! ```
+//!
+//! There is memory for a fixed number of chunks; whoever needs another one takes the oldest. A reader that finds the word
+//! of the directory unchanged behind it has read an entry of the chunk that it meant.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, OnceLock, PoisonError};
+
+/// Clusters of a chunk.
+pub const CHUNK: u64 = 512;
+/// Most chunks: 32 MiB, which is 256 GiB of clusters of 64 KiB.
+const MAX_CHUNKS: usize = 8192;
+
+/// What is known of a cluster.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Entry {
+    /// Nothing yet.
+    Unknown,
+    /// A worker has to look each time: it is compressed, in pieces, or shared.
+    Slow,
+    /// It reads as zeros and is nowhere.
+    Zeros,
+    /// It is in a file.
+    Data {
+        /// Number of the file.
+        file: u8,
+        /// Where, a multiple of 512.
+        offset: u64,
+        /// Whether it may be written there; then it stays there.
+        writable: bool,
+    },
+}
+
+const KIND_BITS: u32 = 3;
+const FILE_BITS: u32 = 8;
+/// From here on there is no room for an offset.
+const MAX_OFFSET: u64 = 1 << (64 - KIND_BITS - FILE_BITS + 9);
+
+impl Entry {
+    fn pack(self) -> u64 {
+        match self {
+            Entry::Data { file, offset, writable } if offset % 512 == 0 && offset < MAX_OFFSET => {
+                let kind = if writable { 4 } else { 3 };
+                kind | u64::from(file) << KIND_BITS | (offset >> 9) << (KIND_BITS + FILE_BITS)
+            }
+            Entry::Unknown => 0,
+            Entry::Slow | Entry::Data { .. } => 1,
+            Entry::Zeros => 2,
+        }
+    }
+
+    fn unpack(word: u64) -> Entry {
+        match word & ((1 << KIND_BITS) - 1) {
+            0 => Entry::Unknown,
+            2 => Entry::Zeros,
+            kind @ (3 | 4) => Entry::Data {
+                file: (word >> KIND_BITS) as u8,
+                offset: word >> (KIND_BITS + FILE_BITS) << 9,
+                writable: kind == 4,
+            },
+            _ => Entry::Slow,
+        }
+    }
+}
+
+type Chunk = Box<[AtomicU64; CHUNK as usize]>;
+
+#[derive(Debug)]
+struct Owners {
+    /// Whose chunk each is: a position in the directory.
+    of: Vec<usize>,
+    /// The next to be taken.
+    oldest: usize,
+    /// How many were given out.
+    given: u32,
+}
+
+/// The table.
+#[derive(Debug)]
+pub struct Table {
+    /// 0, or the number of the giving out, and one more than the number of the chunk.
+    directory: Box<[AtomicU64]>,
+    chunks: Box<[OnceLock<Chunk>]>,
+    owners: Mutex<Owners>,
+}
+
+impl Table {
+    /// For this many clusters.
+    pub fn new(clusters: u64) -> Table {
+        Table::with(clusters, MAX_CHUNKS)
+    }
+
+    fn with(clusters: u64, max_chunks: usize) -> Table {
+        let places = clusters.div_ceil(CHUNK) as usize;
+        Table {
+            directory: std::iter::repeat_with(AtomicU64::default).take(places).collect(),
+            chunks: std::iter::repeat_with(OnceLock::new).take(places.min(max_chunks)).collect(),
+            owners: Mutex::new(Owners { of: Vec::new(), oldest: 0, given: 0 }),
+        }
+    }
+
+    /// What is known of a cluster.
+    #[inline]
+    pub fn get(&self, cluster: u64) -> Entry {
+        let Some(place) = self.directory.get((cluster / CHUNK) as usize) else { return Entry::Unknown };
+        let word = place.load(Ordering::Acquire);
+        let chunk = (word as u32 as usize).checked_sub(1).and_then(|i| self.chunks.get(i)?.get());
+        let Some(chunk) = chunk else { return Entry::Unknown };
+        let entry = chunk[(cluster % CHUNK) as usize].load(Ordering::Acquire);
+        // Somebody else's entry was written after the word was taken back, and who sees the former sees the latter.
+        if place.load(Ordering::Relaxed) == word { Entry::unpack(entry) } else { Entry::Unknown }
+    }
+
+    /// This is where a cluster is from now on.
+    pub fn set(&self, cluster: u64, entry: Entry) {
+        let place = (cluster / CHUNK) as usize;
+        let mut owners = self.owners.lock().unwrap_or_else(PoisonError::into_inner);
+        if place >= self.directory.len() {
+            return;
+        }
+        let word = self.directory[place].load(Ordering::Relaxed);
+        let number = if word == 0 { self.give_out(&mut owners, place) } else { word as u32 as usize - 1 };
+        self.chunk(number)[(cluster % CHUNK) as usize].store(entry.pack(), Ordering::Release);
+    }
+
+    fn chunk(&self, number: usize) -> &Chunk {
+        self.chunks[number].get_or_init(|| Box::new([const { AtomicU64::new(0) }; CHUNK as usize]))
+    }
+
+    fn give_out(&self, owners: &mut Owners, place: usize) -> usize {
+        let number = if owners.of.len() < self.chunks.len() {
+            owners.of.push(place);
+            owners.of.len() - 1
+        } else {
+            let number = owners.oldest;
+            owners.oldest = (number + 1) % self.chunks.len();
+            let former = std::mem::replace(&mut owners.of[number], place);
+            self.directory[former].store(0, Ordering::Relaxed);
+            for entry in self.chunk(number).iter() {
+                entry.store(0, Ordering::Release);
+            }
+            number
+        };
+        // With what it holds: a reader that sees the word sees the chunk.
+        self.chunk(number);
+        owners.given = owners.given.wrapping_add(1);
+        let word = u64::from(owners.given) << 32 | (number as u64 + 1);
+        self.directory[place].store(word, Ordering::Release);
+        number
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicBool;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn data(file: u8, offset: u64, writable: bool) -> Entry {
+        Entry::Data { file, offset, writable }
+    }
+
+    proptest! {
+        #[test]
+        fn entries_come_back(file: u8, sector in 0..MAX_OFFSET >> 9, writable: bool) {
+            let entry = data(file, sector << 9, writable);
+            prop_assert_eq!(Entry::unpack(entry.pack()), entry);
+        }
+    }
+
+    #[test]
+    fn what_has_no_room_is_slow() {
+        for entry in [data(1, MAX_OFFSET, true), data(1, 513, true), Entry::Slow] {
+            assert_eq!(Entry::unpack(entry.pack()), Entry::Slow);
+        }
+        for entry in [Entry::Unknown, Entry::Zeros] {
+            assert_eq!(Entry::unpack(entry.pack()), entry);
+        }
+    }
+
+    #[test]
+    fn the_oldest_chunk_makes_room() {
+        let table = Table::with(4 * CHUNK, 2);
+        let at = |chunk: u64| chunk * CHUNK + 7;
+        for chunk in 0..2 {
+            table.set(at(chunk), Entry::Zeros);
+        }
+        table.set(at(2), data(3, 512, true));
+        assert_eq!(table.get(at(0)), Entry::Unknown);
+        assert_eq!(table.get(at(1)), Entry::Zeros);
+        assert_eq!(table.get(at(2)), data(3, 512, true));
+        table.set(at(0), Entry::Slow);
+        assert_eq!(table.get(at(0)), Entry::Slow);
+        assert_eq!((table.get(at(1)), table.get(at(0) + 1)), (Entry::Unknown, Entry::Unknown));
+        // Beyond the disk there is nothing to know.
+        table.set(4 * CHUNK, Entry::Zeros);
+        assert_eq!(table.get(4 * CHUNK), Entry::Unknown);
+    }
+
+    #[test]
+    fn a_reader_never_sees_another_clusters_entry() {
+        // Every cluster has one place, and two chunks have to do for eight.
+        let table = Table::with(8 * CHUNK, 2);
+        let over = AtomicBool::new(false);
+        std::thread::scope(|s| {
+            let readers: Vec<_> = (0..2)
+                .map(|first| {
+                    let (table, over) = (&table, &over);
+                    s.spawn(move || {
+                        let (mut cluster, mut found) = (first, 0u32);
+                        while !over.load(Ordering::Relaxed) {
+                            cluster = (cluster * 5 + 17) % (8 * CHUNK);
+                            match table.get(cluster) {
+                                Entry::Unknown => {}
+                                entry => {
+                                    assert_eq!(entry, data(0, cluster * 512, true));
+                                    found += 1;
+                                }
+                            }
+                        }
+                        found
+                    })
+                })
+                .collect();
+            for round in 0..40_000 {
+                let cluster = round * 311 % (8 * CHUNK);
+                table.set(cluster, data(0, cluster * 512, true));
+            }
+            over.store(true, Ordering::Relaxed);
+            let found: u32 = readers.into_iter().map(|r| r.join().unwrap()).sum();
+            println!("{found} entries read");
+        });
+    }
+}

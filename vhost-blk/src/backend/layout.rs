@@ -1,0 +1,80 @@
+//! Where the bytes of a disk are, for whoever reads and writes them.
+
+use std::fs::File;
+use std::os::fd::{AsRawFd, RawFd};
+
+use super::formatted::errand::{Errand, Inbox};
+use crate::disk::Access;
+
+/// Where a stretch of a disk is. Each has the number of bytes, from the first that was asked for, that are so.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// In a file, and may be read or written there.
+    File {
+        /// The file.
+        fd: RawFd,
+        /// Where in it.
+        offset: u64,
+        /// How much of it.
+        len: u32,
+    },
+    /// Nowhere: it reads as zeros.
+    Zeros(u32),
+    /// Where only a worker gets at it.
+    Elsewhere(u32),
+}
+
+/// Where the bytes of a disk are.
+pub trait Layout: Send + 'static {
+    /// Pages of a bounce buffer; longer requests go through it piece by piece.
+    const BOUNCE_PAGES: usize;
+    /// Whether some places are for workers only.
+    const HAS_WORKERS: bool;
+
+    /// Where `offset` is, and as much of the `len` bytes from there on as is together with it; never nothing.
+    fn place(&self, access: Access, offset: u64, len: u32) -> Place;
+
+    /// The files that a flush has to make durable, one after the other.
+    fn flush_fd(&self, index: usize) -> Option<RawFd>;
+
+    /// What will be durable when all files have been synced that are synced from here on.
+    fn flush_mark(&self) -> u64 {
+        0
+    }
+
+    /// What was so marked is durable.
+    fn flushed(&self, _mark: u64) {}
+
+    /// Whether a durable write needs a flush to be found again.
+    fn is_behind(&self) -> bool {
+        false
+    }
+
+    /// Has a worker run an errand; the answer comes to the inbox.
+    fn send(&self, errand: Errand) {
+        unreachable!("an errand without workers: {errand:?}")
+    }
+
+    /// Where answers come to.
+    fn inbox(&self) -> Option<&Inbox> {
+        None
+    }
+}
+
+/// As they are in a file.
+pub struct Plain(pub File);
+
+impl Layout for Plain {
+    const BOUNCE_PAGES: usize = 32;
+    const HAS_WORKERS: bool = false;
+
+    #[inline]
+    fn place(&self, _: Access, offset: u64, len: u32) -> Place {
+        // The plain descriptor, not a registered file: see `Uring`.
+        Place::File { fd: self.0.as_raw_fd(), offset, len }
+    }
+
+    fn flush_fd(&self, index: usize) -> Option<RawFd> {
+        (index == 0).then(|| self.0.as_raw_fd())
+    }
+}
