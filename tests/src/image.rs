@@ -26,6 +26,11 @@ impl Image {
         Ok(Self { path })
     }
 
+    /// An image that is there already.
+    pub fn at(path: PathBuf) -> Self {
+        Self { path }
+    }
+
     /// Creates an image all of whose bytes are `fill`.
     pub fn filled(scene: &Scene, name: &str, bytes: u64, fill: u8) -> Result<Self> {
         let image = Self::create(scene, name, bytes)?;

@@ -17,6 +17,7 @@
 //! | [`testpmd`] | DPDK's testpmd, as an independent driver and as a second opinion                |
 //! | [`echo`]    | a network card that is connected to itself                                     |
 //! | [`image`]   | disk images as the host sees them                                              |
+//! | [`qemu_img`] | images in formats of their own, by `qemu-img`                                 |
 //!
 //! Everything that waits has a deadline, and nothing outlives the test that started it.
 
@@ -32,6 +33,7 @@ pub mod net;
 pub mod netns;
 pub mod process;
 pub mod qemu;
+pub mod qemu_img;
 pub mod qmp;
 pub mod random;
 pub mod runner;

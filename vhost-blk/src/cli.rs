@@ -55,10 +55,11 @@ pub struct Cli {
 }
 
 /// The options that are not [`DeviceOptions`].
-const OWN: [&str; 12] = [
+const OWN: [&str; 13] = [
     "socket_path",
     "fd",
     "blk_file",
+    "format",
     "backend",
     "disk",
     "incoming",

@@ -7,6 +7,7 @@ mod daemon;
 mod faults;
 mod front;
 mod handover;
+mod images;
 mod model;
 
 use std::time::{Duration, Instant};
@@ -33,6 +34,54 @@ fn seed() -> u64 {
     })
 }
 
+/// What came of kills.
+#[derive(Default)]
+struct Tally {
+    /// How many were followed by a check of everything.
+    checked: usize,
+    /// Requests that were in flight.
+    left: usize,
+    /// From the start of a daemon to its first answer.
+    pauses: Vec<Duration>,
+}
+
+/// Starts a daemon and kills it: while it comes up, recovers, is checked, or works.
+fn kill_once(
+    scene: &Scene,
+    image: &Image,
+    front: &mut Front,
+    random: &mut Random,
+    args: &[&str],
+    tally: &mut Tally,
+) -> Result<()> {
+    let poll = ["--poll=adaptive", "--poll=busy", "--poll=event"][random.below(3)];
+    let started = Instant::now();
+    let mut daemon = Daemon::start(scene, image, &[args, &[poll]].concat())?;
+    // One in four is killed before it has got far; the others after a check of all that came before.
+    let early = random.below(4) == 0;
+    let mut killer =
+        early.then(|| Killer::after(&daemon, Duration::from_micros(random.below(30_000) as u64)));
+    let mut cycle = || -> Result<End> {
+        if !daemon.connect(front)? {
+            return Ok(End::Gone);
+        }
+        if !early {
+            ensure!(front.load(|| true)? == End::Done, "the daemon has died by itself");
+            ensure!(front.check()? == End::Done, "the daemon has died by itself");
+            tally.checked += 1;
+            killer = Some(Killer::after(&daemon, Duration::from_micros(random.below(12_000) as u64)));
+        }
+        front.load(|| false)
+    };
+    let end = cycle().with_context(|| daemon.log())?;
+    assert_eq!(end, End::Gone);
+    killer.context("nobody to kill it")?.join();
+    daemon.expect_killed()?;
+    tally.pauses.extend(front.answered.map(|at| at.duration_since(started)));
+    tally.left += front.in_flight();
+    Ok(())
+}
+
 /// Kills daemons while they come up, recover, are checked, and work.
 fn killed_at_random(scene: &Scene, packed: bool, kills: usize, args: &[&str]) -> Result<()> {
     let seed = seed();
@@ -40,36 +89,13 @@ fn killed_at_random(scene: &Scene, packed: bool, kills: usize, args: &[&str]) ->
     let mut front = Front::new(seed, packed);
     front.model.may_tear = args.contains(&"--direct=off");
     let mut random = Random(seed ^ 0x6b69_6c6c);
-    let (mut checked, mut left) = (0, 0);
-    let mut pauses = Vec::new();
+    let mut tally = Tally::default();
     let begun = Instant::now();
     for kill in 0..kills {
-        let poll = ["--poll=adaptive", "--poll=busy", "--poll=event"][random.below(3)];
-        let started = Instant::now();
-        let mut daemon = Daemon::start(scene, &image, &[args, &[poll]].concat())?;
-        // One in four is killed before it has got far; the others after a check of all that came before.
-        let early = random.below(4) == 0;
-        let mut killer =
-            early.then(|| Killer::after(&daemon, Duration::from_micros(random.below(30_000) as u64)));
-        let mut cycle = || -> Result<End> {
-            if !daemon.connect(&mut front)? {
-                return Ok(End::Gone);
-            }
-            if !early {
-                ensure!(front.load(|| true)? == End::Done, "the daemon has died by itself");
-                ensure!(front.check()? == End::Done, "the daemon has died by itself");
-                checked += 1;
-                killer = Some(Killer::after(&daemon, Duration::from_micros(random.below(12_000) as u64)));
-            }
-            front.load(|| false)
-        };
-        let end = cycle().with_context(|| format!("after {kill} kills, seed {seed}\n{}", daemon.log()))?;
-        assert_eq!(end, End::Gone);
-        killer.context("nobody to kill it")?.join();
-        daemon.expect_killed()?;
-        pauses.extend(front.answered.map(|at| at.duration_since(started)));
-        left += front.in_flight();
+        kill_once(scene, &image, &mut front, &mut random, args, &mut tally)
+            .with_context(|| format!("after {kill} kills, seed {seed}"))?;
     }
+    let Tally { checked, left, mut pauses } = tally;
     let mut daemon = Daemon::start(scene, &image, args)?;
     ensure!(daemon.connect(&mut front)?);
     ensure!(front.load(|| true)? == End::Done);
@@ -127,8 +153,11 @@ fn main() -> std::process::ExitCode {
         run: Box::new(move |scene| body(scene).map(|()| None)),
     };
     let all = TESTS.iter().map(|t| test(t, || None));
+    let images = images::TESTS.iter().map(|t| test(t, kickless_tests::qemu_img::missing));
     runner::run(
-        all.chain(FAULTS.iter().map(|t| test(t, kickless_tests::process::no_fault_points))).collect(),
+        all.chain(images)
+            .chain(FAULTS.iter().map(|t| test(t, kickless_tests::process::no_fault_points)))
+            .collect(),
         "KICKLESS_REQUIRE_FAULTS",
     )
 }

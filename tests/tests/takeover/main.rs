@@ -13,6 +13,7 @@ use std::time::Duration;
 use blk::Front;
 use chain::Chain;
 use kickless_tests::image::{Image, MIB};
+use kickless_tests::qemu_img;
 use kickless_tests::runner::{self, Test};
 use kickless_tests::scene::Scene;
 use load::{BLOCK, Load, SPAN, Tally, content};
@@ -29,7 +30,9 @@ const TESTS: &[(&str, fn())] = &[
     ("a_new_one_that_stands_still_is_not_waited_for", failures::stands_still),
     ("programs_of_another_age_refuse_each_other", failures::another_age),
     (OTHER_USER, failures::another_user),
+    (QCOW2, upgrades_of_a_qcow2_image),
 ];
+const QCOW2: &str = "upgrades_of_a_qcow2_image_lose_nothing";
 const OTHER_USER: &str = "nobody_but_its_user_may_take_over";
 
 fn main() -> std::process::ExitCode {
@@ -37,7 +40,11 @@ fn main() -> std::process::ExitCode {
         || (!nix::unistd::geteuid().is_root()).then(|| "it takes root to be another user".to_owned());
     let test = |&(name, body): &(&'static str, fn())| Test {
         name: name.to_owned(),
-        needs: Box::new(move || if name == OTHER_USER { not_root() } else { None }),
+        needs: Box::new(move || match name {
+            OTHER_USER => not_root(),
+            QCOW2 => qemu_img::missing(),
+            _ => None,
+        }),
         run: Box::new(move |_| {
             body();
             Ok(None)
@@ -149,6 +156,39 @@ fn upgrades_under_load(packed: bool) {
         }
     }
     assert!(!a.exists() && !b.exists() && !c.exists(), "sockets are still there");
+}
+
+/// Each has to find what the one before it has allocated.
+fn upgrades_of_a_qcow2_image() {
+    let scene = Scene::new().unwrap();
+    let [base, path, plain] = ["base.raw", "a.qcow2", "plain.raw"].map(|name| scene.path(name));
+    Image::create(&scene, "base.raw", 16 * MIB).unwrap();
+    let over = ["-F", "raw", "-b", &base.to_string_lossy()];
+    qemu_img::create(&path, 16 * MIB, "cluster_size=4096", &over).unwrap();
+    let a = scene.path("a");
+    let disk = format!("--disk=socket-path={},format=qcow2,blk-file={}", a.display(), path.display());
+    let mut chain = Chain::start(&scene, &[format!("--num-queues={QUEUES}"), disk]);
+    let load = Load::start(&[(&a, None)], QUEUES, false);
+    load.progress();
+    for _ in 0..rounds() / 4 + 1 {
+        load.next_epoch();
+        chain.upgrade(&[]);
+        load.progress();
+    }
+    let tallies = load.finish();
+    chain.terminate();
+    qemu_img::check(&path).unwrap();
+    let [from, to] = [&path, &plain].map(|p| p.to_string_lossy());
+    qemu_img::run(&["convert", "-f", "qcow2", "-O", "raw", &from, &to]).unwrap();
+    let image = Image::at(plain.clone());
+    for (queue, tally) in (0u64..).zip(&tallies) {
+        for (block, &version) in (queue * SPAN..).zip(&tally.versions) {
+            if version > 0 {
+                let found = image.read(block * BLOCK, BLOCK as usize).unwrap();
+                assert!(found == content(block, version), "block {block} of the image");
+            }
+        }
+    }
 }
 
 fn disks_may_be_added() {

@@ -1,0 +1,166 @@
+//! A disk beside a plain copy of it in memory.
+
+use std::path::Path;
+
+use anyhow::{Result, ensure};
+use kickless_tests::random::Random;
+use kickless_tests::scene::Scene;
+
+use crate::blk::{DISCARD, FLUSH, Front, Lane, OK, READ, Served, Shape, WRITE, WRITE_ZEROES};
+
+const SECTOR: usize = 512;
+/// Requests of one round.
+const REQUESTS: usize = 50;
+
+/// Bytes that say where they are, with gaps of zeros.
+pub fn pattern(len: usize, seed: u64) -> Vec<u8> {
+    let mut random = Random(seed);
+    let mut bytes = vec![0; len];
+    for stretch in bytes.chunks_mut(24 << 10) {
+        if random.below(4) > 0 {
+            // Half of it the same, so that it can be compressed.
+            let half = stretch.len() / 2;
+            stretch[..half].fill(random.number() as u8);
+            stretch[half..].chunks_mut(8).for_each(|word| {
+                let number = random.number().to_le_bytes();
+                word.copy_from_slice(&number[..word.len()]);
+            });
+        }
+    }
+    bytes
+}
+
+/// What a disk holds.
+pub struct Copy {
+    pub bytes: Vec<u8>,
+    random: Random,
+}
+
+impl Copy {
+    pub fn new(bytes: Vec<u8>, seed: u64) -> Copy {
+        Copy { bytes, random: Random(seed) }
+    }
+
+    /// A range of sectors: often small, sometimes as large as a request may be; often where others begin or end.
+    fn range(&mut self) -> std::ops::Range<usize> {
+        let sectors = self.bytes.len() / SECTOR;
+        let most = [1, 8, 64, 300, 2048][self.random.below(5)].min(sectors);
+        let len = 1 + self.random.below(most);
+        let mut first = self.random.below(sectors - len + 1);
+        if self.random.below(3) == 0 {
+            first &= !127;
+        }
+        if self.random.below(40) == 0 {
+            first = sectors - len;
+        }
+        first * SECTOR..(first + len) * SECTOR
+    }
+}
+
+fn read(lane: &mut Lane, range: std::ops::Range<usize>) -> Result<Vec<u8>> {
+    let (sector, len) = ((range.start / SECTOR) as u64, range.len());
+    let at = lane.more;
+    lane.put(at, &vec![0xa5; len]);
+    let shape = Shape { into: &[len as u32], into_at: Some(at), ..Shape::default() };
+    let answer = lane.request(READ, sector, &shape);
+    ensure!(answer == (OK, len as u32 + 1), "read of {range:?}: {answer:?}");
+    Ok(lane.get(at, len))
+}
+
+fn expect(lane: &mut Lane, range: std::ops::Range<usize>, bytes: &[u8]) -> Result<()> {
+    let found = read(lane, range.clone())?;
+    let differs = found.iter().zip(&bytes[range.clone()]).position(|(a, b)| a != b);
+    ensure!(differs.is_none(), "{range:?} differs at byte {:?}", differs.map(|at| range.start + at));
+    Ok(())
+}
+
+fn clear(lane: &mut Lane, kind: u32, range: &std::ops::Range<usize>, flags: u32) -> Result<()> {
+    let mut segment = ((range.start / SECTOR) as u64).to_le_bytes().to_vec();
+    segment.extend(((range.len() / SECTOR) as u32).to_le_bytes());
+    segment.extend(flags.to_le_bytes());
+    lane.put(lane.area + 4096, &segment);
+    let answer = lane.request(kind, 0, &Shape { out: &[16], ..Shape::default() });
+    ensure!(answer == (OK, 1), "request {kind} of {range:?}: {answer:?}");
+    Ok(())
+}
+
+/// One request, on the disk and on the copy.
+fn step(lane: &mut Lane, copy: &mut Copy) -> Result<()> {
+    let range = copy.range();
+    match copy.random.below(16) {
+        0 => {
+            let answer = lane.request(FLUSH, 0, &Shape::default());
+            ensure!(answer == (OK, 1), "flush: {answer:?}");
+        }
+        1..6 => expect(lane, range, &copy.bytes)?,
+        6..8 => {
+            let flags = copy.random.below(2) as u32;
+            clear(lane, WRITE_ZEROES, &range, flags)?;
+            copy.bytes[range.clone()].fill(0);
+            expect(lane, range, &copy.bytes)?;
+        }
+        8 => {
+            clear(lane, DISCARD, &range, 0)?;
+            // What it holds now is what it has held, or nothing.
+            let found = read(lane, range.clone())?;
+            for (new, old) in found.chunks(SECTOR).zip(copy.bytes[range.clone()].chunks_mut(SECTOR)) {
+                ensure!(new == old || new.iter().all(|&b| b == 0), "{range:?}: a discard has left something");
+                old.copy_from_slice(new);
+            }
+        }
+        _ => {
+            let seed = copy.random.number();
+            let mut bytes = pattern(range.len(), seed);
+            bytes[..8].copy_from_slice(&seed.to_le_bytes());
+            lane.put(lane.more, &bytes);
+            let (sector, len) = ((range.start / SECTOR) as u64, range.len() as u32);
+            let shape = Shape { out: &[len], out_at: Some(lane.more), ..Shape::default() };
+            let answer = lane.request(WRITE, sector, &shape);
+            ensure!(answer == (OK, 1), "write of {range:?}: {answer:?}");
+            copy.bytes[range].copy_from_slice(&bytes);
+        }
+    }
+    Ok(())
+}
+
+fn serve(scene: &Scene, path: &Path, args: &[&str]) -> (Served, Front) {
+    let image = format!("--blk-file={}", path.display());
+    let served = Served::start(scene, &[&[&*image, "--num-queues=2"], args].concat());
+    let front = Front::connect(&served.socket, 2);
+    (served, front)
+}
+
+/// Serves a qcow2 image, and uses it as its copy.
+pub fn exercise(scene: &Scene, path: &Path, copy: &mut Copy, args: &[&str]) -> Result<()> {
+    let (served, mut front) = serve(scene, path, &[args, &["--format=qcow2"]].concat());
+    for i in 0..REQUESTS {
+        step(&mut front.queues[i % 2], copy)?;
+    }
+    check_all(&mut front, &copy.bytes)?;
+    let errors = served.stats().lines().filter(|l| l.starts_with("errors")).count();
+    ensure!(errors == 0, "{}", served.stats());
+    drop(front);
+    served.terminate();
+    Ok(())
+}
+
+fn check_all(front: &mut Front, bytes: &[u8]) -> Result<()> {
+    let mut at = 0;
+    while at < bytes.len() {
+        let end = (at + (640 << 10)).min(bytes.len());
+        expect(&mut front.queues[0], at..end, bytes)?;
+        at = end;
+    }
+    Ok(())
+}
+
+/// Serves an image and reads all of it, twice.
+pub fn read_all(scene: &Scene, path: &Path, bytes: &[u8], args: &[&str]) -> Result<()> {
+    let (served, mut front) = serve(scene, path, args);
+    for _ in 0..2 {
+        check_all(&mut front, bytes)?;
+    }
+    drop(front);
+    served.terminate();
+    Ok(())
+}
