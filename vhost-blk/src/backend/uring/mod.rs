@@ -1,0 +1,449 @@
+//! Files and block devices through the reactor's io_uring, straight between the file and guest memory.
+//!
+//! A request is a slot; its index is the tag of its operations, of which it has one at a time. Short transfers go on
+//! where they stopped, as do those that lie in several places of a [`Layout`], discards go on with their next range, and
+//! what ends is handed to `finish`. What the layout does not know the place of is a worker's errand.
+#![allow(unsafe_code)] // submissions carry addresses of guest memory, iovecs and bounce buffers
+
+mod ranges;
+mod slot;
+
+use std::io;
+use std::os::fd::RawFd;
+use std::sync::Arc;
+
+use io_uring::{opcode, squeue, types};
+use poll_engine::engine::queue::{Queue, Request};
+use poll_engine::engine::reactor::Io;
+use poll_engine::ring::chain::ChainView;
+
+use self::slot::{Phase, Slot, data, fill_bounce, is_misaligned};
+use super::bounce::Pool;
+use super::formatted::errand::{Answer, Errand, Inbox, What};
+use super::layout::{Layout, Place};
+use super::{Backend, Begun, Failure, Outcome};
+use crate::device::Cache;
+use crate::disk::{Access, Disk};
+use crate::open::FileTraits;
+use crate::request::{Operation, ranges};
+
+/// Most iovecs of one operation (`UIO_MAXIOV`); longer requests go in several.
+const MAX_IOVECS: usize = 1024;
+/// The tag of the wait for answers of workers; the ring has no slot of this number.
+const ANSWERS: u32 = u32::MAX;
+
+/// The io_uring back end of one queue.
+pub struct UringBackend<L> {
+    layout: L,
+    traits: FileTraits,
+    disk: Arc<Disk>,
+    cache: Cache,
+    slots: Vec<Slot>,
+    free: Vec<u32>,
+    bounces: Pool,
+}
+
+/// What to do with a slot after a step.
+enum Step {
+    /// An operation is under way, or waits for a bounce buffer.
+    Going,
+    /// The request is over.
+    Over(Outcome),
+}
+
+impl<L: Layout> UringBackend<L> {
+    /// On a disk laid out so, with room for `ring_size` requests.
+    pub fn new(
+        layout: L,
+        traits: FileTraits,
+        disk: Arc<Disk>,
+        cache: Cache,
+        ring_size: u16,
+    ) -> UringBackend<L> {
+        let size = u32::from(ring_size);
+        UringBackend {
+            layout,
+            traits,
+            disk,
+            cache,
+            slots: std::iter::repeat_with(Slot::default).take(size as usize).collect(),
+            free: (0..size).rev().collect(),
+            bounces: Pool::new(L::BOUNCE_PAGES),
+        }
+    }
+
+    fn write_through(&self) -> bool {
+        match self.cache {
+            Cache::AsConfigured => !self.disk.writeback(),
+            Cache::Fixed(writeback) => !writeback,
+        }
+    }
+
+    fn push(io: &mut Io<'_>, tag: u32, entry: squeue::Entry) {
+        let entry = entry.user_data(io.label(tag));
+        // SAFETY: the entry points into guest memory held by the slot, to the slot's iovecs, to its bounce buffer or to
+        // static zeros. The slot keeps all of them, unchanged, until the completion with this tag. Files are open
+        // for as long as the layout is, which outlives what is pending (`QueueHandler::detach`).
+        unsafe { io.uring().push(&entry) };
+    }
+
+    fn rw_flags(&self, access: Access) -> i32 {
+        if access == Access::Write && self.write_through() { libc::RWF_DSYNC } else { 0 }
+    }
+
+    /// Submits the next transfer of a read or write.
+    fn transfer(&mut self, io: &mut Io<'_>, tag: u32, access: Access, offset: u64, len: u32) -> Step {
+        loop {
+            let slot = &mut self.slots[tag as usize];
+            let (at, left) = (offset + u64::from(slot.done), len - slot.done);
+            match (self.layout.place(access, at, left), access) {
+                (Place::File { fd, offset, len }, _) => {
+                    return if slot.needs_bounce {
+                        self.transfer_bounced(io, tag, access, (fd, offset, len))
+                    } else {
+                        self.transfer_at(io, tag, access, (fd, offset, len))
+                    };
+                }
+                (Place::Zeros(n), Access::Read) => {
+                    let Some(chain) = slot.held.view() else { return lost() };
+                    data(&chain, access, slot.done, n).for_each(|s| s.fill(0));
+                    slot.done += n;
+                    if slot.done == len {
+                        return Step::Over(Outcome::Done);
+                    }
+                }
+                (Place::Zeros(n), Access::Write) | (Place::Elsewhere(n), _) => {
+                    return self.send(tag, access, at, n);
+                }
+            }
+        }
+    }
+
+    /// Submits a transfer in a file.
+    fn transfer_at(
+        &mut self,
+        io: &mut Io<'_>,
+        tag: u32,
+        access: Access,
+        (fd, at, len): (RawFd, u64, u32),
+    ) -> Step {
+        let flags = self.rw_flags(access);
+        let fd = types::Fd(fd);
+        let slot = &mut self.slots[tag as usize];
+        let Some(chain) = slot.held.view() else { return lost() };
+        let mut slices = data(&chain, access, slot.done, len);
+        slot.iovecs.clear();
+        let first = slices.next();
+        let second = slices.next();
+        let entry = if let (Some(only), None) = (first, second) {
+            let (host, n) = (only.host_addr(), only.len() as u32);
+            match (io.uring().fixed_buffer(&only), access) {
+                (Some(buffer), Access::Read) => {
+                    opcode::ReadFixed::new(fd, host, n, buffer).offset(at).rw_flags(flags).build()
+                }
+                (Some(buffer), Access::Write) => {
+                    opcode::WriteFixed::new(fd, host, n, buffer).offset(at).rw_flags(flags).build()
+                }
+                (None, Access::Read) => opcode::Read::new(fd, host, n).offset(at).rw_flags(flags).build(),
+                (None, Access::Write) => opcode::Write::new(fd, host, n).offset(at).rw_flags(flags).build(),
+            }
+        } else {
+            let all = first.into_iter().chain(second).chain(slices).take(MAX_IOVECS);
+            slot.iovecs.extend(all.map(|s| libc::iovec { iov_base: s.host_addr().cast(), iov_len: s.len() }));
+            let (iovecs, n) = (slot.iovecs.as_ptr(), slot.iovecs.len() as u32);
+            match access {
+                Access::Read => opcode::Readv::new(fd, iovecs, n).offset(at).rw_flags(flags).build(),
+                Access::Write => opcode::Writev::new(fd, iovecs, n).offset(at).rw_flags(flags).build(),
+            }
+        };
+        Self::push(io, tag, entry);
+        Step::Going
+    }
+
+    /// As `transfer_at`, through a buffer that is aligned where the guest's memory is not.
+    fn transfer_bounced(
+        &mut self,
+        io: &mut Io<'_>,
+        tag: u32,
+        access: Access,
+        (fd, at, len): (RawFd, u64, u32),
+    ) -> Step {
+        let flags = self.rw_flags(access);
+        let fd = types::Fd(fd);
+        let slot = &mut self.slots[tag as usize];
+        let n = len.min(self.bounces.size());
+        if !fill_bounce(slot, &mut self.bounces, tag, access, n) {
+            return Step::Going;
+        }
+        let Some(buffer) = &mut slot.bounce else { return lost() };
+        let host = buffer.bytes_mut().as_mut_ptr();
+        let entry = match access {
+            Access::Read => opcode::Read::new(fd, host, n).offset(at).rw_flags(flags).build(),
+            Access::Write => opcode::Write::new(fd, host, n).offset(at).rw_flags(flags).build(),
+        };
+        Self::push(io, tag, entry);
+        Step::Going
+    }
+
+    /// Has a worker make the transfer, or the beginning of it.
+    fn send(&mut self, tag: u32, access: Access, offset: u64, len: u32) -> Step {
+        let durable = self.write_through();
+        let slot = &mut self.slots[tag as usize];
+        let len = len.min(self.bounces.size());
+        if !fill_bounce(slot, &mut self.bounces, tag, access, len) {
+            return Step::Going;
+        }
+        let Some(buffer) = slot.bounce.take() else { return lost() };
+        let what = match access {
+            Access::Read => What::Read(buffer),
+            Access::Write => What::Write { buffer, durable },
+        };
+        self.layout.send(Errand { tag, offset, len: len.into(), what });
+        Step::Going
+    }
+
+    /// Begins to make everything durable, or goes on with the next file.
+    fn sync(&mut self, io: &mut Io<'_>, tag: u32) -> Step {
+        let slot = &mut self.slots[tag as usize];
+        if slot.synced == 0 {
+            slot.mark = self.layout.flush_mark();
+        }
+        let Some(fd) = self.layout.flush_fd(slot.synced) else {
+            self.layout.flushed(slot.mark);
+            return Step::Over(Outcome::Done);
+        };
+        let entry = opcode::Fsync::new(types::Fd(fd)).flags(types::FsyncFlags::DATASYNC).build();
+        Self::push(io, tag, entry);
+        Step::Going
+    }
+
+    /// Acts on the result of the slot's operation.
+    fn step(&mut self, io: &mut Io<'_>, tag: u32, result: i32) -> Step {
+        let slot = &mut self.slots[tag as usize];
+        let (Some(operation), Some(phase)) = (slot.operation, slot.phase) else { return lost() };
+        let failed = result < 0;
+        let error = || io::Error::from_raw_os_error(-result);
+        if failed && matches!(-result, libc::EINTR | libc::EAGAIN) {
+            // Not begun; again.
+            return match phase {
+                Phase::Main => self.main(io, tag),
+                Phase::Range(i, done) => self.range(io, tag, i, done),
+                Phase::Zeros(i, done) => self.write_zeros(io, tag, i, done),
+                Phase::Sync => self.sync(io, tag),
+                Phase::Over => Step::Over(Outcome::Done),
+            };
+        }
+        match (phase, operation) {
+            (Phase::Main, Operation::Read { len, .. } | Operation::Write { len, .. }) => {
+                let access =
+                    if matches!(operation, Operation::Read { .. }) { Access::Read } else { Access::Write };
+                let what = if access == Access::Read { "read" } else { "write" };
+                if failed {
+                    return fail(what, error());
+                }
+                let n = result as u32;
+                // Zero bytes is the end of a file that has shrunk; an odd count in direct mode is too.
+                if n == 0
+                    || !u64::from(n).is_multiple_of(u64::from(self.traits.offset_align)) && self.traits.direct
+                {
+                    return fail(what, io::ErrorKind::UnexpectedEof.into());
+                }
+                if let (Access::Read, true, Some(buffer), Some(chain)) =
+                    (access, slot.bounced, &slot.bounce, slot.held.view())
+                {
+                    data(&chain, access, slot.done, n).write(&buffer.bytes()[..n as usize]);
+                }
+                slot.bounced = false;
+                slot.done += n;
+                if slot.done < len {
+                    return self.main(io, tag);
+                }
+                if access == Access::Write && self.layout.is_behind() && self.write_through() {
+                    self.slots[tag as usize].phase = Some(Phase::Sync);
+                    return self.sync(io, tag);
+                }
+                Step::Over(Outcome::Done)
+            }
+            (Phase::Main | Phase::Sync, _) if failed => fail("flush", error()),
+            (Phase::Main | Phase::Sync, _) => {
+                slot.synced += 1;
+                self.sync(io, tag)
+            }
+            (Phase::Over, _) => Step::Over(Outcome::Done),
+            (Phase::Range(i, done), _) if !failed => {
+                let done = done + slot.piece;
+                self.range(io, tag, i, done)
+            }
+            // Not every file system, or device under one, can give space up or zero a range by itself.
+            (Phase::Range(i, done), _) if -result == libc::EOPNOTSUPP => match operation {
+                // 5.2.6.2: a discard is advice.
+                Operation::Discard { .. } => {
+                    let done = done + slot.piece;
+                    self.range(io, tag, i, done)
+                }
+                _ => self.write_zeros(io, tag, i, done),
+            },
+            (Phase::Range(..), _) => fail("fallocate", error()),
+            (Phase::Zeros(..), _) if failed => fail("writing zeros", error()),
+            (Phase::Zeros(..), _) if result == 0 => fail("writing zeros", io::ErrorKind::WriteZero.into()),
+            (Phase::Zeros(i, done), _) => self.write_zeros(io, tag, i, done + result as u64),
+        }
+    }
+
+    /// Submits the first, or next, operation of a transfer or flush.
+    fn main(&mut self, io: &mut Io<'_>, tag: u32) -> Step {
+        match self.slots[tag as usize].operation {
+            Some(Operation::Read { offset, len }) => self.transfer(io, tag, Access::Read, offset, len),
+            Some(Operation::Write { offset, len }) => self.transfer(io, tag, Access::Write, offset, len),
+            Some(Operation::Flush) => self.sync(io, tag),
+            _ => lost(),
+        }
+    }
+
+    /// A step outside of a completion: what is over by it is told at the next one.
+    fn settle(&mut self, tag: u32, step: Step) {
+        let Step::Over(outcome) = step else { return };
+        assert!(matches!(outcome, Outcome::Done), "a request failed before it began");
+        self.slots[tag as usize].phase = Some(Phase::Over);
+        // Only what has workers has places where nothing is done.
+        let Some(inbox) = self.layout.inbox() else { return lost() };
+        inbox.put(Answer { tag, result: 0, buffer: None });
+    }
+
+    /// Gives a slot's bounce buffer to whoever waits for one.
+    fn pass_bounce_on(&mut self, io: &mut Io<'_>, tag: u32) {
+        let Some(buffer) = self.slots[tag as usize].bounce.take() else { return };
+        self.bounces.give_back(buffer);
+        // One that waited may find that it needs none any more.
+        while let Some(next) = self.bounces.woken() {
+            let step = self.main(io, next);
+            self.settle(next, step);
+        }
+    }
+
+    /// Acts on the result of an operation of the request of `tag`.
+    fn go_on(
+        &mut self,
+        io: &mut Io<'_>,
+        tag: u32,
+        result: i32,
+        finish: &mut dyn FnMut(Request, Operation, Outcome, ChainView<'_>),
+    ) {
+        let Step::Over(outcome) = self.step(io, tag, result) else { return };
+        let slot = &mut self.slots[tag as usize];
+        if let (Some(request), Some(operation), Some(chain)) =
+            (slot.request.take(), slot.operation.take(), slot.held.view())
+        {
+            finish(request, operation, outcome, chain);
+        }
+        slot.held.release();
+        self.pass_bounce_on(io, tag);
+        self.free.push(tag);
+    }
+
+    /// Waits for the next answers of workers.
+    fn wait_for_answers(&self, io: &mut Io<'_>) {
+        if let Some(inbox) = self.layout.inbox() {
+            let poll = opcode::PollAdd::new(types::Fd(inbox.fd()), libc::POLLIN as u32).build();
+            Self::push(io, ANSWERS, poll);
+        }
+    }
+
+    /// Takes what workers have answered.
+    #[cold]
+    fn take_answers(
+        &mut self,
+        io: &mut Io<'_>,
+        finish: &mut dyn FnMut(Request, Operation, Outcome, ChainView<'_>),
+    ) {
+        let Some(inbox) = self.layout.inbox() else { return lost() };
+        inbox.quiet();
+        while let Some(answer) = self.layout.inbox().and_then(Inbox::take) {
+            if answer.buffer.is_some() {
+                self.slots[answer.tag as usize].bounce = answer.buffer;
+            }
+            self.go_on(io, answer.tag, answer.result, finish);
+            // The next piece may not need the buffer, and somebody else wait for it.
+            if !self.slots[answer.tag as usize].bounced {
+                self.pass_bounce_on(io, answer.tag);
+            }
+        }
+        self.wait_for_answers(io);
+    }
+}
+
+impl<L: Layout> Backend for UringBackend<L> {
+    fn begin(&mut self, request: Request, operation: Operation, queue: &mut Queue, io: &mut Io<'_>) -> Begun {
+        if let Operation::Read { offset, len } = operation
+            && self.layout.place(Access::Read, offset, len) == Place::Zeros(len)
+        {
+            queue.chain().writable(0, len).for_each(|s| s.fill(0));
+            return Begun::Over(request, Outcome::Done);
+        }
+        // The ring lets no more chains be in flight than it has descriptors, and there is a slot for each.
+        let Some(tag) = self.free.pop() else { unreachable!("more requests than ring slots") };
+        let slot = &mut self.slots[tag as usize];
+        let begun = match operation {
+            Operation::Discard { .. } | Operation::WriteZeroes { .. } => {
+                ranges(&queue.chain(), &self.disk, operation, &mut slot.ranges)
+            }
+            _ => Ok(()),
+        };
+        if let Err(e) = begun {
+            self.free.push(tag);
+            return Begun::Over(request, Outcome::Failed(e.into()));
+        }
+        slot.request = Some(request);
+        slot.operation = Some(operation);
+        slot.phase = Some(Phase::Main);
+        slot.done = 0;
+        slot.synced = 0;
+        slot.bounced = false;
+        slot.needs_bounce =
+            self.traits.direct && is_misaligned(&queue.chain(), operation, self.traits.mem_align);
+        queue.hold_chain(&mut slot.held);
+        let step = match operation {
+            Operation::Discard { .. } | Operation::WriteZeroes { .. } => self.range(io, tag, 0, 0),
+            _ => self.main(io, tag),
+        };
+        self.settle(tag, step);
+        Begun::Pending
+    }
+
+    fn complete(
+        &mut self,
+        io: &mut Io<'_>,
+        tag: u32,
+        result: i32,
+        finish: &mut dyn FnMut(Request, Operation, Outcome, ChainView<'_>),
+    ) {
+        if L::HAS_WORKERS && tag == ANSWERS {
+            return self.take_answers(io, finish);
+        }
+        self.go_on(io, tag, result, finish);
+    }
+
+    fn attach(&mut self, io: &mut Io<'_>) {
+        self.wait_for_answers(io);
+    }
+
+    fn detach(&mut self, io: &mut Io<'_>) {
+        if L::HAS_WORKERS {
+            let label = io.label(ANSWERS);
+            io.uring().unwatch(label, label);
+        }
+    }
+
+    fn uses_fixed_buffers(&self) -> bool {
+        self.traits.direct
+    }
+}
+
+fn fail(what: &'static str, error: io::Error) -> Step {
+    Step::Over(Outcome::Failed(Failure::Io { what, error }))
+}
+
+/// A completion for a slot that has no request: our own mistake.
+fn lost<T>() -> T {
+    unreachable!("an operation completed that no request is waiting for")
+}
