@@ -150,7 +150,7 @@ soak() {
     local kills=${SOAK_KILLS:-10000} moves=${SOAK_MIGRATIONS:-100}
     local packets=${SOAK_PACKETS:-10000000}
     local upgrades=${SOAK_UPGRADES:-500} sessions=${SOAK_SESSIONS:-50000} attached=${SOAK_ATTACHED:-50}
-    local changes=${SOAK_CHANGES:-120}
+    local changes=${SOAK_CHANGES:-120} images=${SOAK_IMAGES:-500}
     local limit=$((minutes * 60)) tests=(cargo test -p kickless-tests --test)
     export PROPTEST_CASES=${PROPTEST_CASES:-4096}
     {
@@ -160,6 +160,8 @@ soak() {
     # By count; 0 leaves a part out. One that fails does not keep the others from running.
     [ "$kills" = 0 ] || part "the daemon killed $kills times, half of them with packed rings" $((kills + 600)) \
         env KICKLESS_KILLS=$((kills / 2)) "${tests[@]}" kill -- --nocapture killed_at_random
+    [ "$images" = 0 ] || part "images of every kind, $images requests each, and $images damaged ones" $((images * 5 + 600)) \
+        env KICKLESS_IMAGE_REQUESTS="$images" KICKLESS_DAMAGES="$images" "${tests[@]}" images -- --nocapture
     [ "$moves" = 0 ] || part "a bare-metal guest moved $moves times in each way, under load" $((moves * 120 + 600)) \
         env KICKLESS_MIGRATIONS="$moves" "${tests[@]}" kvm -- --nocapture migrates
     [ "$moves" = 0 ] || part "Linux with fio moved $moves times in each way" $((moves * 120 + 600)) \

@@ -9,8 +9,10 @@ use kickless_tests::scene::Scene;
 use crate::blk::{DISCARD, FLUSH, Front, Lane, OK, READ, Served, Shape, WRITE, WRITE_ZEROES};
 
 const SECTOR: usize = 512;
-/// Requests of one round.
-const REQUESTS: usize = 50;
+/// Requests of one round; `KICKLESS_IMAGE_REQUESTS` says otherwise.
+fn requests() -> usize {
+    std::env::var("KICKLESS_IMAGE_REQUESTS").ok().and_then(|n| n.parse().ok()).unwrap_or(24)
+}
 
 /// Bytes that say where they are, with gaps of zeros.
 pub fn pattern(len: usize, seed: u64) -> Vec<u8> {
@@ -85,7 +87,7 @@ fn clear(lane: &mut Lane, kind: u32, range: &std::ops::Range<usize>, flags: u32)
 }
 
 /// One request, on the disk and on the copy.
-fn step(lane: &mut Lane, copy: &mut Copy) -> Result<()> {
+pub fn step(lane: &mut Lane, copy: &mut Copy) -> Result<()> {
     let range = copy.range();
     match copy.random.below(16) {
         0 => {
@@ -133,7 +135,7 @@ fn serve(scene: &Scene, path: &Path, args: &[&str]) -> (Served, Front) {
 /// Serves a qcow2 image, and uses it as its copy.
 pub fn exercise(scene: &Scene, path: &Path, copy: &mut Copy, args: &[&str]) -> Result<()> {
     let (served, mut front) = serve(scene, path, &[args, &["--format=qcow2"]].concat());
-    for i in 0..REQUESTS {
+    for i in 0..requests() {
         step(&mut front.queues[i % 2], copy)?;
     }
     check_all(&mut front, &copy.bytes)?;
@@ -144,7 +146,8 @@ pub fn exercise(scene: &Scene, path: &Path, copy: &mut Copy, args: &[&str]) -> R
     Ok(())
 }
 
-fn check_all(front: &mut Front, bytes: &[u8]) -> Result<()> {
+/// Reads all of it.
+pub fn check_all(front: &mut Front, bytes: &[u8]) -> Result<()> {
     let mut at = 0;
     while at < bytes.len() {
         let end = (at + (640 << 10)).min(bytes.len());

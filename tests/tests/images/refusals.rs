@@ -4,7 +4,7 @@ use std::fs;
 use std::os::unix::fs::FileExt;
 use std::process::{Command, Stdio};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use kickless_tests::qemu_img;
 use kickless_tests::scene::Scene;
 
@@ -45,11 +45,20 @@ pub fn refused(scene: &Scene) -> Result<()> {
     with("a.qcow2", &["twice", "a.qcow2"])?;
     create("odd.qcow2", "", &["-u", "-F", "vpc", "-b", "plain.raw"])?;
     with("odd.qcow2", &["plain.raw", "vpc", "none of raw, qcow2, vmdk"])?;
-    create("0.qcow2", "", &[])?;
-    for i in 1..=64 {
-        create(&format!("{i}.qcow2"), "", &["-u", "-F", "qcow2", "-b", &format!("{}.qcow2", i - 1)])?;
+    create("00.qcow2", "", &[])?;
+    create("01.qcow2", "", &["-u", "-F", "qcow2", "-b", "00.qcow2"])?;
+    let over = fs::read(scene.path("01.qcow2"))?;
+    let name = over.windows(8).position(|w| w == b"00.qcow2").context("no backing file")?;
+    for i in 2..=64 {
+        let below = format!("{:02}.qcow2", i - 1);
+        fs::write(
+            scene.path(&format!("{i:02}.qcow2")),
+            [&over[..name], below.as_bytes(), &over[name + 8..]].concat(),
+        )?;
     }
     with("64.qcow2", &["at most 64 files"])?;
+    let most = format!("--blk-file={}", at("63.qcow2"));
+    Served::start(scene, &["--format=qcow2", &most]).terminate();
     // A backing file whose format nobody has said: the extension is turned into one that nobody knows.
     create("plain.qcow2", "", &["-F", "raw", "-b", "plain.raw"])?;
     let file = fs::File::options().read(true).write(true).open(scene.path("plain.qcow2"))?;
@@ -67,11 +76,11 @@ pub fn refused(scene: &Scene) -> Result<()> {
     fs::File::options().write(true).open(scene.path("dirty.qcow2"))?.write_all_at(&[1], 79)?;
     with("dirty.qcow2", &["not closed", "qemu-img check"])?;
     // The command line.
-    let file = format!("--blk-file={}", at("0.qcow2"));
+    let file = format!("--blk-file={}", at("00.qcow2"));
     fails_with(scene, &["--format=qed", &file], &["raw", "qcow2", "vmdk"])?;
     fails_with(scene, &["--format=vmdk", &file], &["only be read", "read-only"])?;
     fails_with(scene, &["--format=qcow2", "--backend=ram:1M"], &["format goes with blk-file"])?;
-    fails_with(scene, &["--format=vmdk", "--read-only", &file], &["cannot use", "0.qcow2"])?;
+    fails_with(scene, &["--format=vmdk", "--read-only", &file], &["cannot use", "00.qcow2"])?;
     fails_with(
         scene,
         &["--format=qcow2", "--block-size=1024", &format!("--blk-file={}", at("none"))],
@@ -92,8 +101,12 @@ pub fn locked(scene: &Scene) -> Result<()> {
     );
     let served = Served::start(scene, &["--format=qcow2", &file("a.qcow2"), "--disk", &both]);
     // Two over one, but nobody writes to that, and nobody else to those.
-    fails_with(scene, &[&file("base.raw")], &["does not allow writers"])?;
-    fails_with(scene, &["--format=qcow2", &file("a.qcow2")], &["open for writing"])?;
+    std::thread::scope(|scope| {
+        // Each waits a while for its locks.
+        let base = scope.spawn(|| fails_with(scene, &[&file("base.raw")], &["does not allow writers"]));
+        fails_with(scene, &["--format=qcow2", &file("a.qcow2")], &["open for writing"])?;
+        base.join().unwrap_or_else(|_| bail!("it panicked"))
+    })?;
     let (code, text) = kickless_tests::process::run(
         "qemu-img",
         &["resize", &scene.path("b.qcow2").to_string_lossy(), "+1M"],

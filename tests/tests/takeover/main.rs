@@ -170,7 +170,7 @@ fn upgrades_of_a_qcow2_image() {
     let mut chain = Chain::start(&scene, &[format!("--num-queues={QUEUES}"), disk]);
     let load = Load::start(&[(&a, None)], QUEUES, false);
     load.progress();
-    for _ in 0..rounds() / 4 + 1 {
+    for _ in 0..=rounds() / 4 {
         load.next_epoch();
         chain.upgrade(&[]);
         load.progress();
