@@ -363,10 +363,20 @@ impl Exports {
     pub fn grow(&self, key: &str, size: Option<&str>) -> Result<Arc<Served>, Refused> {
         let _change = self.change()?;
         let served = self.find(key)?;
-        let Storage::File(file, _) = served.disk.storage() else {
-            return Err(Refused::Conflict(format!(
-                "{key} is no image: what is in memory stays as large as it is"
-            )));
+        let file = match served.disk.storage() {
+            Storage::File(file, _) => file,
+            Storage::Image(image) => {
+                return Err(Refused::Conflict(format!(
+                    "{key} is a {} image, which stays as large as it is while it is served; remove it, resize the image \
+                     (qemu-img resize), and add it again",
+                    image.format()
+                )));
+            }
+            Storage::Ram(_) | Storage::Null => {
+                return Err(Refused::Conflict(format!(
+                    "{key} is no image: what is in memory stays as large as it is"
+                )));
+            }
         };
         if let Some(size) = size {
             let size = parse_size(size).map_err(|why| Refused::Wrong(Some("size"), why))?;

@@ -5,6 +5,7 @@
 mod blk;
 mod damage;
 mod disk;
+mod elsewhere;
 mod refusals;
 
 use std::path::{Path, PathBuf};
@@ -15,8 +16,8 @@ use kickless_tests::qemu_img;
 use kickless_tests::runner::{self, Test};
 use kickless_tests::scene::Scene;
 
-/// Bytes of a disk: more than an L2 table of small clusters maps.
-const SIZE: u64 = 6 << 20;
+/// Bytes of a disk: more than an L2 table of clusters of 4 KiB maps.
+const SIZE: u64 = 3 << 20;
 
 /// A directory in memory, where the host has one: what is not about storage does not have to wait for it.
 fn quick(scene: &Scene) -> Result<tempfile::TempDir> {
@@ -183,6 +184,8 @@ const TESTS: &[(&str, Body)] = &[
     ("read_only_images", read_only_images),
     ("what_cannot_be_used_is_refused", refusals::refused),
     ("who_may_use_an_image_beside_whom", refusals::locked),
+    ("a_guest_moves_with_its_image", elsewhere::moved),
+    ("a_confined_daemon_is_given_an_image", elsewhere::added),
     ("damaged_images_do_no_harm", damage::damaged),
 ];
 

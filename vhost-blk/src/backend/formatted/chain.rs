@@ -11,6 +11,8 @@ use imago::qcow2::Qcow2;
 use imago::raw::Raw;
 use imago::vmdk::Vmdk;
 use imago::{DenyImplicitOpenGate, FormatAccess, StorageOpenOptions};
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
+use tracing::warn;
 
 use super::Format;
 use super::file::ImageFile;
@@ -187,7 +189,7 @@ impl Opening<'_> {
         }
         if writable {
             if header.data_file_is_raw {
-                tracing::warn!(
+                warn!(
                     "{}: its data file does not stay a raw image of the disk; read it by the qcow2 image from now on",
                     path.display()
                 );
@@ -263,6 +265,11 @@ impl Opening<'_> {
             (true, false) => lock(&file, writable),
         };
         locked.map_err(|error: LockError| OpenError::Lock { path: path.to_owned(), error })?;
+        if is_known && self.locks && writable && !traits.direct && !traits.in_memory {
+            // What the page cache has of it may be from before another host wrote to it.
+            posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED)
+                .unwrap_or_else(|e| warn!("{}: the page cache may be stale: {e}", path.display()));
+        }
         if !is_known {
             self.opened.push((path.to_owned(), file.try_clone().map_err(OpenError::Stat)?, traits));
         }
