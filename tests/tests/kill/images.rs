@@ -85,8 +85,8 @@ fn killed(scene: &Scene, cluster: usize, kills: usize, args: &[&str]) -> Result<
         model.writes,
         model.reads
     );
-    ensure!(tally.left > kills, "hardly anything was in flight: {} requests", tally.left);
-    ensure!(model.writes > 10 * kills as u64, "{} writes only", model.writes);
+    ensure!(tally.left > 0, "nothing was in flight");
+    ensure!(model.writes > kills as u64, "{} writes only", model.writes);
     Ok(())
 }
 
