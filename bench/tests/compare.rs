@@ -194,7 +194,7 @@ fn a_back_end_that_fails_leaves_a_partial_result() {
 #[test]
 fn an_interrupt_keeps_what_there_is_and_leaves_no_process() {
     let scene = Scene::new(MATRIX);
-    let child = scene.start(&["--rounds", "1", "--runtime", "30"]);
+    let child = scene.start(&["--rounds", "1", "--runtime", "200"]);
     let begun = Instant::now();
     // Until a back end listens, and then a moment of the run.
     while fs::read_dir(scene.path("tmp")).unwrap().flatten().all(|d| !d.path().join("socket").exists()) {
@@ -206,7 +206,7 @@ fn an_interrupt_keeps_what_there_is_and_leaves_no_process() {
     let output = finish(child);
     assert_eq!(output.status.code(), Some(1));
     assert!(said(&output).contains("interrupted"), "{}", said(&output));
-    assert!(begun.elapsed() < Duration::from_secs(20), "an interrupt waits for nothing");
+    assert!(begun.elapsed() < Duration::from_secs(60), "an interrupt waits for nothing");
     assert_eq!(scene.json()["partial"], true);
     scene.assert_clean();
 }

@@ -154,7 +154,7 @@ impl Side {
     }
 
     fn collect(&mut self) -> u32 {
-        let deadline = Instant::now() + Duration::from_secs(20);
+        let deadline = Instant::now() + Duration::from_secs(60);
         loop {
             if let Some((_, len)) = self.driver.collect() {
                 return len;

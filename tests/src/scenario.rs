@@ -338,6 +338,13 @@ impl Load {
         self
     }
 
+    /// Goes on until [`Guest::stop`], at most ten minutes.
+    #[must_use]
+    pub fn until_told(self) -> Self {
+        let time = Duration::from_secs(600);
+        self.time(time).limit(time)
+    }
+
     /// Sets how much of the disk each queue has to itself.
     #[must_use]
     pub fn span(mut self, bytes: u64) -> Self {
@@ -456,6 +463,9 @@ pub trait Guest {
     /// Requests that the load at hand has completed so far.
     fn progress(&mut self) -> Result<u64>;
 
+    /// Tells the load at hand, which goes by time, to come to its end.
+    fn stop(&mut self) -> Result<()>;
+
     /// Waits for the end of the load.
     fn finish(&mut self) -> Result<Outcome>;
 
@@ -475,6 +485,12 @@ pub trait Guest {
             std::thread::sleep(Duration::from_micros(500));
         }
         Ok(())
+    }
+
+    /// Waits until the load at hand has completed so many requests more.
+    fn some_more(&mut self, requests: u64) -> Result<()> {
+        let before = self.progress()?;
+        self.after(before + requests)
     }
 
     /// Bytes of a disk, as the guest sees it.
@@ -500,11 +516,6 @@ pub trait Guest {
     /// Begins to move the guest and gives up; it goes on where it is.
     fn cancel_migration(&mut self, _scene: &Scene, _how: &Migration) -> Result<()> {
         bail!("this guest cannot be migrated")
-    }
-
-    /// Whether the load at hand is not over yet; true where that cannot be told.
-    fn is_at_work(&self) -> bool {
-        true
     }
 
     /// To be called when a back end was started again: connects to it, where the platform does not by itself.

@@ -13,7 +13,7 @@ use crate::scene::{Scene, tail};
 /// The program.
 const PROGRAM: &str = "dpdk-testpmd";
 /// How long it may take to come up or to end.
-const LIMIT: Duration = Duration::from_secs(30);
+const LIMIT: Duration = Duration::from_secs(60);
 
 /// Why it cannot run, if it cannot.
 pub fn missing() -> Option<String> {

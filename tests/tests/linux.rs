@@ -97,13 +97,13 @@ fn daemon_is_restarted_under_load(platform: Platform, scene: &Scene) -> Result<(
         // QEMU asks a back end that has gone where its rings are.
         vm.tolerate("ring restore failed");
     }
-    guest.start(&Load::verified().time(Duration::from_secs(4)))?;
+    guest.start(&Load::verified().until_told())?;
     guest.after(500)?;
     daemon.terminate()?;
     daemon = Options::default().spawn(scene, "daemon", &image)?;
     guest.reconnect(0)?;
-    let before = guest.progress()?;
-    guest.after(before + 500)?;
+    guest.some_more(500)?;
+    guest.stop()?;
     guest.finish()?.expect_clean()?;
     guest.power_off()?;
     daemon.terminate()

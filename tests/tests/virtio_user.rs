@@ -16,7 +16,7 @@ use poll_engine::device::features::{IN_ORDER, RING_PACKED};
 
 /// Packets that must have come back; a ring is gone round many times.
 const PACKETS: u64 = 50_000;
-const LIMIT: Duration = Duration::from_secs(40);
+const LIMIT: Duration = Duration::from_secs(90);
 
 const KINDS: [(&str, &str); 10] = [
     ("split", "packed_vq=0,in_order=0,mrg_rxbuf=0"),

@@ -20,7 +20,7 @@ use vhost_blk::disk::{Disk, DiskConfig, Storage};
 use vhost_blk::request::{T_IN, T_OUT};
 
 const RING_SIZE: u16 = 256;
-const LIMIT: Duration = Duration::from_secs(20);
+const LIMIT: Duration = Duration::from_secs(60);
 
 fn disk(storage: Storage, limits: &str) -> Arc<Disk> {
     let config = DiskConfig {

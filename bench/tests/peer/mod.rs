@@ -18,7 +18,7 @@ use poll_engine::session::server::Server;
 use serde_json::Value;
 
 /// For whatever is waited for.
-pub const LIMIT: Duration = Duration::from_secs(30);
+pub const LIMIT: Duration = Duration::from_secs(60);
 
 /// What a run of `vbench` was.
 pub struct Outcome {

@@ -14,7 +14,7 @@ use poll_engine::memory::RegionSpec;
 use poll_engine::ring::RingConfig;
 use poll_engine::session::wire::{F_PROTOCOL_FEATURES, protocol};
 
-pub const LIMIT: Duration = Duration::from_secs(10);
+pub const LIMIT: Duration = Duration::from_secs(60);
 
 /// Polls `probe` until it is true; fails after [`LIMIT`].
 pub fn until(what: &str, mut probe: impl FnMut() -> bool) {

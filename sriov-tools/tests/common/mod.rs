@@ -65,7 +65,7 @@ impl Tree {
 }
 
 pub fn run(host: Arc<dyn Host>, before: &State, steps: &[Step]) -> Result<(), Box<ApplyError>> {
-    let (limit, every) = (Duration::from_secs(20), Duration::from_millis(50));
+    let (limit, every) = (Duration::from_secs(60), Duration::from_millis(50));
     Applier { host, limit, every, say: Box::new(|_| {}) }.run(before, steps)
 }
 

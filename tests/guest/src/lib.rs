@@ -313,6 +313,8 @@ pub struct Mailbox {
     pub given: AtomicU32,
     /// Number of the last order answered. Written by the guest.
     pub answered: AtomicU32,
+    /// Number of the order whose load is to come to its end now. Written by the harness.
+    pub stop: AtomicU32,
     /// Requests completed since power-on, for watching.
     pub progress: AtomicU64,
     /// The order.

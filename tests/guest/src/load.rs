@@ -13,7 +13,7 @@ use crate::block::BlockLane;
 use crate::cpu::{self, Counters};
 use crate::devices::{BLOCK, Device, Devices, NET};
 use crate::mailbox;
-use crate::net::EchoLane;
+use crate::net::{EchoLane, forget_ends};
 use crate::transport::Transport;
 
 enum Lane {
@@ -39,7 +39,7 @@ impl Lane {
     fn finished(&self, stop: bool) -> bool {
         match self {
             Lane::Block(lane) => lane.finished(stop),
-            Lane::Echo(lane) => lane.finished(stop),
+            Lane::Echo(lane) => lane.finished(),
         }
     }
 
@@ -84,7 +84,7 @@ impl Work {
             if self.wait == wait::EVERY {
                 self.acknowledge(counters);
             }
-            let stop = self.end.is_some_and(|end| cpu::ticks() >= end);
+            let stop = self.end.is_some_and(|end| cpu::ticks() >= end || mailbox::is_told_to_stop());
             let (mut worked, mut open) = (false, false);
             for lane in &mut self.lanes {
                 if let Some(completed) = lane.turn(stop) {
@@ -180,6 +180,7 @@ pub fn run(devices: &mut Devices, order: &Order, cpus: usize, report: &mut Repor
         }
         peers.swap(0, 1);
     }
+    forget_ends();
     let mut lanes = 0;
     for ((index, device), peer) in devices.named(order)?.into_iter().zip(peers) {
         for lane in prepare(device, index, order, &mut arena, lanes, peer)? {

@@ -69,6 +69,15 @@ impl Inbox {
     }
 }
 
+/// Whether the harness wants the load at hand to come to its end.
+pub fn is_told_to_stop() -> bool {
+    shared().is_some_and(|pages| {
+        // SAFETY: atomics in the shared pages.
+        let (stop, given) = unsafe { (&(*pages.as_ptr()).stop, &(*pages.as_ptr()).given) };
+        stop.load(Ordering::Relaxed) == given.load(Ordering::Relaxed)
+    })
+}
+
 /// Counts completed requests where they can be watched.
 pub fn progress(requests: u64) {
     if let Some(pages) = shared() {

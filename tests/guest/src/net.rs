@@ -3,8 +3,9 @@
 
 use alloc::vec;
 use alloc::vec::Vec;
+use core::sync::atomic::{AtomicU64, Ordering};
 
-use kickless_guest::{GIVES_UP, LaneReport, Order, failure, wait};
+use kickless_guest::{GIVES_UP, LaneReport, MAX_LANES, Order, failure, wait};
 use vring::driver::{Buffer, DriverRing};
 
 use crate::arena::{Arena, Piece};
@@ -21,6 +22,14 @@ const STAMP: usize = 16;
 /// The EtherType for local experiments (IEEE 802).
 const ETHER_TYPE: u16 = 0x88b5;
 const SMALLEST: u32 = 60;
+
+/// By pair: packets that each of its lanes sends, in a load that has been told to stop; 0 in one that has not.
+static ENDS: [AtomicU64; MAX_LANES] = [const { AtomicU64::new(0) }; MAX_LANES];
+
+/// Before a load begins.
+pub fn forget_ends() {
+    ENDS.iter().for_each(|end| end.store(0, Ordering::Relaxed));
+}
 
 /// A pair of queues under load.
 pub struct EchoLane {
@@ -45,6 +54,8 @@ pub struct EchoLane {
     last: u64,
     /// Packets sent when queues were reset last.
     reset_at: u64,
+    /// Packets to be sent in all, once that is known.
+    last_one: Option<u64>,
     samples: Samples,
     report: LaneReport,
 }
@@ -88,6 +99,7 @@ impl EchoLane {
             heard: cpu::ticks(),
             last: cpu::ticks(),
             reset_at: 0,
+            last_one: (order.requests != 0).then_some(order.requests),
             samples: Samples::new(order, index),
             report: LaneReport { device, queue: pair, first_bad: u64::MAX, ..LaneReport::default() },
         };
@@ -130,8 +142,8 @@ impl EchoLane {
     }
 
     /// Whether all that was sent has come back.
-    pub fn finished(&self, stop: bool) -> bool {
-        self.all_sent(stop) && (self.report.requests == self.sent || self.gives_up())
+    pub fn finished(&self) -> bool {
+        self.all_sent() && (self.report.requests == self.sent || self.gives_up())
     }
 
     /// Whether nothing more is expected.
@@ -140,13 +152,29 @@ impl EchoLane {
         patience != 0 && cpu::ticks().wrapping_sub(self.last) > GIVES_UP * patience
     }
 
-    fn all_sent(&self, stop: bool) -> bool {
-        stop || (self.order.requests != 0 && self.sent >= self.order.requests)
+    fn all_sent(&self) -> bool {
+        self.last_one.is_some_and(|last| self.sent >= last)
+    }
+
+    /// Two that exchange packets must send as many each: who is told to stop first sets the number, which is beyond what
+    /// the other, who is ahead by its buffers at most, can have sent.
+    fn agree_on_the_end(&mut self) {
+        let mine = self.sent + 4 * self.receive_buffers.len() as u64;
+        let agreed = ENDS[self.pair as usize % MAX_LANES].compare_exchange(
+            0,
+            mine,
+            Ordering::AcqRel,
+            Ordering::Acquire,
+        );
+        self.last_one = Some(agreed.err().unwrap_or(mine));
     }
 
     /// Takes what has arrived and sends what there is room for. The number of packets taken, if anything was done.
     pub fn turn(&mut self, stop: bool) -> Option<u64> {
         let mut arrived = 0;
+        if stop && self.last_one.is_none() {
+            self.agree_on_the_end();
+        }
         let every = u64::from(self.order.reset_every);
         if every != 0 && self.sent - self.reset_at >= every {
             arrived += self.reset();
@@ -175,7 +203,7 @@ impl EchoLane {
         let mut one_more = self.has_waited_enough();
         let mut sent = false;
         // What is on its way finds a buffer when it comes back.
-        while !self.all_sent(stop)
+        while !self.all_sent()
             && (self.sent.saturating_sub(self.report.requests) < self.receive_buffers.len() as u64
                 || core::mem::take(&mut one_more))
             && let Some(index) = self.free.pop()

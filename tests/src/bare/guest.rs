@@ -169,6 +169,11 @@ impl Guest for BareGuest {
         Ok(self.bare.progress() - self.before)
     }
 
+    fn stop(&mut self) -> Result<()> {
+        self.bare.stop_load();
+        Ok(())
+    }
+
     fn finish(&mut self) -> Result<Outcome> {
         let report = self.bare.finish(self.limit)?;
         let sum = |of: fn(&kickless_guest::LaneReport) -> u64| lanes(&report).iter().map(of).sum::<u64>();
@@ -241,10 +246,6 @@ impl Guest for BareGuest {
         let (mut there, ..) = self.destination(scene, how)?;
         let here = self.bare.host().microvm().context(NO_QEMU)?;
         how.give_up(&mut here.qmp, &mut there.qmp, scene)
-    }
-
-    fn is_at_work(&self) -> bool {
-        !self.bare.has_answered()
     }
 
     fn reconnect(&mut self, device: usize) -> Result<()> {

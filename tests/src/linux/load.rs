@@ -80,8 +80,11 @@ fn fio(load: &Load, disks: &[String], queues: &[usize], cpus: usize) -> String {
     once
 }
 
-/// A condition that holds until the time is over that [`until`] has set.
-const GOES_ON: &str = "[ $(sed 's/\\.\\([0-9]*\\) .*/\\1/' /proc/uptime) -lt $end ]";
+/// A file that ends a load, if that is one of several rounds.
+pub const STOP: &str = "/tmp/load.stop";
+/// A condition that holds until the time is over that [`until`] has set, or [`STOP`] is there.
+const GOES_ON: &str =
+    "[ $(sed 's/\\.\\([0-9]*\\) .*/\\1/' /proc/uptime) -lt $end ] && [ ! -e /tmp/load.stop ]";
 
 fn until(time: Duration) -> String {
     // Hundredths of a second, as /proc/uptime has them.

@@ -16,7 +16,7 @@ use nix::unistd::Pid;
 
 use crate::front::{Front, QUEUES};
 
-const LIMIT: Duration = Duration::from_secs(20);
+const LIMIT: Duration = Duration::from_secs(60);
 
 /// A daemon on the socket that all of them have.
 pub struct Daemon {

@@ -14,7 +14,7 @@ use crate::front::{BLOCKS, End, Front};
 use crate::model::BLOCK;
 
 /// How long it may take until a place is passed.
-const LIMIT: Duration = Duration::from_secs(20);
+const LIMIT: Duration = Duration::from_secs(60);
 
 /// Has daemons die at each of `places`, the first time they pass it and later, and at the places of a recovery.
 pub fn at_each(scene: &Scene, packed: bool) -> Result<()> {

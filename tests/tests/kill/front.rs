@@ -26,7 +26,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use crate::model::{BLOCK, Model};
 
 /// How long a request may take, and a back end to answer.
-const LIMIT: Duration = Duration::from_secs(20);
+const LIMIT: Duration = Duration::from_secs(60);
 /// Descriptors of a ring; QEMU's record is for rings as large as the device allows, so ours is for larger ones.
 const RING: u16 = 64;
 const RECORDED: u16 = 128;

@@ -14,7 +14,7 @@ use poll_engine::fault_point::{GIVER, TAKER};
 use crate::front::{BLOCKS, End, Front, QUEUES};
 use crate::model::BLOCK;
 
-const LIMIT: Duration = Duration::from_secs(20);
+const LIMIT: Duration = Duration::from_secs(60);
 
 /// Who serves afterwards.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

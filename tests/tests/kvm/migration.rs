@@ -1,7 +1,5 @@
 //! Live migration of a guest that verifies what it reads, between two QEMUs and two daemons that share the image.
 
-use std::time::Duration;
-
 use anyhow::{Context, Result, ensure};
 use kickless_tests::daemon::{Daemon, Kind, Options};
 use kickless_tests::image::{Image, MIB};
@@ -29,7 +27,6 @@ fn to_and_fro(scene: &Scene, platform: Platform, ways: &[Way]) -> Result<Option<
         for &way in ways {
             let context = || format!("round {round}, {way:?}");
             let to = Migration::to(&[daemons[1 - at].socket()]);
-            let time = Duration::from_secs(if way == Way::PostCopy { 5 } else { 3 });
             let load = Load::verified().block_size(BLOCK).flush_every(50).seed(round as u64 + 1);
             let load = if round % 2 == 0 {
                 // Reads alone: buffers that the guest itself hardly ever writes, so that nobody but the daemon can
@@ -42,7 +39,7 @@ fn to_and_fro(scene: &Scene, platform: Platform, ways: &[Way]) -> Result<Option<
             } else {
                 load
             };
-            guest.start(&load.time(time))?;
+            guest.start(&load.until_told())?;
             guest.after(1000)?;
             match way {
                 Way::Cancelled => guest.cancel_migration(scene, &to).with_context(context)?,
@@ -59,9 +56,8 @@ fn to_and_fro(scene: &Scene, platform: Platform, ways: &[Way]) -> Result<Option<
                     moves.push((way, moved));
                 }
             }
-            ensure!(guest.is_at_work(), "the load was over too early to prove anything ({})", context());
-            let seen = guest.progress()?;
-            guest.after(seen + 500).with_context(context)?;
+            guest.some_more(500).with_context(context)?;
+            guest.stop()?;
             guest.finish().with_context(context)?.expect_clean().with_context(context)?;
             daemons.iter_mut().try_for_each(Daemon::expect_alive)?;
         }

@@ -11,7 +11,7 @@ use kickless_tests::{daemon::Daemon, net};
 use serde_json::Value;
 
 /// How long something may take in a guest.
-pub const LIMIT: Duration = Duration::from_secs(40);
+pub const LIMIT: Duration = Duration::from_secs(90);
 /// The port that data goes to: 7000, and as `/proc/net/tcp` has it.
 pub const PORT: (u16, &str) = (7000, ":1B58");
 

@@ -104,7 +104,7 @@ impl Kernel {
     }
 
     pub fn answer(&self, id: u32) -> DevResponse {
-        let deadline = Instant::now() + Duration::from_secs(20);
+        let deadline = Instant::now() + Duration::from_secs(60);
         loop {
             if let Some(answer) = self.lock().answers.remove(&id) {
                 return answer;

@@ -17,7 +17,7 @@ use kernel::{DRIVER_OK, Kernel};
 use rig::{BOUNCE, PACKED, RING, RINGS, Rig, SPLIT, about, file_of};
 
 fn until(what: &str, mut holds: impl FnMut() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(20);
+    let deadline = Instant::now() + Duration::from_secs(60);
     while !holds() {
         assert!(Instant::now() < deadline, "{what}");
         std::thread::sleep(Duration::from_millis(1));

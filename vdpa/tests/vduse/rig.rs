@@ -171,7 +171,7 @@ impl Driver {
     }
 
     pub fn wait(&mut self, index: usize) -> Option<u8> {
-        let deadline = Instant::now() + Duration::from_secs(20);
+        let deadline = Instant::now() + Duration::from_secs(60);
         while Instant::now() < deadline {
             if self.queues[index].collect().is_some() {
                 let mut status = [0];

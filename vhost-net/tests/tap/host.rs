@@ -10,7 +10,7 @@ use nix::sched::{CloneFlags, unshare};
 use nix::sys::socket::{AddressFamily, SockFlag, SockProtocol, SockType, socket};
 
 /// What is waited for comes within this.
-pub const LIMIT: Duration = Duration::from_secs(20);
+pub const LIMIT: Duration = Duration::from_secs(60);
 /// Bytes of the header of packet sockets: `struct virtio_net_hdr` without `num_buffers`.
 pub const HEADER: usize = 10;
 

@@ -179,7 +179,7 @@ pub fn stops_at_once() {
             let begun = Instant::now();
             assert_eq!(guest.rx.stop(), n + 1, "buffers that were not used");
             guest.tx.stop();
-            assert!(begun.elapsed() < Duration::from_secs(5));
+            assert!(begun.elapsed() < Duration::from_secs(60));
             guest.start(&tap, &engine);
         }
         guest.stop();

@@ -45,7 +45,7 @@ pub fn make() {
 
 /// Waits for what the kernel does in its own time, as it does with carriers.
 pub fn until(mut is_so: impl FnMut() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(20);
+    let deadline = Instant::now() + Duration::from_secs(60);
     while !is_so() {
         assert!(Instant::now() < deadline, "it does not come to that");
         thread::sleep(Duration::from_millis(1));
