@@ -95,7 +95,7 @@ impl Service for Switched {
         let all = on_bus.chain(self.sockets.iter().map(|(name, stats)| (name.as_str(), stats.as_slice())));
         let all: Vec<_> = all.collect();
         let mut text = String::new();
-        for (number, port) in (0..).zip(&self.hub.ports) {
+        for (number, port) in (0..).zip(self.hub.ports().iter()) {
             if let Some((_, stats)) = all.iter().find(|(name, _)| *name == port.name) {
                 let switched = self.hub.switch.as_ref().map(|switch| switch.counters(PortId(number)));
                 text += &report(port, stats, &switched.unwrap_or_default());
@@ -103,7 +103,7 @@ impl Service for Switched {
         }
         if let Some(name) = &self.uplink {
             // The last port.
-            text += &uplink_report(name, &self.hub, self.hub.ports.len() - 1);
+            text += &uplink_report(name, &self.hub, self.hub.ports().len() - 1);
         }
         text
     }
@@ -121,7 +121,7 @@ pub(crate) fn serve_net(cli: &ServeNet) -> Result<()> {
     hub.connect(&engine);
     let withheld = join::withheld(&options, uplink.as_deref());
     // The last port.
-    let out = hub.ports.len().saturating_sub(1);
+    let out = hub.ports().len().saturating_sub(1);
     let shards = (0..engine.reactors()).map(|reactor| {
         let mut shard = Shard::new(Arc::clone(&hub), reactor);
         if let Some(uplink) = uplink.take_if(|_| reactor == 0) {

@@ -40,12 +40,14 @@ impl Hub {
         }
         let verdict = shard.decide(PortId(port as u16), &Frame::whole(&frame, LEN as u32), now);
         let Verdict::Flood(flood) = verdict else { return };
+        let ports = self.ports();
         for (to, action) in shard.egress(flood, now) {
             let mut head = head.clone();
             head.retag(action);
-            if let Some(chute) = self.chute_to(to.0.into()) {
+            let Some(port) = ports.get(usize::from(to.0)) else { continue };
+            if let Some(chute) = self.chute_to(port) {
                 // When too many are on their way: QEMU says it several times.
-                chute.send_frame(to.0.into(), 0, &head, &frame);
+                chute.send_frame((to.0.into(), port), 0, &head, &frame);
             }
         }
     }

@@ -7,6 +7,8 @@
 //! A packet that asks for anything, has a tag, goes to many, or does not fit, goes by itself: its head is copied out of guest
 //! memory and decided on ([`Head`]).
 
+use std::sync::Arc;
+
 use poll_engine::engine::queue::{MAX_BURST, Queue};
 use poll_engine::engine::reactor::QueueId;
 use poll_engine::engine::station::Queues;
@@ -14,7 +16,7 @@ use poll_engine::ring::Ahead;
 use poll_engine::stats::ErrorKind;
 
 use crate::exits::{Exits, Given, Origin, Ran};
-use crate::hub::{Hub, Plan};
+use crate::hub::{self, Hub, Plan};
 use crate::stats::{Drop, PairStats};
 use crate::switch::vlan::TagAction;
 use crate::switch::{self, Flood, Frame, PortId, Verdict};
@@ -122,7 +124,7 @@ impl Burst {
     pub fn forward(
         &mut self,
         source: &mut Source,
-        hub: &Hub,
+        (hub, ports): (&Hub, &[Arc<hub::Port>]),
         exits: &mut Exits,
         switching: Option<&mut switch::Shard>,
         queues: &mut Queues<'_>,
@@ -141,7 +143,7 @@ impl Burst {
             rx.expect_burst(taken);
         }
         let id = source.id;
-        let (port, own) = (PortId(source.port as u16), &hub.ports[source.port].pairs[source.pair]);
+        let (port, own) = (PortId(source.port as u16), &ports[source.port].pairs[source.pair]);
         let glances = &mut self.glances[..taken];
         if switching.as_ref().is_some_and(|switch| switch.looks_inside(port)) {
             glances.fill(None);

@@ -103,7 +103,7 @@ impl NetDevice {
 
     fn is_up(&self) -> bool {
         match &self.joined {
-            Joined::Hub(hub, port) => hub.ports[*port].link.load(Ordering::Relaxed),
+            Joined::Hub(hub, port) => hub.port(*port).link.load(Ordering::Relaxed),
             Joined::Tap(card) => card.is_up(),
         }
     }
@@ -214,7 +214,8 @@ impl Device for NetDevice {
         }
         match &self.joined {
             Joined::Hub(hub, port) => {
-                Ok(Box::new(Member { hub: Arc::clone(hub), port: *port, index, features }))
+                let (hub, own) = (Arc::clone(hub), hub.port(*port));
+                Ok(Box::new(Member { hub, port: *port, own, index, features }))
             }
             Joined::Tap(card) => card.start_queue(index, features, size),
         }

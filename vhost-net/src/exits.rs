@@ -9,7 +9,7 @@ use poll_engine::engine::station::Queues;
 use poll_engine::ring::Ahead;
 
 use crate::fallback::{Outcome, deliver_softened, takes};
-use crate::hub::Hub;
+use crate::hub::{Hub, Port};
 use crate::outside::Outside;
 use crate::parcel::Chute;
 use crate::receivers::{Place, Receivers};
@@ -79,6 +79,8 @@ pub enum Ran {
 pub struct Exits {
     hub: Arc<Hub>,
     reactor: usize,
+    /// The hub's, as last [adopted](Self::adopt).
+    pub ports: Arc<[Arc<Port>]>,
     /// The receive queues here for packets of each pair, by port; none of a port whose packets have to be looked at.
     pub targets: Vec<Vec<Target>>,
     /// All of them.
@@ -95,15 +97,31 @@ pub struct Exits {
 impl Exits {
     /// Those of `hub` on this reactor: none yet.
     pub fn new(hub: Arc<Hub>, reactor: usize) -> Exits {
-        let targets = hub.ports.iter().map(|_| Vec::new()).collect();
-        let receivers = hub.ports.iter().map(|_| Receivers::default()).collect();
         let (piece, spread, witness) = (Head::new(), Spread::new(), Witness::default());
-        Exits { hub, reactor, targets, receivers, outside: None, piece, spread, witness }
+        let (ports, targets, receivers) = (Arc::default(), Vec::new(), Vec::new());
+        let mut exits =
+            Exits { hub, reactor, ports, targets, receivers, outside: None, piece, spread, witness };
+        exits.adopt();
+        exits
+    }
+
+    /// There may be other ports, none of whose queues run yet.
+    pub fn adopt(&mut self) {
+        let ports = self.hub.ports();
+        self.targets.resize_with(ports.len(), Vec::new);
+        self.receivers.resize_with(ports.len(), Receivers::default);
+        for (at, (new, old)) in ports.iter().zip(&*self.ports).enumerate() {
+            if !Arc::ptr_eq(new, old) {
+                self.targets[at] = Vec::new();
+                self.receivers[at] = Receivers::default();
+            }
+        }
+        self.ports = ports;
     }
 
     /// A receive queue runs.
     pub fn open(&mut self, port: usize, target: Target) {
-        if let Some(home) = self.hub.ports[port].homes.get(target.pair) {
+        if let Some(home) = self.ports[port].homes.get(target.pair) {
             home.store(self.reactor, Ordering::Relaxed);
         }
         self.receivers[port].open(target);
@@ -118,7 +136,7 @@ impl Exits {
 
     /// A port's driver wants its packets in another way.
     pub fn steer(&mut self, port: usize) {
-        self.receivers[port].steer(self.hub.steering(port));
+        self.receivers[port].steer(self.ports[port].steering());
         self.sort_out(port);
     }
 
@@ -126,12 +144,12 @@ impl Exits {
     fn sort_out(&mut self, port: usize) {
         let before = std::mem::take(&mut self.targets[port]);
         let made = |id| before.iter().find(|t| t.id == id).map_or(0, |t| t.made);
-        let plain = self.receivers[port].sort_out(self.hub.ports[port].pairs.len()).into_iter();
+        let plain = self.receivers[port].sort_out(self.ports[port].pairs.len()).into_iter();
         self.targets[port] = plain.map(|t| Target { made: made(t.id), ..t }).collect();
-        let (places, own) = (&self.hub.ports[port].places, 1 << (self.reactor % 64));
+        let (places, own) = (&self.ports[port].places, 1 << (self.reactor % 64));
         if self.targets[port].is_empty() && !self.receivers[port].is_steered() {
             if places.fetch_and(!own, Ordering::Relaxed) == own {
-                self.hub.miss(port);
+                self.hub.miss(&self.ports[port]);
             }
         } else {
             places.fetch_or(own, Ordering::Relaxed);
@@ -165,7 +183,7 @@ impl Exits {
         let Some((tx, rx)) = queues.pair(from.id, target.id) else { return Ran::Single };
         let room = rx.take_burst(packets.len(), RECEIVED);
         if room == 0 {
-            let waits = self.hub.ports[port].waits && !rx.is_broken();
+            let waits = self.ports[port].waits && !rx.is_broken();
             return if waits { Ran::Waits(target.id) } else { Ran::Single };
         }
         let (packets, mut done) = (&packets[..room], 0);
@@ -194,7 +212,7 @@ impl Exits {
         if done == 0 {
             return Ran::Single;
         }
-        let theirs = &self.hub.ports[port].pairs[target.pair];
+        let theirs = &self.ports[port].pairs[target.pair];
         theirs.rx_packets.add(done as u64);
         theirs.rx_bytes.add(bytes);
         theirs.rx_groups.count_run(&packets[..done], self.hub.switch.is_some());
@@ -217,7 +235,7 @@ impl Exits {
         let read = |at: u32, into: &mut [u8]| _ = chain.readable(at, into.len() as u32).read(into);
         let own = (&mut self.piece, &mut self.spread, &mut self.witness);
         let outcome = fit(rx, (port, target), head, &chain, read, own);
-        let port = &self.hub.ports[port];
+        let port = &self.ports[port];
         let nothing = matches!(outcome, Some(Outcome { packets: 0, why: Some(Refused::NoBuffers), .. }));
         if nothing && port.waits {
             return Given::Waits(target.id);
@@ -250,7 +268,7 @@ impl Exits {
         port: usize,
         head: &mut Head,
     ) -> Result<Target, Given> {
-        if self.hub.expects(port) {
+        if self.hub.expects(&self.ports[port]) {
             return Err(Given::Absent);
         }
         if !self.receivers[port].is_steered() {
@@ -260,13 +278,14 @@ impl Exits {
         let chain = queues.finishing(from.id).ok_or(Given::Away)?.burst(from.at);
         let read = |at: u32, into: &mut [u8]| chain.readable(at, into.len() as u32).read(into);
         let place = self.receivers[port].place(from.pair, head, read).ok_or(Given::Away)?;
-        self.settle(port, place, |chute, pair| chute.send(port, pair, head, &chain)).ok_or(Given::Away)
+        self.settle(port, place, |chute, pair| chute.send((port, &self.ports[port]), pair, head, &chain))
+            .ok_or(Given::Away)
     }
 
     /// What becomes of a packet for a queue that takes nothing any more: it is about to stop, or broken.
     #[cold]
     fn stopping(&self, queues: &mut Queues<'_>, from: Origin, port: usize, target: QueueId) -> Given {
-        if self.hub.ports[port].waits && queues.finishing(target).is_some_and(|rx| !rx.is_broken()) {
+        if self.ports[port].waits && queues.finishing(target).is_some_and(|rx| !rx.is_broken()) {
             return Given::Absent;
         }
         self.stats_of(from).drop_tx(Drop::LinkDown);
@@ -276,7 +295,8 @@ impl Exits {
     /// Whether one of these ports is expected: what goes to it and to others waits for it.
     #[inline]
     pub fn expects_any(&self, mut ports: impl Iterator<Item = PortId>) -> bool {
-        self.hub.expecting.load(Ordering::Relaxed) && ports.any(|port| self.hub.expects(port.0.into()))
+        self.hub.expecting.load(Ordering::Relaxed)
+            && ports.any(|port| self.hub.expects(&self.ports[usize::from(port.0)]))
     }
 
     /// The queue here for a packet that has to be looked at, whose bytes are ours; as [`look`](Self::look).
@@ -287,17 +307,18 @@ impl Exits {
             bytes.len().saturating_sub(at as usize).min(into.len())
         };
         let place = self.receivers[port].place(pair, head, read)?;
-        self.settle(port, place, |chute, pair| chute.send_frame(port, pair, head, bytes))
+        self.settle(port, place, |chute, pair| chute.send_frame((port, &self.ports[port]), pair, head, bytes))
     }
 
     /// The queue here for a packet whose place is known, unless it goes by the way to another reactor, which looks at it
     /// again.
     fn settle(&self, port: usize, place: Place, send: impl FnOnce(&Chute, usize) -> bool) -> Option<Target> {
-        let drop = |target: Target, why| self.hub.ports[port].pairs[target.pair].drop_rx(why);
+        let drop = |target: Target, why| self.ports[port].pairs[target.pair].drop_rx(why);
         match place {
             Place::Nowhere(target) => drop(target, Drop::Filtered),
             Place::Here(target) => return Some(target),
-            Place::Pair(pair, instead) => match self.hub.chute_to_pair(port, pair, self.reactor) {
+            Place::Pair(pair, instead) => match self.hub.chute_to_pair(&self.ports[port], pair, self.reactor)
+            {
                 Some(chute) if send(chute, pair) => {}
                 Some(_) => drop(instead, Drop::NoBuffers),
                 None => return Some(instead),
@@ -328,7 +349,7 @@ impl Exits {
         let read = |at: u32, into: &mut [u8]| read_of(bytes, at, into);
         let own = (&mut self.piece, &mut self.spread, &mut self.witness);
         let outcome = fit(rx, (port, target), head, bytes, read, own);
-        count(&self.hub.ports[port].pairs[target.pair], head, outcome);
+        count(&self.ports[port].pairs[target.pair], head, outcome);
         true
     }
 
@@ -336,7 +357,7 @@ impl Exits {
     #[cold]
     pub fn refuse(&self, port: usize, target: QueueId) {
         if let Some(target) = self.targets[port].iter().find(|t| t.id == target) {
-            self.hub.ports[port].pairs[target.pair].drop_rx(Drop::NoBuffers);
+            self.ports[port].pairs[target.pair].drop_rx(Drop::NoBuffers);
         }
     }
 
@@ -351,15 +372,16 @@ impl Exits {
             return;
         }
         // The receiver's counters are another reactor's.
-        match self.hub.chute_to(port) {
-            Some(chute) if chute.send(port, from.pair, head, &chain) => {}
+        let theirs = &self.ports[port];
+        match self.hub.chute_to(theirs) {
+            Some(chute) if chute.send((port, theirs), from.pair, head, &chain) => {}
             Some(_) => self.stats_of(from).drop_tx(Drop::NoBuffers),
             None => self.stats_of(from).drop_tx(Drop::LinkDown),
         }
     }
 
     fn stats_of(&self, from: Origin) -> &PairStats {
-        &self.hub.ports[from.port].pairs[from.pair]
+        &self.ports[from.port].pairs[from.pair]
     }
 
     /// Has a packet leave by the uplink, and counts it; false if that is not here.
@@ -371,7 +393,7 @@ impl Exits {
         read: &dyn Fn(u32, &mut [u8]),
     ) -> bool {
         let Some(outside) = self.outside.as_mut().filter(|o| o.port == port) else { return false };
-        let theirs = &self.hub.ports[port].pairs[0];
+        let theirs = &self.ports[port].pairs[0];
         if !takes(head, outside.uplink.takes()) {
             // Guests are not offered what the uplink does not take.
             theirs.drop_rx(Drop::BadHeader);
@@ -395,7 +417,7 @@ impl Exits {
                     continue;
                 }
                 let Some(rx) = queues.get(target.id) else { continue };
-                let stats = &self.hub.ports[port].pairs[target.pair];
+                let stats = &self.ports[port].pairs[target.pair];
                 for _ in 0..rx.ready_for(burst, RECEIVED) {
                     head.make_up(len, target.made);
                     // Its payload is what has been in the buffer.
@@ -416,14 +438,14 @@ impl Exits {
 
 impl Hub {
     /// The way to a reactor that has a receive queue of a port.
-    pub(crate) fn chute_to(&self, port: usize) -> Option<&Chute> {
-        let places = self.ports[port].places.load(Ordering::Relaxed);
+    pub(crate) fn chute_to(&self, port: &Port) -> Option<&Chute> {
+        let places = port.places.load(Ordering::Relaxed);
         self.chutes.get().and_then(|chutes| chutes.get(places.trailing_zeros() as usize))
     }
 
     /// The way to the other reactor that has the receive queue of this pair.
-    fn chute_to_pair(&self, port: usize, pair: usize, own: usize) -> Option<&Chute> {
-        let home = self.ports[port].homes.get(pair)?.load(Ordering::Relaxed);
+    fn chute_to_pair(&self, port: &Port, pair: usize, own: usize) -> Option<&Chute> {
+        let home = port.homes.get(pair)?.load(Ordering::Relaxed);
         self.chutes.get().and_then(|chutes| chutes.get(home)).filter(|_| home != own)
     }
 }

@@ -1,7 +1,7 @@
 //! What joins ports: the ports themselves, and the way to the shard on each reactor that moves their packets.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use poll_engine::clock::Clock;
@@ -14,7 +14,9 @@ use crate::outside::News;
 use crate::parcel::Chute;
 use crate::stats::PairStats;
 use crate::steering::Steering;
+use crate::switch::fdb::MAX_PORTS;
 use crate::switch::{PortConfig, PortId, Switch};
+use crate::witness::Witness;
 
 /// For how long packets wait for a port that has them wait, while its receive queues have stopped or have not come yet: as
 /// long as its front end takes to come back (QEMU's `reconnect=1`).
@@ -41,6 +43,8 @@ pub enum Plan {
 pub struct Port {
     /// For people.
     pub name: String,
+    /// Its own: another port that has its number later has another one.
+    pub(crate) serial: u64,
     /// One for each pair of queues.
     pub pairs: Vec<PairStats>,
     /// Whether the link is up, as the administrator has it.
@@ -64,8 +68,10 @@ impl Port {
     pub fn new(name: String, pairs: u16, waits: bool) -> Port {
         let homes = std::iter::repeat_with(Default::default).take(pairs.into()).collect();
         let pairs = std::iter::repeat_with(Default::default).take(pairs.into()).collect();
+        static SERIAL: AtomicU64 = AtomicU64::new(0);
         Port {
             name,
+            serial: SERIAL.fetch_add(1, Ordering::Relaxed),
             pairs,
             homes,
             steering: Mutex::default(),
@@ -76,6 +82,11 @@ impl Port {
             // As long as nobody has come.
             expected_until: AtomicU64::new(if waits { u64::MAX } else { 0 }),
         }
+    }
+
+    /// In which way packets go to its guest.
+    pub(crate) fn steering(&self) -> Arc<Steering> {
+        Arc::clone(&self.steering.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// That of an uplink on this reactor, down until it is seen to be up.
@@ -97,6 +108,10 @@ pub(crate) enum Change {
     Down { port: usize, index: u16 },
     /// The switch's ports are not what they were.
     Rules,
+    /// There are other ports.
+    Ports,
+    /// Packets are noted by somebody else, who waits in the inbox, or by nobody.
+    Witness,
     /// A port's driver has asked for something else.
     Steering(usize),
 }
@@ -106,13 +121,15 @@ pub(crate) enum Change {
 pub(crate) struct Inbox {
     changes: Mutex<Vec<Change>>,
     full: AtomicBool,
+    /// Who is to note packets from now on.
+    pub(crate) witness: Mutex<Witness>,
 }
 
 impl Inbox {
     fn put(&self, change: Change) {
         let mut changes = self.changes.lock().unwrap_or_else(PoisonError::into_inner);
-        // Guests may ask for much while a reactor sleeps.
-        if !matches!(change, Change::Steering(_)) || !changes.contains(&change) {
+        // Much may be asked for while a reactor sleeps; what it does then is what is asked for last.
+        if matches!(change, Change::Up { .. } | Change::Down { .. }) || !changes.contains(&change) {
             changes.push(change);
         }
         self.full.store(true, Ordering::Release);
@@ -129,13 +146,35 @@ impl Inbox {
     }
 }
 
+/// By their numbers.
+#[derive(Debug)]
+struct Ports {
+    /// Those that were removed stay until another one comes in their place.
+    all: Arc<[Arc<Port>]>,
+    /// Numbers of those that were removed.
+    free: Vec<usize>,
+}
+
+/// Why a port neither comes nor goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum HubError {
+    /// There are as many as there can be.
+    #[error("there are {MAX_PORTS} ports, and there is no room for more")]
+    Full,
+    /// A reactor would not hear of it.
+    #[error("a reactor does not turn; see what keeps it")]
+    Stuck,
+}
+
+/// How long a reactor may take to hear of a port.
+const HEARING: Duration = Duration::from_secs(10);
+
 /// Ports, what is done with their packets, and the shards that do it.
 #[derive(Debug)]
 pub struct Hub {
     /// What is done with packets.
     pub plan: Plan,
-    /// The ports.
-    pub ports: Vec<Arc<Port>>,
+    ports: Mutex<Ports>,
     /// With [`Plan::Switch`]: its ports are those, by the same numbers.
     pub switch: Option<Arc<Switch>>,
     clock: Clock,
@@ -162,6 +201,7 @@ impl Hub {
         let (chutes, announcing, outside) = (OnceLock::new(), Mutex::default(), News::default());
         let (start, patience, begun) = (clock.raw(), PATIENCE.as_nanos() as u64, AtomicBool::new(false));
         let expecting = AtomicBool::new(ports.iter().any(|port| port.waits));
+        let ports = Mutex::new(Ports { all: ports.into(), free: Vec::new() });
         Hub {
             plan,
             ports,
@@ -182,7 +222,7 @@ impl Hub {
     pub fn switched(switch: Arc<Switch>, ports: Vec<Arc<Port>>, reactors: usize) -> Hub {
         let hub = Hub { switch: Some(switch), ..Hub::new(Plan::Switch, ports, reactors) };
         // Those that are expected get what goes to many.
-        (0..hub.ports.len()).filter(|&at| hub.ports[at].waits).for_each(|at| hub.look_at_link(at));
+        hub.look_at_those_that_wait();
         hub
     }
 
@@ -191,6 +231,88 @@ impl Hub {
     pub fn patient(mut self, patience: Duration) -> Hub {
         self.patience = patience.as_nanos() as u64;
         self
+    }
+
+    /// The ports, those that were removed included.
+    pub fn ports(&self) -> Arc<[Arc<Port>]> {
+        Arc::clone(&self.slots().all)
+    }
+
+    /// The port of this number.
+    ///
+    /// # Panics
+    /// If there never was one.
+    pub fn port(&self, at: usize) -> Arc<Port> {
+        Arc::clone(&self.slots().all[at])
+    }
+
+    fn slots(&self) -> MutexGuard<'_, Ports> {
+        self.ports.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Joins one more port, with these rules of the switch: its number. When it returns, all reactors know of it, so that its
+    /// queues may start.
+    pub fn add_port(&self, port: Port, rules: PortConfig, engine: &Engine) -> Result<usize, HubError> {
+        let waits = port.waits;
+        let at = {
+            let mut slots = self.slots();
+            let at = slots.free.pop().unwrap_or(slots.all.len());
+            if at == MAX_PORTS {
+                return Err(HubError::Full);
+            }
+            let mut all = slots.all.to_vec();
+            match all.get_mut(at) {
+                Some(slot) => *slot = port.into(),
+                None => all.push(port.into()),
+            }
+            slots.all = all.into();
+            if let Some(switch) = &self.switch {
+                switch.put(PortId(at as u16), rules);
+            }
+            at
+        };
+        self.tell_all(Change::Ports);
+        // A round that has not heard of it yet would find its address, and not the port.
+        if !engine.turns(HEARING) {
+            self.remove_port(at, engine)?;
+            return Err(HubError::Stuck);
+        }
+        if waits {
+            self.expecting.store(true, Ordering::SeqCst);
+            self.look_at_link(at);
+        }
+        Ok(at)
+    }
+
+    /// A port, whose queues have stopped, is not there any more. Its number is another one's when no reactor can mean it.
+    pub fn remove_port(&self, at: usize, engine: &Engine) -> Result<(), HubError> {
+        self.port(at).link.store(false, Ordering::SeqCst);
+        if let Some(switch) = &self.switch {
+            switch.remove(PortId(at as u16));
+        }
+        if !engine.turns(HEARING) {
+            return Err(HubError::Stuck);
+        }
+        self.slots().free.push(at);
+        Ok(())
+    }
+
+    /// Has packets on each reactor noted by these from now on. When it returns, nobody else notes any.
+    pub fn set_witnesses(
+        &self,
+        mut witness: impl FnMut() -> Witness,
+        engine: &Engine,
+    ) -> Result<(), HubError> {
+        for inbox in &self.inboxes {
+            *inbox.witness.lock().unwrap_or_else(PoisonError::into_inner) = witness();
+            inbox.put(Change::Witness);
+        }
+        // Twice: what is heard of in a round is done in the next one.
+        if (0..2).all(|_| engine.turns(HEARING)) { Ok(()) } else { Err(HubError::Stuck) }
+    }
+
+    fn tell_all(&self, change: Change) {
+        self.inboxes.iter().for_each(|inbox| inbox.put(change));
     }
 
     /// Lets packets go from one reactor to another.
@@ -206,7 +328,7 @@ impl Hub {
 
     /// Has a port's link up or down, as the administrator wants it.
     pub fn set_link(&self, port: usize, up: bool) {
-        self.ports[port].link.store(up, Ordering::SeqCst);
+        self.port(port).link.store(up, Ordering::SeqCst);
         self.look_at_link(port);
     }
 
@@ -215,18 +337,13 @@ impl Hub {
         let Some(switch) = &self.switch else { return };
         switch.set_rules(PortId(port as u16), config);
         // Found before the next packet is moved, so that nobody need be woken.
-        self.inboxes.iter().for_each(|inbox| inbox.put(Change::Rules));
+        self.tell_all(Change::Rules);
     }
 
     /// Has packets for a port go to its guest in this way, from the next one on.
     pub fn steer(&self, port: usize, steering: Steering) {
-        *self.ports[port].steering.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(steering);
-        self.inboxes.iter().for_each(|inbox| inbox.put(Change::Steering(port)));
-    }
-
-    /// In which way they do.
-    pub(crate) fn steering(&self, port: usize) -> Arc<Steering> {
-        Arc::clone(&self.ports[port].steering.lock().unwrap_or_else(PoisonError::into_inner))
+        *self.port(port).steering.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(steering);
+        self.tell_all(Change::Steering(port));
     }
 
     /// No packet longer than this (without Ethernet header and tags) goes to a port of the switch.
@@ -240,8 +357,7 @@ impl Hub {
     }
 
     /// Whether packets for a port wait for its receive queues, of which none is there.
-    pub(crate) fn expects(&self, at: usize) -> bool {
-        let port = &self.ports[at];
+    pub(crate) fn expects(&self, port: &Port) -> bool {
         let is_missing = port.waits && port.places.load(Ordering::Relaxed) == 0;
         is_missing && port.link.load(Ordering::Relaxed) && self.may_come(port)
     }
@@ -251,9 +367,9 @@ impl Hub {
     }
 
     /// A port's last receive queue has stopped.
-    pub(crate) fn miss(&self, at: usize) {
-        if self.ports[at].waits {
-            self.ports[at].expected_until.store(self.now() + self.patience, Ordering::SeqCst);
+    pub(crate) fn miss(&self, port: &Port) {
+        if port.waits {
+            port.expected_until.store(self.now() + self.patience, Ordering::SeqCst);
             self.expecting.store(true, Ordering::SeqCst);
         }
     }
@@ -261,32 +377,39 @@ impl Hub {
     /// A queue runs: the others are expected from now on.
     fn begin(&self) {
         if !self.begun.swap(true, Ordering::SeqCst) {
-            (0..self.ports.len()).for_each(|at| self.miss(at));
+            self.ports().iter().for_each(|port| self.miss(port));
         }
     }
 
     /// When to look again whether ports that were expected are up, if there are such.
     pub(crate) fn next_look(&self) -> Option<u64> {
-        self.ports.iter().any(|port| port.waits).then(|| self.now() + self.patience)
+        self.ports().iter().any(|port| port.waits).then(|| self.now() + self.patience)
     }
 
     /// Looks whether they are.
     #[cold]
     pub(crate) fn look_again(&self) {
         self.expecting.store(false, Ordering::SeqCst);
-        for at in (0..self.ports.len()).filter(|&at| self.ports[at].waits) {
-            self.look_at_link(at);
-            if self.may_come(&self.ports[at]) {
-                self.expecting.store(true, Ordering::SeqCst);
-            }
+        if self.look_at_those_that_wait() {
+            self.expecting.store(true, Ordering::SeqCst);
         }
+    }
+
+    /// Whether one of them may still come.
+    fn look_at_those_that_wait(&self) -> bool {
+        let mut may_come = false;
+        for (at, port) in self.ports().iter().enumerate().filter(|(_, port)| port.waits) {
+            self.look_at_link(at);
+            may_come |= self.may_come(port);
+        }
+        may_come
     }
 
     /// A switch's port is up when its link is and its guest is there, or expected.
     fn look_at_link(&self, at: usize) {
         let Some(switch) = &self.switch else { return };
-        let (port, id) = (&self.ports[at], PortId(at as u16));
-        let is_there = || port.running.load(Ordering::SeqCst) > 0 || self.may_come(port);
+        let (port, id) = (self.port(at), PortId(at as u16));
+        let is_there = || port.running.load(Ordering::SeqCst) > 0 || self.may_come(&port);
         let is_up = || port.link.load(Ordering::SeqCst) && is_there();
         // Another thread may have changed it while this one said what it was.
         loop {
@@ -303,6 +426,7 @@ impl Hub {
 pub(crate) struct Member {
     pub(crate) hub: Arc<Hub>,
     pub(crate) port: usize,
+    pub(crate) own: Arc<Port>,
     pub(crate) index: u16,
     pub(crate) features: u64,
 }
@@ -312,7 +436,7 @@ impl QueueHandler for Member {
         let Member { port, index, features, .. } = *self;
         self.hub.begin();
         self.hub.inboxes[io.reactor()].put(Change::Up { port, index, id: io.id(), features });
-        if self.hub.ports[port].running.fetch_add(1, Ordering::SeqCst) == 0 {
+        if self.own.running.fetch_add(1, Ordering::SeqCst) == 0 {
             self.hub.look_at_link(port);
         }
     }
@@ -326,8 +450,8 @@ impl QueueHandler for Member {
     fn detach(&mut self, io: &mut Io<'_>) {
         let Member { port, index, .. } = *self;
         self.hub.inboxes[io.reactor()].put(Change::Down { port, index });
-        if self.hub.ports[port].running.fetch_sub(1, Ordering::SeqCst) == 1 {
-            self.hub.miss(port);
+        if self.own.running.fetch_sub(1, Ordering::SeqCst) == 1 {
+            self.hub.miss(&self.own);
             self.hub.look_at_link(port);
         }
     }

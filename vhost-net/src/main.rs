@@ -157,7 +157,7 @@ fn serve(
     let uplink_mtu = uplink.as_mut().map(|u| u.link().mtu);
     let hub = Arc::new(join::hub(options, &guests(&wanted), uplink_mtu, engine.reactors()));
     // The last port.
-    let out = hub.ports.len().saturating_sub(1);
+    let out = hub.ports().len().saturating_sub(1);
     hub.connect(&engine);
     let withheld = join::withheld(options, uplink.as_deref());
     let shards = (0..engine.reactors()).map(|reactor| {
@@ -173,7 +173,8 @@ fn serve(
     heir.ask()?;
     let left = Arc::new(AtomicUsize::new(wanted.len()));
     let (mut prepared, mut ready) = (Vec::new(), Vec::new());
-    let mut ports = (0..).zip(&hub.ports);
+    let all = hub.ports();
+    let mut ports = (0..).zip(all.iter());
     for (index, (mut wanted, source)) in (0..).zip(wanted.into_iter().zip(sources)) {
         let (joined, counted) = if let Some(tap) = wanted.tap.take() {
             let capture = capture.as_ref().map(|capture| (Arc::clone(capture), index));
@@ -278,7 +279,7 @@ fn read_again(path: &Path, options: &mut Options, served: &[Served], hub: &Hub) 
     }
     if let Some(uplink) = &new.uplink {
         // The last port.
-        set_rules(hub, hub.ports.len() as u16 - 1, uplink);
+        set_rules(hub, hub.ports().len() as u16 - 1, uplink);
     }
     *options = new;
     info!("{} was read again", path.display());
@@ -305,10 +306,10 @@ fn statistics(
     let mut text: String = served.iter().map(|s| s.report(hub)).collect();
     if let Some(uplink) = &options.uplink {
         // The last port.
-        text += &uplink_report(&uplink.name(), hub, hub.ports.len() - 1);
+        text += &uplink_report(&uplink.name(), hub, hub.ports().len() - 1);
     }
     if options.record_core_cycles {
-        text += &cycles(engine.stats().iter().map(|s| &**s), &hub.ports);
+        text += &cycles(engine.stats().iter().map(|s| &**s), &hub.ports());
     }
     if let Some(capture) = capture {
         text += &capture.line();

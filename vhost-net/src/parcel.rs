@@ -5,6 +5,7 @@ use crossbeam::queue::ArrayQueue;
 use poll_engine::engine::station::Waker;
 use poll_engine::ring::chain::ChainView;
 
+use crate::hub::Port;
 use crate::tx::Head;
 
 /// Most packets on their way to one reactor.
@@ -15,6 +16,8 @@ const PARCELS: usize = 256;
 pub struct Parcel {
     /// The port it is for.
     pub port: usize,
+    /// Which of those that have had its number.
+    pub serial: u64,
     /// The pair of queues that it came from.
     pub pair: usize,
     /// What was decided on.
@@ -41,7 +44,7 @@ impl Chute {
     }
 
     /// Sends a packet; false if too many are on their way.
-    pub fn send(&self, port: usize, pair: usize, head: &Head, chain: &ChainView<'_>) -> bool {
+    pub fn send(&self, port: (usize, &Port), pair: usize, head: &Head, chain: &ChainView<'_>) -> bool {
         self.pass(port, pair, head, |bytes| {
             bytes.resize(chain.readable_len() as usize, 0);
             chain.readable(0, u32::MAX).read(bytes);
@@ -49,16 +52,22 @@ impl Chute {
     }
 
     /// The same, of a frame that is in memory of ours.
-    pub fn send_frame(&self, port: usize, pair: usize, head: &Head, frame: &[u8]) -> bool {
+    pub fn send_frame(&self, port: (usize, &Port), pair: usize, head: &Head, frame: &[u8]) -> bool {
         self.pass(port, pair, head, |bytes| {
             bytes.clear();
             bytes.extend_from_slice(frame);
         })
     }
 
-    fn pass(&self, port: usize, pair: usize, head: &Head, fill: impl FnOnce(&mut Vec<u8>)) -> bool {
+    fn pass(
+        &self,
+        (at, port): (usize, &Port),
+        pair: usize,
+        head: &Head,
+        fill: impl FnOnce(&mut Vec<u8>),
+    ) -> bool {
         let Some(mut parcel) = self.free.pop() else { return false };
-        (parcel.port, parcel.pair) = (port, pair);
+        (parcel.port, parcel.serial, parcel.pair) = (at, port.serial, pair);
         parcel.head.clone_from(head);
         fill(&mut parcel.bytes);
         let sent = self.full.push(parcel).is_ok();

@@ -80,12 +80,12 @@ pub fn uplink_report(name: &str, hub: &Hub, port: usize) -> String {
         let _ = writeln!(out, "switch {counter} {n}");
     }
     for (why, counter) in DROPS {
-        let (rx, tx) = (hub.ports[port].pairs[0].rx_drops(why), hub.ports[port].pairs[0].tx_drops(why));
+        let (rx, tx) = (hub.port(port).pairs[0].rx_drops(why), hub.port(port).pairs[0].tx_drops(why));
         if rx + tx > 0 {
             let _ = writeln!(out, "drops {counter} rx {rx} tx {tx}");
         }
     }
-    out += &mib::lines(mib::flows(&hub.ports[port].pairs, &switched));
+    out += &mib::lines(mib::flows(&hub.port(port).pairs, &switched));
     out
 }
 

@@ -1,7 +1,7 @@
 //! A hub's station on one reactor: forwards what the transmit queues there have ([`burst`](crate::burst)), and what comes
 //! from the uplink and from other reactors.
 
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use poll_engine::engine::reactor::Io;
@@ -11,7 +11,7 @@ use crate::burst::{Burst, Source, described};
 use crate::exits::{Exits, Target, read_of};
 use crate::features::MRG_RXBUF;
 use crate::header::{HashReport, header_len};
-use crate::hub::{Change, Hub, Plan};
+use crate::hub::{Change, Hub, Plan, Port};
 use crate::outside::Outside;
 use crate::parcel::{Chute, Parcel};
 use crate::rx::Form;
@@ -33,6 +33,8 @@ const LONGEST_SLEEP: Duration = Duration::from_millis(100);
 pub struct Shard {
     hub: Arc<Hub>,
     reactor: usize,
+    /// Those of the exits.
+    ports: Arc<[Arc<Port>]>,
     sources: Vec<Source>,
     exits: Exits,
     switching: Option<switch::Shard>,
@@ -50,8 +52,8 @@ impl Shard {
         let exits = Exits::new(Arc::clone(&hub), reactor);
         let switching = hub.switch.as_ref().map(|switch| switch.shard(reactor));
         let (burst, head, flooded) = (Burst::new(), Head::new(), Head::new());
-        let (sources, next_look) = (Vec::new(), None);
-        Shard { hub, reactor, sources, exits, switching, burst, head, flooded, next_look }
+        let (sources, next_look, ports) = (Vec::new(), None, Arc::clone(&exits.ports));
+        Shard { hub, reactor, ports, sources, exits, switching, burst, head, flooded, next_look }
     }
 
     /// With the uplink, whose port is one of the hub's.
@@ -84,6 +86,16 @@ impl Shard {
                     }
                 }
                 Change::Rules => self.switching.iter_mut().for_each(switch::Shard::adopt),
+                Change::Ports => {
+                    self.exits.adopt();
+                    self.ports = Arc::clone(&self.exits.ports);
+                    self.switching.iter_mut().for_each(switch::Shard::adopt);
+                }
+                Change::Witness => {
+                    let witness = &self.hub.inboxes[self.reactor].witness;
+                    let witness = &mut *witness.lock().unwrap_or_else(PoisonError::into_inner);
+                    self.exits.witness = std::mem::take(witness);
+                }
                 Change::Steering(port) => self.exits.steer(port),
                 Change::Down { port, index } => {
                     let pair = usize::from(index / 2);
@@ -104,7 +116,12 @@ impl Shard {
         let Some(chute) = hub.chutes.get().and_then(|chutes| chutes.get(*reactor)) else { return 0 };
         for taken in 0..MAX_PARCELS {
             let Some(mut parcel) = chute.receive() else { return taken };
-            let Parcel { head, bytes, port, pair } = &mut parcel;
+            let Parcel { head, bytes, port, pair, serial } = &mut parcel;
+            // The port that it was for has gone, and with it its counters.
+            if exits.ports.get(*port).is_none_or(|port| port.serial != *serial) {
+                chute.give_back(parcel);
+                continue;
+            }
             let rest = bytes.get(head.read() as usize..).unwrap_or_default();
             let read = |at: u32, into: &mut [u8]| read_of(bytes, at, into);
             if !exits.leave(*port, head, |outside, head| outside.send_copy(head, rest), &read) {
@@ -119,21 +136,21 @@ impl Shard {
     /// Takes in what comes from outside, a bounded amount of it.
     #[inline]
     fn come_in(&mut self, queues: &mut Queues<'_>) -> usize {
-        let Shard { hub, exits, switching, head, flooded, .. } = self;
+        let Shard { hub, ports, exits, switching, head, flooded, .. } = self;
         let Some(switch) = switching else { return 0 };
         // Out of the way of packets, none of which go back there.
         let Some(mut outside) = exits.outside.take() else { return 0 };
         let now = hub.now();
         outside.look(hub, now);
         let port = outside.port;
-        let own = &hub.ports[port].pairs[0];
+        let own = &ports[port].pairs[0];
         let mut give = |exits: &mut Exits, to: usize, head: &mut Head, frame: &[u8]| {
             let pair = flow(frame);
             if exits.hand_in(queues, to, pair, head, frame) {
                 return;
             }
-            match hub.chute_to(to) {
-                Some(chute) if chute.send_frame(to, pair, head, frame) => {}
+            match hub.chute_to(&ports[to]) {
+                Some(chute) if chute.send_frame((to, &ports[to]), pair, head, frame) => {}
                 Some(_) => own.drop_tx(Drop::NoBuffers),
                 None => own.drop_tx(Drop::LinkDown),
             }
@@ -197,9 +214,9 @@ impl Station for Shard {
             self.next_look = None;
         }
         let mut moved = self.take_in(queues);
-        let Shard { hub, sources, exits, switching, burst, .. } = self;
+        let Shard { hub, ports, sources, exits, switching, burst, .. } = self;
         for source in sources {
-            moved += burst.forward(source, hub, exits, switching.as_mut(), queues);
+            moved += burst.forward(source, (hub, ports), exits, switching.as_mut(), queues);
         }
         moved += self.come_in(queues);
         if let Some(outside) = &mut self.exits.outside {

@@ -24,7 +24,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use crate::mac::MacAddr;
 use crate::packet::{ETHERNET, Packet, TAG};
 pub use counters::{DropReason, PortCounters};
-use fdb::{Fdb, FdbConfig, Learnt, Period};
+use fdb::{Fdb, FdbConfig, Learnt, MAX_PORTS, Period};
 use guard::{Guard, GuardConfig};
 use limit::{Limiter, Rate, Storm, StormRates};
 use vlan::{Tag, TagAction, Vlan};
@@ -153,18 +153,19 @@ struct Port {
     ingress: Option<Arc<Limiter>>,
     egress: Option<Arc<Limiter>>,
     storm: Arc<Storm>,
+    /// Of each shard; the last are those of whoever is no reactor.
+    counters: Arc<[PortCounters]>,
 }
 
 /// What all reactors share.
 #[derive(Debug)]
 pub struct Switch {
-    names: Box<[String]>,
+    /// As many as there can be.
     up: Box<[AtomicBool]>,
     /// As they are asked for, and as shards are to have them.
     rules: Mutex<(Vec<PortConfig>, Arc<[Port]>)>,
     fdb: Fdb,
-    /// Of each shard, of each port; the last are those of whoever is no reactor.
-    counters: Box<[Arc<[PortCounters]>]>,
+    shards: usize,
 }
 
 impl Switch {
@@ -173,13 +174,13 @@ impl Switch {
     /// # Panics
     /// With more ports than [`fdb::MAX_PORTS`].
     pub fn new(fdb: FdbConfig, ports: &[PortConfig], shards: usize) -> Switch {
-        let counters = || ports.iter().map(|_| PortCounters::default()).collect();
+        assert!(ports.len() <= MAX_PORTS, "{} ports", ports.len());
+        let spare = std::iter::repeat_n(0, MAX_PORTS - ports.len());
         let switch = Switch {
-            names: ports.iter().map(|p| p.name.clone()).collect(),
-            up: ports.iter().map(|_| AtomicBool::new(false)).collect(),
-            rules: Mutex::new((ports.to_vec(), ports.iter().map(Port::new).collect())),
-            fdb: Fdb::new(fdb, ports.iter().map(|p| p.max_addresses)),
-            counters: std::iter::repeat_with(counters).take(shards + 1).collect(),
+            up: std::iter::repeat_with(|| AtomicBool::new(false)).take(MAX_PORTS).collect(),
+            rules: Mutex::new((ports.to_vec(), ports.iter().map(|p| Port::new(p, shards)).collect())),
+            fdb: Fdb::new(fdb, ports.iter().map(|p| p.max_addresses).chain(spare)),
+            shards,
         };
         (0..).map(PortId).zip(ports).for_each(|(id, config)| switch.pin_guarded(id, config));
         switch
@@ -192,6 +193,37 @@ impl Switch {
             .flat_map(|vid| config.guard.macs.iter().map(move |mac| (vid, *mac)));
         // Without room for it, it is learnt as others are.
         pairs.for_each(|(vid, mac)| _ = self.pin(id, vid, mac));
+    }
+
+    /// Has there be a port of this number, down: behind the last one, or in the place of one that was
+    /// [removed](Self::remove). Shards see it when they [adopt](Shard::adopt) it; until all have, it stays down.
+    ///
+    /// # Panics
+    /// With a number that leaves a gap, or with more ports than [`fdb::MAX_PORTS`].
+    pub fn put(&self, id: PortId, config: PortConfig) {
+        assert!(id.index() < MAX_PORTS, "{id:?}");
+        let mut rules = self.rules.lock().unwrap_or_else(PoisonError::into_inner);
+        let (configs, ports) = &mut *rules;
+        let mut changed = ports.to_vec();
+        let port = Port::new(&config, self.shards);
+        if id.index() == changed.len() {
+            changed.push(port);
+            configs.push(config);
+        } else {
+            changed[id.index()] = port;
+            configs[id.index()] = config;
+        }
+        *ports = changed.into();
+        let config = &configs[id.index()];
+        self.fdb.set_limit(id, config.max_addresses);
+        self.pin_guarded(id, config);
+    }
+
+    /// A port takes no part any more, and nothing is known of what was behind it.
+    pub fn remove(&self, id: PortId) {
+        self.set_link(id, false);
+        self.fdb.set_limit(id, 0);
+        self.fdb.forget(id);
     }
 
     /// Has a port be something else from now on; each shard sees it when it [adopts](Shard::adopt) it. Limits that stay the
@@ -222,18 +254,8 @@ impl Switch {
 
     /// The decisions of reactor number `shard`, or behind the last one, of whoever is no reactor: one at a time may be in use.
     pub fn shard(self: &Arc<Self>, shard: usize) -> Shard {
-        let (ports, counters) = (self.latest(), Arc::clone(&self.counters[shard]));
-        Shard { switch: Arc::clone(self), ports, counters, period: Period::default(), period_ends: 0 }
-    }
-
-    /// The ports.
-    pub fn ports(&self) -> impl Iterator<Item = (PortId, &str)> {
-        (0..).map(PortId).zip(self.names.iter().map(String::as_str))
-    }
-
-    /// The port of this name.
-    pub fn port(&self, name: &str) -> Option<PortId> {
-        self.ports().find(|&(_, n)| n == name).map(|(id, _)| id)
+        let ports = self.latest();
+        Shard { switch: Arc::clone(self), ports, shard, period: Period::default(), period_ends: 0 }
     }
 
     /// The addresses learnt.
@@ -260,7 +282,8 @@ impl Switch {
 
     /// A counter of a port over all reactors: (name, value) of each.
     pub fn counters(&self, port: PortId) -> Vec<(&'static str, u64)> {
-        let mut shards = self.counters.iter().map(|shard| shard[port.index()].named());
+        let ports = self.latest();
+        let mut shards = ports[port.index()].counters.iter().map(PortCounters::named);
         let mut sum: Vec<_> = shards.next().into_iter().flatten().collect();
         for shard in shards {
             sum.iter_mut().zip(shard).for_each(|((_, n), (_, more))| *n += more);
@@ -270,12 +293,12 @@ impl Switch {
 
     /// How many of a port's frames were dropped for a reason.
     pub fn drops(&self, port: PortId, reason: DropReason) -> u64 {
-        self.counters.iter().map(|shard| shard[port.index()].drops(reason)).sum()
+        self.latest()[port.index()].counters.iter().map(|shard| shard.drops(reason)).sum()
     }
 }
 
 impl Port {
-    fn new(config: &PortConfig) -> Port {
+    fn new(config: &PortConfig, shards: usize) -> Port {
         Port {
             is_isolated: config.is_isolated,
             floods_unknown: config.floods_unknown,
@@ -285,12 +308,13 @@ impl Port {
             ingress: Limiter::new(config.ingress).map(Arc::new),
             egress: Limiter::new(config.egress).map(Arc::new),
             storm: Arc::new(Storm::new(config.storm)),
+            counters: std::iter::repeat_with(PortCounters::default).take(shards + 1).collect(),
         }
     }
 
-    /// With the limits that are the same.
+    /// With the limits that are the same, and what was counted.
     fn renewed(&self, old: &PortConfig, new: &PortConfig) -> Port {
-        let mut port = Port::new(new);
+        let mut port = Port { counters: Arc::clone(&self.counters), ..Port::new(new, 0) };
         if old.ingress == new.ingress {
             port.ingress.clone_from(&self.ingress);
         }
@@ -330,7 +354,7 @@ pub struct Shard {
     switch: Arc<Switch>,
     /// As last adopted.
     ports: Arc<[Port]>,
-    counters: Arc<[PortCounters]>,
+    shard: usize,
     period: Period,
     period_ends: u64,
 }
@@ -375,7 +399,7 @@ impl Shard {
             self.age(now);
         }
         self.forward(from, frame, now).unwrap_or_else(|(port, reason)| {
-            self.counters[port.index()].dropped(reason);
+            self.counters(port).dropped(reason);
             Verdict::Drop(reason)
         })
     }
@@ -395,6 +419,10 @@ impl Shard {
             Verdict::Flood(_) if from.storm.limits() => 0,
             Verdict::Flood(_) => ports.iter().map(longest).min().unwrap_or(0),
         }
+    }
+
+    fn counters(&self, port: PortId) -> &PortCounters {
+        &self.ports[port.index()].counters[self.shard]
     }
 
     #[cold]
@@ -459,7 +487,7 @@ impl Shard {
 
     #[cold]
     fn count_learnt(&self, from: PortId, news: Learnt) {
-        let counters = &self.counters[from.index()];
+        let counters = self.counters(from);
         match news {
             Learnt::New => counters.learnt.add(1),
             Learnt::Moved(_) => {
@@ -495,7 +523,7 @@ impl Shard {
                 Ok(action) => Some((id, action)),
                 Err(DropReason::EgressDown | DropReason::Isolated | DropReason::VlanEgress) => None,
                 Err(reason) => {
-                    self.counters[id.index()].dropped(reason);
+                    to.counters[self.shard].dropped(reason);
                     None
                 }
             }

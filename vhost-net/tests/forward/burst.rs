@@ -70,9 +70,9 @@ fn each_frame_of_a_burst_goes_where_it_would_have_gone_alone() {
         guest.check_memory(3);
     }
     assert!(back.drops(0, "rx_vlan") > 20);
-    let own = &back.hub.ports[0].pairs[0];
+    let own = &back.hub.ports()[0].pairs[0];
     assert!(own.tx_drops(Drop::Malformed) > 20);
-    assert_eq!(back.hub.ports[1].pairs[0].rx_drops(Drop::NoBuffers), 0);
+    assert_eq!(back.hub.ports()[1].pairs[0].rx_drops(Drop::NoBuffers), 0);
 }
 
 /// A receiver that the sender waits for gets all of them, however few buffers it has at a time; one that is not waited for
@@ -90,7 +90,7 @@ fn a_burst_waits_where_its_receiver_has_no_more_buffers() {
         |to| -> Vec<_> { (0..30).map(|i| frame(mac(to), mac(0), None, i, 60 + usize::from(i))).collect() };
     let waits = frames(1);
     sender.send_burst(0, &waits);
-    until("the sender to wait", || back.hub.ports[0].pairs[0].tx_waits.get() > 0);
+    until("the sender to wait", || back.hub.ports()[0].pairs[0].tx_waits.get() > 0);
     let map = std::sync::Arc::clone(&slow[0].map);
     // Each is given back once it was received.
     (0..3).for_each(|_| slow[0].rx[0].offer(&map));
@@ -103,10 +103,10 @@ fn a_burst_waits_where_its_receiver_has_no_more_buffers() {
     until("the burst to be taken", || sender.all_sent());
     assert_eq!(slow[1].await_frames(12), lost[..12]);
     expect_nothing(&mut slow[1]);
-    let theirs = &back.hub.ports[2].pairs[0];
+    let theirs = &back.hub.ports()[2].pairs[0];
     // What the other has sent to all was the first that it lost.
     assert_eq!((theirs.rx_packets.get(), theirs.rx_drops(Drop::NoBuffers)), (12, 18 + 1));
-    assert_eq!(back.hub.ports[0].pairs[0].tx_packets.get(), 60);
+    assert_eq!(back.hub.ports()[0].pairs[0].tx_packets.get(), 60);
 }
 
 #[test]

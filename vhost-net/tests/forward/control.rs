@@ -30,7 +30,7 @@ const PLAIN: u64 = MRG_RXBUF | FEATURES & !(RSS | HASH_REPORT);
 const GROUP: MacAddr = MacAddr([1, 0, 0x5e, 1, 2, 3]);
 
 fn filtered(back: &Back, port: usize) -> u64 {
-    back.hub.ports[port].pairs.iter().map(|pair| pair.rx_drops(Drop::Filtered)).sum()
+    back.hub.ports()[port].pairs.iter().map(|pair| pair.rx_drops(Drop::Filtered)).sum()
 }
 
 /// `VIRTIO_NET_CTRL_MAC_TABLE_SET`.
@@ -97,7 +97,7 @@ fn a_guest_gets_what_its_driver_has_asked_for() {
         guest.command(&[0, 3, 1]);
         std::mem::drop(guest);
         until("the port to go down", || {
-            back.hub.ports[1].running.load(std::sync::atomic::Ordering::SeqCst) == 0
+            back.hub.ports()[1].running.load(std::sync::atomic::Ordering::SeqCst) == 0
         });
         let mut guest = back.guest_with(1, 1, PLAIN);
         expect(&mut guest, [true; 6], "after a reset");

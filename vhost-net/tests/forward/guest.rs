@@ -43,7 +43,7 @@ const MEMORY: u64 = 1 << 19;
 pub struct Back {
     pub hub: Arc<Hub>,
     pub switch: Arc<Switch>,
-    servers: Vec<Server>,
+    servers: Vec<Option<Server>>,
     stats: Vec<Vec<Arc<QueueStats>>>,
     pairs: u16,
     stations: Vec<RunningStation>,
@@ -120,30 +120,53 @@ impl Back {
                 shard = shard.with_outside(Outside::new(ports.len(), uplink));
             }
             if let Some(capture) = capture {
-                let interfaces = (0..hub.ports.len() as u32).collect();
+                let interfaces = (0..hub.ports().len() as u32).collect();
                 shard = shard.with_witness(Witness::new(capture.probe(0), interfaces));
             }
             engine.add_station(at, Box::new(shard)).unwrap()
         });
         let stations = stations.collect();
         let dir = tempfile::tempdir().unwrap();
-        let mut stats = vec![];
-        let servers = (0..ports.len()).map(|at| {
-            let card = Card { mac: Some(mac(at).0), mtu: None, pairs, ring_size: 256 };
-            let device = Arc::new(NetDevice::new(card, Joined::Hub(Arc::clone(&hub), at), 0));
-            let own: Vec<Arc<QueueStats>> =
-                std::iter::repeat_with(Arc::default).take(device.num_queues().into()).collect();
-            stats.push(own.clone());
-            let engine = Arc::clone(&engine);
-            let export =
-                Export { name: format!("port{at}"), device: Arc::clone(&device) as _, stats: own, engine };
-            let server = Server::start(export, Listener::bind(&socket(dir.path(), at)).unwrap(), || {});
-            let server = server.unwrap();
-            device.on_change(server.config_notifier());
-            server
-        });
-        let servers: Vec<Server> = servers.collect();
-        Back { hub, switch, servers, stats, pairs, stations, engine, dir }
+        let mut back = Back { hub, switch, servers: vec![], stats: vec![], pairs, stations, engine, dir };
+        (0..ports.len()).for_each(|at| back.serve(at));
+        back
+    }
+
+    fn serve(&mut self, at: usize) {
+        let card = Card { mac: Some(mac(at).0), mtu: None, pairs: self.pairs, ring_size: 256 };
+        let device = Arc::new(NetDevice::new(card, Joined::Hub(Arc::clone(&self.hub), at), 0));
+        let stats: Vec<Arc<QueueStats>> =
+            std::iter::repeat_with(Arc::default).take(device.num_queues().into()).collect();
+        let export = Export {
+            name: format!("port{at}"),
+            device: Arc::clone(&device) as _,
+            stats: stats.clone(),
+            engine: Arc::clone(&self.engine),
+        };
+        let server = Server::start(export, Listener::bind(&self.socket(at)).unwrap(), || {}).unwrap();
+        device.on_change(server.config_notifier());
+        if at == self.servers.len() {
+            self.servers.push(Some(server));
+            self.stats.push(stats);
+        } else {
+            (self.servers[at], self.stats[at]) = (Some(server), stats);
+        }
+    }
+
+    /// One more port: its number.
+    pub fn add(&mut self, text: &str) -> usize {
+        let at = self.servers.iter().position(Option::is_none).unwrap_or(self.servers.len());
+        let config = port_config(at, text);
+        let port = Port::new(config.name.clone(), self.pairs, text.contains("wait"));
+        assert_eq!(self.hub.add_port(port, config, &self.engine), Ok(at));
+        self.serve(at);
+        at
+    }
+
+    /// One port less.
+    pub fn remove(&mut self, at: usize) {
+        drop(self.servers[at].take());
+        self.hub.remove_port(at, &self.engine).unwrap();
     }
 
     /// The guest at a port, with all its buffers made available.
@@ -170,7 +193,7 @@ impl Back {
 
     /// What serves a port.
     pub fn server(&self, at: usize) -> &Server {
-        &self.servers[at]
+        self.servers[at].as_ref().unwrap()
     }
 
     /// Where it does.

@@ -109,3 +109,49 @@ fn a_front_end_that_shows_no_link_is_hung_up_on_while_it_is_down() {
     all[0].send(0, &sent);
     assert_eq!(all[1].await_frames(1), [sent]);
 }
+
+/// Others talk on meanwhile, with queues on each reactor.
+#[test]
+fn ports_come_and_go() {
+    for reactors in [1, 2] {
+        let mut back = Back::start(&["vlan=1", "vlan=1"], 2, reactors);
+        let mut old: Vec<_> = (0..2).map(|at| back.guest(at, 2)).collect();
+        for round in 0..6u8 {
+            let reaches = round % 2 == 0;
+            let at = back.add(if reaches { "vlan=1" } else { "vlan=5" });
+            assert_eq!(at, 2, "the number of the one before");
+            let counted = back.hub.port(at).pairs.iter().map(|pair| pair.tx_packets.get()).sum::<u64>();
+            assert_eq!((counted, back.drops(at, "rx_")), (0, 0));
+            let mut new = back.guest(at, 2);
+            for pair in 0..2 {
+                let (sent, other) =
+                    (frame(BROADCAST, mac(at), None, round, 90), frame(BROADCAST, mac(0), None, round, 80));
+                new.send(pair, &sent);
+                if reaches {
+                    assert_eq!(old[0].await_frames(1), [sent.as_slice()]);
+                    assert_eq!(old[1].await_frames(1), [sent]);
+                    // To it alone, from the other reactor if there is one.
+                    let own = frame(mac(at), mac(1), None, round, 100);
+                    old[1].send(1 - pair, &own);
+                    assert_eq!(new.await_frames(1), [own]);
+                }
+                old[0].send(pair, &other);
+                assert_eq!(old[1].await_frames(1), [other.as_slice()]);
+                if reaches {
+                    assert_eq!(new.await_frames(1), [other]);
+                }
+            }
+            until("all to be taken", || new.all_sent() && old.iter_mut().all(Guest::all_sent));
+            expect_nothing(&mut new);
+            assert_eq!(back.drops(at, "rx_vlan"), 0);
+            drop(new);
+            back.remove(at);
+            assert_eq!(back.switch.fdb().entries(PortId(2)), 0);
+            // Everybody is asked for it, and nobody has it.
+            let lost = frame(mac(at), mac(0), None, round, 70);
+            old[0].send(0, &lost);
+            assert_eq!(old[1].await_frames(1), [lost]);
+        }
+        old.iter_mut().for_each(expect_nothing);
+    }
+}

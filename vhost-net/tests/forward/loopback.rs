@@ -28,7 +28,7 @@ fn what_is_discarded_is_counted_and_given_back() {
     guests[0].send_raw(0, &[0; 11]);
     guests[0].send_raw(0, &[0; 12 + 13]);
     until("all to come back", || guests[0].all_sent());
-    let stats = &back.hub.ports[0].pairs[0];
+    let stats = &back.hub.ports()[0].pairs[0];
     assert_eq!((stats.tx_packets.get(), stats.tx_bytes.get()), (300, bytes));
     assert_eq!(stats.tx_drops(Drop::Malformed), 2);
     for guest in &mut guests {
@@ -79,7 +79,7 @@ fn interfaces_count_what_is_to_one_to_groups_and_to_all() {
         let flows = |at: usize| {
             let switched =
                 back.hub.switch.as_ref().map(|s| s.counters(PortId(at as u16))).unwrap_or_default();
-            mib::flows(&back.hub.ports[at].pairs, &switched)
+            mib::flows(&back.hub.ports()[at].pairs, &switched)
         };
         let sent = Flow { packets: [50, 40, 30], octets: bytes, discards: 0, errors: 2 };
         let got = Flow { packets: [0, 0, 1], octets: 60, discards: 0, errors: 0 };
@@ -124,7 +124,7 @@ fn what_is_made_up_comes_whole_and_in_order() {
             !other.got.is_empty()
         });
         assert_eq!(other.got[0][14..22], [0; 8]);
-        let stats = &back.hub.ports[0].pairs[0];
+        let stats = &back.hub.ports()[0].pairs[0];
         until("it to be sent", || stats.tx_packets.get() == 1);
         assert!(stats.rx_packets.get() >= number);
         assert_eq!(stats.rx_bytes.get(), stats.rx_packets.get() * u64::from(len));

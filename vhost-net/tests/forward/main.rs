@@ -172,12 +172,12 @@ fn a_receiver_without_buffers_loses_its_frames_or_has_the_sender_wait() {
     let lost = frame(mac(2), mac(0), None, 1, 60);
     sender.send(0, &lost);
     until("the frame to be dropped", || sender.all_sent());
-    let no_buffers = back.hub.ports[2].pairs[0].rx_drops(vhost_net::stats::Drop::NoBuffers);
+    let no_buffers = back.hub.ports()[2].pairs[0].rx_drops(vhost_net::stats::Drop::NoBuffers);
     assert_eq!(no_buffers, 2, "this one, and what the other has sent to all");
     let (first, second) = (frame(mac(1), mac(0), None, 2, 60), frame(mac(1), mac(0), None, 3, 60));
     sender.send(0, &first);
     sender.send(0, &second);
-    until("the sender to wait", || back.hub.ports[0].pairs[0].tx_waits.get() > 0);
+    until("the sender to wait", || back.hub.ports()[0].pairs[0].tx_waits.get() > 0);
     let map = std::sync::Arc::clone(&slow[0].map);
     (0..4).for_each(|_| slow[0].rx[0].offer(&map));
     assert_eq!(slow[0].await_frames(2), [first, second]);

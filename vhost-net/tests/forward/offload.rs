@@ -131,7 +131,7 @@ fn headers_that_lie_go_nowhere() {
     udp[23] = 17;
     sender.send_raw(0, &with(header(1000), &udp));
     until("all to be taken", || sender.all_sent());
-    assert_eq!(back.hub.ports[0].pairs[0].tx_drops(Drop::BadHeader), lies.len() as u64 + 1);
+    assert_eq!(back.hub.ports()[0].pairs[0].tx_drops(Drop::BadHeader), lies.len() as u64 + 1);
     receiver.receive();
     assert!(receiver.got.is_empty());
     // A header length that lies is a hint that nobody took.

@@ -13,13 +13,13 @@ use crate::{BROADCAST, expect_nothing, frame, learn};
 
 /// How often packets of the first guest had to wait.
 fn waits(back: &Back) -> u64 {
-    back.hub.ports[0].pairs.iter().map(|pair| pair.tx_waits.get()).sum()
+    back.hub.ports()[0].pairs.iter().map(|pair| pair.tx_waits.get()).sum()
 }
 
 /// Takes the second guest away.
 fn part_with(back: &Back, guests: &mut Vec<Guest>) {
     drop(guests.remove(1));
-    until("the guest to be gone", || back.hub.ports[1].running.load(Ordering::SeqCst) == 0);
+    until("the guest to be gone", || back.hub.ports()[1].running.load(Ordering::SeqCst) == 0);
 }
 
 #[test]
@@ -47,7 +47,7 @@ fn packets_wait_for_a_guest_that_comes_back() {
             }
         }
         guests.iter_mut().for_each(expect_nothing);
-        for port in &back.hub.ports {
+        for port in back.hub.ports().iter() {
             assert!(port.pairs.iter().all(|p| p.rx_drops(Drop::LinkDown) + p.tx_drops(Drop::LinkDown) == 0));
         }
     }

@@ -81,7 +81,7 @@ pub fn talk(uplink: Box<dyn Uplink>, far: &str, reactors: usize) {
         assert!(guest.got.is_empty(), "guest {} got {:x?}", guest.at, guest.got);
     }
     assert!(pair::is_quiet(&mut far));
-    let out = &back.hub.ports[2].pairs[0];
+    let out = &back.hub.ports()[2].pairs[0];
     assert_eq!((out.rx_packets.get(), out.tx_packets.get()), (8, 6));
 }
 
