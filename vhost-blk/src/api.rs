@@ -4,34 +4,34 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use axum::Router;
-use axum::extract::State;
-use axum::http::{StatusCode, header};
-use axum::response::{IntoResponse, Response};
+use axum::extract::{FromRef, State};
+use axum::http::StatusCode;
 use control::body::{Json, Path, Query};
+use control::common::{self, Answer, Common, Fails, Force, Running, VERSION};
 use control::problem::Problem;
-use control::server::Turn;
-use poll_engine::engine::pacing::Pacing;
+use control::refused::Refused;
 use poll_engine::stats::{ERROR_KINDS, QueueStats, merge, percentile};
 use serde::{Deserialize, Serialize};
-use utoipa::openapi::{ComponentsBuilder, InfoBuilder, OpenApi, OpenApiBuilder};
-use utoipa::{IntoParams, IntoResponses, ToSchema};
+use utoipa::ToSchema;
+use utoipa::openapi::OpenApi;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
-use crate::exports::{Exports, Refused, Served};
+use crate::exports::{Exports, Served};
 use crate::limits::Limits;
-use crate::metrics;
 use crate::spec::DiskSpec;
-
-/// Version of the calls.
-const VERSION: &str = "v1";
 
 /// What all calls have.
 #[derive(Clone)]
 struct Api {
     exports: Arc<Exports>,
-    turn: Turn,
-    document: Arc<str>,
+    common: Common,
+}
+
+impl FromRef<Api> for Common {
+    fn from_ref(api: &Api) -> Common {
+        api.common.clone()
+    }
 }
 
 impl Api {
@@ -40,39 +40,8 @@ impl Api {
         &self,
         act: impl FnOnce(&Exports) -> Result<T, Refused> + Send + 'static,
     ) -> Result<T, Problem> {
-        let exports = Arc::clone(&self.exports);
-        self.turn.take(move || Ok(act(&exports)?)).await
+        self.common.change(&self.exports, act).await
     }
-}
-
-impl From<Refused> for Problem {
-    fn from(refused: Refused) -> Problem {
-        let why = refused.to_string();
-        match refused {
-            Refused::Missing(_) => Problem::missing(why),
-            Refused::Wrong(None, _) => Problem::bad(why),
-            Refused::Wrong(Some(key), _) => Problem::bad(why).at(key),
-            Refused::Conflict(_) => Problem::conflict(why),
-        }
-    }
-}
-
-/// How calls fail.
-#[derive(IntoResponses)]
-#[allow(dead_code)] // for the document
-enum Fails {
-    /// The call says something that cannot be: which key, and why
-    #[response(status = 400, content_type = "application/problem+json")]
-    Bad(Problem),
-    /// Somebody who may not use the API
-    #[response(status = 403, content_type = "application/problem+json")]
-    Forbidden(Problem),
-    /// There is nothing of this name
-    #[response(status = 404, content_type = "application/problem+json")]
-    Missing(Problem),
-    /// It cannot be done as things are
-    #[response(status = 409, content_type = "application/problem+json")]
-    Conflict(Problem),
 }
 
 /// The daemon.
@@ -238,31 +207,6 @@ impl From<&Served> for DiskDetail {
     }
 }
 
-/// A reactor.
-#[derive(Debug, Serialize, ToSchema)]
-#[serde(rename_all = "kebab-case", deny_unknown_fields)]
-#[allow(clippy::struct_field_names)] // as it is called in calls
-struct Reactor {
-    /// Its number, which no other one ever has.
-    reactor: usize,
-    /// The CPU that it is pinned to, if it is.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    #[schema(nullable = false)]
-    cpu: Option<usize>,
-    /// How many queues run on it.
-    queues: usize,
-}
-
-/// Whether to remove a disk that is in use.
-#[derive(Debug, Default, Deserialize, IntoParams)]
-#[serde(default, deny_unknown_fields)]
-#[into_params(parameter_in = Query)]
-struct Force {
-    /// Also if a front end is connected, which is hung up on.
-    #[param(required = false)]
-    force: bool,
-}
-
 /// A new size.
 #[derive(Debug, Default, Deserialize, ToSchema)]
 #[serde(default, deny_unknown_fields)]
@@ -293,53 +237,15 @@ struct Placed {
     queue: Option<u16>,
 }
 
-/// A reactor to be.
-#[derive(Debug, Default, Deserialize, ToSchema)]
-#[serde(default, deny_unknown_fields)]
-struct NewReactor {
-    /// The CPU to pin it to; without it, it runs where the kernel puts it.
-    #[schema(nullable = false)]
-    cpu: Option<usize>,
-}
-
-/// A way of waiting.
-#[derive(Debug, Serialize, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
-struct Poll {
-    /// busy, adaptive or event.
-    #[schema(pattern = "^(busy|adaptive|event)$")]
-    poll: String,
-}
-
-/// Where something was saved.
-#[derive(Debug, Serialize, ToSchema)]
-#[serde(deny_unknown_fields)]
-struct Saved {
-    /// The file.
-    file: String,
-}
-
-/// All calls, and the document that describes them.
+/// All calls.
 pub fn router(exports: Arc<Exports>) -> Router {
     let (router, document) = calls();
-    let document = document.to_json().unwrap_or_default().into();
-    router.with_state(Api { exports, turn: Turn::default(), document })
-}
-
-/// The document that describes all calls.
-pub fn document() -> OpenApi {
-    calls().1
+    let common = Common::new(Arc::clone(&exports) as _, &document);
+    router.with_state(Api { exports, common })
 }
 
 fn calls() -> (Router<Api>, OpenApi) {
-    let info = InfoBuilder::new().title("vhost-blk").version(VERSION).description(Some(
-        "Disks of a running vhost-blk: what they do, and what can be changed while guests run.",
-    ));
-    // What is only in answers of calls that fail is not found by itself.
-    let components = ComponentsBuilder::new().schema_from::<Problem>().build();
-    let document = OpenApiBuilder::new().info(info.build()).components(Some(components)).build();
-    OpenApiRouter::with_openapi(document)
-        .routes(routes!(openapi))
+    let own = OpenApiRouter::new()
         .routes(routes!(daemon))
         .routes(routes!(list, add))
         .routes(routes!(show, remove))
@@ -348,21 +254,9 @@ fn calls() -> (Router<Api>, OpenApi) {
         .routes(routes!(resume))
         .routes(routes!(record, end_record))
         .routes(routes!(limits, set_limits))
-        .routes(routes!(place))
-        .routes(routes!(reactors, add_reactor))
-        .routes(routes!(retire))
-        .routes(routes!(poll, set_poll))
-        .routes(routes!(save))
-        .routes(routes!(metrics_text))
-        .split_for_parts()
-}
-
-type Answer<T> = Result<Json<T>, Problem>;
-
-/// This document
-#[utoipa::path(get, path = "/v1/openapi.json", responses((status = 200, body = serde_json::Value)))]
-async fn openapi(State(api): State<Api>) -> Response {
-    ([(header::CONTENT_TYPE, "application/json")], api.document.to_string()).into_response()
+        .routes(routes!(place));
+    let about = "Disks of a running vhost-blk: what they do, and what can be changed while guests run.";
+    common::calls("vhost-blk", about, own)
 }
 
 /// What the daemon is
@@ -477,60 +371,4 @@ async fn place(
 ) -> Answer<DiskDetail> {
     let served = api.change(move |exports| exports.place(&name, at.queue, at.reactor)).await?;
     Ok(Json((&*served).into()))
-}
-
-fn all_reactors(exports: &Exports) -> Vec<Reactor> {
-    let list = exports.engine().list();
-    list.iter().map(|r| Reactor { reactor: r.number, cpu: r.cpu, queues: r.queues }).collect()
-}
-
-/// All reactors
-#[utoipa::path(get, path = "/v1/reactors", responses((status = 200, body = Vec<Reactor>), Fails))]
-async fn reactors(State(api): State<Api>) -> Json<Vec<Reactor>> {
-    Json(all_reactors(&api.exports))
-}
-
-/// Starts a reactor more: all there are then
-#[utoipa::path(post, path = "/v1/reactors", request_body = NewReactor, responses((status = 201, body = Vec<Reactor>), Fails))]
-async fn add_reactor(
-    State(api): State<Api>,
-    Json(new): Json<NewReactor>,
-) -> Result<(StatusCode, Json<Vec<Reactor>>), Problem> {
-    let all = api.change(move |exports| exports.add_reactor(new.cpu).map(|_| all_reactors(exports))).await?;
-    Ok((StatusCode::CREATED, Json(all)))
-}
-
-/// Ends a reactor, once its queues have moved to others
-#[utoipa::path(delete, path = "/v1/reactors/{number}", params(("number" = usize, Path)), responses((status = 204), Fails))]
-async fn retire(State(api): State<Api>, Path(number): Path<usize>) -> Result<StatusCode, Problem> {
-    api.change(move |exports| exports.retire(number)).await?;
-    Ok(StatusCode::NO_CONTENT)
-}
-
-/// How reactors wait for requests
-#[utoipa::path(get, path = "/v1/poll", responses((status = 200, body = Poll), Fails))]
-async fn poll(State(api): State<Api>) -> Json<Poll> {
-    Json(Poll { poll: api.exports.engine().pacing().name().into() })
-}
-
-/// Has reactors wait in another way
-#[utoipa::path(put, path = "/v1/poll", request_body = Poll, responses((status = 200, body = Poll), Fails))]
-async fn set_poll(State(api): State<Api>, Json(to): Json<Poll>) -> Answer<Poll> {
-    let pacing: Pacing = to.poll.parse().map_err(|why: String| Problem::bad(why).at("poll"))?;
-    api.change(move |exports| exports.set_pacing(pacing)).await?;
-    Ok(Json(Poll { poll: pacing.name().into() }))
-}
-
-/// Writes what has changed into the configuration file
-#[utoipa::path(post, path = "/v1/save", responses((status = 200, body = Saved), Fails))]
-async fn save(State(api): State<Api>) -> Answer<Saved> {
-    let file = api.change(Exports::save).await?;
-    Ok(Json(Saved { file: file.display().to_string() }))
-}
-
-/// All counters, for Prometheus
-#[utoipa::path(get, path = "/metrics", responses((status = 200, body = String, content_type = "application/openmetrics-text"), Fails))]
-async fn metrics_text(State(api): State<Api>) -> Response {
-    let content_type = "application/openmetrics-text; version=1.0.0; charset=utf-8";
-    ([(header::CONTENT_TYPE, content_type)], metrics::text(&api.exports)).into_response()
 }

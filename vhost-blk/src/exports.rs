@@ -3,16 +3,17 @@
 use std::io;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+use control::common::Running;
+use control::refused::{Changes, Refused};
 use daemon::takeover::{self, Inherited};
 use daemon::{Place, Switch};
 use poll_engine::device::features;
+use poll_engine::engine::Engine;
 use poll_engine::engine::pacing::Pacing;
-use poll_engine::engine::{Engine, RetireError};
 use poll_engine::session::serve::Export;
 use poll_engine::session::server::{AskError, Server};
 use poll_engine::stats::QueueStats;
@@ -25,6 +26,7 @@ use crate::device::BlkDevice;
 use crate::disk::{Disk, Storage};
 use crate::image::Image;
 use crate::limits::Limits;
+use crate::metrics;
 use crate::record::Recorder;
 use crate::report::report;
 use crate::saved::saved;
@@ -36,28 +38,8 @@ const DRAIN: Duration = Duration::from_secs(30);
 /// How often to look meanwhile.
 const LOOK: Duration = Duration::from_millis(2);
 
-/// Why something is not done.
-#[derive(Debug, thiserror::Error)]
-pub enum Refused {
-    /// There is nothing of this name.
-    #[error("{0}")]
-    Missing(String),
-    /// What is asked for cannot be; the key that it is about.
-    #[error("{1}")]
-    Wrong(Option<&'static str>, String),
-    /// Not as things are.
-    #[error("{0}")]
-    Conflict(String),
-}
-
-impl From<AskError> for Refused {
-    fn from(e: AskError) -> Refused {
-        Refused::Conflict(e.to_string())
-    }
-}
-
 fn conflict(e: &anyhow::Error) -> Refused {
-    Refused::Conflict(format!("{e:#}"))
+    e.into()
 }
 
 /// A disk as asked for.
@@ -227,9 +209,7 @@ pub struct Exports {
     options: Options,
     file: Option<PathBuf>,
     served: Mutex<Vec<Arc<Served>>>,
-    /// Held while something changes, and while all is handed over.
-    changes: Mutex<()>,
-    stopping: AtomicBool,
+    changes: Changes,
 }
 
 impl Exports {
@@ -240,8 +220,7 @@ impl Exports {
             options,
             file,
             served: Mutex::new(served.into_iter().map(Arc::new).collect()),
-            changes: Mutex::new(()),
-            stopping: AtomicBool::new(false),
+            changes: Changes::default(),
         }
     }
 
@@ -253,11 +232,6 @@ impl Exports {
     /// The file that the options come from.
     pub fn file(&self) -> Option<&Path> {
         self.file.as_deref()
-    }
-
-    /// What runs the queues.
-    pub fn engine(&self) -> &Engine {
-        &self.engine
     }
 
     /// The one of this key.
@@ -280,23 +254,9 @@ impl Exports {
         }
     }
 
-    /// Nothing changes while this is held.
-    fn change(&self) -> Result<MutexGuard<'_, ()>, Refused> {
-        if self.stopping.load(Ordering::Acquire) {
-            return Err(Refused::Conflict("the daemon is stopping".into()));
-        }
-        match self.changes.try_lock() {
-            Ok(guard) => Ok(guard),
-            Err(std::sync::TryLockError::Poisoned(e)) => Ok(e.into_inner()),
-            Err(std::sync::TryLockError::WouldBlock) => {
-                Err(Refused::Conflict("a newer process is taking over from this one; ask that one".into()))
-            }
-        }
-    }
-
     /// Serves one more.
     pub fn add(&self, spec: DiskSpec) -> Result<Arc<Served>, Refused> {
-        let _change = self.change()?;
+        let _change = self.changes.begin()?;
         let others: Vec<_> = self.all().iter().map(|s| s.spec()).collect();
         let wrong = |(key, why)| Refused::Wrong(key, why);
         beside(&spec, &self.options.device, &others).map_err(|wrong_is| match wrong_is {
@@ -328,7 +288,7 @@ impl Exports {
 
     /// Serves this one no more, once what is in flight is finished.
     pub fn remove(&self, key: &str, force: bool) -> Result<(), Refused> {
-        let _change = self.change()?;
+        let _change = self.changes.begin()?;
         let served = self.find(key)?;
         if force {
             served.server.begin_stop();
@@ -361,7 +321,7 @@ impl Exports {
 
     /// Looks whether its image has grown; makes a file that large first, if a size is given.
     pub fn grow(&self, key: &str, size: Option<&str>) -> Result<Arc<Served>, Refused> {
-        let _change = self.change()?;
+        let _change = self.changes.begin()?;
         let served = self.find(key)?;
         let file = match served.disk.storage() {
             Storage::File(file, _) => file,
@@ -402,7 +362,7 @@ impl Exports {
 
     /// Has its queues take no requests, or take them again.
     pub fn set_paused(&self, key: &str, paused: bool) -> Result<Arc<Served>, Refused> {
-        let _change = self.change()?;
+        let _change = self.changes.begin()?;
         let served = self.find(key)?;
         served.server.set_paused(paused)?;
         info!("{} {}", served.name, if paused { "is paused" } else { "goes on" });
@@ -411,7 +371,7 @@ impl Exports {
 
     /// Moves a queue, or all of them, to this reactor.
     pub fn place(&self, key: &str, queue: Option<u16>, reactor: usize) -> Result<Arc<Served>, Refused> {
-        let _change = self.change()?;
+        let _change = self.changes.begin()?;
         let served = self.find(key)?;
         if !self.engine.list().iter().any(|r| r.number == reactor) {
             let why = format!("there is no reactor {reactor}; GET /v1/reactors lists those there are");
@@ -432,7 +392,7 @@ impl Exports {
 
     /// Begins to record its requests to a new file, or ends it.
     pub fn set_record(&self, key: &str, path: Option<&Path>) -> Result<Arc<Served>, Refused> {
-        let _change = self.change()?;
+        let _change = self.changes.begin()?;
         let served = self.find(key)?;
         let new = match path {
             None => None,
@@ -457,7 +417,7 @@ impl Exports {
 
     /// Keeps it to other limits from now on.
     pub fn set_limits(&self, key: &str, limits: Limits) -> Result<Arc<Served>, Refused> {
-        let _change = self.change()?;
+        let _change = self.changes.begin()?;
         let served = self.find(key)?;
         served.disk.throttle().set(limits);
         locked(&served.spec).limit = Some(limits);
@@ -465,21 +425,29 @@ impl Exports {
         Ok(served)
     }
 
-    /// Starts a reactor more: its number.
-    pub fn add_reactor(&self, cpu: Option<usize>) -> Result<usize, Refused> {
-        let _change = self.change()?;
-        self.engine.add_reactor(cpu).map_err(|e| Refused::Wrong(Some("cpu"), e.to_string()))
+    /// Begins to stop, all at once; each is awaited by its drop.
+    pub fn begin_stop(&self) {
+        self.changes.stop();
+        for s in self.all() {
+            s.server.begin_stop();
+        }
+    }
+}
+
+impl Running for Exports {
+    fn engine(&self) -> &Engine {
+        &self.engine
     }
 
-    /// Ends a reactor, once its queues have moved to others.
-    pub fn retire(&self, number: usize) -> Result<(), Refused> {
-        let _change = self.change()?;
-        let retiring = self.engine.retire(number).map_err(|e| match e {
-            RetireError::Unknown(_) => {
-                Refused::Missing(format!("{e}; GET /v1/reactors lists those there are"))
-            }
-            RetireError::Last => Refused::Conflict(e.to_string()),
-        })?;
+    fn add_reactor(&self, cpu: Option<usize>) -> Result<(), Refused> {
+        let _change = self.changes.begin()?;
+        self.engine.add_reactor(cpu).map_err(|e| Refused::Wrong(Some("cpu"), e.to_string()))?;
+        Ok(())
+    }
+
+    fn retire(&self, number: usize) -> Result<(), Refused> {
+        let _change = self.changes.begin()?;
+        let retiring = self.engine.retire(number)?;
         let until = Instant::now() + DRAIN;
         while retiring.queues() > 0 {
             for served in self.all() {
@@ -506,17 +474,15 @@ impl Exports {
         Ok(())
     }
 
-    /// Has all reactors wait in this way.
-    pub fn set_pacing(&self, pacing: Pacing) -> Result<(), Refused> {
-        let _change = self.change()?;
+    fn set_pacing(&self, pacing: Pacing) -> Result<(), Refused> {
+        let _change = self.changes.begin()?;
         self.engine.set_pacing(pacing);
         info!("reactors wait by {pacing:?} from now on");
         Ok(())
     }
 
-    /// Writes what has changed into the file that the options come from.
-    pub fn save(&self) -> Result<PathBuf, Refused> {
-        let _change = self.change()?;
+    fn save(&self) -> Result<PathBuf, Refused> {
+        let _change = self.changes.begin()?;
         let Some(path) = &self.file else {
             return Err(Refused::Conflict(
                 "there is no file to save to; start the daemon with --config".into(),
@@ -529,12 +495,8 @@ impl Exports {
         Ok(path.clone())
     }
 
-    /// Begins to stop, all at once; each is awaited by its drop.
-    pub fn begin_stop(&self) {
-        self.stopping.store(true, Ordering::Release);
-        for s in self.all() {
-            s.server.begin_stop();
-        }
+    fn metrics(&self) -> String {
+        metrics::text(self)
     }
 }
 
@@ -543,7 +505,7 @@ pub struct HandedOver(pub Arc<Exports>);
 
 impl Estate for HandedOver {
     fn with(&self, give: &mut dyn FnMut(&[Lot])) -> io::Result<()> {
-        let _change = locked(&self.0.changes);
+        let _change = self.0.changes.wait();
         let served = self.0.all();
         if let Some(paused) = served.iter().find(|s| s.server.is_paused()) {
             return Err(io::Error::other(format!("{} is paused; resume it first", paused.key)));

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::sync::Arc;
 
+use control::common::Running;
 use poll_engine::stats::{ERROR_KINDS, QueueStats};
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric, MetricEncoder, NoLabelSet, text::encode};
