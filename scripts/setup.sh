@@ -28,7 +28,8 @@ zstd unpacks kernels
 gcc links Rust programs
 libc6-dev links Rust programs
 make runs the Makefile
-valgrind counts the instructions of a request'
+valgrind counts the instructions of a request
+python3-prometheus-client reads metrics as Prometheus does'
 
 say() { echo "setup: $*"; }
 

@@ -16,9 +16,11 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use crate::body::{Json, Path};
+use crate::metrics;
 use crate::problem::Problem;
 use crate::refused::Refused;
 use crate::server::Turn;
+use crate::stats::{Export, Stats, now_ns};
 
 /// Version of the calls.
 pub const VERSION: &str = "v1";
@@ -40,6 +42,8 @@ pub trait Running: Send + Sync + 'static {
     fn save(&self) -> Result<PathBuf, Refused>;
     /// All counters, for Prometheus.
     fn metrics(&self) -> String;
+    /// What is served, for views.
+    fn exports(&self) -> Vec<Export>;
 }
 
 /// What these calls work on; a part of what a program's own do.
@@ -48,12 +52,18 @@ pub struct Common {
     running: Arc<dyn Running>,
     turn: Turn,
     document: Arc<str>,
+    program: Arc<str>,
 }
 
 impl Common {
     /// Of a daemon whose calls the document has.
     pub fn new(running: Arc<dyn Running>, document: &OpenApi) -> Common {
-        Common { running, turn: Turn::default(), document: document.to_json().unwrap_or_default().into() }
+        Common {
+            running,
+            turn: Turn::default(),
+            document: document.to_json().unwrap_or_default().into(),
+            program: document.info.title.as_str().into(),
+        }
     }
 
     /// Changes something of `what`, when it is its turn.
@@ -169,6 +179,7 @@ where
         .routes(routes!(poll, set_poll))
         .routes(routes!(save))
         .routes(routes!(metrics_text))
+        .routes(routes!(all_stats))
         .merge(own)
         .split_for_parts()
 }
@@ -219,13 +230,27 @@ async fn set_poll(State(common): State<Common>, Json(to): Json<Poll>) -> Answer<
 /// Writes what has changed into the configuration file
 #[utoipa::path(post, path = "/v1/save", responses((status = 200, body = Saved), Fails))]
 async fn save(State(common): State<Common>) -> Answer<Saved> {
-    let file = common.tell(|running| running.save()).await?;
+    let file = common.tell(<dyn Running>::save).await?;
     Ok(Json(Saved { file: file.display().to_string() }))
 }
 
 /// All counters, for Prometheus
 #[utoipa::path(get, path = "/metrics", responses((status = 200, body = String, content_type = "application/openmetrics-text"), Fails))]
 async fn metrics_text(State(common): State<Common>) -> Response {
-    let content_type = "application/openmetrics-text; version=1.0.0; charset=utf-8";
-    ([(header::CONTENT_TYPE, content_type)], common.running.metrics()).into_response()
+    ([(header::CONTENT_TYPE, metrics::CONTENT_TYPE)], common.running.metrics()).into_response()
+}
+
+/// All that a view needs: what reactors, exports and queues have done
+#[utoipa::path(get, path = "/v1/stats", responses((status = 200, body = Stats), Fails))]
+async fn all_stats(State(common): State<Common>) -> Json<Stats> {
+    let engine = common.running.engine();
+    Json(Stats {
+        program: common.program.to_string(),
+        version: env!("CARGO_PKG_VERSION").into(),
+        pid: std::process::id(),
+        now_ns: now_ns(),
+        poll: engine.pacing().name().into(),
+        reactors: engine.list().iter().map(Into::into).collect(),
+        exports: common.running.exports(),
+    })
 }

@@ -498,6 +498,10 @@ impl Running for Exports {
     fn metrics(&self) -> String {
         metrics::text(self)
     }
+
+    fn exports(&self) -> Vec<control::stats::Export> {
+        metrics::views(self)
+    }
 }
 
 /// What is there when a newer process takes over.

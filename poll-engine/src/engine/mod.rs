@@ -7,6 +7,7 @@ pub mod placement;
 pub mod queue;
 pub mod reactor;
 pub mod station;
+mod times;
 mod waker;
 
 use std::io;
@@ -32,6 +33,8 @@ use queue::{MapChange, Queue};
 pub use reactor::ReactorStats;
 use reactor::{Message, NotifierChange, QueueId, Reactor};
 use station::{Station, Waker};
+pub use times::Spent;
+use times::Times;
 
 /// How an engine is to be run.
 #[derive(Clone, Debug, Default)]
@@ -82,6 +85,8 @@ pub struct ReactorInfo {
     pub cpu: Option<usize>,
     /// How many queues run on it.
     pub queues: usize,
+    /// What it has spent its time on.
+    pub spent: Spent,
 }
 
 /// Where a queue is to run, and how it begins.
@@ -103,6 +108,7 @@ struct ReactorHandle {
     waker: Waker,
     queues: AtomicUsize,
     stats: Arc<ReactorStats>,
+    times: Arc<Times>,
 }
 
 /// A set of reactors. Dropping it ends their threads once their queues have been stopped.
@@ -140,6 +146,8 @@ impl Engine {
         let waker = Waker::new(mail.shared_bell());
         let own = waker.clone();
         let stats = Arc::new(ReactorStats::default());
+        let times = Arc::new(Times::new());
+        let own_times = Arc::clone(&times);
         let cycles = config.count_cycles.then(|| Arc::clone(&stats));
         let name: Arc<str> = cpu.map_or("reactor".into(), |cpu| format!("reactor-{cpu}").into());
         let (pacing, fixed) = (config.pacing, config.fixed_buffers);
@@ -149,7 +157,9 @@ impl Engine {
             // The ring belongs to the thread that made it, so it is made here.
             let made = cpu.map_or(Ok(()), |cpu| pin_to(cpu).map_err(io::Error::from));
             match made
-                .and_then(|()| Reactor::new(Arc::clone(&name), index, (mail, own), pacing, fixed, cycles))
+                .and_then(|()| {
+                    Reactor::new(Arc::clone(&name), index, (mail, own), pacing, fixed, own_times, cycles)
+                })
                 .and_then(|reactor| confine::begin(Role::Reactor).map(|()| reactor))
             {
                 Ok(mut reactor) => {
@@ -171,6 +181,7 @@ impl Engine {
             waker,
             queues: AtomicUsize::new(0),
             stats,
+            times,
         };
         self.reactors.write().unwrap_or_else(PoisonError::into_inner).push(Arc::new(handle));
         *next += 1;
@@ -198,6 +209,7 @@ impl Engine {
             number: r.number,
             cpu: r.cpu,
             queues: r.queues.load(Ordering::Relaxed),
+            spent: r.times.spent(),
         };
         self.all().iter().map(info).collect()
     }

@@ -1,9 +1,10 @@
 //! When a reactor spins and when it sleeps.
 
 use std::str::FromStr;
+use std::sync::Arc;
 use std::time::Duration;
 
-use crate::clock::Clock;
+use super::times::Times;
 
 /// How a reactor waits for work.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -44,21 +45,23 @@ impl FromStr for Pacing {
 /// How long `adaptive` spins after the last work. Longer than a guest needs to come back with the next request after
 /// an interrupt (a few tens of microseconds), short against the cost of a whole CPU.
 const SPIN: Duration = Duration::from_micros(100);
-/// How many empty rounds pass between two looks at the clock.
-const ROUNDS_PER_LOOK: u32 = 16;
-
-/// Decides, round by round, whether to go on spinning.
+/// Decides, round by round, whether to go on spinning, and notes where the time goes.
 #[derive(Debug)]
 pub(super) struct Pacer {
     pacing: Pacing,
-    clock: Clock,
-    idle_since: Option<u64>,
-    rounds: u32,
+    times: Arc<Times>,
+    /// Since when rounds have found nothing, and when the last of them ended.
+    idle: Option<(u64, u64)>,
 }
 
 impl Pacer {
-    pub(super) fn new(pacing: Pacing) -> Pacer {
-        Pacer { pacing, clock: Clock::new(), idle_since: None, rounds: 0 }
+    pub(super) fn new(pacing: Pacing, times: Arc<Times>) -> Pacer {
+        Pacer { pacing, times, idle: None }
+    }
+
+    /// Waits in another way from now on.
+    pub(super) fn set(&mut self, pacing: Pacing) {
+        self.pacing = pacing;
     }
 
     /// Whether CPU time is to be saved rather than latency.
@@ -69,25 +72,29 @@ impl Pacer {
     /// A round that found work.
     #[inline]
     pub(super) fn worked(&mut self) {
-        self.idle_since = None;
-        self.rounds = 0;
+        self.idle = None;
     }
 
     /// A round that found none; true when it is time to sleep.
     #[inline]
     pub(super) fn idle(&mut self) -> bool {
+        let now = self.times.now();
+        let (since, last) = self.idle.unwrap_or((now, now));
+        self.times.idled(now.saturating_sub(last));
+        self.idle = Some((since, now));
         match self.pacing {
             Pacing::Busy => false,
             Pacing::Event => true,
-            Pacing::Adaptive => {
-                self.rounds += 1;
-                if !self.rounds.is_multiple_of(ROUNDS_PER_LOOK) {
-                    return false;
-                }
-                let now = self.clock.raw();
-                let since = *self.idle_since.get_or_insert(now);
-                u128::from(self.clock.delta_as_nanos(since, now)) >= SPIN.as_nanos()
-            }
+            Pacing::Adaptive => u128::from(self.times.nanos(since, now)) >= SPIN.as_nanos(),
         }
+    }
+
+    /// Sleeps in `wait`.
+    pub(super) fn asleep(&mut self, wait: impl FnOnce()) {
+        self.times.falls_asleep(self.times.now());
+        wait();
+        let now = self.times.now();
+        self.times.wakes(now);
+        self.idle = self.idle.map(|(since, _)| (since, now));
     }
 }

@@ -13,6 +13,7 @@ use super::mailbox::Mailbox;
 use super::pacing::{Pacer, Pacing};
 use super::queue::{MapChange, Queue};
 use super::station::{Queues, Station, Waker};
+use super::times::Times;
 use crate::clock::Clock;
 use crate::device::QueueHandler;
 use crate::fault_point;
@@ -277,6 +278,7 @@ impl Reactor {
         (mailbox, waker): (Mailbox<Message>, Waker),
         pacing: Pacing,
         fixed: FixedBuffers,
+        times: Arc<Times>,
         cycles: Option<Arc<ReactorStats>>,
     ) -> std::io::Result<Reactor> {
         Ok(Reactor {
@@ -289,7 +291,7 @@ impl Reactor {
             tasks: Vec::new(),
             places: Vec::new(),
             generation: 0,
-            pacer: Pacer::new(pacing),
+            pacer: Pacer::new(pacing, times),
             fixed,
             completions: Vec::with_capacity(4 * URING_ENTRIES as usize),
             watching_bell: false,
@@ -500,7 +502,7 @@ impl Reactor {
             let stations = self.stations.iter().filter_map(|s| s.station.longest_sleep());
             let handlers = self.tasks.iter().filter(|t| t.polls()).filter_map(|t| t.handler.longest_sleep());
             let limit = stations.chain(handlers).chain(nap).min();
-            self.uring.wait(limit);
+            self.pacer.asleep(|| self.uring.wait(limit));
             // A nap that brought nothing is followed by the next one after a look at the rings.
             work = self.reap() > 0 || limit.is_none();
         }
@@ -578,7 +580,7 @@ impl Reactor {
                         self.pacer.worked();
                     }
                 }
-                Message::SetPacing(pacing) => self.pacer = Pacer::new(pacing),
+                Message::SetPacing(pacing) => self.pacer.set(pacing),
                 Message::Refuse { id, miss } => {
                     if let Some(task) = self.find(id) {
                         task.queue.refuse(miss);
