@@ -6,8 +6,9 @@
 //!
 //! One thread of its own serves it, which never touches the data path; what takes long is done on a few others. Nothing
 //! listens on a network. [`server`] is the socket, [`common`] the calls that all programs have, [`refused`] why something is
-//! not done, [`problem`] what is said of a call that fails, [`body`] how calls bring what they say, [`client`] the other side;
-//! [`stats`] and [`metrics`] are what daemons have done, for views and for Prometheus.
+//! not done, [`saved`] how a file comes to say what holds now, [`problem`] what is said of a call that fails, [`body`] how
+//! calls bring what they say, [`client`] the other side; [`stats`] and [`metrics`] are what daemons have done, for views and
+//! for Prometheus.
 
 pub mod body;
 pub mod client;
@@ -15,5 +16,6 @@ pub mod common;
 pub mod metrics;
 pub mod problem;
 pub mod refused;
+pub mod saved;
 pub mod server;
 pub mod stats;

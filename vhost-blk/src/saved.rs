@@ -1,38 +1,20 @@
-//! What has changed while a daemon runs, written into the file that it was started with. Comments and what has not changed
-//! stay as they are.
+//! What has changed while a daemon runs, written into its file ([`control::saved`]).
 
-use std::fs;
-use std::io::Write;
 use std::path::Path;
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, bail};
+use control::saved::{self, Listed, numbers, set};
 use daemon::file::File;
 use poll_engine::engine::pacing::Pacing;
-use toml_edit::{Array, ArrayOfTables, DocumentMut, Item, Table, Value, value};
+use toml_edit::{DocumentMut, Table, Value, value};
 
 use crate::cli::Options;
 use crate::spec::{DiskSpec, Written};
 
-/// Keys of the first disk, where it is described by options of its own.
-const FIRST: [&str; 6] = ["socket-path", "fd", "blk-file", "backend", "serial", "record"];
-
 /// Brings the file at `path` up to date.
 pub fn saved(path: &Path, disks: &[DiskSpec], pacing: Pacing, cpus: Option<Vec<usize>>) -> Result<()> {
-    let text = fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
-    let text = updated(path, &text, disks, pacing, cpus)?;
-    let mut name = path.as_os_str().to_owned();
-    name.push(".new");
-    let beside = Path::new(&name);
-    let write = || {
-        let mut file = fs::File::create(beside)?;
-        file.set_permissions(fs::metadata(path)?.permissions())?;
-        file.write_all(text.as_bytes())?;
-        file.sync_all()?;
-        fs::rename(beside, path)
-    };
-    write()
-        .inspect_err(|_| drop(fs::remove_file(beside)))
-        .with_context(|| format!("cannot write {}", path.display()))
+    let text = saved::read(path)?;
+    saved::replace(path, &updated(path, &text, disks, pacing, cpus)?)
 }
 
 fn updated(
@@ -51,40 +33,14 @@ fn updated(
     if let Some(cpus) = cpus
         && was.cpus.as_ref().map(|list| &list.0) != Some(&cpus)
     {
-        let list: Array = cpus.iter().map(|cpu| i64::try_from(*cpu).unwrap_or(i64::MAX)).collect();
-        document["cpus"] = value(list);
+        document["cpus"] = value(numbers(&cpus));
     }
-    let place = |disk: &DiskSpec| disk.place().map(|place| place.key());
-    let now = |old: &DiskSpec| disks.iter().find(|disk| place(disk) == place(old));
     let old = was.disks();
-    let listed = old.len() - was.disk.len();
-    if let Some(first) = old.first().filter(|_| listed == 1) {
-        match now(first) {
-            None => FIRST.iter().for_each(|key| drop(document.remove(key))),
-            Some(disk) => update(document.as_table_mut(), first, disk),
-        }
-    }
-    let tables = document.remove("disk").unwrap_or(Item::ArrayOfTables(ArrayOfTables::new()));
-    let mut tables = tables
-        .into_array_of_tables()
-        .map_err(|_| anyhow!("{}: disk is no list of tables", path.display()))?;
-    for (i, old) in old.iter().skip(listed).enumerate().rev() {
-        match (now(old), tables.get_mut(i)) {
-            (None, _) => drop(tables.remove(i)),
-            (Some(disk), Some(table)) => update(table, old, disk),
-            (Some(_), None) => {}
-        }
-    }
-    for disk in disks.iter().filter(|disk| !old.iter().any(|old| place(old) == place(disk))) {
-        let mut table = Table::new();
-        disk.written().into_iter().for_each(|(key, written)| drop(table.insert(key, item(written))));
-        tables.push(table);
-    }
-    if !tables.is_empty() {
-        document.insert("disk", Item::ArrayOfTables(tables));
-    }
+    let has_first = old.len() > was.disk.len();
+    saved::update(&mut document, &old, has_first, disks).with_context(|| path.display().to_string())?;
     let text = document.to_string();
     let read = Options::of(&File::new(path, text.clone())).context("what would be saved is wrong")?;
+    let place = |disk: &DiskSpec| disk.place().map(|place| place.key());
     let (read, now) = (read.disks(), disks);
     if read.len() != now.len() || now.iter().any(|disk| !read.iter().any(|r| place(r) == place(disk))) {
         bail!("what would be saved are other disks; please report this");
@@ -92,26 +48,36 @@ fn updated(
     Ok(text)
 }
 
-/// What can change of a disk.
-fn update(table: &mut Table, old: &DiskSpec, new: &DiskSpec) {
-    if old.limit != new.limit {
-        // An empty text is none, in the place of what all disks have.
-        drop(table.insert("limit", value(new.limit.unwrap_or_default().to_string())));
+impl Listed for DiskSpec {
+    const LIST: &'static str = "disk";
+    const FIRST: &'static [&'static str] = &["socket-path", "fd", "blk-file", "backend", "serial", "record"];
+
+    fn place(&self) -> Option<String> {
+        DiskSpec::place(self).map(|place| place.key())
     }
-    if old.record != new.record {
-        match &new.record {
-            Some(path) => drop(table.insert("record", value(path.display().to_string()))),
-            None => drop(table.remove("record")),
+
+    fn written(&self) -> Vec<(&'static str, Value)> {
+        DiskSpec::written(self).into_iter().map(|(key, written)| (key, item(written))).collect()
+    }
+
+    fn update(&self, old: &DiskSpec, table: &mut Table, _: bool) -> bool {
+        if old.limit != self.limit {
+            // An empty text is none, in the place of what all disks have.
+            set(table, "limit", Some(self.limit.unwrap_or_default().to_string().into()));
         }
+        if old.record != self.record {
+            set(table, "record", self.record.as_ref().map(|path| path.display().to_string().into()));
+        }
+        true
     }
 }
 
-fn item(written: Written) -> Item {
-    value(match written {
+fn item(written: Written) -> Value {
+    match written {
         Written::Text(text) => Value::from(text),
         Written::Number(n) => Value::from(n),
         Written::Truth(on) => Value::from(on),
-    })
+    }
 }
 
 #[cfg(test)]

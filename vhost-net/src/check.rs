@@ -67,7 +67,8 @@ fn joined(options: &Options, ports: &[PortSpec]) -> Result<(), Wrong> {
     let hub = ports.iter().filter(|port| !port.has_tap()).count();
     let ways = [("switch", options.switch), ("wire", options.wire), ("loopback", options.loopback.is_some())];
     let chosen: Vec<_> = ways.iter().filter(|(_, chosen)| *chosen).map(|(way, _)| *way).collect();
-    if ports.is_empty() {
+    // With the API, they may come later.
+    if ports.is_empty() && options.api.is_none() {
         return Err(wrong(&[], "nothing to serve; give --socket-path or --port (see --help)"));
     }
     match chosen.as_slice() {
@@ -81,7 +82,7 @@ fn joined(options: &Options, ports: &[PortSpec]) -> Result<(), Wrong> {
                 "nothing to join the ports to; give --switch, --wire, --loopback or --tap (see --help)",
             ));
         }
-        ["wire"] if hub != 2 => {
+        ["wire"] if hub > 2 || hub < 2 && options.api.is_none() => {
             let why = format!(
                 "a wire has two ends, and there are {hub} ports; name two with --socket-path and --port"
             );

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use clap::{Args, Parser};
 use daemon::file::File;
-use daemon::{Switch, from_text, ring_size, said};
+use daemon::{Place, Switch, from_text, ring_size, said};
 use poll_engine::engine::pacing::Pacing;
 use poll_engine::engine::placement::CpuList;
 use serde::Deserialize;
@@ -23,7 +23,7 @@ use crate::spec::{PortSpec, mac, mtu};
 /// memory, and packets are copied once, from the memory of one guest to that of the other.
 ///
 /// SIGTERM finishes what is in flight and exits; SIGHUP has --config read again, and does what can be done while guests run;
-/// SIGUSR1 prints statistics.
+/// SIGUSR1 prints statistics. With --api, ports come and go while it runs.
 #[derive(Debug, Parser)]
 #[command(name = "vhost-net", version, max_term_width = 110)]
 pub struct Cli {
@@ -156,6 +156,15 @@ pub struct Options {
     #[arg(long)]
     pub record_core_cycles: bool,
 
+    /// Unix socket on which the running daemon can be asked, and told, what to do (HTTP and JSON; see vhostctl)
+    #[arg(long, value_name = "PATH")]
+    pub api: Option<PathBuf>,
+
+    /// Mode of that socket, octal: 660 lets its group use it, too
+    #[arg(long, value_name = "MODE", default_value = "600", value_parser = daemon::socket_mode)]
+    #[serde(deserialize_with = "mode")]
+    pub api_mode: u32,
+
     /// What to log: error, warn, info, debug or trace, also by module (poll_engine=debug)
     #[arg(long, value_name = "FILTER", default_value = "info")]
     pub log: String,
@@ -173,6 +182,7 @@ from_text! {
     switched: Switch = said::switch;
     cpus: Option<CpuList> = |s| said::cpus(s).map(Some);
     pacing: Pacing = str::parse;
+    mode: u32 = daemon::socket_mode;
 }
 
 impl Cli {
@@ -204,6 +214,28 @@ impl Options {
         let options = file.parse()?;
         check(&options).map_err(|e| file.error(&e))?;
         Ok(options)
+    }
+
+    /// With one port less: that of this place.
+    pub fn drop_port(&mut self, place: &Place) {
+        let first = Options { port: Vec::new(), ..self.clone() }.ports();
+        if first.first().and_then(PortSpec::place).as_ref() == Some(place) {
+            (self.socket_path, self.fd, self.tap, self.mac) = (None, None, None, None);
+            self.tap_fds.clear();
+        }
+        self.port.retain(|port| port.place().as_ref() != Some(place));
+    }
+
+    /// With a port that is there as it is now. One that was described by options of its own may need more than these can say.
+    pub fn set_port(&mut self, now: &PortSpec) {
+        let place = now.place();
+        match self.port.iter_mut().find(|port| port.place() == place) {
+            Some(port) => port.clone_from(now),
+            None => {
+                place.iter().for_each(|place| self.drop_port(place));
+                self.port.insert(0, now.clone());
+            }
+        }
     }
 
     /// All ports of guests. The first may be described by options of its own.
@@ -256,7 +288,7 @@ mod tests {
     }
 
     /// Of each option some value, on the command line and in a file.
-    const EACH: [(&str, &str); 21] = [
+    const EACH: [(&str, &str); 23] = [
         ("--socket-path=/s", "socket-path = '/s'"),
         ("--fd=3", "fd = 3"),
         ("--tap=t", "tap = 't'"),
@@ -277,6 +309,8 @@ mod tests {
         ("--packed=off", "packed = false"),
         ("--cpus=0-1", "cpus = [0, 1]"),
         ("--poll=busy", "poll = 'busy'"),
+        ("--api=/a", "api = '/a'"),
+        ("--api-mode=660", "api-mode = 660"),
         ("--log=debug", "log = 'debug'\nrecord-core-cycles = true"),
     ];
 

@@ -14,6 +14,7 @@ use crate::features::{
 };
 use crate::hub::{Hub, Member, Plan};
 use crate::mac::MacAddr;
+use crate::pcap::Capture;
 use crate::port::tap::card::TapCard;
 use crate::rss::{KEY, TABLE, hash_types};
 
@@ -94,6 +95,13 @@ impl NetDevice {
     /// Has the front end told by this that configuration space has changed. The first one given counts.
     pub fn on_change(&self, act: impl Fn() + Send + Sync + 'static) {
         let _ = self.on_change.set(Box::new(act));
+    }
+
+    /// Has what crosses a tap of its own noted there from now on, by queues that start.
+    pub fn set_capture(&self, capture: Option<(Arc<Capture>, u32)>) {
+        if let Joined::Tap(card) = &self.joined {
+            card.set_capture(capture);
+        }
     }
 
     /// Looks at what the driver has asked for through a control queue, or changes it.

@@ -11,7 +11,9 @@
 //! [`switch`] says which port a frame goes to. [`join`] makes all that of the options. [`features`] names the feature bits.
 
 pub mod announce;
+pub mod api;
 pub mod burst;
+pub mod captured;
 pub mod check;
 pub mod cli;
 pub mod control;
@@ -24,6 +26,7 @@ pub mod header;
 pub mod hub;
 pub mod join;
 pub mod mac;
+pub mod metrics;
 pub mod mib;
 pub mod offload;
 pub mod outside;
@@ -31,11 +34,13 @@ pub mod packet;
 pub mod parcel;
 pub mod pcap;
 pub mod port;
+pub mod ports;
 pub mod receivers;
 pub mod reload;
 pub mod report;
 pub mod rss;
 pub mod rx;
+pub mod saved;
 pub mod shard;
 pub mod spec;
 pub mod stats;

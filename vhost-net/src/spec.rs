@@ -8,7 +8,8 @@ use std::time::Duration;
 use daemon::said::from_keys;
 use daemon::{Place, from_text, on_off};
 use ipnet::IpNet;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 use crate::device::MTU_RANGE;
 use crate::mac::MacAddr;
@@ -19,56 +20,70 @@ use crate::switch::vlan::{Vlan, VlanSet, parse_vid};
 
 /// One `--port` or `[[port]]`, or the `--uplink` or `[uplink]`. From the guest's point of view: `tx` is what it sends.
 #[allow(clippy::struct_excessive_bools)] // keys, each by itself
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, ToSchema)]
 #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
 pub struct PortSpec {
     /// Where to listen.
+    #[schema(value_type = String)]
     pub socket_path: Option<PathBuf>,
     /// Or what was inherited for that.
     #[serde(deserialize_with = "some_fd")]
+    #[schema(value_type = i32)]
     pub fd: Option<i32>,
     /// For people.
+    #[schema(nullable = false)]
     pub name: Option<String>,
     /// The card's address.
     #[serde(deserialize_with = "some_mac")]
+    #[schema(value_type = String, example = "52:54:00:12:34:56")]
     pub mac: Option<[u8; 6]>,
     /// The MTU it advises.
     #[serde(deserialize_with = "some_mtu")]
+    #[schema(value_type = u16, minimum = 68, maximum = 65521)]
     pub mtu: Option<u16>,
     /// Packets for it wait for its buffers.
     #[serde(deserialize_with = "switched")]
     pub wait: bool,
     /// Its link is down.
     #[serde(rename = "link", deserialize_with = "is_down")]
+    #[schema(value_type = String, pattern = "^(up|down)$")]
     pub link_down: bool,
     /// The tap that it is joined to, or that the uplink is.
+    #[schema(nullable = false)]
     pub tap: Option<String>,
     /// Or the queues of one that are inherited.
     #[serde(deserialize_with = "numbers")]
     pub tap_fds: Vec<i32>,
 
     /// An uplink by packet sockets: any interface.
+    #[schema(nullable = false)]
     pub af_packet: Option<String>,
     /// An uplink around the kernel's stack.
+    #[schema(nullable = false)]
     pub af_xdp: Option<String>,
     /// Which queue of that.
     #[serde(deserialize_with = "some_queue")]
+    #[schema(value_type = u32)]
     pub queue: Option<u32>,
 
     /// An access port of this VLAN.
     #[serde(deserialize_with = "some_vid")]
+    #[schema(value_type = u16, minimum = 1, maximum = 4094)]
     pub vlan: Option<u16>,
     /// A trunk of these.
     #[serde(deserialize_with = "some_vlans")]
+    #[schema(value_type = String, example = "5,10-19")]
     pub trunk: Option<VlanSet>,
     /// The one of a trunk that has no tag.
     #[serde(deserialize_with = "some_vid")]
+    #[schema(value_type = u16, minimum = 1, maximum = 4094)]
     pub native: Option<u16>,
     /// It may send from its card's own address only.
     #[serde(deserialize_with = "switched")]
     pub guard: bool,
     /// It may send from these only.
     #[serde(deserialize_with = "nets")]
+    #[schema(value_type = Vec<String>)]
     pub ip: Vec<IpNet>,
     /// It may send router advertisements and redirects.
     #[serde(deserialize_with = "switched")]
@@ -78,34 +93,104 @@ pub struct PortSpec {
     pub isolated: bool,
     /// Gets frames to addresses that nobody knows.
     #[serde(deserialize_with = "some_switched")]
+    #[schema(value_type = bool)]
     pub flood_unknown: Option<bool>,
     /// Most addresses learnt from it.
     #[serde(deserialize_with = "some_count")]
+    #[schema(value_type = u64, minimum = 1)]
     pub max_macs: Option<u64>,
     /// Bits a second.
     #[serde(deserialize_with = "some_count")]
+    #[schema(value_type = u64, minimum = 1)]
     pub tx_bps: Option<u64>,
     /// Packets a second.
     #[serde(deserialize_with = "some_count")]
+    #[schema(value_type = u64, minimum = 1)]
     pub tx_pps: Option<u64>,
     /// Bits a second.
     #[serde(deserialize_with = "some_count")]
+    #[schema(value_type = u64, minimum = 1)]
     pub rx_bps: Option<u64>,
     /// Packets a second.
     #[serde(deserialize_with = "some_count")]
+    #[schema(value_type = u64, minimum = 1)]
     pub rx_pps: Option<u64>,
     /// How long it may be over these.
     #[serde(deserialize_with = "some_count")]
+    #[schema(value_type = u64, minimum = 1)]
     pub burst_ms: Option<u64>,
     /// To all, a second.
     #[serde(deserialize_with = "some_count")]
+    #[schema(value_type = u64, minimum = 1)]
     pub broadcast_pps: Option<u64>,
     /// To groups, a second.
     #[serde(deserialize_with = "some_count")]
+    #[schema(value_type = u64, minimum = 1)]
     pub multicast_pps: Option<u64>,
     /// To addresses that nobody knows, a second.
     #[serde(deserialize_with = "some_count")]
+    #[schema(value_type = u64, minimum = 1)]
     pub unknown_pps: Option<u64>,
+}
+
+/// The keys of limits.
+pub const LIMITS: [&str; 8] =
+    ["tx-bps", "tx-pps", "rx-bps", "rx-pps", "burst-ms", "broadcast-pps", "multicast-pps", "unknown-pps"];
+
+/// What is to be kept to of a port's rates. From the guest's point of view: `tx` is what it sends. What is not there is not
+/// limited.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
+pub struct PortLimits {
+    /// Bits a second, also with k, M or G behind.
+    #[serde(deserialize_with = "some_count", skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = u64, minimum = 1)]
+    pub tx_bps: Option<u64>,
+    /// Packets a second.
+    #[serde(deserialize_with = "some_count", skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = u64, minimum = 1)]
+    pub tx_pps: Option<u64>,
+    /// Bits a second.
+    #[serde(deserialize_with = "some_count", skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = u64, minimum = 1)]
+    pub rx_bps: Option<u64>,
+    /// Packets a second.
+    #[serde(deserialize_with = "some_count", skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = u64, minimum = 1)]
+    pub rx_pps: Option<u64>,
+    /// How long it may be over these, in milliseconds.
+    #[serde(deserialize_with = "some_count", skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = u64, minimum = 1)]
+    pub burst_ms: Option<u64>,
+    /// To all, a second.
+    #[serde(deserialize_with = "some_count", skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = u64, minimum = 1)]
+    pub broadcast_pps: Option<u64>,
+    /// To groups, a second.
+    #[serde(deserialize_with = "some_count", skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = u64, minimum = 1)]
+    pub multicast_pps: Option<u64>,
+    /// To addresses that nobody knows, a second.
+    #[serde(deserialize_with = "some_count", skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = u64, minimum = 1)]
+    pub unknown_pps: Option<u64>,
+}
+
+impl PortLimits {
+    /// In the order of [`LIMITS`].
+    pub fn all(&self) -> [Option<u64>; LIMITS.len()] {
+        let PortLimits {
+            tx_bps,
+            tx_pps,
+            rx_bps,
+            rx_pps,
+            burst_ms,
+            broadcast_pps,
+            multicast_pps,
+            unknown_pps,
+        } = *self;
+        [tx_bps, tx_pps, rx_bps, rx_pps, burst_ms, broadcast_pps, multicast_pps, unknown_pps]
+    }
 }
 
 from_text! {
@@ -156,6 +241,37 @@ impl PortSpec {
     /// Whether it is joined to a tap and nothing else.
     pub fn has_tap(&self) -> bool {
         self.tap.is_some() || !self.tap_fds.is_empty()
+    }
+
+    /// What it is limited to.
+    pub fn limits(&self) -> PortLimits {
+        PortLimits {
+            tx_bps: self.tx_bps,
+            tx_pps: self.tx_pps,
+            rx_bps: self.rx_bps,
+            rx_pps: self.rx_pps,
+            burst_ms: self.burst_ms,
+            broadcast_pps: self.broadcast_pps,
+            multicast_pps: self.multicast_pps,
+            unknown_pps: self.unknown_pps,
+        }
+    }
+
+    /// The same, with these limits.
+    #[must_use]
+    pub fn with_limits(&self, limits: PortLimits) -> PortSpec {
+        let PortLimits {
+            tx_bps,
+            tx_pps,
+            rx_bps,
+            rx_pps,
+            burst_ms,
+            broadcast_pps,
+            multicast_pps,
+            unknown_pps,
+        } = limits;
+        let limited = PortSpec { tx_bps, tx_pps, rx_bps, rx_pps, burst_ms, ..self.clone() };
+        PortSpec { broadcast_pps, multicast_pps, unknown_pps, ..limited }
     }
 
     /// What it is to a switch.

@@ -1,4 +1,4 @@
-//! `vhostctl`: asks a running `vhost-blk` for things, over its control API (docs/control.md).
+//! `vhostctl`: asks a running `vhost-blk` or `vhost-net` for things, over its control API (docs/control.md).
 
 mod table;
 
@@ -12,7 +12,7 @@ use clap_complete::Shell;
 use control::client::{Client, part};
 use serde_json::{Map, Value, json};
 
-/// Asks a running vhost-blk for things, or tells it to do something.
+/// Asks a running vhost-blk or vhost-net for things, or tells it to do something.
 #[derive(Debug, Parser)]
 #[command(name = "vhostctl", version, max_term_width = 110)]
 struct Cli {
@@ -43,22 +43,23 @@ struct Cli {
 enum Command {
     /// What the daemon is
     Info,
-    /// All disks
+    /// All disks, or ports
     List,
-    /// A disk and its queues
+    /// A disk or port, and its queues
     Show {
-        /// Name of the disk
+        /// Its name
         name: String,
     },
-    /// Serve one more disk
+    /// Serve one more disk or port
     Add {
-        /// Keys as of vhost-blk --disk, such as socket-path=/run/a.sock blk-file=/img/a.img num-queues=4
+        /// Keys as of vhost-blk --disk, such as socket-path=/run/a.sock blk-file=/img/a.img num-queues=4, or of
+        /// vhost-net --port
         #[arg(value_name = "KEY=VALUE", required = true)]
         keys: Vec<String>,
     },
-    /// Serve a disk no more, once what is in flight is finished
+    /// Serve a disk or port no more, once what is in flight is finished
     Remove {
-        /// Name of the disk
+        /// Its name
         name: String,
         /// Also if a front end is connected, which is hung up on
         #[arg(long)]
@@ -88,11 +89,33 @@ enum Command {
         /// The file; or off
         file: String,
     },
-    /// The limits of a disk, or keep it to others: none that is not named
-    Limit {
-        /// Name of the disk
+    /// Have the link of a port up or down
+    Link {
+        /// Name of the port
         name: String,
-        /// Keys as of vhost-blk --limit, such as iops-total=1000 bps-write=100M; none for no limit at all
+        /// up or down
+        #[arg(value_parser = ["up", "down"])]
+        state: String,
+    },
+    /// The capture of packets that there is, or begin one to a new file, or end it
+    Capture {
+        /// The file; or off
+        file: Option<String>,
+        /// Bytes of each frame, at most
+        #[arg(long, value_name = "BYTES", requires = "file")]
+        snaplen: Option<u32>,
+        /// What to capture, such as "tcp port 80 or arp"
+        #[arg(long, value_name = "EXPRESSION", requires = "file")]
+        filter: Option<String>,
+    },
+    /// The addresses that a switch has learnt
+    Fdb,
+    /// The limits of a disk or port, or keep it to others: none that is not named
+    Limit {
+        /// Its name
+        name: String,
+        /// Keys as of vhost-blk --limit, such as iops-total=1000 bps-write=100M, or of vhost-net --port, such as tx-bps=100M;
+        /// none for no limit at all
         #[arg(value_name = "KEY=VALUE")]
         keys: Vec<String>,
     },
@@ -149,13 +172,14 @@ enum Command {
 /// Method, path and body of a call.
 type Call = (&'static str, String, Option<Value>);
 
-fn call_of(command: &Command) -> Result<Call> {
-    let disk = |name: &str, what: &str| format!("/v1/disks/{}{what}", part(name));
+/// `list` is what the daemon has a list of.
+fn call_of(command: &Command, list: &str) -> Result<Call> {
+    let disk = |name: &str, what: &str| format!("{list}/{}{what}", part(name));
     Ok(match command {
         Command::Info => ("GET", "/v1/daemon".into(), None),
-        Command::List => ("GET", "/v1/disks".into(), None),
+        Command::List => ("GET", list.into(), None),
         Command::Show { name } => ("GET", disk(name, ""), None),
-        Command::Add { keys } => ("POST", "/v1/disks".into(), Some(spec(keys)?)),
+        Command::Add { keys } => ("POST", list.into(), Some(spec(keys)?)),
         Command::Remove { name, force: false } => ("DELETE", disk(name, ""), None),
         Command::Remove { name, force: true } => ("DELETE", disk(name, "?force=true"), None),
         Command::Grow { name, size } => {
@@ -166,6 +190,15 @@ fn call_of(command: &Command) -> Result<Call> {
         Command::Resume { name } => ("POST", disk(name, "/resume"), None),
         Command::Record { name, file } if file == "off" => ("DELETE", disk(name, "/record"), None),
         Command::Record { name, file } => ("PUT", disk(name, "/record"), Some(json!({ "file": file }))),
+        Command::Link { name, state } => ("PUT", disk(name, "/link"), Some(json!({ "up": state == "up" }))),
+        Command::Capture { file: None, .. } => ("GET", "/v1/capture".into(), None),
+        Command::Capture { file: Some(file), .. } if file == "off" => ("DELETE", "/v1/capture".into(), None),
+        Command::Capture { file, snaplen, filter } => {
+            let said = [("file", json!(file)), ("snaplen", json!(snaplen)), ("filter", json!(filter))];
+            let said = said.into_iter().filter(|(_, value)| !value.is_null());
+            ("PUT", "/v1/capture".into(), Some(said.map(|(key, value)| (key.to_owned(), value)).collect()))
+        }
+        Command::Fdb => ("GET", "/v1/fdb".into(), None),
         Command::Limit { name, keys } if keys.is_empty() => ("GET", disk(name, "/limits"), None),
         Command::Limit { name, keys } if *keys == ["none"] => ("PUT", disk(name, "/limits"), Some(json!({}))),
         Command::Limit { name, keys } => ("PUT", disk(name, "/limits"), Some(spec(keys)?)),
@@ -232,7 +265,9 @@ fn answer(cli: &Cli) -> Result<String> {
             client.send(method, path, body.clone().unwrap_or_default().into_bytes())?
         }
         command => {
-            let (method, path, body) = call_of(command)?;
+            let daemon = client.call("GET", "/v1/daemon", None)?.done()?;
+            let list = if daemon["program"] == "vhost-net" { "/v1/ports" } else { "/v1/disks" };
+            let (method, path, body) = call_of(command, list)?;
             client.call(method, &path, body.as_ref())?
         }
     };
@@ -260,7 +295,7 @@ mod tests {
     #[test]
     fn names_that_are_paths_are_one_part_of_a_path() {
         let cli = Cli::parse_from(["vhostctl", "remove", "/run/a b.sock", "--force"]);
-        let (method, path, _) = call_of(&cli.command).unwrap();
+        let (method, path, _) = call_of(&cli.command, "/v1/disks").unwrap();
         assert_eq!((method, path.as_str()), ("DELETE", "/v1/disks/%2Frun%2Fa%20b.sock?force=true"));
     }
 

@@ -11,6 +11,7 @@ mod many;
 #[path = "../kill/model.rs"]
 #[allow(dead_code)]
 mod model;
+mod net;
 mod random;
 mod rig;
 

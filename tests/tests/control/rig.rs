@@ -5,7 +5,6 @@ use std::process::{Command, Output};
 use std::time::Duration;
 
 use control::client::{Answer, Client};
-use kickless_tests::daemon::Kind;
 use kickless_tests::process::{Process, built};
 use kickless_tests::scene::Scene;
 use kickless_tests::wait;
@@ -19,6 +18,7 @@ pub struct Rig {
     pub scene: Scene,
     pub process: Process,
     pub client: Client,
+    program: &'static str,
     args: Vec<String>,
 }
 
@@ -28,10 +28,23 @@ impl Rig {
         let scene = Scene::new().unwrap();
         let path = scene.path("blk.toml");
         std::fs::write(&path, format!("{file}api = '{}'\n", scene.path("api").display())).unwrap();
+        Rig::configured(scene, "vhost-blk", &path, options)
+    }
+
+    /// The other daemon, with this at the top of its file; `DIR` stands for where its sockets are.
+    pub fn start_net(file: &str, options: &[&str]) -> Rig {
+        let scene = Scene::new().unwrap();
+        let path = scene.path("net.toml");
+        let file = file.replace("DIR", &scene.path("").display().to_string());
+        std::fs::write(&path, format!("api = '{}'\n{file}", scene.path("api").display())).unwrap();
+        Rig::configured(scene, "vhost-net", &path, options)
+    }
+
+    fn configured(scene: Scene, program: &'static str, path: &Path, options: &[&str]) -> Rig {
         let control = scene.path("control").display().to_string();
         let mut args = vec![format!("--config={}", path.display())];
         args.extend(options.iter().map(|option| option.replace("CONTROL", &control)));
-        Rig::begin(scene, args)
+        Rig::begin(scene, program, args)
     }
 
     /// Without a file.
@@ -39,13 +52,13 @@ impl Rig {
         let scene = Scene::new().unwrap();
         let mut args = vec![format!("--api={}", scene.path("api").display())];
         args.extend(options.iter().map(|&option| option.to_owned()));
-        Rig::begin(scene, args)
+        Rig::begin(scene, "vhost-blk", args)
     }
 
-    fn begin(scene: Scene, args: Vec<String>) -> Rig {
-        let process = Process::spawn(&scene, "vhost-blk", &program(), &args).unwrap();
+    fn begin(scene: Scene, program: &'static str, args: Vec<String>) -> Rig {
+        let process = Process::spawn(&scene, program, &path_of(program), &args).unwrap();
         let client = Client::new(&scene.path("api"));
-        let mut rig = Rig { scene, process, client, args };
+        let mut rig = Rig { scene, process, client, program, args };
         rig.wait_up();
         rig
     }
@@ -63,7 +76,7 @@ impl Rig {
     pub fn spawn_heir(&self) -> Process {
         let mut args = self.args.clone();
         args.push(format!("--takeover={}", self.path("control")));
-        Process::spawn(&self.scene, "heir", &program(), &args).unwrap()
+        Process::spawn(&self.scene, "heir", &path_of(self.program), &args).unwrap()
     }
 
     /// It has: the old one leaves.
@@ -75,7 +88,7 @@ impl Rig {
 
     pub fn restart(&mut self) {
         self.stop();
-        self.process = Process::spawn(&self.scene, "vhost-blk", &program(), &self.args).unwrap();
+        self.process = Process::spawn(&self.scene, self.program, &path_of(self.program), &self.args).unwrap();
         self.wait_up();
     }
 
@@ -128,14 +141,27 @@ impl Rig {
 
     /// A disk of this name, on a socket of that name.
     pub fn add(&self, name: &str, keys: &str) -> Value {
+        self.add_to("/v1/disks", name, keys)
+    }
+
+    /// A port.
+    pub fn add_port(&self, name: &str, keys: &str) -> Value {
+        self.add_to("/v1/ports", name, keys)
+    }
+
+    fn add_to(&self, list: &str, name: &str, keys: &str) -> Value {
         let mut spec = Map::new();
         spec.insert("name".into(), name.into());
         spec.insert("socket-path".into(), self.path(&format!("{name}.sock")).into());
-        for pair in keys.split(',') {
+        for pair in keys.split(',').filter(|pair| !pair.is_empty()) {
             let (key, value) = pair.split_once('=').unwrap();
             spec.insert(key.into(), value.into());
         }
-        self.does(201, "POST", "/v1/disks", Some(Value::Object(spec)))
+        self.does(201, "POST", list, Some(Value::Object(spec)))
+    }
+
+    pub fn port(&self, name: &str) -> Value {
+        self.does(200, "GET", &format!("/v1/ports/{name}"), None)
     }
 
     pub fn disk(&self, name: &str) -> Value {
@@ -158,6 +184,6 @@ impl Rig {
     }
 }
 
-fn program() -> std::path::PathBuf {
-    Kind::VhostBlk.program().expect("vhost-blk is not built: cargo build -p vhost-blk")
+fn path_of(program: &str) -> std::path::PathBuf {
+    built(program).unwrap_or_else(|| panic!("{program} is not built: cargo build -p {program}"))
 }

@@ -92,6 +92,8 @@ struct Ring {
 struct Shared {
     path: PathBuf,
     config: CaptureConfig,
+    /// Names of ports that have come since, of which the file does not know yet; and how many ports there are.
+    fresh: Mutex<(Vec<String>, u32)>,
     /// Those that the writer empties. One whose probe is gone goes after that.
     rings: Mutex<Vec<Arc<Ring>>>,
     stop: AtomicBool,
@@ -127,6 +129,7 @@ impl Capture {
         let shared = Arc::new(Shared {
             path: path.into(),
             config,
+            fresh: Mutex::new((Vec::new(), interfaces.len() as u32)),
             rings: Mutex::default(),
             stop: AtomicBool::new(false),
             written: AtomicU64::new(0),
@@ -164,16 +167,29 @@ impl Capture {
         }
     }
 
-    /// A line for the report.
-    pub fn line(&self) -> String {
+    /// A port has come: its number, by which frames of it are noted from now on.
+    pub fn add(&self, name: &str) -> u32 {
+        let (fresh, count) = &mut *self.shared.fresh.lock().unwrap_or_else(PoisonError::into_inner);
+        fresh.push(name.to_owned());
+        *count += 1;
+        *count - 1
+    }
+
+    /// Its file, frames that are in it, and frames that are not, because there was no room or the file took no more.
+    pub fn counts(&self) -> (PathBuf, u64, u64) {
         let shared = &self.shared;
         let unread: u64 = shared.rings().iter().map(|ring| ring.words.lost.get()).sum();
+        let lost = unread + shared.lost.load(Ordering::Relaxed);
+        (shared.path.clone(), shared.written.load(Ordering::Relaxed), lost)
+    }
+
+    /// A line for the report.
+    pub fn line(&self) -> String {
+        let (path, written, lost) = self.counts();
         format!(
-            "pcap {}: {} written, {} lost{}",
-            shared.path.display(),
-            shared.written.load(Ordering::Relaxed),
-            unread + shared.lost.load(Ordering::Relaxed),
-            if shared.failed.load(Ordering::Relaxed) { ", the file takes no more" } else { "" },
+            "pcap {}: {written} written, {lost} lost{}",
+            path.display(),
+            if self.shared.failed.load(Ordering::Relaxed) { ", the file takes no more" } else { "" },
         )
     }
 }
@@ -354,16 +370,19 @@ fn begin(file: File, interfaces: &[&str], snaplen: u32) -> Result<Out, PcapError
         ..SectionHeaderBlock::default()
     };
     let mut out = PcapNgWriter::with_section_header(BufWriter::new(file), section)?;
-    for name in interfaces {
-        let options = vec![
-            InterfaceDescriptionOption::IfName(Cow::Owned((*name).to_owned())),
-            // Nanoseconds.
-            InterfaceDescriptionOption::IfTsResol(9),
-        ];
-        out.write_pcapng_block(InterfaceDescriptionBlock { linktype: DataLink::ETHERNET, snaplen, options })?;
-    }
+    interfaces.iter().try_for_each(|name| describe(&mut out, name, snaplen))?;
     out.get_mut().flush().map_err(PcapError::IoError)?;
     Ok(out)
+}
+
+fn describe(out: &mut Out, name: &str, snaplen: u32) -> Result<(), PcapError> {
+    let options = vec![
+        InterfaceDescriptionOption::IfName(Cow::Owned(name.to_owned())),
+        // Nanoseconds.
+        InterfaceDescriptionOption::IfTsResol(9),
+    ];
+    let block = InterfaceDescriptionBlock { linktype: DataLink::ETHERNET, snaplen, options };
+    out.write_pcapng_block(block).map(drop)
 }
 
 fn io_error(error: PcapError) -> io::Error {
@@ -432,7 +451,10 @@ impl Writer {
         if count == 0 {
             return;
         }
+        // After draining: whatever was drained is of ports that are here by now, or were before.
+        let fresh = std::mem::take(&mut shared.fresh.lock().unwrap_or_else(PoisonError::into_inner).0);
         let mut write = || -> Result<(), PcapError> {
+            fresh.iter().try_for_each(|name| describe(out, name, shared.config.snaplen))?;
             for record in &*pending {
                 // One noted before the capture had begun is of its beginning.
                 let since = Duration::from_nanos(clock.delta_as_nanos(*zero, record.time.max(*zero)));

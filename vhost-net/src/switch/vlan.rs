@@ -56,6 +56,32 @@ pub fn parse_vid(s: &str) -> Result<u16, String> {
     vid.ok_or_else(|| format!("'{s}' is no VLAN (write a number from 1 to {LAST})"))
 }
 
+impl fmt::Display for VlanSet {
+    /// As it is [parsed](Self::from_str).
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (mut vid, mut between) = (0, "");
+        while vid <= LAST {
+            let run = (vid..=LAST).take_while(|&vid| self.contains(vid)).count() as u16;
+            match run {
+                0 => {}
+                1 => write!(f, "{between}{vid}")?,
+                _ => write!(f, "{between}{vid}-{}", vid + run - 1)?,
+            }
+            if run > 0 {
+                between = ",";
+            }
+            vid += run + 1;
+        }
+        Ok(())
+    }
+}
+
+impl serde::Serialize for VlanSet {
+    fn serialize<S: serde::Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        to.collect_str(self)
+    }
+}
+
 impl FromStr for VlanSet {
     type Err = String;
 

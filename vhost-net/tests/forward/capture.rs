@@ -5,6 +5,7 @@ use std::path::Path;
 
 use pcap_file::pcapng::blocks::enhanced_packet::EnhancedPacketOption;
 use pcap_file::pcapng::{Block, PcapNgReader};
+use vhost_net::captured::{Captured, Wish};
 use vhost_net::features::{CSUM, GUEST_CSUM, GUEST_TSO4, HOST_TSO4, MRG_RXBUF};
 use vhost_net::pcap::{Capture, CaptureConfig};
 
@@ -97,5 +98,47 @@ fn a_capture_is_what_guests_have_sent_and_got() {
             assert_eq!(seen[port][0].len(), 1);
         }
         assert!(received[1].iter().skip(1).all(|(flags, bytes)| *flags == 0 && bytes.len() <= 1514 + 40));
+    }
+}
+
+/// One that begins and ends while guests talk, and meets a port that was not there when it began.
+#[test]
+fn a_capture_comes_and_goes_and_has_ports_that_come_meanwhile() {
+    for reactors in [1, 2] {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("capture");
+        let mut back = Back::start(&["", ""], 2, reactors);
+        let (mut a, mut b) = (back.guest(0, 2), back.guest(1, 2));
+        let hello = |a: &mut Guest, b: &mut Guest, fill: u8| {
+            let mut hello = frame(0, 0, fill, 70);
+            hello[..6].fill(0xff);
+            a.send(usize::from(fill) % 2, &hello);
+            assert_eq!(b.await_frames(1), [hello.as_slice()]);
+            hello
+        };
+        hello(&mut a, &mut b, 1);
+        let wish = Wish { file: path.clone(), config: CaptureConfig::default() };
+        let ports = [("a".to_owned(), Some(0)), ("b".to_owned(), Some(1))];
+        let mut captured = Captured::begin(wish, ports.into_iter()).unwrap();
+        captured.capture().keep();
+        captured.witness(&back.hub, back.engine()).unwrap();
+        let mut expected = vec![hello(&mut a, &mut b, 2), hello(&mut a, &mut b, 3)];
+        let at = back.add("");
+        captured.joins(at as u16, captured.capture().add("c"));
+        captured.witness(&back.hub, back.engine()).unwrap();
+        let mut c = back.guest(at, 2);
+        expected.push(hello(&mut a, &mut b, 4));
+        let last = [expected[2].clone()];
+        assert_eq!(c.await_frames(1), last);
+        Captured::nobody(&back.hub, back.engine()).unwrap();
+        drop(captured);
+        let seen = read(&path, 3);
+        hello(&mut a, &mut b, 5);
+        let frames =
+            |seen: &[(u32, Vec<u8>)]| seen.iter().map(|(_, bytes)| bytes.clone()).collect::<Vec<_>>();
+        assert_eq!((frames(&seen[0][0]), frames(&seen[1][1])), (expected.clone(), expected));
+        assert_eq!(frames(&seen[2][1]), last);
+        let now = read(&path, 3);
+        assert_eq!(now, seen, "it is whole, and nobody writes to it any more");
     }
 }

@@ -153,6 +153,10 @@ impl Back {
         }
     }
 
+    pub fn engine(&self) -> &Engine {
+        &self.engine
+    }
+
     /// One more port: its number.
     pub fn add(&mut self, text: &str) -> usize {
         let at = self.servers.iter().position(Option::is_none).unwrap_or(self.servers.len());

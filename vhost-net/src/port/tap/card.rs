@@ -1,8 +1,8 @@
 //! A network card that is joined to a tap.
 
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use poll_engine::device::QueueHandler;
 
@@ -16,14 +16,19 @@ use crate::pcap::Capture;
 pub struct TapCard {
     tap: Arc<Tap>,
     /// Where to note frames, and as which interface.
-    capture: Option<(Arc<Capture>, u32)>,
+    capture: Mutex<Option<(Arc<Capture>, u32)>>,
     link: AtomicBool,
 }
 
 impl TapCard {
     /// Joined to `tap`, whose frames are noted in a capture as those of this interface.
     pub fn new(tap: Arc<Tap>, capture: Option<(Arc<Capture>, u32)>) -> TapCard {
-        TapCard { tap, capture, link: AtomicBool::new(true) }
+        TapCard { tap, capture: Mutex::new(capture), link: AtomicBool::new(true) }
+    }
+
+    /// Has frames noted there from now on, by queues that start.
+    pub fn set_capture(&self, capture: Option<(Arc<Capture>, u32)>) {
+        *self.capture.lock().unwrap_or_else(PoisonError::into_inner) = capture;
     }
 
     /// The tap.
@@ -57,7 +62,8 @@ impl TapCard {
     ) -> io::Result<Box<dyn QueueHandler>> {
         let pair = index / 2;
         self.tap.negotiated(features)?;
-        let probe = self.capture.as_ref().map(|(capture, interface)| capture.probe(*interface));
+        let capture = self.capture.lock().unwrap_or_else(PoisonError::into_inner);
+        let probe = capture.as_ref().map(|(capture, interface)| capture.probe(*interface));
         Ok(if index.is_multiple_of(2) {
             Box::new(self.tap.receive(pair, features, ring_size)?.captured(probe))
         } else {

@@ -1,0 +1,184 @@
+//! The same of `vhost-net`: ports that come and go, links, limits, captures, and what it learns.
+
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+
+use kickless_tests::wait;
+use serde_json::json;
+
+use crate::rig::{LIMIT, Rig};
+
+const SWITCH: &str = "switch = true\npoll = 'event'\n";
+
+#[test]
+fn ports_come_and_go() {
+    let mut rig = Rig::start_net(SWITCH, &[]);
+    let socket = rig.path("a.sock");
+    let port =
+        json!({ "name": "a", "socket-path": socket, "mac": "52:54:00:00:00:01", "vlan": 5, "guard": true });
+    let added = rig.does(201, "POST", "/v1/ports", Some(port.clone()));
+    assert_eq!((&added["name"], &added["kind"], &added["up"]), (&json!("a"), &json!("switch"), &json!(true)));
+    // A pair, and the control queue.
+    assert_eq!(added["queues"].as_array().unwrap().len(), 3, "{added}");
+    assert_eq!(rig.does(200, "GET", "/v1/daemon", None)["ports"], 1);
+    // The address of its own is where it is for good.
+    let fdb = json!([{ "mac": "52:54:00:00:00:01", "vlan": 5, "port": "a", "fixed": true }]);
+    assert_eq!(rig.does(200, "GET", "/v1/fdb", None), fdb);
+
+    // What others have.
+    let said = rig.refuses(409, "POST", "/v1/ports", Some(port.clone()));
+    assert!(said.contains("two ports have the socket"), "{said}");
+    // What cannot be.
+    for (body, key, said) in [
+        (json!({ "socket-path": "/x", "vlan": 4095 }), Some("vlan"), "is no VLAN"),
+        (json!({ "socket-path": "/x", "wings": 2 }), None, "unknown field `wings`"),
+        (json!({ "name": "x" }), None, "socket-path is missing"),
+        (json!({ "socket-path": "/x", "guard": true }), Some("guard"), "needs its mac="),
+        (json!({ "socket-path": "/x", "af-xdp": "e" }), Some("af-xdp"), "for the uplink"),
+        (json!({ "fd": 3 }), Some("fd"), "inherits nothing"),
+        (json!({ "socket-path": "/x", "tap-fds": [3] }), Some("tap-fds"), "inherits nothing"),
+    ] {
+        let answer = rig.call("POST", "/v1/ports", Some(body.clone()));
+        let problem = answer.json().unwrap();
+        assert_eq!(answer.status, 400, "{body}: {problem}");
+        assert!(problem["detail"].as_str().unwrap().contains(said), "{problem}");
+        assert!(key.is_none() || problem["key"] == json!(key), "{body}: {problem}");
+    }
+    let elsewhere = json!({ "socket-path": "/nonexistent/x.sock" });
+    assert!(rig.refuses(409, "POST", "/v1/ports", Some(elsewhere)).contains("/nonexistent/x.sock"));
+
+    // Somebody is there.
+    let front = UnixStream::connect(&socket).unwrap();
+    wait::until("the front end", LIMIT, || Ok((rig.port("a")["attached"] == true).then_some(()))).unwrap();
+    assert!(rig.refuses(409, "DELETE", "/v1/ports/a", None).contains("a front end is connected"));
+    rig.does(204, "DELETE", "/v1/ports/a?force=true", None);
+    drop(front);
+    assert!(rig.refuses(404, "DELETE", "/v1/ports/a", None).contains("there is no port a"));
+    assert!(!Path::new(&socket).exists());
+    assert_eq!(rig.does(200, "GET", "/v1/fdb", None), json!([]));
+    for round in 0..50 {
+        rig.add_port(&format!("p{round}"), "");
+        rig.does(204, "DELETE", &format!("/v1/ports/p{round}"), None);
+    }
+    assert_eq!(rig.does(200, "GET", "/v1/ports", None), json!([]));
+    rig.end();
+}
+
+/// What holds how ports are joined holds for those that come, too.
+#[test]
+fn what_cannot_change_while_it_runs_is_said() {
+    let mut rig = Rig::start_net("wire = true\n", &[]);
+    rig.add_port("a", "");
+    rig.add_port("b", "");
+    let third = json!({ "name": "c", "socket-path": rig.path("c.sock") });
+    assert!(rig.refuses(409, "POST", "/v1/ports", Some(third)).contains("a wire has two ends"));
+    let limits = json!({ "tx-pps": 5 });
+    assert!(rig.refuses(409, "PUT", "/v1/ports/a/limits", Some(limits)).contains("no port of a switch"));
+    let said = rig.refuses(409, "POST", "/v1/reactors", Some(json!({})));
+    assert!(said.contains("--cpus") && said.contains("--takeover"), "{said}");
+    assert!(rig.refuses(409, "DELETE", "/v1/reactors/0", None).contains("--cpus"));
+    assert!(rig.refuses(404, "DELETE", "/v1/reactors/7", None).contains("there is no reactor 7"));
+    rig.does(204, "DELETE", "/v1/ports/a", None);
+    rig.add_port("c", "");
+    rig.end();
+}
+
+#[test]
+fn links_limits_and_captures_change_and_are_saved() {
+    let mut rig =
+        Rig::start_net(&format!("# Ours.\n{SWITCH}[[port]]\nsocket-path = 'DIR/a.sock' # first\n"), &[]);
+    let name = rig.does(200, "GET", "/v1/ports", None)[0]["name"].as_str().unwrap().to_owned();
+    let call = |what: &str| format!("/v1/ports/{}{what}", control::client::part(&name));
+    rig.add_port("b", "trunk=5+10-19,native=7,tx-pps=9");
+    assert_eq!(rig.does(200, "PUT", &call("/link"), Some(json!({ "up": false })))["up"], false);
+    assert_eq!(rig.does(200, "PUT", "/v1/ports/b/link", Some(json!({ "up": true })))["up"], true);
+    assert_eq!(rig.does(200, "GET", "/v1/ports/b/limits", None), json!({ "tx-pps": 9 }));
+    let limits = json!({ "tx-bps": 1_000_000, "rx-pps": 7, "burst-ms": 5 });
+    assert_eq!(rig.does(200, "PUT", "/v1/ports/b/limits", Some(limits.clone())), limits);
+    assert!(rig.refuses(400, "PUT", "/v1/ports/b/limits", Some(json!({ "tx-bps": 0 }))).contains("above 0"));
+    rig.does(200, "PUT", "/v1/poll", Some(json!({ "poll": "adaptive" })));
+
+    let (capture, body) = (rig.path("capture"), json!({ "file": rig.path("capture"), "filter": "arp" }));
+    assert_eq!(rig.does(200, "GET", "/v1/capture", None), json!({ "written": 0, "lost": 0 }));
+    let begun = rig.does(200, "PUT", "/v1/capture", Some(body.clone()));
+    assert_eq!(begun, json!({ "file": capture, "written": 0, "lost": 0 }));
+    assert!(rig.refuses(409, "PUT", "/v1/capture", Some(body.clone())).contains("a capture already"));
+    rig.does(204, "DELETE", "/v1/capture", None);
+    assert!(rig.refuses(409, "PUT", "/v1/capture", Some(body)).contains("it exists"));
+    assert!(std::fs::metadata(&capture).unwrap().len() > 0);
+    let wrong = json!({ "file": rig.path("x"), "filter": "nothing" });
+    let problem = rig.call("PUT", "/v1/capture", Some(wrong)).json().unwrap();
+    assert_eq!((&problem["status"], &problem["key"]), (&json!(400), &json!("filter")), "{problem}");
+
+    rig.does(200, "POST", "/v1/save", None);
+    rig.restart();
+    let text = std::fs::read_to_string(rig.path("net.toml")).unwrap();
+    assert!(
+        text.contains("# Ours.") && text.contains("# first") && text.contains("link = \"down\""),
+        "{text}"
+    );
+    assert_eq!(rig.does(200, "GET", &call(""), None)["up"], false);
+    assert_eq!(rig.does(200, "GET", "/v1/ports/b/limits", None), limits);
+    assert_eq!(rig.does(200, "GET", "/v1/poll", None), json!({ "poll": "adaptive" }));
+    // Read again, it says the same.
+    rig.process.signal(nix::sys::signal::Signal::SIGHUP).unwrap();
+    wait::until("the file to be read", LIMIT, || {
+        Ok(rig.process.stderr().contains("was read again").then_some(()))
+    })
+    .unwrap();
+    assert!(!rig.process.stderr().contains("start it anew"), "{}", rig.process.stderr());
+    rig.end();
+}
+
+#[test]
+fn a_newer_daemon_takes_over_with_ports_that_were_added() {
+    let mut rig = Rig::start_net(SWITCH, &["--control=CONTROL"]);
+    rig.add_port("a", "");
+    rig.add_port("b", "vlan=5");
+    let tap = json!({ "socket-path": rig.path("t.sock"), "tap": "kl-none" });
+    assert!(rig.refuses(409, "POST", "/v1/ports", Some(tap)).contains("cannot be handed over"));
+    rig.does(200, "POST", "/v1/save", None);
+    let pid = rig.does(200, "GET", "/v1/daemon", None)["pid"].clone();
+    let heir = rig.spawn_heir();
+    rig.succeed(heir);
+    wait::until("the new daemon's API", LIMIT, || {
+        let answer = rig.client.call("GET", "/v1/daemon", None);
+        Ok(answer.ok().and_then(|a| a.json().ok()).filter(|d| d["pid"] != pid))
+    })
+    .unwrap();
+    assert_eq!(rig.does(200, "GET", "/v1/ports", None).as_array().unwrap().len(), 2);
+    rig.does(204, "DELETE", "/v1/ports/a", None);
+    rig.end();
+}
+
+#[test]
+fn everything_can_be_asked_for_on_a_command_line() {
+    let mut rig = Rig::start_net(SWITCH, &[]);
+    let socket = format!("socket-path={}", rig.path("a.sock"));
+    for (args, said) in [
+        (&["info"][..], "vhost-net"),
+        (&["add", "name=a", &socket, "mac=52:54:00:00:00:01,guard"], "a.sock"),
+        (&["list"], "NAME"),
+        (&["show", "a"], "QUEUE"),
+        (&["link", "a", "down"], "no"),
+        (&["limit", "a", "tx-bps=1M"], "1000000"),
+        (&["limit", "a"], "tx-bps"),
+        (&["capture", &rig.path("capture"), "--filter=arp", "--snaplen=96"], "capture"),
+        (&["capture"], "written"),
+        (&["capture", "off"], "done"),
+        (&["fdb"], "52:54:00:00:00:01"),
+        (&["poll", "busy"], "busy"),
+        (&["reactors"], "REACTOR"),
+        (&["save"], "net.toml"),
+        (&["metrics"], "vhost_net_packets_total{port=\"a\",way=\"rx\",cast=\"unicast\"} 0"),
+        (&["openapi"], "\"openapi\": \"3.1"),
+        (&["remove", "a"], "done"),
+    ] {
+        let out = rig.ctl(args);
+        let text = String::from_utf8_lossy(&out.stdout);
+        assert!(out.status.success() && text.contains(said), "{args:?}: {out:?}");
+    }
+    let out = rig.ctl(&["show", "a"]);
+    assert!(String::from_utf8_lossy(&out.stderr).starts_with("vhostctl: there is no port a"), "{out:?}");
+    rig.end();
+}

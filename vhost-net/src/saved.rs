@@ -1,0 +1,184 @@
+//! What has changed while a daemon runs, written into its file ([`control::saved`]).
+
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+use control::saved::{self, Listed, set};
+use daemon::file::File;
+use toml_edit::{Array, DocumentMut, Item, Table, Value, value};
+
+use crate::cli::Options;
+use crate::mac::MacAddr;
+use crate::spec::{LIMITS, PortSpec};
+
+/// Brings the file at `path` up to date with what holds now.
+pub fn saved(path: &Path, now: &Options) -> Result<()> {
+    let text = saved::read(path)?;
+    saved::replace(path, &updated(path, &text, now)?)
+}
+
+fn updated(path: &Path, text: &str, now: &Options) -> Result<String> {
+    let was = Options::of(&File::new(path, text.to_owned())).context("it has changed since the start")?;
+    let mut document: DocumentMut = text.parse()?;
+    if was.poll != now.poll {
+        document["poll"] = value(now.poll.name());
+    }
+    let old = was.ports();
+    let has_first = old.len() > was.port.len();
+    saved::update(&mut document, &old, has_first, &now.ports())
+        .with_context(|| path.display().to_string())?;
+    if let (Some(old), Some(new), Some(table)) =
+        (&was.uplink, &now.uplink, document.get_mut("uplink").and_then(Item::as_table_like_mut))
+    {
+        let (old, new) = (old.limits().all(), new.limits().all());
+        for ((key, old), new) in LIMITS.iter().zip(old).zip(new) {
+            match new {
+                _ if old == new => {}
+                Some(n) => drop(table.insert(key, value(number(n)))),
+                None => drop(table.remove(key)),
+            }
+        }
+    }
+    let text = document.to_string();
+    let read = Options::of(&File::new(path, text.clone())).context("what would be saved is wrong")?;
+    let sorted = |options: &Options| {
+        let mut ports = options.ports();
+        ports.sort_by_key(PortSpec::name);
+        ports
+    };
+    if sorted(&read) != sorted(now) || read.uplink != now.uplink {
+        bail!("what would be saved are other ports; please report this");
+    }
+    Ok(text)
+}
+
+fn number(n: u64) -> i64 {
+    i64::try_from(n).unwrap_or(i64::MAX)
+}
+
+fn texts(all: impl Iterator<Item = String>) -> Value {
+    all.collect::<Array>().into()
+}
+
+impl Listed for PortSpec {
+    const LIST: &'static str = "port";
+    const FIRST: &'static [&'static str] = &["socket-path", "fd", "tap", "tap-fds", "mac"];
+
+    fn place(&self) -> Option<String> {
+        PortSpec::place(self).map(|place| place.key())
+    }
+
+    fn written(&self) -> Vec<(&'static str, Value)> {
+        let text = |value: &Option<String>| value.clone().map(Value::from);
+        let n = |value: Option<u64>| value.map(|n| Value::from(number(n)));
+        let on = |value: bool| value.then(|| Value::from(true));
+        let path = self.socket_path.as_ref().map(|path| Value::from(path.display().to_string()));
+        let mac = self.mac.map(|mac| Value::from(MacAddr(mac).to_string()));
+        let fds: Array = self.tap_fds.iter().map(|fd| i64::from(*fd)).collect();
+        let own = [
+            ("name", text(&self.name)),
+            ("socket-path", path),
+            ("fd", self.fd.map(|fd| Value::from(i64::from(fd)))),
+            ("mac", mac),
+            ("mtu", n(self.mtu.map(Into::into))),
+            ("wait", on(self.wait)),
+            ("link", self.link_down.then(|| Value::from("down"))),
+            ("tap", text(&self.tap)),
+            ("tap-fds", (!fds.is_empty()).then(|| fds.into())),
+            ("vlan", n(self.vlan.map(Into::into))),
+            ("trunk", self.trunk.as_ref().map(|set| Value::from(set.to_string()))),
+            ("native", n(self.native.map(Into::into))),
+            ("guard", on(self.guard)),
+            ("ip", (!self.ip.is_empty()).then(|| texts(self.ip.iter().map(ToString::to_string)))),
+            ("router", on(self.router)),
+            ("isolated", on(self.isolated)),
+            ("flood-unknown", self.flood_unknown.map(Value::from)),
+            ("max-macs", n(self.max_macs)),
+        ];
+        let limits = LIMITS.iter().copied().zip(self.limits().all().map(n));
+        own.into_iter().chain(limits).filter_map(|(key, value)| Some((key, value?))).collect()
+    }
+
+    fn update(&self, old: &PortSpec, table: &mut Table, is_first: bool) -> bool {
+        let same = self.link_down == old.link_down && self.limits() == old.limits();
+        if is_first || same {
+            return same;
+        }
+        if self.link_down != old.link_down {
+            set(table, "link", self.link_down.then(|| "down".into()));
+        }
+        for ((key, old), new) in LIMITS.iter().zip(old.limits().all()).zip(self.limits().all()) {
+            if old != new {
+                set(table, key, new.map(|n| number(n).into()));
+            }
+        }
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const FILE: &str = "# Ours.\nswitch = true\nmtu = 1400\napi = '/api'\n\n[uplink]\naf-packet = 'e' # out\n\n\
+        # The first.\n[[port]]\nname = 'a'\nsocket-path = '/a'\ntx-bps = '1M'\n\n\
+        [[port]]\nsocket-path = '/b' # gone at the end\n";
+
+    fn read(text: &str) -> Options {
+        Options::of(&File::new(Path::new("f"), text.to_owned())).unwrap()
+    }
+
+    fn after(text: &str, change: impl FnOnce(&mut Options)) -> (String, Options) {
+        let mut now = read(text);
+        change(&mut now);
+        let text = updated(Path::new("f"), text, &now).unwrap();
+        let read = read(&text);
+        (text, read)
+    }
+
+    #[test]
+    fn what_has_not_changed_stays_as_it_was_written() {
+        assert_eq!(after(FILE, |_| {}).0, FILE);
+    }
+
+    #[test]
+    fn ports_come_and_go_and_comments_stay() {
+        let all = "name=c,socket-path=/c,mac=52:54:00:00:00:01,mtu=1500,wait,link=down,trunk=5+10-19,native=7,guard,\
+                   ip=10.0.0.1,ip=fd00::/64,router,isolated,flood-unknown=off,max-macs=7,tx-bps=1M,tx-pps=2,rx-bps=3,\
+                   rx-pps=4,burst-ms=5,broadcast-pps=6,multicast-pps=7,unknown-pps=8";
+        let (text, read) = after(FILE, |now| {
+            now.poll = poll_engine::engine::pacing::Pacing::Busy;
+            now.port.remove(1);
+            now.port[0].link_down = true;
+            now.port[0].tx_bps = None;
+            now.port[0].rx_pps = Some(5);
+            now.port.push(all.parse().unwrap());
+            now.uplink.as_mut().unwrap().tx_pps = Some(9);
+        });
+        assert_eq!((read.port.len(), read.port[0].name(), read.port[0].rx_pps), (2, "a".into(), Some(5)));
+        assert_eq!(read.port[1], all.parse().unwrap());
+        assert_eq!(read.uplink.unwrap().tx_pps, Some(9));
+        assert!(
+            text.contains("# Ours.") && text.contains("# The first.") && text.contains("# out"),
+            "{text}"
+        );
+        assert!(!text.contains("gone") && text.contains("poll = \"busy\""), "{text}");
+        let (text, read) = after(&text, |now| now.port.clear());
+        assert!(read.port.is_empty() && !text.contains("[[port]]"), "{text}");
+    }
+
+    #[test]
+    fn a_first_port_of_options_of_its_own_has_a_table_when_it_has_to() {
+        let file = "api = '/api'\nswitch = true\nsocket-path = '/a'\nmac = '52:54:00:00:00:01'\n";
+        assert_eq!(after(file, |_| {}).0, file);
+        let (text, read) = after(file, |now| {
+            let mut port = now.ports().remove(0);
+            port.tx_bps = Some(5);
+            now.set_port(&port);
+        });
+        assert_eq!((read.socket_path, read.port.len(), read.port[0].tx_bps), (None, 1, Some(5)), "{text}");
+        assert_eq!(read.port[0].mac, Some([0x52, 0x54, 0, 0, 0, 1]));
+        let (_, read) = after(file, |now| now.drop_port(&daemon::Place::Path("/a".into())));
+        assert!(read.ports().is_empty());
+    }
+}
