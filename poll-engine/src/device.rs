@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use crate::engine::queue::Queue;
 use crate::engine::reactor::Io;
+use crate::ring::inflight::Memento;
 
 /// Features every transport negotiates for all devices (virtio 1.3, chapter 6).
 pub mod features {
@@ -84,7 +85,7 @@ pub trait Device: Send + Sync {
     fn write_config(&self, offset: u32, bytes: &[u8]) -> Result<(), ConfigRefused>;
 
     /// Goes on as a device of another process that showed the guest `config`: takes over what changes in operation, and
-    /// says what else differs. No queue runs.
+    /// says what else differs. Its [state](Self::save_state) has been loaded before. No queue runs.
     fn adopt_config(&self, config: &[u8]) -> Result<(), String> {
         let mut ours = vec![0; config.len()];
         self.read_config(0, &mut ours);
@@ -96,7 +97,7 @@ pub trait Device: Send + Sync {
         }
     }
 
-    /// What a device of another host needs, besides the guest's memory and its queues, to go on as this one: a few bytes
+    /// What a device of another host, or of the process that takes over from this one, needs, besides the guest's memory and its queues, to go on as this one: a few bytes
     /// (4096 at most), whose form is the device's own and has a version. `None`: nothing. It stays as it is here, for the
     /// guest may come back.
     fn save_state(&self) -> Option<Vec<u8>> {
@@ -150,15 +151,11 @@ pub trait Device: Send + Sync {
         None
     }
 
-    /// What the process that comes after this one if it is killed has to know of what the driver has set. It is kept in
-    /// the record of requests in flight; 0 is nothing.
-    fn memento(&self) -> u8 {
-        0
-    }
-
-    /// A queue is about to run whose record holds this [`memento`](Self::memento), of this process or an earlier one. The
-    /// front end may have written it.
-    fn recall(&self, _memento: u8) {}
+    /// The first queue is about to run. What the process that comes after this one if it is killed has to know of what the
+    /// driver has set has its place here, in the record of requests in flight: what an earlier one has left there counts,
+    /// unless it is nonsense (the front end may have written it), and the device writes there when that changes, before
+    /// the driver hears that it has. `None`: there is no such place, or not any more.
+    fn keep(&self, _memento: Option<Memento>) {}
 }
 
 /// The device's side of one running queue. It lives on one reactor and is never called concurrently.

@@ -9,7 +9,7 @@ use poll_engine::device::features;
 use poll_engine::memory::{MemoryMap, Ram};
 use poll_engine::ring::chain::Chain;
 use poll_engine::ring::driver::{Buffer, DriverRing};
-use poll_engine::ring::inflight::{InflightMemory, InflightSpec, QueueRegion};
+use poll_engine::ring::inflight::{InflightMemory, InflightSpec, MAX_MEMENTO, QueueRegion};
 use poll_engine::ring::{Ring, RingConfig, RingFormat, Token};
 use proptest::prelude::*;
 
@@ -41,7 +41,7 @@ impl Kept {
         let map = Arc::clone(ram.map());
         let driver = DriverRing::new(&config, &map).unwrap();
         let data = ram.alloc(4096, 16).unwrap();
-        let record = Ram::new(0, 4096, false).unwrap();
+        let record = Ram::new(0, 1 << 14, false).unwrap();
         let spec = InflightSpec { num_queues: QUEUES, queue_size: SIZE, ..InflightSpec::default() };
         Kept { _ram: ram, driver, config, map, record, spec: spec.sized(format), data }
     }
@@ -341,7 +341,7 @@ fn the_layout_is_that_of_the_document() {
         2 * 192,
         "16 + 8 * 16 bytes, to the next multiple of 64"
     );
-    assert_eq!(pair.kept.spec.mmap_size, 2 * 192 + 64, "and the memento");
+    assert_eq!(pair.kept.spec.mmap_size, 2 * 192 + 64 + 2 * 2048, "and the memento");
     let half = |pair: &Pair, at: usize| u16::from_ne_bytes(pair.kept.bytes()[at..at + 2].try_into().unwrap());
     assert_eq!([8, 10, 12, 14].map(|at| half(&pair, at)), [1, SIZE, 0, 0]);
     (0..3).for_each(|_| pair.add());
@@ -413,4 +413,31 @@ fn an_idle_record_outlives_a_reset_of_the_ring() {
     pair.add();
     pair.take();
     pair.finish();
+}
+
+#[test]
+fn a_memento_is_what_was_left_last_whatever_the_front_end_does() {
+    for format in [RingFormat::Split, RingFormat::Packed] {
+        let kept = Kept::new(format, false);
+        let place = || {
+            let fd = kept.record.fd().try_clone_to_owned().unwrap();
+            InflightMemory::map(kept.spec, fd).unwrap().memento(format).unwrap()
+        };
+        assert!(place().read().is_empty());
+        for (n, len) in [1, MAX_MEMENTO, 0, 700, 3].into_iter().enumerate() {
+            place().write(&vec![n as u8; len]);
+            assert_eq!(place().read(), vec![n as u8; len], "by another process");
+        }
+        let at = kept.spec.regions_bytes(format);
+        for current in [u64::MAX, 1 << 32 | 0x801, 0x800, u64::MAX << 32, 1 << 63] {
+            kept.record.map().slice(at, 8).unwrap().write(&current.to_ne_bytes());
+            assert!(place().read().len() <= MAX_MEMENTO);
+            place().write(b"again");
+            assert_eq!(place().read(), b"again");
+        }
+        // Other back ends' records have no room for one.
+        let spec = InflightSpec { mmap_size: kept.spec.mmap_size - 1, ..kept.spec };
+        let memory = InflightMemory::map(spec, kept.record.fd().try_clone_to_owned().unwrap()).unwrap();
+        assert!(memory.memento(format).is_none());
+    }
 }

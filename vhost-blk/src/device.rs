@@ -6,6 +6,7 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use poll_engine::device::{ConfigRefused, Device, QueueHandler, StateRefused};
+use poll_engine::ring::inflight::Memento;
 
 use crate::backend::formatted::Mapped;
 use crate::backend::layout::Plain;
@@ -53,6 +54,8 @@ pub struct BlkDevice {
     withheld: u64,
     /// On which reactors queues are wanted, if somebody wants that.
     wanted_on: Mutex<HashMap<u16, usize>>,
+    /// Where the mode is left to the next process.
+    memento: Mutex<Option<Memento>>,
 }
 
 impl BlkDevice {
@@ -64,7 +67,8 @@ impl BlkDevice {
         recorder: Option<Arc<Recorder>>,
     ) -> BlkDevice {
         let (recorder, wanted_on) = (Mutex::new(recorder), Mutex::default());
-        BlkDevice { disk, num_queues, ring_size, recorder, withheld: 0, wanted_on }
+        let memento = Mutex::default();
+        BlkDevice { disk, num_queues, ring_size, recorder, withheld: 0, wanted_on, memento }
     }
 
     /// Has these queues on this reactor when they start next.
@@ -82,6 +86,12 @@ impl BlkDevice {
     #[must_use]
     pub fn without(self, features: u64) -> BlkDevice {
         BlkDevice { withheld: features, ..self }
+    }
+
+    /// Leaves the mode to the process that comes after this one if it is killed.
+    fn leave_mode(&self) {
+        let memento = self.memento.lock().unwrap_or_else(PoisonError::into_inner);
+        memento.iter().for_each(|memento| memento.write(&[self.disk.mode_memento()]));
     }
 
     fn config(&self) -> [u8; CONFIG_LEN] {
@@ -151,6 +161,7 @@ impl Device for BlkDevice {
         match (offset, bytes) {
             (CONFIG_WRITEBACK, [mode @ 0..=1]) => {
                 self.disk.set_writeback(*mode == 1);
+                self.leave_mode();
                 Ok(())
             }
             _ => Err(ConfigRefused { offset, end: offset.saturating_add(bytes.len() as u32) }),
@@ -222,6 +233,7 @@ impl Device for BlkDevice {
         if cache == Cache::AsConfigured && disk.storage().file().is_some() {
             disk.settle_writeback();
         }
+        self.leave_mode();
         let recorder = self.recorder.lock().unwrap_or_else(PoisonError::into_inner);
         let tap = recorder.as_ref().and_then(|r| r.tap(index));
         Ok(match disk.storage() {
@@ -255,12 +267,10 @@ impl Device for BlkDevice {
         self.disk.reset_writeback();
     }
 
-    fn memento(&self) -> u8 {
-        self.disk.mode_memento()
-    }
-
-    fn recall(&self, memento: u8) {
-        self.disk.recall_mode(memento);
+    fn keep(&self, memento: Option<Memento>) {
+        let left = memento.as_ref().map(Memento::read);
+        self.disk.recall_mode(left.and_then(|bytes| bytes.first().copied()).unwrap_or(0));
+        *self.memento.lock().unwrap_or_else(PoisonError::into_inner) = memento;
     }
 }
 

@@ -8,9 +8,10 @@
 //! and checked; a running ring writes to it and never reads.
 #![allow(unsafe_code)] // records at raw addresses in memory that is shared
 
-use std::fs::File;
+mod memento;
 pub(super) mod packed;
 
+use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::ptr::NonNull;
 use std::sync::Arc;
@@ -20,8 +21,9 @@ use serde::{Deserialize, Serialize};
 
 use super::{RingError, RingFormat};
 use crate::fault_point::pass;
-use crate::memory::GuestSlice;
 use crate::memory::map::{MemoryError, MemoryMap, Region, RegionSpec, RingAddress};
+
+pub use memento::{MAX_MEMENTO, Memento};
 
 /// The only version of the layout there is; 0 is memory that nobody has used yet.
 const VERSION: u16 = 1;
@@ -36,9 +38,6 @@ const SPLIT_ENTRY: u64 = 16;
 const PACKED_HEADER: u64 = 32;
 /// Bytes of `DescStatePacked`.
 const PACKED_ENTRY: u64 = 32;
-
-/// Bytes behind the queues' regions, for the device's memento; other back ends leave none.
-const MEMENTO_BYTES: u64 = 64;
 
 /// Bytes of the region of a queue of `queue_size` descriptors, up to where the next one begins.
 fn region_bytes(format: RingFormat, queue_size: u16) -> u64 {
@@ -68,7 +67,7 @@ impl InflightSpec {
     /// The size of a record that is made for these queues.
     #[must_use]
     pub fn sized(self, format: RingFormat) -> InflightSpec {
-        InflightSpec { mmap_size: self.regions_bytes(format) + MEMENTO_BYTES, mmap_offset: 0, ..self }
+        InflightSpec { mmap_size: self.regions_bytes(format) + memento::BYTES, mmap_offset: 0, ..self }
     }
 
     /// What a record must have at least, for these queues.
@@ -106,24 +105,9 @@ impl InflightMemory {
         Ok(())
     }
 
-    /// The device's memento behind the regions of queues with rings of this format, if there is room for one.
-    fn memento_at(&self, format: RingFormat) -> Option<GuestSlice<'_>> {
-        let at = self.spec.regions_bytes(format);
-        (at + MEMENTO_BYTES <= self.spec.mmap_size).then(|| self.map.slice(at, 1)).flatten()
-    }
-
-    /// What [`set_memento`](Self::set_memento) has left; 0 if nothing.
-    pub fn memento(&self, format: RingFormat) -> u8 {
-        let mut byte = [0];
-        let _none = self.memento_at(format).map(|at| at.read(&mut byte));
-        byte[0]
-    }
-
-    /// Leaves a memento to whoever maps the record next.
-    pub fn set_memento(&self, format: RingFormat, memento: u8) {
-        if let Some(at) = self.memento_at(format) {
-            at.write(&[memento]);
-        }
+    /// Where a device with rings of this format leaves its memento; `None`: other back ends make no room for one.
+    pub fn memento(&self, format: RingFormat) -> Option<Memento> {
+        Memento::at(&self.map, self.spec.regions_bytes(format), self.spec.mmap_size)
     }
 
     /// The region of queue `index`; `None` when the record has none, and the queue goes untracked.

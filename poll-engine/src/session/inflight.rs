@@ -9,7 +9,7 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use crate::memory::map::MemoryError;
 use crate::ring::RingFormat;
-use crate::ring::inflight::{InflightMemory, InflightSpec, QueueRegion};
+use crate::ring::inflight::{InflightMemory, InflightSpec, Memento, QueueRegion};
 
 /// Why requests in flight cannot be recorded.
 #[derive(Debug, thiserror::Error)]
@@ -62,16 +62,9 @@ impl Inflight {
         }
     }
 
-    /// What the device's process has left in there.
-    pub fn memento(&self, format: RingFormat) -> u8 {
-        if let Inflight::On(memory) = self { memory.memento(format) } else { 0 }
-    }
-
-    /// Leaves it to the next.
-    pub fn set_memento(&self, format: RingFormat, memento: u8) {
-        if let Inflight::On(memory) = self {
-            memory.set_memento(format, memento);
-        }
+    /// Where a device with rings of this format leaves what has to outlive the process.
+    pub fn memento(&self, format: RingFormat) -> Option<Memento> {
+        if let Inflight::On(memory) = self { memory.memento(format) } else { None }
     }
 }
 

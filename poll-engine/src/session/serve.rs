@@ -412,9 +412,7 @@ impl<'a> Served<'a> {
                 set.transpose().map_err(ActionError::Mtu)?;
             }
             Action::WriteConfig(offset, bytes) => {
-                let device = &self.export.device;
-                device.write_config(offset, &bytes)?;
-                self.inflight.set_memento(self.session.format(), device.memento());
+                self.export.device.write_config(offset, &bytes)?;
             }
             Action::TransferState(direction, fd) => {
                 self.transfer = Transfer::begin(direction, fd, &*self.export.device)?;
@@ -518,9 +516,10 @@ impl<'a> Served<'a> {
             alarm: Some(alarm),
         };
         let device = &self.export.device;
-        device.recall(self.inflight.memento(config.format));
+        if self.slots.iter().all(|slot| slot.running.is_none()) {
+            device.keep(self.inflight.memento(config.format));
+        }
         let handler = device.start_queue(index, features, size);
-        self.inflight.set_memento(config.format, device.memento());
         Ok(QueueParts { notifier, region, handler: handler.map_err(|e| ActionError::Queue(index, e))? })
     }
 

@@ -381,6 +381,8 @@ fn serve<'a>(export: &'a Export, mut listener: Listener, mut served: Option<Serv
                 Ok(Ended::Lost) => warn!("{}: session ended: the front end must connect again", export.name),
                 Err(e) => warn!("{}: session ended: {e}", export.name),
             }
+            // What comes next may be another process, and has no use for what a reset leaves.
+            export.device.keep(None);
             export.device.reset();
             continue;
         }

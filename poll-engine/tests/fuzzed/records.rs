@@ -28,7 +28,7 @@ pub fn run(data: &[u8]) {
     let mut driver = DriverRing::new(&config, &map).unwrap();
     let area = ram.alloc(4096, 4096).unwrap();
     let parts = config.parts().map(|(at, len, _)| (at - ram.spec().user_addr + GUEST, len));
-    let record = Ram::new(0, 4096, false).unwrap();
+    let record = Ram::new(0, 1 << 14, false).unwrap();
     let spec =
         InflightSpec { num_queues: 1, queue_size: SIZE, ..InflightSpec::default() }.sized(config.format);
     let region = || {

@@ -313,11 +313,11 @@ impl Session {
         let accepted = *accepted;
         let fail = |e: &dyn Display| e.to_string();
         let device = Arc::clone(&self.export.device);
-        device.recall(record.memento(config.format));
+        if self.slots.iter().all(|slot| slot.running.is_none()) {
+            device.keep(record.memento(config.format));
+        }
         let size = config.checked_size().map_err(|e| fail(&e))?;
-        let handler = device.start_queue(index, accepted, size).map_err(|e| fail(&e));
-        record.set_memento(config.format, device.memento());
-        let handler = handler?;
+        let handler = device.start_queue(index, accepted, size).map_err(|e| fail(&e))?;
         let region = record.queue(index, config.format).map_err(|e| fail(&e))?;
         let slot = &self.slots[usize::from(index)];
         let kick = slot.kick.as_ref().map(|kick| kick.as_fd().try_clone_to_owned());

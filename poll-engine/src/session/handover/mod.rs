@@ -135,6 +135,9 @@ pub struct ServedState {
     pub session: SessionState,
     /// Configuration space as the guest has seen it last.
     pub config: Vec<u8>,
+    /// What the device needs besides.
+    #[serde(default)]
+    pub state: Option<Vec<u8>>,
     /// Guest memory.
     pub regions: Vec<(RegionSpec, FdIndex)>,
     /// The queues' descriptors.

@@ -138,6 +138,7 @@ impl Served<'_> {
             partial_fds: partial_fds.iter().map(|fd| fds.put(fd.as_fd())).collect::<Result<_, _>>()?,
             session: session.save(),
             config,
+            state: export.device.save_state(),
             regions: map.regions().iter().map(|r| region(&mut fds, r)).collect::<Result<_, _>>()?,
             slots: slots.iter().map(|s| slot(&mut fds, s)).collect::<Result<_, _>>()?,
             inflight: match inflight {
@@ -242,6 +243,7 @@ fn served<'a>(
         partial_fds,
         session,
         config,
+        state,
         regions,
         slots,
         inflight,
@@ -254,6 +256,8 @@ fn served<'a>(
         repeats,
     } = state;
     // First of all: what it says about the options is worth more than that feature bits differ.
+    let load = |state: Vec<u8>| export.device.load_state(&state).map_err(|e| e.to_string());
+    state.map_or(Ok(()), load).map_err(HandoverError::Device)?;
     export.device.adopt_config(&config).map_err(HandoverError::Device)?;
     let session = Session::restore(export.offer(), session)?;
     let partial_fds = partial_fds.into_iter().map(|at| fds.take(at)).collect::<Result<_, _>>()?;
