@@ -23,7 +23,7 @@ pub const FEATURES: u64 = CTRL_VQ
     | RSS
     | HASH_REPORT;
 /// What a driver takes undone, which it can change (5.1.6.5.6.1).
-const OFFLOADS: u64 = GUEST_CSUM | GUEST_TSO4 | GUEST_TSO6 | GUEST_ECN | GUEST_USO4 | GUEST_USO6;
+pub(crate) const OFFLOADS: u64 = GUEST_CSUM | GUEST_TSO4 | GUEST_TSO6 | GUEST_ECN | GUEST_USO4 | GUEST_USO6;
 /// Bytes of the longest command: tables of addresses. What is behind them is not read.
 pub const LONGEST: usize = 16 << 10;
 
@@ -53,18 +53,31 @@ pub enum BadCommand {
     Rss(#[from] BadRss),
 }
 
+/// What was made of a command, and its data: that is what is told to another process.
+#[derive(Clone, Debug)]
+pub(crate) struct Said<T> {
+    pub data: Vec<u8>,
+    made: Arc<T>,
+}
+
+impl<T> Said<T> {
+    fn new(data: &[u8], made: T) -> Said<T> {
+        Said { data: data.to_vec(), made: Arc::new(made) }
+    }
+}
+
 /// What a driver has asked for.
 #[derive(Clone, Debug)]
 pub struct Control {
     features: u64,
-    pairs: u16,
+    pub(crate) pairs: u16,
     /// The card's address.
     pub mac: Option<[u8; 6]>,
-    filter: Filter,
-    used: u16,
-    rss: Option<Arc<Rss>>,
-    hasher: Option<Arc<Hasher>>,
-    offloads: u64,
+    pub(crate) filter: Filter,
+    pub(crate) used: u16,
+    pub(crate) rss: Option<Said<Rss>>,
+    pub(crate) hasher: Option<Said<Hasher>>,
+    pub(crate) offloads: u64,
     /// The driver is asked to announce the guest (`VIRTIO_NET_S_ANNOUNCE`), and has not said yet that it has.
     pub announcing: bool,
 }
@@ -92,8 +105,8 @@ impl Control {
         Steering {
             filter: (self.features & CTRL_RX != 0).then(|| self.filter.clone().of(self.mac.map(MacAddr))),
             pairs: self.used.into(),
-            rss: self.rss.clone(),
-            hasher: self.hasher.clone(),
+            rss: self.rss.as_ref().map(|rss| Arc::clone(&rss.made)),
+            hasher: self.hasher.as_ref().map(|hasher| Arc::clone(&hasher.made)),
             offloads: self.offloads,
         }
     }
@@ -161,12 +174,20 @@ impl Control {
                 // "VQ_PAIRS_SET [...] disables RSS" (5.1.6.5.6).
                 (self.used, self.rss) = (pairs, None);
             }
-            (_, 1) => {
-                self.rss = Some(Arc::new(Rss::from_rss_config(data, self.pairs)?));
-                self.used = self.pairs;
-            }
-            _ => self.hasher = Some(Arc::new(Hasher::from_hash_config(data)?)),
+            (_, 1) => self.set_rss(data)?,
+            _ => self.set_hasher(data)?,
         }
+        Ok(())
+    }
+
+    pub(crate) fn set_rss(&mut self, data: &[u8]) -> Result<(), BadRss> {
+        self.rss = Some(Said::new(data, Rss::from_rss_config(data, self.pairs)?));
+        self.used = self.pairs;
+        Ok(())
+    }
+
+    pub(crate) fn set_hasher(&mut self, data: &[u8]) -> Result<(), BadRss> {
+        self.hasher = Some(Said::new(data, Hasher::from_hash_config(data)?));
         Ok(())
     }
 }

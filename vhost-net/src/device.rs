@@ -4,9 +4,10 @@ use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
-use poll_engine::device::{ConfigRefused, Device, Network, QueueHandler};
+use poll_engine::device::{ConfigRefused, Device, Network, QueueHandler, StateRefused};
+use poll_engine::ring::inflight::Memento;
 
-use crate::control::{self, Control};
+use crate::control;
 use crate::control_queue::{ControlQueue, Controlled};
 use crate::features::{
     CSUM, GUEST_ANNOUNCE, GUEST_CSUM, GUEST_ECN, GUEST_TSO4, GUEST_TSO6, GUEST_USO4, GUEST_USO6, HOST_ECN,
@@ -83,7 +84,7 @@ impl NetDevice {
     pub fn new(card: Card, joined: Joined, withheld: u64) -> NetDevice {
         let controlled = match &joined {
             Joined::Hub(hub, port) if matches!(hub.plan, Plan::Switch | Plan::Wire | Plan::Echo) => {
-                Some(Arc::new(Controlled::new(Arc::clone(hub), *port)))
+                Some(Arc::new(Controlled::new(Arc::clone(hub), *port, card.pairs)))
             }
             // What comes from a tap or from nowhere is not looked at on its way.
             _ => None,
@@ -102,11 +103,6 @@ impl NetDevice {
         if let Joined::Tap(card) = &self.joined {
             card.set_capture(capture);
         }
-    }
-
-    /// Looks at what the driver has asked for through a control queue, or changes it.
-    fn control<T>(&self, act: impl FnOnce(&mut Control) -> T) -> Option<T> {
-        self.controlled.as_ref()?.with(|state| state.as_mut().map(act))
     }
 
     fn is_up(&self) -> bool {
@@ -129,8 +125,9 @@ impl NetDevice {
     /// supported_hash_types.
     fn config(&self) -> [u8; CONFIG_LEN] {
         let mut c = [0; CONFIG_LEN];
-        let (mac, announcing) =
-            self.control(|control| (control.mac, control.announcing)).unwrap_or((self.card.mac, false));
+        let said = |controlled: &Arc<Controlled>| controlled.look(|c| c.map(|c| (c.mac, c.announcing)));
+        let asked = self.controlled.as_ref().and_then(said);
+        let (mac, announcing) = asked.unwrap_or((self.card.mac, false));
         let link = if self.is_up() { LINK_UP } else { 0 };
         c[..6].copy_from_slice(&mac.unwrap_or_default());
         c[6..8].copy_from_slice(&(link | if announcing { ANNOUNCE } else { 0 }).to_le_bytes());
@@ -207,12 +204,25 @@ impl Device for NetDevice {
         Ok(())
     }
 
+    fn save_state(&self) -> Option<Vec<u8>> {
+        self.controlled.as_ref().map(|controlled| controlled.save())
+    }
+
+    fn load_state(&self, state: &[u8]) -> Result<(), StateRefused> {
+        let none = || StateRefused("what it is joined to has no control queue".into());
+        self.controlled.as_ref().ok_or_else(none)?.load(state)
+    }
+
+    fn keep(&self, memento: Option<Memento>) {
+        self.controlled.iter().for_each(|controlled| controlled.keep(memento.clone()));
+    }
+
     fn start_queue(&self, index: u16, features: u64, size: u16) -> io::Result<Box<dyn QueueHandler>> {
         self.started.store(features, Ordering::Relaxed);
         if let Some(controlled) = &self.controlled
             && control::queue_index(features, self.card.pairs) == Some(index)
         {
-            controlled.begin(features, self.card.pairs, self.card.mac);
+            controlled.begin(features, self.card.mac);
             return Ok(Box::new(ControlQueue::new(Arc::clone(controlled))));
         }
         if index >= 2 * self.card.pairs {
@@ -248,7 +258,7 @@ impl Network for NetDevice {
     fn announce(&self, mac: [u8; 6]) {
         // A guest that can do so does it itself (5.1.6.5.4), asked by whoever has its control queue.
         if self.started.load(Ordering::Relaxed) & GUEST_ANNOUNCE != 0 {
-            if self.control(|control| control.announcing = true).is_some()
+            if self.controlled.as_ref().is_some_and(|controlled| controlled.ask_to_announce())
                 && let Some(tell) = self.on_change.get()
             {
                 tell();

@@ -18,6 +18,7 @@ pub mod check;
 pub mod cli;
 pub mod control;
 pub mod control_queue;
+pub mod control_state;
 pub mod device;
 pub mod exits;
 pub mod fallback;

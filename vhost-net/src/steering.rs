@@ -56,6 +56,17 @@ impl Filter {
         self.modes = self.modes & !bit | if on { bit } else { 0 };
     }
 
+    /// What is on, a bit for each mode.
+    pub fn modes(&self) -> u8 {
+        self.modes
+    }
+
+    /// The same with these modes.
+    #[must_use]
+    pub fn with_modes(self, modes: u8) -> Filter {
+        Filter { modes, ..self }
+    }
+
     fn is(&self, mode: u8) -> bool {
         self.modes & 1 << mode != 0
     }

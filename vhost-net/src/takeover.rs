@@ -1,6 +1,6 @@
 //! What two processes tell each other of a port when one takes over from the other.
 //!
-//! What a switch has learnt stays behind: the first packet to each address goes to all ports, as after a start.
+//! What a driver has asked for goes along as its device's state. What a switch has learnt stays behind: the first packet to each address goes to all ports, as after a start.
 
 use daemon::takeover::ClaimError;
 use poll_engine::takeover::give::Program;

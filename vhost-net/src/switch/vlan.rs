@@ -27,6 +27,17 @@ impl VlanSet {
         VlanSet(all)
     }
 
+    /// A bit for each.
+    pub fn to_bytes(&self) -> [u8; 512] {
+        std::array::from_fn(|i| self.0[i / 8].to_le_bytes()[i % 8])
+    }
+
+    /// The same back.
+    pub fn from_bytes(bytes: &[u8; 512]) -> VlanSet {
+        let words = bytes.as_chunks::<8>().0;
+        VlanSet(Box::new(std::array::from_fn(|i| u64::from_le_bytes(words[i]))))
+    }
+
     /// Whether `vid` (12 bits) is in it.
     #[inline]
     pub fn contains(&self, vid: u16) -> bool {

@@ -1,6 +1,6 @@
 //! A switch with sockets, and guests behind them: each with memory of its own, filled with a secret of its own.
 
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
@@ -17,6 +17,7 @@ use poll_engine::ring::driver::{Buffer, DriverRing};
 use poll_engine::session::listen::Listener;
 use poll_engine::session::serve::Export;
 use poll_engine::session::server::Server;
+use poll_engine::session::wire::protocol;
 use poll_engine::stats::QueueStats;
 use vhost_net::control::queue_index;
 use vhost_net::device::{Card, Joined, NetDevice};
@@ -303,6 +304,9 @@ impl Ring {
     }
 }
 
+/// What describes a record to the back end, and its file.
+type Record = (Vec<u8>, OwnedFd);
+
 /// A guest with one network card.
 pub struct Guest {
     pub at: usize,
@@ -321,27 +325,44 @@ pub struct Guest {
     pub queues: Vec<usize>,
     /// Buffers of the last frame that are still to come.
     missing: usize,
+    /// What was agreed on, the number of the control queue, and the record of what is in flight.
+    session: (u64, Option<u16>, Option<Record>),
 }
 
 impl Guest {
     /// With so many buffers to receive into from the beginning.
-    fn connect(
+    pub fn connect(
         path: &Path,
         at: usize,
         pairs: u16,
         (features, control): (u64, Option<u16>),
         buffers: u16,
     ) -> Guest {
+        Guest::connect_keeping(path, at, pairs, (features, control), buffers, None)
+    }
+
+    /// The same, keeping a record of what is in flight if it is told of how many queues.
+    pub fn connect_keeping(
+        path: &Path,
+        at: usize,
+        pairs: u16,
+        (features, control): (u64, Option<u16>),
+        buffers: u16,
+        recorded: Option<u16>,
+    ) -> Guest {
         let features = FEATURES | features;
         let mut ram = Ram::new((at as u64 + 1) << 32, MEMORY * (u64::from(pairs) + 1), false).unwrap();
         let all = ram.spec();
         fill(ram.map(), all.guest_addr, all.size as usize, secret(at));
-        let mut peer = Peer::new(UnixStream::connect(path).unwrap());
-        peer.send(3, false, &[], &[]);
-        peer.send(2, false, &longs(&[features]), &[]);
-        let protocol = 1 | 1 << 3 | 1 << 9;
-        assert_eq!(peer.ask_number(15) & protocol, protocol);
-        peer.send(16, false, &longs(&[protocol]), &[]);
+        let mut peer = Guest::greet(path, features);
+        let record = recorded.map(|queues| {
+            let asked = [&longs(&[0, 0])[..], &queues.to_ne_bytes(), &RING.to_ne_bytes()].concat();
+            let (spec, fd) = peer.ask_fd(31, &asked);
+            (spec, fd.unwrap())
+        });
+        if let Some((spec, fd)) = &record {
+            assert!(peer.ack(32, spec, &[fd.as_raw_fd()]));
+        }
         let mut rings: Vec<Ring> = (0..2 * pairs).map(|_| Ring::new(&mut ram, features)).collect();
         assert!(peer.mem_table(&[(ram.spec(), ram.fd().as_fd().as_raw_fd())]));
         for rx in rings.iter_mut().step_by(2) {
@@ -349,6 +370,7 @@ impl Guest {
         }
         (0..).zip(&rings).for_each(|(index, ring)| ring.set_up(&mut peer, index));
         let header = header_len(features);
+        let control_index = control;
         let control = control.map(|index| {
             let ring = Ring::new(&mut ram, features);
             ring.set_up(&mut peer, index.into());
@@ -361,7 +383,40 @@ impl Guest {
         }
         let map = Arc::clone(ram.map());
         let (got, headers, queues) = Default::default();
-        Guest { at, peer, map, rx, tx, control, ram, header, got, headers, queues, missing: 0 }
+        let session = (features, control_index, record);
+        Guest { at, peer, map, rx, tx, control, ram, header, got, headers, queues, missing: 0, session }
+    }
+
+    fn greet(path: &Path, features: u64) -> Peer {
+        let mut peer = Peer::new(UnixStream::connect(path).unwrap());
+        peer.send(3, false, &[], &[]);
+        peer.send(2, false, &longs(&[features]), &[]);
+        let protocol = protocol::MQ
+            | protocol::REPLY_ACK
+            | protocol::CONFIG
+            | protocol::INFLIGHT_SHMFD
+            | protocol::RESET_DEVICE;
+        assert_eq!(peer.ask_number(15) & protocol, protocol);
+        peer.send(16, false, &longs(&[protocol]), &[]);
+        peer
+    }
+
+    /// Connects again, to a back end that comes after the last one, with the same rings and the record.
+    pub fn reconnect(&mut self, path: &Path) {
+        let (features, control, record) = &self.session;
+        let mut peer = Guest::greet(path, *features);
+        if let Some((spec, fd)) = record {
+            assert!(peer.ack(32, spec, &[fd.as_raw_fd()]));
+        }
+        assert!(peer.mem_table(&[(self.ram.spec(), self.ram.fd().as_fd().as_raw_fd())]));
+        for (pair, (rx, tx)) in (0..).zip(self.rx.iter().zip(&self.tx)) {
+            rx.set_up(&mut peer, 2 * pair);
+            tx.set_up(&mut peer, 2 * pair + 1);
+        }
+        for (ring, index) in self.control.iter().zip(control) {
+            ring.set_up(&mut peer, (*index).into());
+        }
+        self.peer = peer;
     }
 
     /// Has a command done: class, command, data; the answer.

@@ -7,6 +7,7 @@ mod burst;
 mod capture;
 mod control;
 mod guest;
+mod kept;
 mod live;
 mod loopback;
 mod offload;
