@@ -1,4 +1,4 @@
-//! Who holds VFIO groups, and who keeps network namespaces: found among the descriptors of all processes.
+//! Who holds VFIO groups and devices, and who keeps network namespaces: found among the descriptors of all processes.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -17,13 +17,15 @@ fn pids(proc: &Path) -> impl Iterator<Item = u32> {
     sysfs::names(proc).into_iter().filter_map(|name| name.parse().ok())
 }
 
-/// Who has which group open, by its number.
-pub fn holders(proc: &Path) -> BTreeMap<u32, Vec<Process>> {
+/// Who has which group open, or a device of it, by its number.
+pub fn holders(proc: &Path, sys: &Path) -> BTreeMap<u32, Vec<Process>> {
     let mut holders: BTreeMap<u32, Vec<Process>> = BTreeMap::new();
     for pid in pids(proc) {
         let fds = proc.join(pid.to_string()).join("fd");
-        let mut groups: Vec<u32> =
-            sysfs::names(&fds).iter().filter_map(|fd| group(&fs::read_link(fds.join(fd)).ok()?)).collect();
+        let mut groups: Vec<u32> = sysfs::names(&fds)
+            .iter()
+            .filter_map(|fd| group(&fs::read_link(fds.join(fd)).ok()?, sys))
+            .collect();
         groups.sort_unstable();
         groups.dedup();
         for group in groups {
@@ -33,9 +35,14 @@ pub fn holders(proc: &Path) -> BTreeMap<u32, Vec<Process>> {
     holders
 }
 
-/// The group that a descriptor is of: `/dev/vfio/NUMBER`, or `noiommu-NUMBER` without an IOMMU.
-fn group(target: &Path) -> Option<u32> {
+/// The group that a descriptor is of: `/dev/vfio/NUMBER`, or `noiommu-NUMBER` without an IOMMU. That of a single device,
+/// as programs open it that use iommufd, is `/dev/vfio/devices/vfioNUMBER` (drivers/vfio/device_cdev.c).
+fn group(target: &Path, sys: &Path) -> Option<u32> {
     let name = target.strip_prefix("/dev/vfio").ok()?.to_str()?;
+    if let Some(device) = name.strip_prefix("devices/") {
+        let device = sys.join("class/vfio-dev").join(device).join("device");
+        return sysfs::link_name(&device.join("iommu_group"))?.parse().ok();
+    }
     name.strip_prefix("noiommu-").unwrap_or(name).parse().ok()
 }
 
@@ -91,11 +98,26 @@ mod tests {
                 symlink(target, fds.join(n.to_string())).unwrap();
             }
         }
-        let holders = holders(dir.path());
+        // Of one device, by its own node.
+        let (sys, fds) = (dir.path().join("sys"), dir.path().join("19/fd"));
+        let device = sys.join("devices/pci0000:00/0000:01:10.0");
+        fs::create_dir_all(device.join("vfio-dev/vfio3")).unwrap();
+        fs::create_dir_all(sys.join("class/vfio-dev")).unwrap();
+        symlink("../../../../kernel/iommu_groups/9", device.join("iommu_group")).unwrap();
+        symlink("../..", device.join("vfio-dev/vfio3/device")).unwrap();
+        symlink(device.join("vfio-dev/vfio3"), sys.join("class/vfio-dev/vfio3")).unwrap();
+        fs::create_dir_all(&fds).unwrap();
+        for (n, target) in
+            ["/dev/iommu", "/dev/vfio/devices/vfio3", "/dev/vfio/devices/vfio4"].iter().enumerate()
+        {
+            symlink(target, fds.join(n.to_string())).unwrap();
+        }
+        let holders = holders(dir.path(), &sys);
         assert_eq!(holders[&5].iter().map(|p| p.pid).collect::<Vec<_>>(), [17, 18]);
         assert_eq!(holders[&5][0].to_string(), "17 (qemu-system-x86)");
         assert_eq!(holders[&7].len(), 1);
-        assert_eq!(holders.len(), 2);
+        assert_eq!(holders[&9].iter().map(|p| p.pid).collect::<Vec<_>>(), [19]);
+        assert_eq!(holders.len(), 3);
     }
 
     #[test]

@@ -130,7 +130,7 @@ impl Host for RealHost {
     }
 
     fn holders(&self) -> BTreeMap<u32, Vec<Process>> {
-        vfio::holders(Path::new("/proc"))
+        vfio::holders(Path::new("/proc"), self.sysfs())
     }
 
     fn write(&self, path: &str, text: &str) -> Result<(), Refused> {
@@ -282,6 +282,57 @@ fn functions_of_block(device: &Path, depth: u32, found: &mut Vec<PciAddr>) {
             {
                 functions_of_block(&controller, depth + 1, found);
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::symlink;
+
+    /// Disks of each kind, each with the functions that it is on.
+    #[test]
+    fn disks_are_on_functions() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().canonicalize().unwrap();
+        let make = |path: &str| {
+            let path = root.join(path);
+            fs::create_dir_all(&path).unwrap();
+            path
+        };
+        let link = |device: &Path, to: &Path, name: &str| {
+            fs::create_dir_all(device).unwrap();
+            symlink(to, device.join(name)).unwrap();
+        };
+        let disk = make("pci0000:00/0000:00:01.0/0000:03:00.0/nvme/nvme0/nvme0n1/nvme0n1p2");
+        let sata = make("pci0000:00/0000:00:1f.2/ata1/host0/block/sda");
+        // A RAID of both, and a logical volume on a partition of that.
+        let part = make("virtual/block/md0/md0p1");
+        link(&root.join("virtual/block/md0/slaves"), &disk, "nvme0n1p2");
+        link(&root.join("virtual/block/md0/slaves"), &sata, "sda");
+        let volume = make("virtual/block/dm-0");
+        link(&volume.join("slaves"), &part, "md0p1");
+        // A disk of two controllers.
+        let shared = make("virtual/nvme-subsystem/nvme-subsys1/nvme1n1");
+        let subsystem = shared.parent().unwrap();
+        fs::write(subsystem.join("subsysnqn"), "nqn\n").unwrap();
+        for (name, function) in [("nvme1", "0000:04:00.0"), ("nvme2", "0000:05:00.0")] {
+            link(subsystem, &make(&format!("pci0000:00/{function}/nvme/{name}")), name);
+        }
+        for (device, functions) in [
+            (&disk, &["0000:03:00.0"][..]),
+            (&sata, &["0000:00:1f.2"]),
+            (&part, &["0000:00:1f.2", "0000:03:00.0"]),
+            (&volume, &["0000:00:1f.2", "0000:03:00.0"]),
+            (&shared, &["0000:04:00.0", "0000:05:00.0"]),
+            (&make("virtual/block/loop0"), &[]),
+        ] {
+            let mut found = Vec::new();
+            functions_of_block(device, 0, &mut found);
+            found.sort();
+            let found: Vec<_> = found.iter().map(ToString::to_string).collect();
+            assert_eq!(found, functions, "{}", device.display());
         }
     }
 }
