@@ -1,6 +1,6 @@
 //! Runs a plan: step by step, and back again from the first that fails.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::io;
 use std::sync::Arc;
@@ -123,7 +123,8 @@ impl Applier {
         }
         let wanted = Wanted { no_other_mdevs: true, ..Wanted::of(before).only(&touched) };
         let steps = match state::read(&*self.host) {
-            Ok((now, _)) => match plan(&now, &wanted) {
+            // What was there before is not to be refused now: a bridge may still have an address that goes back.
+            Ok((now, _)) => match plan(&State { macs: BTreeMap::new(), ..now }, &wanted) {
                 Ok(plan) => plan.steps,
                 Err(wrong) => {
                     reasons.extend(wrong.iter().map(ToString::to_string));

@@ -1,5 +1,6 @@
 //! `sriov`: virtual functions set up, described and handed out.
 
+use std::io::ErrorKind;
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -108,7 +109,16 @@ fn host(cli: &Cli, change: bool) -> Result<Arc<dyn Host>> {
     let mut host = RealHost::default();
     if change {
         host.writer = std::env::current_exe().ok().map(|me| (me, "write-file".into()));
-        host.lock().context("/run/sriov.lock: another sriov is changing something, or its VFs are being removed still: wait for it (or run as root)")?;
+        host.lock().map_err(|e| {
+            let what = match e.kind() {
+                ErrorKind::PermissionDenied => "run it as root",
+                ErrorKind::WouldBlock => {
+                    "another sriov is changing something, or its VFs are being removed still: wait for it"
+                }
+                _ => "it keeps others from changing something meanwhile, and has to be there",
+            };
+            anyhow!("/run/sriov.lock: {e}; {what}")
+        })?;
     }
     Ok(Arc::new(host))
 }

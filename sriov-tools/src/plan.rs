@@ -511,20 +511,37 @@ impl Planner<'_> {
 
     /// No two cards with one address, whoever has it.
     fn addresses(&mut self, wanted: &Wanted) {
-        let mut owners: BTreeMap<MacAddr, String> = BTreeMap::new();
-        for pf in &self.now.pfs {
-            for interface in &pf.function.interfaces {
-                if let Some(mac) = self.now.macs.get(&interface.name) {
-                    owners.entry(*mac).or_insert_with(|| interface.name.clone());
-                }
+        let now = self.now;
+        let want_of = |pf: &Pf| wanted.pfs.iter().find(|want| want.address == pf.address());
+        let stated =
+            |pf: &Pf, index| want_of(pf).and_then(|w| w.vf.iter().find(|vf| vf.index == index)?.settings.mac);
+        let left = |pf: &Pf| want_of(pf).map_or(pf.vfs.len() as u32, |w| w.vfs);
+        let has = |vf: &Vf, mac| vf.function.interfaces.iter().any(|i| now.macs.get(&i.name) == Some(&mac));
+
+        // All of this host's interfaces but those of VFs that go away, or get another address.
+        let mut macs = now.macs.clone();
+        for pf in &now.pfs {
+            let goes = |vf: &&Vf| {
+                vf.index >= left(pf)
+                    || stated(pf, vf.index).is_some_and(|mac| mac.is_station() && !has(vf, mac))
+            };
+            for interface in pf.vfs.iter().filter(goes).flat_map(|vf| &vf.function.interfaces) {
+                macs.remove(&interface.name);
             }
-            let want = wanted.pfs.iter().find(|want| want.address == pf.address());
-            for index in 0..want.map_or(pf.vfs.len() as u32, |w| w.vfs) {
-                let stated = want.and_then(|w| w.vf.iter().find(|vf| vf.index == index)?.settings.mac);
-                let now = pf.vfs.get(index as usize).and_then(|vf| vf.settings.mac);
-                let Some(mac) = stated.or(now).filter(|mac| mac.is_station()) else { continue };
+        }
+        let mut owners: BTreeMap<MacAddr, String> = BTreeMap::new();
+        for pf in &now.pfs {
+            for index in 0..left(pf) {
+                let vf = pf.vfs.get(index as usize);
+                let before = vf.and_then(|vf| vf.settings.mac);
+                let mac = stated(pf, index).or(before);
+                let Some(mac) = mac.filter(|mac| mac.is_station()) else { continue };
+                // What it has already a bridge or a bond may have, too, that its interface is in.
+                let is_its_own = before == Some(mac) || vf.is_some_and(|vf| has(vf, mac));
+                let taken = || macs.iter().find(|(_, m)| **m == mac).map(|(name, _)| name.clone());
                 let id = id(pf, index).to_string();
-                if let Some(other) = owners.insert(mac, id.clone()) {
+                let other = owners.insert(mac, id.clone());
+                if let Some(other) = other.or_else(|| taken().filter(|_| !is_its_own)) {
                     self.wrong.push(Impossible::SameMac(mac, other, id));
                 }
             }

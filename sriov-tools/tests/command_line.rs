@@ -29,13 +29,22 @@ fn bad(tree: &Tree, args: &[&str]) -> String {
 fn from_nothing_to_a_virtual_machine() {
     let tree = Tree::new("nic");
     let list = good(&tree, &["list"]);
-    assert!(list.contains("0000:01:00.0") && list.contains("network") && list.contains("0/7"), "{list}");
+    let row = list.lines().find(|line| line.contains("0000:01:00.0")).unwrap();
+    let words = ["0000:01:00.0", "network", "8086:10c9", "igb", "0", "1", "0/7", "eth0", "up", "1000", "-"];
+    assert_eq!(row.split_whitespace().collect::<Vec<_>>(), words, "{list}");
     good(&tree, &["create", "eth0", "2", "--unbound"]);
     good(&tree, &["set", "eth0", "0", "mac=52:54:00:00:00:01", "vlan=7", "qos=2", "trust=on"]);
     assert!(bad(&tree, &["export", "eth0/0", "qemu"]).contains("bound to nothing"));
     good(&tree, &["bind", "eth0/0", "vfio-pci"]);
     good(&tree, &["bind", "01:10.2", "default"]);
     let show = good(&tree, &["show", "01:00.0"]);
+    for line in [
+        "NUMA node    0",
+        "IOMMU group  1: 0000:01:00.0 (igb)",
+        "interface    eth0 52:54:00:00:01:00 up 1000",
+    ] {
+        assert!(show.lines().any(|l| l.trim() == line), "{line}: {show}");
+    }
     let row = show.lines().find(|line| line.contains("0000:01:10.0")).unwrap();
     for word in ["vfio-pci!", "52:54:00:00:00:01", "7 qos 2 802.1Q", "on"] {
         assert!(row.contains(word), "{word}: {row}");
@@ -80,10 +89,69 @@ fn risks_are_refused_unless_forced() {
     let said = bad(&tree, &["create", "enp5s0f0", "2"]);
     assert!(said.contains("carries the default route (enp5s0f0)") && said.contains("--force"), "{said}");
     assert!(tree.state().pfs[0].vfs.is_empty());
+    let file = tree.dir.path().join("host.toml");
+    std::fs::write(&file, "[[pf]]\naddress = \"05:00.0\"\nvfs = 2").unwrap();
+    assert_eq!(
+        good(&tree, &["plan", file.to_str().unwrap()]).lines().collect::<Vec<_>>(),
+        [
+            "0000:05:00.0: make 2 VFs",
+            "! 0000:05:00.0 carries the default route (enp5s0f0): drivers may reset it",
+            "! apply refuses this without --force",
+        ]
+    );
     good(&tree, &["create", "enp5s0f0", "2", "--force"]);
     let addresses: Vec<_> =
         tree.state().pfs[0].vfs.iter().map(|vf| vf.function.address.to_string()).collect();
     assert_eq!(addresses, ["0000:05:10.0", "0000:05:10.2"]);
+}
+
+#[test]
+fn what_not_every_card_has() {
+    let tree = Tree::new("switchdev");
+    let nic = "enp129s0";
+    good(&tree, &["create", nic, "2"]);
+    let all = ["vlan=5", "proto=802.1ad", "link-state=enable", "min-rate=10", "max-rate=100"];
+    good(&tree, &[&["set", nic, "1"], &all[..]].concat());
+    let show = good(&tree, &["show", nic]);
+    let row = show.lines().find(|line| line.contains("0000:81:00.3")).unwrap();
+    for word in ["5 qos 0 802.1ad", "enable", "10-100"] {
+        assert!(row.contains(word), "{word}: {row}");
+    }
+    good(&tree, &["set", nic, "0", "msix=20"]);
+    good(&tree, &["eswitch", nic, "switchdev"]);
+    let state = tree.state();
+    assert_eq!(state.pfs[0].vfs[0].function.msix, Some(20));
+    assert_eq!(state.pfs[0].eswitch, Some(sriov_tools::host::EswitchMode::Switchdev));
+
+    let ports = |tree: &Tree| serde_json::from_str::<serde_json::Value>(&good(tree, &["port", nic])).unwrap();
+    let port = ports(&tree);
+    assert_eq!((&port[0]["index"], &port[0]["flavour"]), (&65535.into(), &"physical".into()), "{port}");
+    good(&tree, &["port", nic, "65535", "mac=52:54:00:00:00:07", "state=active"]);
+    let port = ports(&tree);
+    assert_eq!((&port[0]["mac"], &port[0]["active"]), (&"52:54:00:00:00:07".into(), &true.into()), "{port}");
+    let said = bad(&tree, &["port", nic, "7", "state=inactive"]);
+    assert!(said.contains("devlink (pci/0000:81:00.0/7): No such device; `sriov port"), "{said}");
+    assert!(good(&Tree::new("shared-group"), &["list"]).contains(" 2+4 "), "a group with four others in it");
+}
+
+/// Whoever is not root is told so, and not that somebody else is at work.
+#[test]
+fn who_may_not_change_anything_is_told_so() {
+    use std::os::unix::fs::PermissionsExt;
+    use std::os::unix::process::CommandExt;
+    // Where anybody may run it.
+    let dir = tempfile::tempdir_in("/tmp").unwrap();
+    std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
+    let program = dir.path().join("sriov");
+    std::fs::copy(env!("CARGO_BIN_EXE_sriov"), &program).unwrap();
+    let mut command = Command::new(&program);
+    if nix::unistd::geteuid().is_root() {
+        command.uid(65534).gid(65534);
+    }
+    let output = command.args(["remove", "no-such-interface"]).output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(!output.status.success());
+    assert_eq!(said, "sriov: /run/sriov.lock: Permission denied (os error 13); run it as root\n");
 }
 
 #[test]

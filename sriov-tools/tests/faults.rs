@@ -104,6 +104,61 @@ fn a_refusal_says_what_the_kernel_said_and_what_to_do() {
     }
 }
 
+fn faulty(tree: &Tree, n: usize, fault: Fault) -> Arc<Faulty> {
+    Arc::new(Faulty { inner: tree.host.clone(), n, fault, errno: EBUSY, count: AtomicUsize::new(0) })
+}
+
+#[test]
+fn the_line_of_a_busy_function_is_whole() {
+    let tree = Tree::new("nic");
+    let before = tree.state();
+    let steps = tree.plan("[[pf]]\naddress = \"01:00.0\"\nvfs = 1").steps;
+    let said = run(faulty(&tree, 0, Fault::Before), &before, &steps).unwrap_err().to_string();
+    let file = tree.dir.path().join("bus/pci/devices/0000:01:00.0/sriov_numvfs");
+    assert_eq!(
+        said,
+        format!(
+            "0000:01:00.0: make 1 VF: {}: Device or resource busy; VFs are there or in use: `sriov show` says by whom \
+             (all is as it was before)",
+            file.display()
+        )
+    );
+}
+
+/// A driver that is reset meanwhile goes on with the address that it had, and has said yes to another.
+#[test]
+fn an_address_that_was_set_is_read_back() {
+    let tree = Tree::new("nic");
+    let before = tree.state();
+    let toml = "[[pf]]\naddress = \"01:00.0\"\nvfs = 1\n[[pf.vf]]\nindex = 0\nmac = \"52:54:00:00:00:01\"";
+    let steps = tree.plan(toml).steps;
+    let said = run(faulty(&tree, usize::MAX, Fault::Address), &before, &steps).unwrap_err().to_string();
+    let says = "(ip link set eth0 vf 0 mac 52:54:00:00:00:01): taken, but the driver has 52:54:00:00:00:99 for it \
+                (all is as it was before)";
+    assert!(said.ends_with(says), "{said}");
+    assert_eq!(tree.state(), before);
+}
+
+/// bnxt_en: its interface is set up first, and a yes is not taken for VFs.
+#[test]
+fn vfs_are_counted() {
+    let tree = Tree::new("bnxt");
+    let pf = "[[pf]]\naddress = \"07:00.0\"\nvfs = 2";
+    let plan = tree.plan(pf);
+    let steps: Vec<_> = plan.steps.iter().map(ToString::to_string).collect();
+    assert_eq!(steps, ["0000:07:00.0: set the interface up", "0000:07:00.0: make 2 VFs"]);
+    let before = tree.state();
+    let steps = tree.plan(&format!("{pf}\nup = false")).steps;
+    let said = run(tree.host.clone(), &before, &steps).unwrap_err().to_string();
+    assert!(
+        said.contains("sriov_numvfs: taken, but there are 0 VFs: some drivers want their interface up"),
+        "{said}"
+    );
+    assert_eq!(tree.state(), before);
+    tree.apply(pf);
+    assert_eq!(tree.state().pfs[0].vfs.len(), 2);
+}
+
 /// Removing VFs waits for who holds one: for longer than anybody wants to wait.
 #[test]
 fn a_removal_that_blocks_is_told_of_and_given_up() {

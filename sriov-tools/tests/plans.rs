@@ -5,7 +5,7 @@ mod common;
 use common::{TREES, Tree};
 use proptest::prelude::*;
 use sriov_tools::file::{Wanted, WantedMdev, WantedPf, WantedVf};
-use sriov_tools::host::{EswitchMode, Settings};
+use sriov_tools::host::{EswitchMode, LinkState, Settings, VlanProto};
 use sriov_tools::plan::plan;
 use sriov_tools::state::State;
 
@@ -170,6 +170,60 @@ fn what_cannot_be_is_told_before_anything_is_done() {
     assert!(Tree::new("gpu").wrong(&mdevs).contains("can have no more mediated devices"));
 }
 
+/// Whoever has an address already: a card without VFs, or an interface of a VF; what it has itself is nobody else's.
+#[test]
+fn no_address_is_given_twice() {
+    let host = Tree::new("nic");
+    host.apply("[[pf]]\naddress = \"01:00.0\"\nvfs = 2");
+    let facts = std::fs::read_to_string(host.dir.path().join("host.json")).unwrap();
+    let mut facts: serde_json::Value = serde_json::from_str(&facts).unwrap();
+    let links = facts["facts"]["links"].as_object_mut().unwrap();
+    // br0 has the address of what is in it.
+    for (name, mac) in [("wlan0", "33"), ("eth0v0", "44"), ("br0", "44")] {
+        links.insert(name.into(), serde_json::json!({ "up": false, "mac": format!("52:54:00:00:01:{mac}") }));
+    }
+    std::fs::write(host.dir.path().join("host.json"), facts.to_string()).unwrap();
+    let mac = |vfs: u32, of: &[(u32, &str)]| {
+        let vf = |(index, mac): &(u32, &str)| {
+            format!("[[pf.vf]]\nindex = {index}\nmac = \"52:54:00:00:01:{mac}\"\n")
+        };
+        format!("[[pf]]\naddress = \"01:00.0\"\nvfs = {vfs}\n{}", of.iter().map(vf).collect::<String>())
+    };
+    for (index, taken, owner) in [(0, "33", "wlan0"), (1, "44", "br0"), (0, "00", "eth0")] {
+        let said = host.wrong(&mac(2, &[(index, taken)]));
+        assert!(said.starts_with(&format!("{owner} and 0000:01:00.0 vf {index} would both have")), "{said}");
+    }
+    host.plan(&mac(2, &[(0, "44")]));
+    host.plan(&mac(2, &[(0, "55"), (1, "66")]));
+    let said = host.wrong(&mac(2, &[(0, "55"), (1, "55")]));
+    assert!(said.starts_with("0000:01:00.0 vf 0 and 0000:01:00.0 vf 1 would both have"), "{said}");
+    // Of a VF's own interface, until it has another.
+    facts["facts"]["links"].as_object_mut().unwrap().remove("br0");
+    std::fs::write(host.dir.path().join("host.json"), facts.to_string()).unwrap();
+    let said = host.wrong(&mac(2, &[(1, "44")]));
+    assert!(said.starts_with("eth0v0 and 0000:01:00.0 vf 1 would both have"), "{said}");
+    host.plan(&mac(2, &[(0, "55"), (1, "44")]));
+}
+
+/// What not every driver takes, of one that does.
+#[test]
+fn all_settings_can_be_set() {
+    for (name, pf) in [("dual-port", "05:00.1"), ("switchdev", "81:00.0")] {
+        let tree = Tree::new(name);
+        let toml = format!(
+            "[[pf]]\naddress = \"{pf}\"\nvfs = 1\n[[pf.vf]]\nindex = 0\nvlan = 5\nproto = \"802.1ad\"\n\
+             link-state = \"disable\"\nmin-rate = 10\nmax-rate = 100"
+        );
+        tree.apply(&toml);
+        let state = tree.state();
+        let now = state.pfs.iter().find_map(|pf| pf.vfs.first()).unwrap().settings;
+        assert_eq!((now.vlan, now.proto), (Some(5), Some(VlanProto::Dot1Ad)), "{name}");
+        assert_eq!(now.link_state, Some(LinkState::Disable), "{name}");
+        assert_eq!((now.min_rate, now.max_rate), (Some(10), Some(100)), "{name}");
+        assert_eq!(steps(&tree, &toml), [""; 0]);
+    }
+}
+
 #[test]
 fn a_group_goes_to_a_virtual_machine_as_a_whole() {
     let tree = Tree::new("shared-group");
@@ -230,18 +284,24 @@ fn a_driver_that_is_not_loaded_is_loaded() {
 
 /// What a VF may be like: by small numbers, so that states often have something in common.
 fn vf(index: u32) -> impl Strategy<Value = WantedVf> {
+    let link = prop_oneof![Just(LinkState::Auto), Just(LinkState::Enable), Just(LinkState::Disable)];
+    let rarer = (any::<bool>(), link, 0..3_u32);
     let driver = prop_oneof![Just(None), Just(Some("vfio-pci")), Just(Some("none")), Just(Some("default"))];
     let numbers = (0..3_u16, 0..3_u8, 0..3_u32, any::<[bool; 4]>(), 0..3_u16);
-    (driver, numbers).prop_map(move |(driver, (vlan, qos, rate, [trust, spoofchk, has_mac, some], msix))| {
+    (driver, numbers, rarer).prop_map(move |(driver, numbers, (service, link, min))| {
+        let (vlan, qos, rate, [trust, spoofchk, has_mac, some], msix) = numbers;
+        let proto = if service && vlan != 0 { VlanProto::Dot1Ad } else { VlanProto::Dot1Q };
         let mac = has_mac.then(|| netaddr::MacAddr::from_u64(0x5254_0000_aa00 + u64::from(index)));
         let settings = Settings {
             mac: mac.or(some.then(Default::default)),
             vlan: Some(vlan),
             qos: some.then_some(if vlan == 0 { 0 } else { qos }),
+            proto: some.then_some(proto),
+            link_state: has_mac.then_some(link),
+            min_rate: some.then_some(min.min(rate)),
             trust: some.then_some(trust),
             spoofchk: Some(spoofchk),
             max_rate: some.then_some(rate),
-            ..Settings::default()
         };
         let msix = some.then_some(msix + 4);
         WantedVf { index, driver: driver.map(Into::into), driver_override: None, msix, settings }
@@ -249,13 +309,15 @@ fn vf(index: u32) -> impl Strategy<Value = WantedVf> {
 }
 
 /// What a host may be like: with at most four VFs for each of its functions.
-fn wanted(state: &State) -> impl Strategy<Value = Wanted> + use<> {
+fn wanted(name: &str, state: &State) -> impl Strategy<Value = Wanted> + use<> {
     let state = state.clone();
+    // igb's VFs take less.
+    let (takes_all, wants_up) = (!["recorded", "nic", "no-iommu"].contains(&name), name == "bnxt");
     let pf = state.pfs.iter().map(|pf| {
         let (now, pf) = (state.clone(), pf.clone());
         let vfs = (0..4).map(vf).collect::<Vec<_>>();
-        (0..=4_u32.min(pf.total_vfs), any::<Option<bool>>(), any::<bool>(), vfs).prop_map(
-            move |(n, autoprobe, switchdev, vfs)| {
+        (0..=4_u32.min(pf.total_vfs), any::<[Option<bool>; 2]>(), any::<bool>(), vfs).prop_map(
+            move |(n, [autoprobe, up], switchdev, vfs)| {
                 let fit = |mut vf: WantedVf| {
                     if pf.function.interfaces.is_empty() {
                         vf.settings = Settings::default();
@@ -271,6 +333,10 @@ fn wanted(state: &State) -> impl Strategy<Value = Wanted> + use<> {
                             }
                         });
                     }
+                    if !takes_all {
+                        let s = &mut vf.settings;
+                        (s.proto, s.link_state, s.min_rate) = (None, None, None);
+                    }
                     if !pf.deals_msix {
                         vf.msix = None;
                     }
@@ -282,7 +348,7 @@ fn wanted(state: &State) -> impl Strategy<Value = Wanted> + use<> {
                 WantedPf {
                     address: pf.address(),
                     vfs: n,
-                    up: None,
+                    up: up.filter(|up| !pf.function.interfaces.is_empty() && (*up || n == 0 || !wants_up)),
                     autoprobe,
                     eswitch: pf
                         .eswitch
@@ -312,6 +378,8 @@ fn holds(state: &State, wanted: &Wanted) {
     for want in &wanted.pfs {
         let pf = state.pfs.iter().find(|pf| pf.address() == want.address).unwrap();
         assert_eq!(pf.vfs.len() as u32, want.vfs);
+        let up = pf.function.interfaces.first().map(|i| i.up);
+        assert!(want.up.is_none_or(|on| up == Some(on)), "{pf:?}");
         assert!(want.autoprobe.is_none_or(|on| pf.autoprobe == Some(on)));
         assert!(want.eswitch.is_none_or(|mode| pf.eswitch == Some(mode)));
         for want in &want.vf {
@@ -319,6 +387,9 @@ fn holds(state: &State, wanted: &Wanted) {
             let (now, s) = (&vf.settings, &want.settings);
             assert!(s.mac.is_none_or(|mac| now.mac == Some(mac)), "{vf:?}");
             assert!(s.vlan.is_none_or(|vlan| now.vlan == Some(vlan)), "{vf:?}");
+            assert!(s.proto.is_none_or(|proto| now.proto == Some(proto)), "{vf:?}");
+            assert!(s.link_state.is_none_or(|state| now.link_state == Some(state)), "{vf:?}");
+            assert!(s.min_rate.is_none_or(|rate| now.min_rate == Some(rate)), "{vf:?}");
             assert!(s.trust.is_none_or(|on| now.trust == Some(on)), "{vf:?}");
             assert!(s.spoofchk.is_none_or(|on| now.spoofchk == Some(on)), "{vf:?}");
             assert!(s.max_rate.is_none_or(|rate| now.max_rate == Some(rate)), "{vf:?}");
@@ -341,7 +412,7 @@ fn holds(state: &State, wanted: &Wanted) {
 fn to_and_fro(name: &str) {
     let start = Tree::new(name);
     let now = start.state();
-    let two = (wanted(&now), wanted(&now));
+    let two = (wanted(name, &now), wanted(name, &now));
     let mut runner = proptest::test_runner::TestRunner::new(ProptestConfig {
         cases: std::env::var("PROPTEST_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(24),
         failure_persistence: None,
@@ -370,6 +441,7 @@ fn to_and_fro(name: &str) {
 
 #[test]
 fn any_state_leads_to_any_other_and_back() {
+    // VFs come back in groups of their own in a directory, which knows no bridges: not in the group they shared.
     for name in TREES.iter().filter(|name| **name != "shared-group") {
         to_and_fro(name);
     }

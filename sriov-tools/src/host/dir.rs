@@ -43,6 +43,8 @@ struct Kind {
     msix: u16,
     /// What the PF's driver does not take: `link-state`, `min-rate`, `802.1ad`, `trust`, `spoofchk`, `max-rate`.
     refuses: Vec<String>,
+    /// Whether the PF's driver makes VFs only while its interface is up, and says yes all the same otherwise (bnxt_en).
+    only_while_up: bool,
 }
 
 /// A host in a directory.
@@ -97,6 +99,14 @@ impl DirHost {
         }
         if n > 0 && there > 0 {
             return Err(Refused::errno(EBUSY));
+        }
+        let described = self.described()?;
+        let is_up = |name: &String| described.facts.links.get(name).is_some_and(|link| link.up);
+        if n > 0
+            && described.vfs.get(&pf).is_some_and(|kind| kind.only_while_up)
+            && !sysfs::names(&dir.join("net")).iter().any(is_up)
+        {
+            return Ok(());
         }
         for i in 0..there {
             self.remove_vf(pf, i)?;

@@ -74,15 +74,20 @@ impl Devlink {
 
     /// Sets something of the function behind a port.
     pub fn set_port(&mut self, pf: PciAddr, index: u32, set: PortSet) -> Result<(), Refused> {
-        let function = match set {
-            PortSet::Mac(mac) => DefaultNla::new(FUNCTION_ATTR_HW_ADDR, mac.0.to_vec()),
-            PortSet::Active(active) => DefaultNla::new(FUNCTION_ATTR_STATE, vec![u8::from(active)]),
-        };
-        let mut attributes = device(pf);
-        attributes.push(DefaultNla::new(ATTR_PORT_INDEX, index.to_ne_bytes().to_vec()));
-        attributes.push(nested(ATTR_PORT_FUNCTION, &[function]));
-        self.0.call(CMD_PORT_SET, attributes).map(drop)
+        self.0.call(CMD_PORT_SET, port_set(pf, index, set)).map(drop)
     }
+}
+
+/// What `devlink port function set` sends.
+fn port_set(pf: PciAddr, index: u32, set: PortSet) -> Vec<DefaultNla> {
+    let function = match set {
+        PortSet::Mac(mac) => DefaultNla::new(FUNCTION_ATTR_HW_ADDR, mac.0.to_vec()),
+        PortSet::Active(active) => DefaultNla::new(FUNCTION_ATTR_STATE, vec![u8::from(active)]),
+    };
+    let mut attributes = device(pf);
+    attributes.push(DefaultNla::new(ATTR_PORT_INDEX, index.to_ne_bytes().to_vec()));
+    attributes.push(nested(ATTR_PORT_FUNCTION, &[function]));
+    attributes
 }
 
 fn port(message: &Attributes) -> Option<Port> {
@@ -113,6 +118,30 @@ fn port(message: &Attributes) -> Option<Port> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use netlink_packet_core::Emitable;
+
+    #[test]
+    fn what_is_set_behind_a_port_are_these_bytes() {
+        let device = [
+            &[8, 0, 1, 0][..],
+            b"pci\0",
+            &[17, 0, 2, 0],
+            b"0000:03:00.0\0\0\0\0",
+            &[8, 0, 3, 0, 255, 255, 0, 0],
+        ];
+        for (set, function) in [
+            (
+                PortSet::Mac("52:54:00:00:00:09".parse().unwrap()),
+                &[16, 0, 145, 0x80, 10, 0, 1, 0, 0x52, 0x54, 0, 0, 0, 9, 0, 0][..],
+            ),
+            (PortSet::Active(true), &[12, 0, 145, 0x80, 5, 0, 2, 0, 1, 0, 0, 0]),
+        ] {
+            let attributes = port_set("0000:03:00.0".parse().unwrap(), 65535, set);
+            let mut bytes = vec![0; attributes.as_slice().buffer_len()];
+            attributes.as_slice().emit(&mut bytes);
+            assert_eq!(bytes, [&device.concat(), function].concat());
+        }
+    }
 
     #[test]
     fn a_port_of_a_vf() {

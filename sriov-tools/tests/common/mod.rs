@@ -19,8 +19,8 @@ use sriov_tools::state::{self, State};
 use tempfile::TempDir;
 
 /// All there are.
-pub const TREES: [&str; 8] =
-    ["recorded", "nic", "no-iommu", "dual-port", "nvme", "gpu", "switchdev", "shared-group"];
+pub const TREES: [&str; 9] =
+    ["recorded", "nic", "no-iommu", "dual-port", "bnxt", "nvme", "gpu", "switchdev", "shared-group"];
 
 /// A host in a directory that goes when this is dropped.
 pub struct Tree {
@@ -96,6 +96,8 @@ pub enum Fault {
     Before,
     /// It has happened all the same.
     After,
+    /// It succeeds, but an address that is set is another one afterwards: what the driver had before a reset.
+    Address,
 }
 
 /// A host whose `n`-th write fails, counted from 0.
@@ -114,7 +116,7 @@ impl Faulty {
             return Err(Refused::errno(self.errno));
         }
         change()?;
-        if fails { Err(Refused::errno(self.errno)) } else { Ok(()) }
+        if fails && self.fault == Fault::After { Err(Refused::errno(self.errno)) } else { Ok(()) }
     }
 }
 
@@ -136,6 +138,10 @@ impl Host for Faulty {
     }
 
     fn set_vf(&self, interface: &str, vf: u32, set: VfSet) -> Result<(), Refused> {
+        let set = match set {
+            VfSet::Mac(_) if self.fault == Fault::Address => VfSet::Mac("52:54:00:00:00:99".parse().unwrap()),
+            set => set,
+        };
         self.change(|| self.inner.set_vf(interface, vf, set))
     }
 
