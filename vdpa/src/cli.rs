@@ -6,6 +6,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use daemon::{Switch, ring_size};
 use poll_engine::engine::pacing::Pacing;
 use poll_engine::engine::placement::CpuList;
+use vhost_blk::backend::formatted::Format;
 use vhost_blk::cli::{DeviceOptions, Synthetic, parse_size};
 use vhost_net::cli::pairs;
 use vhost_net::spec::{PortSpec, mac};
@@ -58,6 +59,10 @@ pub struct Attach {
     /// Image file or block device
     #[arg(value_name = "IMAGE")]
     pub image: PathBuf,
+
+    /// What the bytes of the image mean; never guessed. vmdk needs --read-only
+    #[arg(long, value_enum, default_value_t = Format::Raw)]
+    pub format: Format,
 
     /// Name on the vDPA bus; without, that of the image
     #[arg(long, value_name = "NAME")]
@@ -112,6 +117,10 @@ pub struct ServeBlk {
     /// Image file or block device to serve
     #[arg(long, value_name = "PATH", conflicts_with = "backend", required_unless_present = "backend")]
     pub blk_file: Option<PathBuf>,
+
+    /// What the bytes of the image mean; never guessed. vmdk needs --read-only
+    #[arg(long, value_enum, default_value_t = Format::Raw, conflicts_with = "backend")]
+    pub format: Format,
 
     /// Serve memory or nothing instead of a file, for measuring: ram:SIZE or null:SIZE
     #[arg(long, value_name = "KIND:SIZE")]
@@ -191,7 +200,7 @@ pub struct Common {
     #[arg(long, value_enum, value_name = "WHERE", default_value_t = BounceMemory::Kernel)]
     pub bounce: BounceMemory,
 
-    /// Bytes to bounce pages through, 1M to 1G; the kernel's default is 64M
+    /// Bytes to bounce pages through, 1M to 1G (Linux 6.4); the kernel's default is 64M
     #[arg(long, value_name = "BYTES", value_parser = bounce_size)]
     pub bounce_size: Option<u64>,
 

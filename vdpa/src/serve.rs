@@ -1,6 +1,5 @@
 //! What is served, until a signal ends it: a disk, or a card on a tap. Cards on a switch are [`switch`](crate::switch)'s.
 
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -13,7 +12,7 @@ use sd_notify::NotifyState;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1};
 use signal_hook::iterator::Signals;
 use tracing::{info, warn};
-use vhost_blk::cli::{DeviceOptions, Synthetic};
+use vhost_blk::cli::DeviceOptions;
 use vhost_blk::device::BlkDevice;
 use vhost_blk::disk::Disk;
 use vhost_blk::image::Image;
@@ -40,12 +39,20 @@ pub(crate) fn engine(common: &Common, fixed: FixedBuffers) -> Result<Arc<Engine>
 /// `vdpactl attach`.
 pub fn attach(cli: &Attach) -> Result<()> {
     let name = cli.name.clone().unwrap_or_else(|| name_of(&cli.image));
-    blk(name, Some(&cli.image), None, Some(cli.driver), &cli.device, &cli.common)
+    let image = Image { file: Some(&cli.image), format: cli.format, ..Image::default() };
+    blk(name, image, Some(cli.driver), &cli.device, &cli.common)
 }
 
 /// `vdpactl serve blk`.
 pub fn serve_blk(cli: &ServeBlk) -> Result<()> {
-    blk(cli.name.clone(), cli.blk_file.as_deref(), cli.backend, cli.driver, &cli.device, &cli.common)
+    let (file, synthetic, format) = (cli.blk_file.as_deref(), cli.backend, cli.format);
+    blk(
+        cli.name.clone(),
+        Image { file, format, synthetic, ..Image::default() },
+        cli.driver,
+        &cli.device,
+        &cli.common,
+    )
 }
 
 fn withheld_rings(packed: Switch) -> u64 {
@@ -54,15 +61,13 @@ fn withheld_rings(packed: Switch) -> u64 {
 
 fn blk(
     name: String,
-    file: Option<&Path>,
-    synthetic: Option<Synthetic>,
+    image: Image<'_>,
     driver: Option<Driver>,
     options: &DeviceOptions,
     common: &Common,
 ) -> Result<()> {
     daemon::init_log(&common.log)?;
-    let (serial, read_only) = (options.serial.as_str(), options.read_only);
-    let image = Image { file, synthetic, serial, read_only, ..Image::default() };
+    let image = Image { serial: options.serial.as_str(), read_only: options.read_only, ..image };
     let disk = Arc::new(image.open(options)?);
     let device = BlkDevice::new(Arc::clone(&disk), options.num_queues, options.queue_size, None);
     let device = Arc::new(device.without(withheld_rings(options.packed)));

@@ -217,8 +217,11 @@ fn make(
         for index in 0..about.num_queues {
             node.setup_queue(index, about.queue_size)?;
         }
+        if common.bounce != BounceMemory::Kernel {
+            node.umem_size(0)?;
+        }
         if let Some(bytes) = common.bounce_size {
-            sysfs::set_bounce_size(name, bytes).context("--bounce-size needs Linux 6.0")?;
+            sysfs::set_bounce_size(name, bytes)?;
         }
         Ok(node)
     })();

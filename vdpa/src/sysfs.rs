@@ -43,6 +43,9 @@ pub enum SysfsError {
     /// It does not come.
     #[error("{0} has not come up with {1} within {APPEAR:?}; the kernel's log (dmesg) may say why")]
     NotUp(String, &'static str),
+    /// An older kernel.
+    #[error("the bounce buffer of this kernel has one size ({0} is missing): --bounce-size needs Linux 6.4")]
+    NoBounceSize(PathBuf),
     /// A file.
     #[error("{0}: {1}")]
     Io(PathBuf, io::Error),
@@ -146,8 +149,30 @@ pub fn wait_for_outcome(name: &str, driver: Driver) -> Result<Outcome, SysfsErro
 
 /// Says how large the bounce buffer is to be, in bytes: before a device goes to the bus.
 pub fn set_bounce_size(name: &str, bytes: u64) -> Result<(), SysfsError> {
-    let path = Path::new("/sys/class/vduse").join(name).join("bounce_size");
+    set_bounce_size_of(&Path::new("/sys/class/vduse").join(name), bytes)
+}
+
+fn set_bounce_size_of(device: &Path, bytes: u64) -> Result<(), SysfsError> {
+    let path = device.join("bounce_size");
     let file = File::options().write(true).open(&path);
     let outcome = file.and_then(|mut file| io::Write::write_all(&mut file, bytes.to_string().as_bytes()));
-    outcome.map_err(|e| SysfsError::Io(path, e))
+    outcome.map_err(|e| match e.kind() {
+        io::ErrorKind::NotFound => SysfsError::NoBounceSize(path),
+        _ => SysfsError::Io(path, e),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bounce_buffers_of_older_kernels_have_one_size() {
+        let dir = tempfile::tempdir().unwrap();
+        let refused = set_bounce_size_of(dir.path(), 1 << 23).unwrap_err().to_string();
+        assert!(refused.contains("--bounce-size needs Linux 6.4"), "{refused}");
+        fs::write(dir.path().join("bounce_size"), "").unwrap();
+        set_bounce_size_of(dir.path(), 1 << 23).unwrap();
+        assert_eq!(fs::read_to_string(dir.path().join("bounce_size")).unwrap(), "8388608");
+    }
 }

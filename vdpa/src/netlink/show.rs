@@ -245,6 +245,23 @@ mod tests {
     }
 
     #[test]
+    fn what_is_counted_is_shown_by_name() {
+        let m = message(&[
+            (attr::DEV_NAME, b"card\0"),
+            (attr::DEV_VENDOR_ATTR_NAME, b"received_desc\0"),
+            (attr::DEV_VENDOR_ATTR_VALUE, &417_776u64.to_ne_bytes()),
+            (attr::DEV_VENDOR_ATTR_NAME, b"completed_desc\0"),
+            (attr::DEV_VENDOR_ATTR_VALUE, &417_548u64.to_ne_bytes()),
+        ]);
+        let shown = statistics(&[m]);
+        assert_eq!(shown, json!({"vstats": {"card": {"received_desc": 417_776, "completed_desc": 417_548}}}));
+        let plain = plain(&shown);
+        let words: std::collections::BTreeSet<_> = plain.split(' ').collect();
+        assert!(plain.starts_with("card: ") && words.len() == 5, "{plain}");
+        assert!(plain.contains("received_desc 417776") && plain.contains("completed_desc 417548"), "{plain}");
+    }
+
+    #[test]
     fn whatever_comes_is_shown() {
         let odd = message(&[(attr::DEV_ID, b"x"), (attr::DEV_MAX_VQS, b"123"), (attr::DEV_NAME, &[0xff, 0])]);
         for show in [mgmtdevs, devices, config, statistics] {

@@ -184,8 +184,17 @@ impl Memory {
     /// Memory of ours for bouncing, if that is wanted and this is where pages bounce.
     fn bounce_region(&mut self, entry: &IotlbEntry, size: u64) -> Option<Arc<Region>> {
         let Bounce::Own { huge } = self.bounce else { return None };
-        if entry.start != 0 || self.node.umem_size(0) != Some(size) {
+        if entry.start != 0 {
             return None;
+        }
+        match self.node.umem_size(0) {
+            Ok(Some(there)) if there == size => {}
+            Ok(_) => return None,
+            Err(e) => {
+                warn!("{e}");
+                self.bounce = Bounce::Kernel;
+                return None;
+            }
         }
         // It stays registered over a reset.
         if self.umem.as_ref().is_none_or(|ram| ram.spec().size != size) {

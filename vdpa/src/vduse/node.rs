@@ -59,6 +59,11 @@ pub enum VduseError {
     /// There is none of this name.
     #[error("there is no VDUSE device {0}")]
     Unknown(String),
+    /// Memory of ours for bouncing.
+    #[error(
+        "this kernel bounces pages through memory of its own only: --bounce normal and huge need Linux 6.0"
+    )]
+    NoUmem,
     /// Any other call.
     #[error("{0}: {1}")]
     Call(&'static str, io::Error),
@@ -96,7 +101,12 @@ pub struct Control(Box<dyn Edge>);
 impl Control {
     /// Opens it.
     pub fn open() -> Result<Control, VduseError> {
-        let path = Path::new(DIRECTORY).join("control");
+        Control::open_in(Path::new(DIRECTORY))
+    }
+
+    /// Opens it where the nodes are in `directory`.
+    pub fn open_in(directory: &Path) -> Result<Control, VduseError> {
+        let path = directory.join("control");
         let fd = open_node(&path).map_err(|e| match e {
             nix::Error::ENOENT | nix::Error::ENXIO | nix::Error::ENODEV => VduseError::Missing(path),
             e => VduseError::Open(path, e.into()),
@@ -221,12 +231,18 @@ impl Node {
         }
     }
 
-    /// Whether memory of ours can be put behind the translation at `iova`, and then of how many bytes.
-    pub fn umem_size(&self, iova: u64) -> Option<u64> {
+    /// Whether memory of ours can be put behind the translation at `iova`, and then of how many bytes. An error if the
+    /// kernel does not know the question.
+    pub fn umem_size(&self, iova: u64) -> Result<Option<u64>, VduseError> {
         let mut info = IovaInfo { start: iova, last: iova, ..IovaInfo::new_zeroed() };
-        // A kernel before 6.0 does not know the call.
-        self.get(IOTLB_GET_INFO, &mut info).ok()?;
-        (info.capability & IOVA_CAP_UMEM != 0).then(|| info.last.checked_sub(info.start)?.checked_add(1))?
+        match self.get(IOTLB_GET_INFO, &mut info) {
+            Ok(()) => {}
+            Err(e) if e.raw_os_error() == Some(libc::ENOTTY) => return Err(VduseError::NoUmem),
+            // There is no such translation.
+            Err(_) => return Ok(None),
+        }
+        let size = || info.last.checked_sub(info.start)?.checked_add(1);
+        Ok((info.capability & IOVA_CAP_UMEM != 0).then(size).flatten())
     }
 
     /// Puts memory of ours behind the translations from 0 on, all that are for bouncing.

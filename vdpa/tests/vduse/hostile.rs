@@ -2,6 +2,7 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -12,7 +13,7 @@ use poll_engine::memory::Ram;
 use poll_engine::ring::chain::HeldChain;
 use proptest::prelude::*;
 
-use crate::rig::{PACKED, RINGS, Rig, SPLIT, file_of};
+use crate::rig::{BOUNCE, PACKED, RINGS, Rig, SPLIT, file_of};
 
 #[derive(Clone, Debug)]
 enum Step {
@@ -58,8 +59,13 @@ fn step() -> impl Strategy<Value = Step> {
     ]
 }
 
+/// More in a long run.
+fn cases() -> u32 {
+    std::env::var("PROPTEST_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(48)
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: cases(), ..ProptestConfig::default() })]
 
     #[test]
     fn whatever_comes_is_answered(steps in prop::collection::vec(step(), 1..40), packed in any::<bool>()) {
@@ -142,9 +148,29 @@ fn translations_without_end_are_forgotten_in_turn() {
 }
 
 /// Keeps every request until its gate is opened.
-struct Slow(EventFd);
+struct Slow {
+    gate: EventFd,
+    taken: Arc<AtomicUsize>,
+}
 
-struct SlowQueue(OwnedFd, Vec<(Request, HeldChain)>);
+impl Slow {
+    fn new() -> Arc<Slow> {
+        let gate = EventFd::from_flags(EfdFlags::EFD_NONBLOCK).unwrap();
+        Arc::new(Slow { gate, taken: Arc::default() })
+    }
+
+    /// Waits until a request is in flight.
+    fn has_taken(&self) {
+        let taken = || self.taken.load(Ordering::Acquire) > 0;
+        crate::until("the request is not taken", taken);
+    }
+}
+
+struct SlowQueue {
+    gate: OwnedFd,
+    taken: Arc<AtomicUsize>,
+    held: Vec<(Request, HeldChain)>,
+}
 
 impl Device for Slow {
     fn features(&self) -> u64 {
@@ -163,7 +189,8 @@ impl Device for Slow {
         Err(ConfigRefused { offset, end: offset })
     }
     fn start_queue(&self, _: u16, _: u64, _: u16) -> std::io::Result<Box<dyn QueueHandler>> {
-        Ok(Box::new(SlowQueue(self.0.as_fd().try_clone_to_owned()?, vec![])))
+        let gate = self.gate.as_fd().try_clone_to_owned()?;
+        Ok(Box::new(SlowQueue { gate, taken: Arc::clone(&self.taken), held: vec![] }))
     }
     fn reset(&self) {}
 }
@@ -171,7 +198,7 @@ impl Device for Slow {
 impl QueueHandler for SlowQueue {
     fn attach(&mut self, io: &mut Io<'_>) {
         let label = io.label(0);
-        io.uring().watch(self.0.as_fd(), label);
+        io.uring().watch(self.gate.as_fd(), label);
     }
     fn poll(&mut self, queue: &mut Queue, _: &mut Io<'_>) -> usize {
         let ready = queue.ready();
@@ -179,12 +206,13 @@ impl QueueHandler for SlowQueue {
             let Some(request) = queue.take() else { break };
             let mut held = HeldChain::default();
             queue.hold_chain(&mut held);
-            self.1.push((request, held));
+            self.held.push((request, held));
+            self.taken.fetch_add(1, Ordering::Release);
         }
         ready.into()
     }
     fn complete(&mut self, queue: &mut Queue, _: &mut Io<'_>, _: u32, _: i32) {
-        for (request, held) in self.1.drain(..) {
+        for (request, held) in self.held.drain(..) {
             queue.complete_held(request, 0, &held.view().unwrap());
         }
     }
@@ -196,19 +224,19 @@ impl QueueHandler for SlowQueue {
 
 #[test]
 fn a_request_that_takes_too_long_has_failed_and_breaks_nothing() {
-    let device = Arc::new(Slow(EventFd::from_flags(EfdFlags::EFD_NONBLOCK).unwrap()));
+    let device = Slow::new();
     let mut rig = Rig::with(SPLIT, Arc::clone(&device) as _);
     rig.patience = Duration::from_millis(300);
     rig.serve(false);
     let mut driver = rig.drive();
     driver.submit(0, 0, 1, 0x2000);
-    std::thread::sleep(Duration::from_millis(50));
+    device.has_taken();
     let begun = Instant::now();
     let state = rig.kernel.vq_state(0);
     let waited = begun.elapsed();
     let reset = rig.kernel.set_status(0);
     // First: a test that fails must not wait for what is in flight.
-    device.0.write(1).unwrap();
+    device.gate.write(1).unwrap();
     assert_eq!(state, None, "of a queue that does not come to rest");
     assert!(waited < Duration::from_secs(10), "the kernel gives the device up after 30 seconds");
     assert!(!reset, "nor can it be reset");
@@ -216,4 +244,25 @@ fn a_request_that_takes_too_long_has_failed_and_breaks_nothing() {
     while !rig.kernel.set_status(0) {
         assert!(Instant::now() < deadline, "it is not served any more");
     }
+}
+
+/// What is in flight may still write to where translations pointed: they have changed only when it does not any more.
+#[test]
+fn translations_change_when_nothing_in_flight_uses_them() {
+    let device = Slow::new();
+    let mut rig = Rig::with(SPLIT, Arc::clone(&device) as _);
+    rig.serve(false);
+    let mut driver = rig.drive();
+    driver.submit(0, 0, 1, 0x2000);
+    device.has_taken();
+    rig.kernel.lock().table.retain(|t| t.start != 0);
+    let update = rig.kernel.post(2, &[0, 0, BOUNCE as u32 - 1, 0]);
+    crate::until("it is not read", || rig.kernel.lock().requests.is_empty());
+    // Long enough for an answer that comes too early.
+    std::thread::sleep(Duration::from_millis(300));
+    let early = rig.kernel.lock().answers.contains_key(&update);
+    // First: a test that fails must not wait for what is in flight.
+    device.gate.write(1).unwrap();
+    assert!(!early, "the kernel may give the memory to others now");
+    assert_eq!(rig.kernel.answer(update).result, 0);
 }

@@ -47,12 +47,16 @@ pub struct Device {
     pub queues: Vec<FakeQueue>,
     pub table: Vec<Translation>,
     pub requests: VecDeque<DevRequest>,
+    /// Those that were read and not answered.
+    pub unanswered: Vec<DevRequest>,
     pub answers: HashMap<u32, DevResponse>,
     pub config: Vec<u8>,
     pub config_interrupts: usize,
     /// Bytes that can be put behind the translations from 0 on.
     pub bounce: u64,
     pub umem: Option<(u64, u64, u64)>,
+    /// Before Linux 6.0 there is no asking about memory to bounce through.
+    pub knows_no_info: bool,
     /// Of network devices; Linux up to 7.2 does not.
     pub takes_control_queues: bool,
     /// Requests come in part only.
@@ -84,7 +88,14 @@ impl Kernel {
         Arc::new(Kernel { device: Mutex::new(device), bell })
     }
 
+    /// The node opened. What was read through an earlier opening and not answered is to be read again, as of
+    /// `vduse_dev_release` on.
     pub fn edge(self: &Arc<Kernel>) -> Box<dyn Edge> {
+        let mut device = self.lock();
+        for request in std::mem::take(&mut device.unanswered).into_iter().rev() {
+            device.requests.push_front(request);
+        }
+        drop(device);
         Box::new(FakeEdge(Arc::clone(self)))
     }
 
@@ -261,6 +272,7 @@ impl Edge for FakeEdge {
                 d.umem = Some((uaddr, iova, size));
             }
             (0x81, 0x19) => d.umem = None,
+            (0x81, 0x1a) if d.knows_no_info => return Err(error(libc::ENOTTY)),
             (0x81, 0x1a) => {
                 let (first, last) = (long(s, 0), long(s, 8));
                 let found = d.table.iter().find(|t| t.start <= last && t.last >= first);
@@ -298,6 +310,7 @@ impl Edge for FakeEdge {
             let _ = self.0.bell.read();
             return Err(io::ErrorKind::WouldBlock.into());
         };
+        d.unanswered.push(request);
         into.copy_from_slice(request.as_bytes());
         Ok(if d.cuts_requests { 7 } else { into.len() })
     }
@@ -307,7 +320,10 @@ impl Edge for FakeEdge {
         if response.reserved != [0; 4] {
             return Err(error(libc::EINVAL));
         }
-        self.0.lock().answers.insert(response.id, response);
+        let mut d = self.0.lock();
+        let at = d.unanswered.iter().position(|r| r.id == response.id).ok_or(error(libc::ENOENT))?;
+        d.unanswered.remove(at);
+        d.answers.insert(response.id, response);
         Ok(bytes.len())
     }
 

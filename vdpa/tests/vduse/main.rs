@@ -74,6 +74,9 @@ fn refusals_name_the_way_out() {
     assert!(control.destroy("disk0").unwrap_err().to_string().contains("vdpactl detach disk0"));
     kernel.lock().refuses = Some(libc::EINVAL);
     assert!(matches!(Control::new(kernel.edge()), Err(VduseError::Version(_))));
+    let nothing = tempfile::tempdir().unwrap();
+    let missing = Control::open_in(nothing.path()).unwrap_err().to_string();
+    assert!(missing.contains("modprobe vduse") && missing.contains("CONFIG_VDPA_USER"), "{missing}");
 }
 
 #[test]
@@ -208,6 +211,76 @@ fn pages_bounce_through_memory_of_ours() {
     assert_eq!(rig.kernel.lock().umem, None, "it is taken back");
 }
 
+/// A kernel before 6.0: that is said, and a device that is there already is served without.
+#[test]
+fn memory_of_ours_needs_a_kernel_that_takes_it() {
+    let mut rig = Rig::new(SPLIT);
+    rig.bounce = Bounce::Own { huge: false };
+    let node = Node::new(rig.kernel.edge());
+    assert_eq!(node.umem_size(0).unwrap(), None, "nothing is mapped yet");
+    rig.kernel.lock().knows_no_info = true;
+    assert!(node.umem_size(0).unwrap_err().to_string().contains("--bounce normal and huge need Linux 6.0"));
+    drop(node);
+    rig.serve(false);
+    let mut driver = rig.drive();
+    driver.write(0, 1, 1);
+    assert_eq!(driver.read(0, 1), 1);
+    assert_eq!(rig.kernel.lock().umem, None);
+}
+
+/// As after a migration: the ring is in the middle, and the device another one.
+#[test]
+fn a_queue_begins_where_its_driver_says() {
+    for (features, state, after) in
+        [(SPLIT, [3, 0, 0, 0], [5, 0, 0, 0]), (PACKED, [1, 9, 1, 9], [1, 15, 1, 15])]
+    {
+        let mut rig = Rig::new(features);
+        rig.serve(false);
+        let mut driver = rig.drive();
+        for sector in 0..3 {
+            driver.write(0, sector, 9);
+        }
+        assert_eq!(rig.kernel.vq_state(0), Some(state));
+        drop(rig.server.take());
+        let mut other = Rig::new(features);
+        other.serve(false);
+        other.kernel.map(RINGS, 1 << 20, 0, 3, &file_of(&driver.rings));
+        other.kernel.map(0, BOUNCE, 0, 3, &file_of(&driver.data));
+        // What is done already, if it were done again, would show here.
+        let header = [1u32, 0, 7, 0].map(u32::to_le_bytes).concat();
+        driver.data.map().slice(0x100, 16).unwrap().write(&header);
+        driver.kernel = Arc::clone(&other.kernel);
+        assert!(other.kernel.set_status(1 | 2 | 8));
+        driver.ready(0);
+        other.kernel.lock().queues[0].state = state;
+        assert!(other.kernel.set_status(1 | 2 | 8 | DRIVER_OK));
+        assert_eq!(other.kernel.vq_state(0), Some(state), "nothing is done again");
+        driver.write(0, 1, 5);
+        assert_eq!(driver.read(0, 7), 0, "nothing was done again");
+        assert_eq!(other.kernel.vq_state(0), Some(after));
+    }
+}
+
+#[test]
+fn a_queue_larger_than_the_devices_is_not_started() {
+    let mut rig = Rig::new(SPLIT);
+    rig.serve(false);
+    let mut driver = rig::Driver::new(&rig.kernel, SPLIT, rig::QUEUES);
+    assert!(rig.kernel.set_status(1 | 2 | 8));
+    driver.ready(0);
+    rig.kernel.lock().queues[0].num = 2 * u32::from(RING);
+    assert!(rig.kernel.set_status(1 | 2 | 8 | DRIVER_OK));
+    driver.submit(0, 0, 1, 0x2000);
+    // Answered by whoever starts queues, and once it has.
+    assert_eq!(rig.kernel.vq_state(0), Some([0; 4]));
+    assert!(driver.queues[0].collect().is_none(), "it was started");
+    assert!(rig.kernel.set_status(0));
+    rig.kernel.lock().table.clear();
+    let mut driver = rig.drive();
+    driver.write(0, 1, 1);
+    assert_eq!(driver.read(0, 1), 1);
+}
+
 #[test]
 fn features_that_were_not_offered_are_refused() {
     let mut rig = Rig::new(SPLIT);
@@ -258,6 +331,27 @@ fn a_successor_goes_on_where_a_killed_process_was() {
         assert_eq!(driver.read(0, 1), 1);
         assert_eq!(rig.kernel.lock().config_interrupts, 1);
     }
+}
+
+/// What a process has read and not answered when it dies, its successor reads again.
+#[test]
+fn a_request_that_was_read_and_not_answered_is_answered() {
+    let mut rig = Rig::new(SPLIT);
+    rig.serve(false);
+    let mut driver = rig.drive();
+    driver.write(0, 1, 1);
+    drop(rig.server.take());
+    let (state, moved) = (rig.kernel.post(0, &[0]), rig.kernel.post(2, &[0, 0, u32::MAX, u32::MAX]));
+    let dies = Node::new(rig.kernel.edge());
+    assert_eq!(dies.request().unwrap().map(|r| r.id), Some(state));
+    assert_eq!(dies.request().unwrap().map(|r| r.id), Some(moved));
+    assert!(dies.request().unwrap().is_none());
+    drop(dies);
+    rig.serve(true);
+    for id in [state, moved] {
+        assert_eq!(rig.kernel.answer(id).result, 0);
+    }
+    assert_eq!(driver.read(0, 1), 1);
 }
 
 #[test]
