@@ -122,14 +122,20 @@ pub fn built(name: &str) -> Option<PathBuf> {
 
 /// The `vhost-blk` that is built with fault points; it lies beside the one that is not.
 pub fn with_fault_points() -> Option<PathBuf> {
-    let plain = built("vhost-blk")?;
-    Some(plain.parent()?.parent()?.join("fault-points/vhost-blk")).filter(|path| path.is_file())
+    faulty("vhost-blk")
+}
+
+/// The same of any program that has them.
+pub fn faulty(program: &str) -> Option<PathBuf> {
+    let plain = built(program)?;
+    Some(plain.parent()?.parent()?.join("fault-points").join(program)).filter(|path| path.is_file())
 }
 
 /// Why there is no such program.
 pub fn no_fault_points() -> Option<String> {
-    let how = "cargo build -p vhost-blk --profile fault-points --features fault-points";
-    with_fault_points().is_none().then(|| format!("no daemon with fault points: {how}"))
+    let how = "cargo build -p vhost-blk -p vhost-net --profile fault-points --features fault-points";
+    let are_there = ["vhost-blk", "vhost-net"].into_iter().all(|program| faulty(program).is_some());
+    (!are_there).then(|| format!("no daemon with fault points: {how}"))
 }
 
 /// Looks a program up in `PATH` and the system's administration directories.

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use kickless_tests::daemon::{Daemon, Medium, Options};
-use kickless_tests::process::{Process, built, no_fault_points, with_fault_points};
+use kickless_tests::process::{Process, built, faulty, no_fault_points};
 use kickless_tests::runner::{self, Test};
 use kickless_tests::scene::Scene;
 use kickless_tests::wait;
@@ -45,6 +45,8 @@ const ATTEMPTS: &[(&str, &str, Outcome)] = &[
     ("session", "open", Refused(ENOSYS)),
     ("session", "remove", Refused(EACCES)),
     ("session", "socket", Killed),
+    // It would have UDP where neither filters nor Landlock see it.
+    ("session", "ring", Killed),
     ("session", "process", Killed),
     ("session", "program", Killed),
     ("session", "code", Killed),
@@ -58,16 +60,28 @@ const ATTEMPTS: &[(&str, &str, Outcome)] = &[
     ("main", "user", Killed),
 ];
 
+/// A daemon, and what it serves.
+type Serving = (&'static str, &'static [&'static str]);
+const DISK: Serving = ("vhost-blk", &["--backend=null:1M"]);
+const CARD: Serving = ("vhost-net", &["--switch", "--poll=event"]);
+
 /// Starts a daemon of which `thread` tries `what`.
-fn attempt(scene: &Scene, thread: &str, what: &str, args: &[&str]) -> Result<Outcome> {
-    let program = with_fault_points().context("no daemon with fault points")?;
+fn attempt(
+    scene: &Scene,
+    (program, serving): Serving,
+    thread: &str,
+    what: &str,
+    args: &[&str],
+) -> Result<Outcome> {
+    let program = faulty(program).context("no daemon with fault points")?;
     let log = scene.path("hijacked.log");
     // Its sockets are in a directory of their own.
     let socket = scene.path("sockets/s");
     std::fs::create_dir_all(scene.path("sockets"))?;
     std::fs::write(scene.path("victim"), "to be removed")?;
     let mut child = Command::new(program)
-        .args(["--backend=null:1M", &format!("--socket-path={}", socket.display())])
+        .args(serving)
+        .arg(format!("--socket-path={}", socket.display()))
         .args(args)
         .current_dir(scene.path(""))
         .env("KICKLESS_HIJACK", format!("{thread}:{what}"))
@@ -109,13 +123,15 @@ fn has_landlock(scene: &Scene) -> Result<bool> {
 fn hijacked_threads_reach_nothing(scene: &Scene) -> Result<Option<String>> {
     let has_landlock = has_landlock(scene)?;
     let mut wrong = Vec::new();
-    for &(thread, what, expected) in ATTEMPTS {
-        if expected == Refused(EACCES) && thread != "reactor" && !has_landlock {
-            continue;
-        }
-        let outcome = attempt(scene, thread, what, &[])?;
-        if outcome != expected {
-            wrong.push(format!("{thread}, {what}: {outcome:?}, not {expected:?}"));
+    for serving in [DISK, CARD] {
+        for &(thread, what, expected) in ATTEMPTS {
+            if expected == Refused(EACCES) && thread != "reactor" && !has_landlock {
+                continue;
+            }
+            let outcome = attempt(scene, serving, thread, what, &[])?;
+            if outcome != expected {
+                wrong.push(format!("{}: {thread}, {what}: {outcome:?}, not {expected:?}", serving.0));
+            }
         }
     }
     ensure!(wrong.is_empty(), "{}", wrong.join("\n"));
@@ -126,12 +142,14 @@ fn hijacked_threads_reach_nothing(scene: &Scene) -> Result<Option<String>> {
 /// The attempts are such that they come off where nothing is in their way. (To trace the test is not tried.)
 fn without_a_sandbox_they_reach_everything(scene: &Scene) -> Result<Option<String>> {
     for what in ["open", "create", "remove", "socket", "process", "ring", "code", "program"] {
-        let outcome = attempt(scene, "reactor", what, &["--sandbox=off"])?;
-        ensure!(outcome == Done, "{what}: {outcome:?}");
+        for serving in [DISK, CARD] {
+            let outcome = attempt(scene, serving, "reactor", what, &["--sandbox=off"])?;
+            ensure!(outcome == Done, "{}: {what}: {outcome:?}", serving.0);
+        }
     }
     ensure!(scene.path("made").exists(), "nothing was made");
     // The ring is limited all the same.
-    let outcome = attempt(scene, "reactor", "uring-open", &["--sandbox=off"])?;
+    let outcome = attempt(scene, DISK, "reactor", "uring-open", &["--sandbox=off"])?;
     ensure!(outcome == Refused(EACCES), "{outcome:?}");
     Ok(None)
 }
@@ -177,6 +195,95 @@ fn every_thread_has_given_up_its_rights(scene: &Scene) -> Result<Option<String>>
     expect_all(daemon.pid(), "Seccomp", "2")?;
     ensure!(daemon.times_said("confined: seccomp, ") == 1, "it does not say so");
     daemon.terminate()?;
+    Ok(None)
+}
+
+/// One that is joined to no interface of the host's needs none either; one that is keeps what it opens those again by.
+fn so_has_every_thread_of_a_switch(scene: &Scene) -> Result<Option<String>> {
+    let capture = format!("--pcap={}", scene.path("capture").display());
+    let control = format!("--control={}", scene.path("control").display());
+    let socket = format!("--socket-path={}", scene.path("s").display());
+    let args = ["--switch".to_owned(), "--poll=event".into(), capture, control, socket];
+    let mut process = Process::spawn(scene, "vhost-net", &built("vhost-net").context("no daemon")?, &args)?;
+    let fields = [
+        ("CapEff", "0000000000000000"),
+        ("CapPrm", "0000000000000000"),
+        ("CapInh", "0000000000000000"),
+        ("CapAmb", "0000000000000000"),
+        ("NoNewPrivs", "1"),
+        ("Seccomp", "2"),
+    ];
+    let outcome = wait::until("all threads, without rights", LIMIT, || {
+        if let Some(status) = process.poll_exit()? {
+            bail!("{status}: {}", process.stderr_tail());
+        }
+        // They begin one after the other.
+        let pid = process.pid();
+        let all = fields.iter().all(|(field, expected)| expect_all(pid, field, expected).is_ok());
+        let threads = || of_threads(pid, "Seccomp").map(|all| all.len()).unwrap_or(0);
+        // The first one, a reactor, a session, the writer of the capture, and who hands over.
+        Ok((all && threads() >= 5).then_some(()))
+    });
+    outcome.with_context(|| format!("{:?}", of_threads(process.pid(), "CapPrm")))?;
+    process.signal(nix::sys::signal::Signal::SIGTERM)?;
+    let status = process.wait_exit(LIMIT)?;
+    ensure!(status.success(), "{status}: {}", process.stderr_tail());
+    Ok(None)
+}
+
+/// What is asked for over the API is done in the directories that were named for it, and nowhere else.
+fn the_api_reaches_what_it_is_allowed(scene: &Scene) -> Result<Option<String>> {
+    if !has_landlock(scene)? {
+        return Ok(Some("no Landlock on this kernel".into()));
+    }
+    for dir in ["allowed", "other"] {
+        std::fs::create_dir_all(scene.path(dir))?;
+        std::fs::write(scene.path(dir).join("disk.img"), [0; 4096])?;
+    }
+    for (program, serving, list) in
+        [("vhost-blk", "", "/v1/disks"), ("vhost-net", "switch = true\npoll = 'event'\n", "/v1/ports")]
+    {
+        let config = scene.path("config/daemon.toml");
+        std::fs::create_dir_all(scene.path("config"))?;
+        let api = scene.path("config/api");
+        let text =
+            format!("{serving}api = '{}'\nallow = ['{}']\n", api.display(), scene.path("allowed").display());
+        std::fs::write(&config, text)?;
+        let args = [format!("--config={}", config.display())];
+        let mut process = Process::spawn(scene, program, &built(program).context("no daemon")?, &args)?;
+        let client = control::client::Client::new(&api);
+        wait::until("the API", LIMIT, || {
+            if let Some(status) = process.poll_exit()? {
+                bail!("{status}: {}", process.stderr_tail());
+            }
+            Ok(client.call("GET", "/v1/daemon", None).ok())
+        })?;
+        let add = |images: &str, sockets: &str| -> Result<(u16, String)> {
+            let path = |dir: &str, name: &str| scene.path(dir).join(name).display().to_string();
+            let mut spec = serde_json::json!({ "name": "a", "socket-path": path(sockets, "a.sock") });
+            if program == "vhost-blk" {
+                spec["blk-file"] = path(images, "disk.img").into();
+                spec["direct"] = false.into();
+            }
+            let answer = client.call("POST", list, Some(&spec))?;
+            Ok((answer.status, String::from_utf8_lossy(&answer.body).into_owned()))
+        };
+        let (status, said) = add("allowed", "other")?;
+        ensure!(status == 409 && said.contains("ermission denied"), "{program}: {status} {said}");
+        if program == "vhost-blk" {
+            let (status, said) = add("other", "allowed")?;
+            ensure!(status == 409 && said.contains("ermission denied"), "{program}: {status} {said}");
+        }
+        let (status, said) = add("allowed", "allowed")?;
+        ensure!(status == 201, "{program}: {status} {said}");
+        let answer = client.call("POST", "/v1/save", None)?;
+        ensure!(answer.status == 200, "{program}: {}", String::from_utf8_lossy(&answer.body));
+        let answer = client.call("DELETE", &format!("{list}/a"), None)?;
+        ensure!(answer.status == 204, "{program}: {}", String::from_utf8_lossy(&answer.body));
+        process.signal(nix::sys::signal::Signal::SIGTERM)?;
+        let status = process.wait_exit(LIMIT)?;
+        ensure!(status.success(), "{status}: {}", process.stderr_tail());
+    }
     Ok(None)
 }
 
@@ -233,6 +340,8 @@ fn main() -> ExitCode {
             no_fault_points,
         ),
         Test::new("every_thread_has_given_up_its_rights", every_thread_has_given_up_its_rights, || None),
+        Test::new("so_has_every_thread_of_a_switch", so_has_every_thread_of_a_switch, || None),
+        Test::new("the_api_reaches_what_it_is_allowed", the_api_reaches_what_it_is_allowed, || None),
         Test::new("root_becomes_the_user", root_becomes_the_user, || None),
         Test::new("the_root_can_be_another_directory", the_root_can_be_another_directory, || None),
     ];

@@ -55,7 +55,7 @@ pub struct Cli {
 }
 
 /// The options that are not [`DeviceOptions`].
-const OWN: [&str; 13] = [
+const OWN: [&str; 14] = [
     "socket_path",
     "fd",
     "blk_file",
@@ -68,6 +68,7 @@ const OWN: [&str; 13] = [
     "poll",
     "api",
     "api_mode",
+    "allow",
     "log",
 ];
 
@@ -137,6 +138,11 @@ pub struct Options {
     #[arg(long, value_name = "MODE", default_value = "600", value_parser = daemon::socket_mode)]
     #[serde(deserialize_with = "mode")]
     pub api_mode: u32,
+
+    /// With --api, a directory in which files may be opened and made that are asked for while it runs; repeat for more.
+    /// Without any: anywhere
+    #[arg(long, value_name = "DIR")]
+    pub allow: Vec<PathBuf>,
 
     /// What to log: error, warn, info, debug or trace, also by module (poll_engine=debug)
     #[arg(long, value_name = "FILTER", default_value = "info")]
@@ -397,7 +403,7 @@ mod tests {
     }
 
     /// Of each option some value, on the command line and in a file.
-    const EACH: [(&str, &str); 23] = [
+    const EACH: [(&str, &str); 24] = [
         ("--socket-path=/s", "socket-path = '/s'"),
         ("--fd=3", "fd = 3"),
         ("--blk-file=/f", "blk-file = '/f'"),
@@ -423,6 +429,7 @@ mod tests {
         ("--poll=busy", "poll = 'busy'"),
         ("--api=/a", "api = '/a'"),
         ("--api-mode=660", "api-mode = 660"),
+        ("--allow=/d", "allow = ['/d']"),
         ("--log=debug", "log = 'debug'"),
     ];
 

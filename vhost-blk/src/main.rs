@@ -1,6 +1,5 @@
 //! `vhost-blk`: opens images, starts reactors, serves sockets, obeys signals.
 
-use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -128,13 +127,13 @@ fn serve(
 fn places(wanted: &[Wanted], cli: &Cli, options: &Options) -> Places {
     let sockets = wanted.iter().filter_map(|w| w.place.path()).chain(cli.upgrade.control.as_deref());
     let records = wanted.iter().filter_map(|w| w.record_path());
-    let api = options.api.as_deref();
-    Places {
-        sockets: sockets.chain(records).chain(api).map(Places::directory_of).collect(),
-        // Disks that are added are anywhere. Threads that guests have to do with stay without any files.
-        write: api.map(|_| PathBuf::from("/")).into_iter().collect(),
-        ..Places::default()
+    let all = sockets.chain(records).chain(options.api.as_deref());
+    let mut places = Places { sockets: all.map(Places::directory_of).collect(), ..Places::default() };
+    if options.api.is_some() {
+        // Disks that are added. Threads that guests have to do with stay without any files.
+        places.for_api(&options.allow, cli.config.as_deref());
     }
+    places
 }
 
 fn engine_config(options: &Options) -> EngineConfig {

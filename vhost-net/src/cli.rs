@@ -165,6 +165,11 @@ pub struct Options {
     #[serde(deserialize_with = "mode")]
     pub api_mode: u32,
 
+    /// With --api, a directory in which files may be opened and made that are asked for while it runs; repeat for more.
+    /// Without any: anywhere
+    #[arg(long, value_name = "DIR")]
+    pub allow: Vec<PathBuf>,
+
     /// What to log: error, warn, info, debug or trace, also by module (poll_engine=debug)
     #[arg(long, value_name = "FILTER", default_value = "info")]
     pub log: String,
@@ -288,7 +293,7 @@ mod tests {
     }
 
     /// Of each option some value, on the command line and in a file.
-    const EACH: [(&str, &str); 23] = [
+    const EACH: [(&str, &str); 24] = [
         ("--socket-path=/s", "socket-path = '/s'"),
         ("--fd=3", "fd = 3"),
         ("--tap=t", "tap = 't'"),
@@ -311,6 +316,7 @@ mod tests {
         ("--poll=busy", "poll = 'busy'"),
         ("--api=/a", "api = '/a'"),
         ("--api-mode=660", "api-mode = 660"),
+        ("--allow=/d", "allow = ['/d']"),
         ("--log=debug", "log = 'debug'\nrecord-core-cycles = true"),
     ];
 

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use anyhow::{Context, Result, bail};
 use control::server::{Api, bind};
 use daemon::Place;
-use daemon::confine::{CapabilitySet, Identity};
+use daemon::confine::{CapabilitySet, Identity, Mode, Places};
 use daemon::takeover::{self, Heir, Inherited, Source};
 use daemon::watchdog::Watchdog;
 use poll_engine::engine::{Engine, EngineConfig};
@@ -69,19 +69,25 @@ fn serve(
     wanted: Vec<Wanted>,
     identity: Option<Identity>,
     heir: &mut Heir,
-    places: impl Iterator<Item = Option<usize>>,
+    inherited: impl Iterator<Item = Option<usize>>,
 ) -> Result<()> {
+    // Interfaces that were gone are opened again, by reactors and in ways that take rights. Others need none.
+    let opens = options.uplink.is_some() || wanted.iter().any(|w| w.tap.is_some());
+    let confine =
+        || cli.confine.threads(identity.clone(), &places(&wanted, cli, options), CapabilitySet::empty());
+    let confinement = (!opens).then(confine).transpose()?;
     let mut uplink = open_uplink(options, &wanted)?;
     let captured = capture(options, &wanted)?;
     // Before the sockets: whoever sees one may send signals.
     let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP, SIGUSR1]).context("cannot handle signals")?;
-    let sources = wanted.iter().zip(places).map(|(w, inherited)| Source::of(&w.place, inherited));
+    let sources = wanted.iter().zip(inherited).map(|(w, inherited)| Source::of(&w.place, inherited));
     let sources = sources.collect::<Result<Vec<_>, _>>()?;
     let control = heir.listen()?;
     let api = options.api.as_deref().map(|path| bind(path, options.api_mode, heir.is_one())).transpose()?;
-    // Interfaces that were gone are opened again.
-    let keep = CapabilitySet::NET_ADMIN | CapabilitySet::NET_RAW;
-    cli.confine.seal_coarsely(identity.as_ref(), keep)?;
+    if opens {
+        let keep = CapabilitySet::NET_ADMIN | CapabilitySet::NET_RAW;
+        cli.confine.seal_coarsely(identity.as_ref(), keep)?;
+    }
     let config = EngineConfig {
         cpus: options.cpus.clone().unwrap_or_default(),
         pacing: options.poll,
@@ -104,6 +110,9 @@ fn serve(
         engine.add_station(reactor, Box::new(shard)).context("cannot start a shard")
     });
     let shards = shards.collect::<Result<Vec<_>>>()?;
+    if let Some(confinement) = &confinement {
+        confinement.seal()?;
+    }
 
     heir.ask()?;
     let left = Arc::new(AtomicUsize::new(wanted.len()));
@@ -135,6 +144,7 @@ fn serve(
         withheld,
         file: cli.config.clone(),
         upgradable: cli.upgrade.control.is_some(),
+        opens: opens || cli.confine.sandbox == Mode::Off,
     };
     let ports = Arc::new(Ports::new(setting, options.clone(), served, captured));
     let api = api.map(|listener| Api::start(listener, router(Arc::clone(&ports)))).transpose();
@@ -164,6 +174,19 @@ fn serve(
     drop(shards);
     drop(engine);
     successor.outcome()
+}
+
+/// Where something is done by name once all is open.
+fn places(wanted: &[Wanted], cli: &Cli, options: &Options) -> Places {
+    let sockets = wanted.iter().filter_map(|w| w.place.path()).chain(cli.upgrade.control.as_deref());
+    let own = sockets.chain(options.api.as_deref()).chain(options.pcap.as_deref());
+    let mut places = Places { sockets: own.map(Places::directory_of).collect(), ..Places::default() };
+    // It is read again.
+    places.read.extend(cli.config.as_deref().map(Places::directory_of));
+    if options.api.is_some() {
+        places.for_api(&options.allow, cli.config.as_deref());
+    }
+    places
 }
 
 /// The capture that was asked for, with an interface for each port.

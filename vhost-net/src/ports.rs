@@ -272,6 +272,8 @@ pub struct Setting {
     pub file: Option<PathBuf>,
     /// Whether another process may take over, which cannot have taps.
     pub upgradable: bool,
+    /// Whether it may open interfaces.
+    pub opens: bool,
 }
 
 /// All of them.
@@ -360,6 +362,11 @@ impl Ports {
         }
         if self.setting.upgradable && spec.has_tap() {
             let why = "a port that is joined to a tap cannot be handed over, and this daemon was started with --control";
+            return Err(Refused::Conflict(why.into()));
+        }
+        if !self.setting.opens && spec.has_tap() {
+            let why = "this daemon has given up the right to open interfaces, as it began without any; start it with a port \
+                       that has a tap, with an uplink, or with --sandbox off";
             return Err(Refused::Conflict(why.into()));
         }
         let served = self.begin(spec, &options).map_err(|e| conflict(&e))?;

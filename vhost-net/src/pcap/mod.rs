@@ -29,6 +29,7 @@ use pcap_file::pcapng::blocks::interface_description::{
 use pcap_file::pcapng::blocks::section_header::{SectionHeaderBlock, SectionHeaderOption};
 use pcap_file::{DataLink, PcapError};
 use poll_engine::clock::Clock;
+use poll_engine::confine::{self, Role};
 use poll_engine::words::{Producer, WordRing, Words};
 use tracing::warn;
 
@@ -143,7 +144,8 @@ impl Capture {
         let start = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let writer = Writer { shared, out, clock, zero, start, pending: Vec::new(), told_lost: Vec::new() };
         let thread = std::thread::Builder::new().name("pcap".into());
-        capture.writer = Some(thread.spawn(move || writer.run()).map_err(failed)?);
+        let writer = confine::spawn(thread, Role::Writer, move || writer.run());
+        capture.writer = Some(writer.map_err(failed)?);
         Ok(capture)
     }
 

@@ -35,6 +35,18 @@ impl Places {
         }
     }
 
+    /// With what is asked for over the API as well: in these directories, or if there are none, anywhere; and the file that
+    /// changes are saved to.
+    pub fn for_api(&mut self, allowed: &[PathBuf], config: Option<&Path>) {
+        self.write.extend_from_slice(allowed);
+        self.write.extend(config.map(Places::directory_of));
+        if allowed.is_empty() {
+            self.write.push(PathBuf::from("/"));
+        }
+        // Of which groups somebody is.
+        self.read.push(PathBuf::from("/proc"));
+    }
+
     /// What of these a session does: nothing but sockets.
     #[must_use]
     pub fn of_sockets(&self) -> Places {
