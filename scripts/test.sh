@@ -150,11 +150,11 @@ soak() {
     local kills=${SOAK_KILLS:-10000} moves=${SOAK_MIGRATIONS:-100}
     local packets=${SOAK_PACKETS:-10000000}
     local upgrades=${SOAK_UPGRADES:-500} sessions=${SOAK_SESSIONS:-50000} attached=${SOAK_ATTACHED:-50}
-    local changes=${SOAK_CHANGES:-120} images=${SOAK_IMAGES:-500}
+    local changes=${SOAK_CHANGES:-120} configs=${SOAK_CONFIGS:-60} images=${SOAK_IMAGES:-500}
     local limit=$((minutes * 60)) tests=(cargo test -p kickless-tests --test)
     export PROPTEST_CASES=${PROPTEST_CASES:-4096}
     {
-        cargo build -q -p vhost-blk -p vhost-net -p vdpa -p vhostctl -p kickless-guest -p kickless-tests --bins && "${tests[@]}" kill --no-run
+        cargo build -q -p vhost-blk -p vhost-net -p vdpa -p vhostctl -p vbench -p kickless-guest -p kickless-tests --bins && "${tests[@]}" kill --no-run
     } || { echo "soak: does not build"; return 1; }
 
     # By count; 0 leaves a part out. One that fails does not keep the others from running.
@@ -172,8 +172,13 @@ soak() {
         env KICKLESS_PACKETS="$packets" "${tests[@]}" kvm -- --nocapture packets_are_exchanged
     [ "$attached" = 0 ] || part "a disk attached and detached $attached times on the vDPA bus" $((attached * 20 + 600)) \
         env KICKLESS_VDPA_ROUNDS="$attached" "${tests[@]}" vdpa -- --nocapture disks
-    [ "$changes" = 0 ] || part "disks and reactors changed at random for $changes s under load, and 20,000 calls of any kind" $((changes + 1200)) \
+    [ "$changes" = 0 ] || part "disks, reactors and ports changed at random for $changes s under load, and 20,000 calls of any kind" $((changes + 1200)) \
         env KICKLESS_CONTROL_SECONDS="$changes" KICKLESS_CONTROL_CALLS=20000 "${tests[@]}" control -- --nocapture
+    # shellcheck disable=SC2016 # for the shell that runs it
+    [ "$configs" = 0 ] || part "configuration files changed at random for $configs s" $((configs + 600)) \
+        env PROPTEST_CASES=20000 bash -c 'until [ $SECONDS -ge "$1" ]; do
+            cargo test -q -p vhost-blk -p vhost-net --test config read_or_refused || exit 1
+        done' - "$configs"
     # Others each time; a failure says which, to be repeated.
     [ "$sessions" = 0 ] || part "$sessions random sessions (KICKLESS_FUZZ_SEED=$seed)" $((sessions / 20 + 600)) \
         env KICKLESS_FUZZ_SEED=$seed KICKLESS_FUZZ_SESSIONS="$sessions" "${tests[@]}" hostile_front_end random
@@ -212,7 +217,7 @@ fi
 # The end-to-end tests start the daemon that is built here.
 step "build" cargo build --workspace --bins
 # And one of them beside it that can be had to die between any two steps of a request.
-step "build with fault points" cargo build -p vhost-blk --profile fault-points --features fault-points
+step "build with fault points" cargo build -p vhost-blk -p vhost-net --profile fault-points --features fault-points
 step "first day" scripts/first-day.sh
 if command -v apt-get >/dev/null; then
     step "guest image" scripts/guest-image.sh

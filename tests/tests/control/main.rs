@@ -12,6 +12,7 @@ mod many;
 #[allow(dead_code)]
 mod model;
 mod net;
+mod net_random;
 mod random;
 mod rig;
 

@@ -13,8 +13,8 @@ use crate::front::{BLOCKS, End, Front};
 use crate::model::BLOCK;
 use crate::rig::{LIMIT, Rig};
 
-fn seconds() -> u64 {
-    std::env::var("KICKLESS_CONTROL_SECONDS").ok().and_then(|n| n.parse().ok()).unwrap_or(5)
+pub fn seconds() -> u64 {
+    std::env::var("KICKLESS_CONTROL_SECONDS").ok().and_then(|n| n.parse().ok()).unwrap_or(10)
 }
 
 #[test]

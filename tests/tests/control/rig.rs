@@ -173,6 +173,11 @@ impl Rig {
         Command::new(program).env("VHOSTCTL_API", self.path("api")).args(args).output().unwrap()
     }
 
+    /// Mappings of memory.
+    pub fn mappings(&self) -> usize {
+        std::fs::read_to_string(format!("/proc/{}/maps", self.process.pid())).unwrap().lines().count()
+    }
+
     /// Open descriptors, and threads.
     pub fn counts(&self) -> (usize, usize) {
         let count = |what: &str| {
