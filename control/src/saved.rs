@@ -57,7 +57,9 @@ pub fn update<T: Listed>(document: &mut DocumentMut, old: &[T], has_first: bool,
     for old in first {
         let new = after(old);
         if new.is_none_or(|new| !new.update(old, document.as_table_mut(), true)) {
-            T::FIRST.iter().for_each(|key| drop(document.remove(key)));
+            for key in T::FIRST {
+                document.remove(key);
+            }
             fresh.extend(new);
         }
     }
@@ -73,7 +75,9 @@ pub fn update<T: Listed>(document: &mut DocumentMut, old: &[T], has_first: bool,
     }
     for new in fresh {
         let mut table = Table::new();
-        new.written().into_iter().for_each(|(key, written)| drop(table.insert(key, value(written))));
+        for (key, written) in new.written() {
+            table.insert(key, value(written));
+        }
         tables.push(table);
     }
     if !tables.is_empty() {

@@ -220,7 +220,7 @@ fn so_has_every_thread_of_a_switch(scene: &Scene) -> Result<Option<String>> {
         // They begin one after the other.
         let pid = process.pid();
         let all = fields.iter().all(|(field, expected)| expect_all(pid, field, expected).is_ok());
-        let threads = || of_threads(pid, "Seccomp").map(|all| all.len()).unwrap_or(0);
+        let threads = || of_threads(pid, "Seccomp").map_or(0, |all| all.len());
         // The first one, a reactor, a session, the writer of the capture, and who hands over.
         Ok((all && threads() >= 5).then_some(()))
     });

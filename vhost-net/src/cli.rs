@@ -234,13 +234,14 @@ impl Options {
     /// With a port that is there as it is now. One that was described by options of its own may need more than these can say.
     pub fn set_port(&mut self, now: &PortSpec) {
         let place = now.place();
-        match self.port.iter_mut().find(|port| port.place() == place) {
-            Some(port) => port.clone_from(now),
-            None => {
-                place.iter().for_each(|place| self.drop_port(place));
-                self.port.insert(0, now.clone());
-            }
+        if let Some(port) = self.port.iter_mut().find(|port| port.place() == place) {
+            port.clone_from(now);
+            return;
         }
+        if let Some(place) = &place {
+            self.drop_port(place);
+        }
+        self.port.insert(0, now.clone());
     }
 
     /// All ports of guests. The first may be described by options of its own.

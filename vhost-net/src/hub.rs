@@ -63,12 +63,14 @@ pub struct Port {
     expected_until: AtomicU64,
 }
 
+/// The next port's.
+static SERIAL: AtomicU64 = AtomicU64::new(0);
+
 impl Port {
     /// One whose link is up and whose guest is not there.
     pub fn new(name: String, pairs: u16, waits: bool) -> Port {
         let homes = std::iter::repeat_with(Default::default).take(pairs.into()).collect();
         let pairs = std::iter::repeat_with(Default::default).take(pairs.into()).collect();
-        static SERIAL: AtomicU64 = AtomicU64::new(0);
         Port {
             name,
             serial: SERIAL.fetch_add(1, Ordering::Relaxed),

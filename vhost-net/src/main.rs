@@ -59,7 +59,7 @@ fn run(cli: &Cli) -> Result<()> {
             other.as_ref().map_or(Ok(()), |other: &Inherited<About>| other.about.expect(key, plan.into()))?;
         }
         let places = inherited.iter().map(|i| i.as_ref().map(|i| i.place));
-        serve((cli, options), wanted, identity, heir, places)
+        serve((cli, options), wanted, identity.as_ref(), heir, places)
     })
 }
 
@@ -67,14 +67,14 @@ fn run(cli: &Cli) -> Result<()> {
 fn serve(
     (cli, options): (&Cli, &Options),
     wanted: Vec<Wanted>,
-    identity: Option<Identity>,
+    identity: Option<&Identity>,
     heir: &mut Heir,
     inherited: impl Iterator<Item = Option<usize>>,
 ) -> Result<()> {
     // Interfaces that were gone are opened again, by reactors and in ways that take rights. Others need none.
     let opens = options.uplink.is_some() || wanted.iter().any(|w| w.tap.is_some());
     let confine =
-        || cli.confine.threads(identity.clone(), &places(&wanted, cli, options), CapabilitySet::empty());
+        || cli.confine.threads(identity.cloned(), &places(&wanted, cli, options), CapabilitySet::empty());
     let confinement = (!opens).then(confine).transpose()?;
     let mut uplink = open_uplink(options, &wanted)?;
     let captured = capture(options, &wanted)?;
@@ -86,7 +86,7 @@ fn serve(
     let api = options.api.as_deref().map(|path| bind(path, options.api_mode, heir.is_one())).transpose()?;
     if opens {
         let keep = CapabilitySet::NET_ADMIN | CapabilitySet::NET_RAW;
-        cli.confine.seal_coarsely(identity.as_ref(), keep)?;
+        cli.confine.seal_coarsely(identity, keep)?;
     }
     let config = EngineConfig {
         cpus: options.cpus.clone().unwrap_or_default(),

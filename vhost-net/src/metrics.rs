@@ -69,7 +69,7 @@ fn counts(s: &Served, queue: u16, all: QueueCounts) -> QueueCounts {
     // A tap counts by itself.
     let Counted::Hub(port, _) = &s.counted else { return all };
     match port.pairs.get(usize::from(queue / 2)) {
-        Some(pair) if queue % 2 == 0 => {
+        Some(pair) if queue.is_multiple_of(2) => {
             QueueCounts { requests: pair.rx_packets.get(), read: pair.rx_bytes.get(), ..all }
         }
         Some(pair) => QueueCounts { requests: pair.tx_packets.get(), written: pair.tx_bytes.get(), ..all },

@@ -381,13 +381,11 @@ impl Ports {
         let listener = wanted.place.listen()?;
         let mut captured = locked(&self.captured);
         let index = captured.as_ref().map(|captured| captured.capture().add(&wanted.name));
-        let number = match wanted.tap {
-            Some(_) => None,
-            None => {
-                let port = Port::new(wanted.name.clone(), wanted.card.pairs, wanted.spec.wait);
-                let number = hub.add_port(port, wanted.spec.rules(), engine)?;
-                u16::try_from(number).ok()
-            }
+        let number = if wanted.tap.is_some() {
+            None
+        } else {
+            let port = Port::new(wanted.name.clone(), wanted.card.pairs, wanted.spec.wait);
+            u16::try_from(hub.add_port(port, wanted.spec.rules(), engine)?).ok()
         };
         if let (Some(captured), Some(number), Some(index)) = (captured.as_mut(), number, index) {
             captured.joins(number, index);

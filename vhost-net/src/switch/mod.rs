@@ -255,7 +255,7 @@ impl Switch {
     /// The decisions of reactor number `shard`, or behind the last one, of whoever is no reactor: one at a time may be in use.
     pub fn shard(self: &Arc<Self>, shard: usize) -> Shard {
         let ports = self.latest();
-        Shard { switch: Arc::clone(self), ports, shard, period: Period::default(), period_ends: 0 }
+        Shard { switch: Arc::clone(self), ports, number: shard, period: Period::default(), period_ends: 0 }
     }
 
     /// The addresses learnt.
@@ -354,7 +354,7 @@ pub struct Shard {
     switch: Arc<Switch>,
     /// As last adopted.
     ports: Arc<[Port]>,
-    shard: usize,
+    number: usize,
     period: Period,
     period_ends: u64,
 }
@@ -422,7 +422,7 @@ impl Shard {
     }
 
     fn counters(&self, port: PortId) -> &PortCounters {
-        &self.ports[port.index()].counters[self.shard]
+        &self.ports[port.index()].counters[self.number]
     }
 
     #[cold]
@@ -523,7 +523,7 @@ impl Shard {
                 Ok(action) => Some((id, action)),
                 Err(DropReason::EgressDown | DropReason::Isolated | DropReason::VlanEgress) => None,
                 Err(reason) => {
-                    to.counters[self.shard].dropped(reason);
+                    to.counters[self.number].dropped(reason);
                     None
                 }
             }

@@ -375,7 +375,7 @@ fn deadly(who: Who) -> Result<Rules, seccompiler::BackendError> {
         }
         // Its sockets are accepted. A ring would open others, such as of UDP, which Landlock does not see either.
         Who::Thread(Role::Session) => {
-            add(&mut rules, &[libc::SYS_socket, libc::SYS_connect, libc::SYS_bind, libc::SYS_io_uring_setup])
+            add(&mut rules, &[libc::SYS_socket, libc::SYS_connect, libc::SYS_bind, libc::SYS_io_uring_setup]);
         }
         Who::Thread(Role::Reactor | Role::Writer | Role::Worker) => add(
             &mut rules,
