@@ -364,6 +364,93 @@ fn the_layout_is_that_of_the_document() {
     pair.finish();
 }
 
+/// `QueueRegionPacked` and `DescStatePacked` of the vhost-user document, by their offsets.
+#[test]
+fn the_layout_of_packed_rings_is_that_of_the_document() {
+    let mut pair = Pair::new(RingFormat::Packed);
+    assert_eq!(pair.kept.spec.regions_bytes(RingFormat::Packed), 2 * 320, "32 + 8 * 32 bytes, to the next 64");
+    let half = |pair: &Pair, at: usize| u16::from_ne_bytes(pair.kept.bytes()[at..at + 2].try_into().unwrap());
+    // features, version, desc_num, free_head, old_free_head, used_idx, old_used_idx; then both wrap counters.
+    let header = |pair: &Pair| [0, 2, 4, 6, 8, 10, 12, 14, 16, 18].map(|at| half(pair, at));
+    let wraps = |pair: &Pair| [pair.kept.bytes()[20], pair.kept.bytes()[21]];
+    assert_eq!((header(&pair), wraps(&pair)), ([0, 0, 0, 0, 1, SIZE, 0, 0, 0, 0], [1, 1]));
+    // Of two, three and one descriptors.
+    (0..3).for_each(|_| pair.add());
+    (0..3).for_each(|_| pair.take());
+    assert_eq!((header(&pair), wraps(&pair)), ([0, 0, 0, 0, 1, SIZE, 6, 6, 0, 0], [1, 1]));
+    let ids: Vec<u16> = pair.taken.iter().map(|(taken, _)| taken.id).collect();
+    for (counter, (first, num)) in [(0, 2), (2, 3), (5, 1)].into_iter().enumerate() {
+        let bytes = pair.kept.bytes();
+        let entry = |i: usize| &bytes[32 + 32 * i..][..32];
+        let half = |i: usize, at: usize| u16::from_ne_bytes(entry(i)[at..at + 2].try_into().unwrap());
+        assert_eq!(entry(first)[0], 1, "inflight");
+        assert_eq!([4, 6].map(|at| usize::from(half(first, at))), [first + num - 1, num], "last and num");
+        assert_eq!(u64::from_ne_bytes(entry(first)[8..16].try_into().unwrap()), counter as u64, "counter");
+        for i in 0..num {
+            let at = first + i;
+            if i > 0 {
+                assert_eq!((entry(at)[0], usize::from(half(at - 1, 2))), (0, at), "inflight and next");
+            }
+            assert_eq!(half(at, 16), ids[counter], "id");
+            // WRITE for all but the first (virtio 1.3, 2.8.5).
+            assert_eq!(half(at, 18) & 2, if i > 0 { 2 } else { 0 }, "flags");
+            assert_eq!(u32::from_ne_bytes(entry(at)[20..24].try_into().unwrap()), 8, "len");
+            let addr = u64::from_ne_bytes(entry(at)[24..].try_into().unwrap());
+            assert_eq!(addr, pair.kept.data + 16 * i as u64, "addr");
+        }
+    }
+    pair.complete(2);
+    pair.complete(0);
+    assert_eq!([16, 18].map(|at| half(&pair, at)), [0, 0], "not before they are shown");
+    pair.publish(None);
+    assert_eq!(([16, 18].map(|at| half(&pair, at)), wraps(&pair)), ([3, 3], [1, 1]), "used_idx, and as it was");
+    let bytes = pair.kept.bytes();
+    assert_eq!([0, 2, 5].map(|i| bytes[32 + 32 * i]), [0, 1, 0], "inflight");
+    assert_eq!(half(&pair, 12), half(&pair, 14), "free_head, and as it was");
+    pair.finish();
+}
+
+#[test]
+fn packed_records_of_other_rings_are_refused() {
+    let kept = Kept::new(RingFormat::Packed, false);
+    drop(kept.activate());
+    let refused = |what: &str| {
+        let ring = Ring::activate(&kept.config, &kept.map).unwrap();
+        let error = ring.recover(kept.region()).unwrap_err().to_string();
+        assert!(error.contains(what), "{error}");
+    };
+    // Offset, bytes that are wrong there, those that are right.
+    let n = SIZE.to_ne_bytes();
+    for (at, bad, good, what) in [
+        (8, [2, 0], [1, 0], "version"),
+        (0, [1, 0], [0, 0], "features"),
+        (10, [9, 0], n, "number of entries"),
+        (16, n, [0, 0], "used index"),
+        (12, n, [0, 0], "in no list"),
+        (14, n, [0, 0], "in no list"),
+        (34, [0, 0], [1, 0], "loop"),
+        (32 + 7 * 32 + 2, [3, 0], n, "loop"),
+    ] {
+        // Only one of both heads counts, by where the ring stands.
+        let both = at == 12 || at == 14;
+        kept.set_bytes(at, &bad);
+        if both {
+            kept.set_bytes(26 - at, &bad);
+        }
+        refused(what);
+        kept.set_bytes(at, &good);
+        if both {
+            kept.set_bytes(26 - at, &good);
+        }
+    }
+    let whole = Ring::activate(&kept.config, &kept.map).unwrap();
+    whole.recover(kept.region()).unwrap();
+    let mut ram = Ram::new(0x10_0000, 1 << 20, false).unwrap();
+    let config = DriverRing::lay_out(&mut ram, 2 * SIZE, RING | features::RING_PACKED).unwrap();
+    let larger = Ring::activate(&config, ram.map()).unwrap();
+    assert!(larger.recover(kept.region()).is_err());
+}
+
 #[test]
 fn records_of_other_rings_are_refused() {
     let kept = Kept::new(RingFormat::Split, false);

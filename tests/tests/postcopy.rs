@@ -14,6 +14,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
@@ -22,6 +23,7 @@ use std::time::{Duration, Instant};
 use blk::{Front, Served};
 use kickless_tests::image::Image;
 use kickless_tests::net;
+use kickless_tests::runner::{self, Test};
 use kickless_tests::scene::Scene;
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::eventfd::EventFd;
@@ -46,15 +48,8 @@ nix::ioctl_read!(
     uffdio_wake, 0xaa, 0x02, [u64; 2]
 );
 
-/// Whether the test can be run. Where it cannot, the daemon must not offer what it needs.
-fn possible() -> bool {
-    if !userfault::is_available() {
-        eprintln!("ignored: userfaultfd is not permitted here");
-        let two = Two::start("ram:8M");
-        assert_eq!(two.connect().ask_number(15) & protocol::PAGEFAULT, 0);
-        two.served.terminate();
-    }
-    userfault::is_available()
+fn missing() -> Option<String> {
+    (!userfault::is_available()).then(|| "userfaultfd is not permitted here".to_owned())
 }
 
 /// The daemon with two disks on one reactor.
@@ -384,9 +379,6 @@ impl Guest {
 }
 
 fn comes_before_its_memory(backend: &str, how: Tell, ring: u64) {
-    if !possible() {
-        return;
-    }
     let two = Two::start(backend);
     two.beside(|two| {
         let (mut peer, faults) = two.listening();
@@ -447,24 +439,20 @@ fn comes_before_its_memory(backend: &str, how: Tell, ring: u64) {
     two.served.terminate();
 }
 
-#[test]
 fn a_file_is_served_before_its_memory() {
     comes_before_its_memory("file", Tell::Table, 0);
 }
 
 /// Each part of a packed ring is read and written by the device, and comes late as well.
-#[test]
 fn a_packed_ring_comes_after_its_guest() {
     comes_before_its_memory("file", Tell::Table, features::RING_PACKED);
     comes_before_its_memory("ram:8M", Tell::Slots, features::RING_PACKED | features::EVENT_IDX);
 }
 
-#[test]
 fn a_ram_disk_is_served_before_its_memory() {
     comes_before_its_memory("ram:8M", Tell::Slots, 0);
 }
 
-#[test]
 fn a_file_without_direct_io_is_served_before_its_memory() {
     let file = tempfile::NamedTempFile::new_in("/dev/shm").unwrap();
     file.as_file().set_len(8 << 20).unwrap();
@@ -498,11 +486,7 @@ fn too_little(two: &Two, brings: Brings) -> (Peer, File, Guest, Late) {
     (peer, faults, guest, late)
 }
 
-#[test]
 fn a_front_end_that_brings_nothing_and_leaves_holds_up_nobody() {
-    if !possible() {
-        return;
-    }
     for backend in ["file", "ram:8M"] {
         let two = Two::start(backend);
         two.beside(|two| {
@@ -522,11 +506,7 @@ fn a_front_end_that_brings_nothing_and_leaves_holds_up_nobody() {
     }
 }
 
-#[test]
 fn a_front_end_that_brings_nothing_and_stays_does_not_keep_the_daemon() {
-    if !possible() {
-        return;
-    }
     let mut two = Two::start("file");
     let (peer, faults, guest, late) = too_little(&two, Brings::NoData);
     two.served.process.signal(Signal::SIGTERM).unwrap();
@@ -537,11 +517,7 @@ fn a_front_end_that_brings_nothing_and_stays_does_not_keep_the_daemon() {
     drop((peer, faults, guest, late));
 }
 
-#[test]
 fn messages_out_of_order_cost_their_session_only() {
-    if !possible() {
-        return;
-    }
     let two = Two::start("ram:8M");
     two.beside(|two| {
         // Listening without advice.
@@ -612,7 +588,6 @@ impl Two {
     }
 }
 
-#[test]
 fn a_switch_does_not_offer_it() {
     let scene = Scene::new().unwrap();
     let daemon = net::Options::switch().spawn(&scene, "switch").unwrap();
@@ -621,4 +596,40 @@ fn a_switch_does_not_offer_it() {
     assert!(offered & protocol::REPLY_ACK != 0 && offered & protocol::PAGEFAULT == 0, "{offered:#x}");
     drop(peer);
     daemon.terminate().unwrap();
+}
+
+fn it_is_offered_where_it_is_possible() {
+    let two = Two::start("ram:8M");
+    let offered = two.connect().ask_number(15) & protocol::PAGEFAULT != 0;
+    assert_eq!(offered, userfault::is_available());
+    two.served.terminate();
+}
+
+const ANYWHERE: &[(&str, fn())] = &[
+    ("it_is_offered_where_it_is_possible", it_is_offered_where_it_is_possible),
+    ("a_switch_does_not_offer_it", a_switch_does_not_offer_it),
+];
+
+const TESTS: &[(&str, fn())] = &[
+    ("a_file_is_served_before_its_memory", a_file_is_served_before_its_memory),
+    ("a_packed_ring_comes_after_its_guest", a_packed_ring_comes_after_its_guest),
+    ("a_ram_disk_is_served_before_its_memory", a_ram_disk_is_served_before_its_memory),
+    ("a_file_without_direct_io_is_served_before_its_memory", a_file_without_direct_io_is_served_before_its_memory),
+    ("a_front_end_that_brings_nothing_and_leaves_holds_up_nobody", a_front_end_that_brings_nothing_and_leaves_holds_up_nobody),
+    ("a_front_end_that_brings_nothing_and_stays_does_not_keep_the_daemon", a_front_end_that_brings_nothing_and_stays_does_not_keep_the_daemon),
+    ("messages_out_of_order_cost_their_session_only", messages_out_of_order_cost_their_session_only),
+];
+
+fn main() -> ExitCode {
+    let test = |&(name, body): &(&str, fn()), needs: fn() -> Option<String>| Test {
+        name: name.to_owned(),
+        needs: Box::new(needs),
+        run: Box::new(move |_| {
+            body();
+            Ok(None)
+        }),
+    };
+    let anywhere = ANYWHERE.iter().map(|one| test(one, || None));
+    let tests = TESTS.iter().map(|one| test(one, missing)).chain(anywhere);
+    runner::run(tests.collect(), "KICKLESS_REQUIRE_USERFAULTFD")
 }

@@ -167,7 +167,7 @@ fn again_and_again(format: u64, args: &[&str], ways: &[Reset]) {
     // Two, in turn: while one is in use the other is watched.
     let areas = [Area::new(&mut ram, features), Area::new(&mut ram, features)];
     assert!(peer.mem_table(&[(ram.spec(), ram.fd().as_raw_fd())]));
-    let (mut in_flight, mut cut_short, mut left) = (0, 0, 0);
+    let (mut in_flight, mut cut_short, mut left, mut whole) = (0, 0, 0, 0);
     blk::beside(&mut neighbour.queues[0], |_| {
         for round in 0..ROUNDS {
             let (area, other) = (&areas[(round % 2) as usize], &areas[(round % 2 + 1) as usize % 2]);
@@ -179,10 +179,11 @@ fn again_and_again(format: u64, args: &[&str], ways: &[Reset]) {
             assert!(peer.ack(12, &longs(&[0]), &[kick.as_raw_fd()]));
             assert!(peer.ack(18, &words(&[0, 1]), &[]));
             let mut driver = area.submit(&kick, round);
-            // Somewhere on the way: from not one taken to nearly all given back.
-            let wait_for = round % (DEPTH / 2);
+            // Mostly at once, and else somewhere on the way: up to half of them given back.
+            let wait_for = if round % 4 == 3 { round / 4 % (DEPTH / 2) } else { 0 };
             peer::until("some requests", || area.answered() >= wait_for);
             let before = area.answered();
+            whole += u64::from(before == 0);
             let base = reset(&mut peer, ways[(round % ways.len() as u64) as usize]);
             let done = area.check(&mut driver, round);
             if let (Some(base), 0) = (base, format) {
@@ -201,8 +202,10 @@ fn again_and_again(format: u64, args: &[&str], ways: &[Reset]) {
     std::thread::sleep(Duration::from_millis(200));
     areas[(ROUNDS as usize - 1) % 2].expect_untouched(ROUNDS);
     println!(
-        "{cut_short} of {ROUNDS} resets had requests in flight, {in_flight} in all; {left} were never taken"
+        "{whole} of {ROUNDS} resets had all {DEPTH} requests unanswered, {cut_short} of them some that were finished \
+         first, {in_flight} in all; {left} were never taken"
     );
+    assert!(whole > ROUNDS / 4, "only {whole} resets came before the first answer");
     assert!(cut_short > ROUNDS / 4, "only {cut_short} resets had anything in flight");
     let said = served.stats();
     assert!(!said.contains("\nerrors "), "{said}");

@@ -82,6 +82,7 @@ const ALL: &[(&str, Platform, Scenario)] = &[
 const PACKED_IN_QEMU: &[(&str, Scenario)] = &[
     ("verified_random_io_on_four_queues", blocks::four_queues),
     ("daemon_killed_under_load", lifecycle::killed_under_load),
+    ("daemon_upgraded_under_load", lifecycle::upgraded),
     ("a_guest_migrates_in_every_way", migration::every_way),
 ];
 
@@ -117,6 +118,7 @@ const PACKED: &[(&str, Scenario)] = &[
     ("a_card_reset_in_flight", net_recovery::card_resets),
     ("every_misdeed_costs_its_queue_only", tenants::misdeeds),
     ("a_guest_that_resets_in_flight", tenants::resets),
+    ("a_guest_that_vanishes", tenants::vanishes),
     ("rings_are_packed_where_the_guest_wants_it", harness::packed),
 ];
 

@@ -85,15 +85,25 @@ pub fn growth(scene: &Scene) -> Result<Option<String>> {
 
 /// The guest translates addresses through its DMA API, which is the identity here.
 pub fn iommu_platform(scene: &Scene) -> Result<Option<String>> {
-    access_platform(scene, Vm::builder())
+    access_platform(scene, Vm::builder(), |_| Ok(()))
 }
 
 /// The same with every buffer copied through the guest's bounce buffers.
 pub fn swiotlb(scene: &Scene) -> Result<Option<String>> {
-    access_platform(scene, Vm::builder().kernel_arg("swiotlb=force"))
+    access_platform(scene, Vm::builder().kernel_arg("swiotlb=force"), |vm| {
+        // How much of them was in use at once, in slots of 2 KiB: more than the largest request.
+        vm.check("mount -t debugfs none /sys/kernel/debug 2>/dev/null; true")?;
+        let most: u64 = vm.check("cat /sys/kernel/debug/swiotlb/io_tlb_used_hiwater")?.parse()?;
+        ensure!(most > 8, "{most} slots of bounce buffers were in use at most");
+        Ok(())
+    })
 }
 
-fn access_platform(scene: &Scene, builder: VmBuilder) -> Result<Option<String>> {
+fn access_platform(
+    scene: &Scene,
+    builder: VmBuilder,
+    then: fn(&mut Vm) -> Result<()>,
+) -> Result<Option<String>> {
     if Kind::from_env() == Kind::Qsd {
         return Ok(Some("a feature of vhost-blk".to_owned()));
     }
@@ -107,6 +117,7 @@ fn access_platform(scene: &Scene, builder: VmBuilder) -> Result<Option<String>> 
     let sums = populate(&mut vm, "vda")?;
     vm.check("umount /mnt")?;
     verify(&mut vm, "vda", &sums)?;
+    then(&mut vm)?;
     vm.quit()?;
     daemon.terminate()?;
     image.fsck()?;

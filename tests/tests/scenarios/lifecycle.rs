@@ -33,9 +33,7 @@ pub fn reboot(scene: &Scene) -> Result<Option<String>> {
 /// The machine is stopped, which has QEMU take the rings' bases, and continued, which has it give them back.
 pub fn stop_and_continue(scene: &Scene) -> Result<Option<String>> {
     let mut one = OneDisk::new(scene)?;
-    let packed = if scene.packed() { "1" } else { "0" };
-    // VIRTIO_F_RING_PACKED is number 34.
-    expect_output(&mut one.vm, "cut -c35 /sys/block/vda/device/features", packed)?;
+    expect_format(&mut one.vm, scene)?;
     let fio = Fio::new("load", "/dev/vda").arg("rw=randrw").arg("bs=4k").jobs(4, 4);
     fio.start_loop(&mut one.vm)?;
     for _ in 0..5 {
@@ -147,38 +145,30 @@ pub fn daemon_restarted(scene: &Scene) -> Result<Option<String>> {
     if Kind::from_env() == Kind::Qsd {
         return Ok(Some("qemu-storage-daemon leaves requests unanswered when it ends".to_owned()));
     }
-    replaced_under_load(scene, false, 3, Daemon::terminate)
+    replaced_under_load(scene, 3, Daemon::terminate)
 }
 
 /// The daemon is killed, again and again, while the guest is writing. QEMU has kept the record of what was in flight, and
 /// the next daemon finishes it: no request of the guest fails, and what it reads back is what it wrote.
 pub fn daemon_killed(scene: &Scene) -> Result<Option<String>> {
-    killed(scene, false)
-}
-
-/// The same with packed rings, of which QEMU itself knows nothing but where they began.
-pub fn daemon_killed_packed(scene: &Scene) -> Result<Option<String>> {
-    killed(scene, true)
-}
-
-fn killed(scene: &Scene, packed: bool) -> Result<Option<String>> {
     if Kind::from_env() == Kind::Qsd {
         return Ok(Some("qemu-storage-daemon keeps no record of requests in flight".to_owned()));
     }
-    replaced_under_load(scene, packed, 5, Daemon::kill9)
+    replaced_under_load(scene, 5, Daemon::kill9)
+}
+
+/// The driver has taken the ring format that the test is about: VIRTIO_F_RING_PACKED is number 34.
+fn expect_format(vm: &mut Vm, scene: &Scene) -> Result<()> {
+    let packed = if scene.packed() { "1" } else { "0" };
+    expect_output(vm, "cut -c35 /sys/block/vda/device/features", packed)
 }
 
 /// Ends the daemon by `end` and starts another one, this many times, while the guest is writing.
-fn replaced_under_load(
-    scene: &Scene,
-    packed: bool,
-    times: u32,
-    end: fn(Daemon) -> Result<()>,
-) -> Result<Option<String>> {
+fn replaced_under_load(scene: &Scene, times: u32, end: fn(Daemon) -> Result<()>) -> Result<Option<String>> {
     let image = Image::create(scene, "disk.img", 64 * MIB)?;
     let mut daemon = Options::default().spawn(scene, "daemon", &image)?;
-    let disk = Disk::new("disk", daemon.socket()).prop("packed", packed);
-    let mut vm = Vm::builder().disk(disk).boot(scene)?;
+    let mut vm = Vm::builder().disk(Disk::new("disk", daemon.socket())).boot(scene)?;
+    expect_format(&mut vm, scene)?;
     let fio = Fio::new("load", "/dev/vda").arg("rw=randrw").arg("bs=4k").jobs(4, 4);
     fio.start_loop(&mut vm)?;
     for _ in 0..times {
@@ -201,8 +191,7 @@ pub fn daemon_upgraded(scene: &Scene) -> Result<Option<String>> {
         return Ok(Some("qemu-storage-daemon has nobody take over from it".to_owned()));
     }
     let mut one = OneDisk::with(scene, &Options::default().upgradable())?;
-    let packed = if scene.packed() { "1" } else { "0" };
-    expect_output(&mut one.vm, "cut -c35 /sys/block/vda/device/features", packed)?;
+    expect_format(&mut one.vm, scene)?;
     let fio = Fio::new("load", "/dev/vda").arg("rw=randrw").arg("bs=4k").jobs(4, 4);
     fio.start_loop(&mut one.vm)?;
     for further in [&["--poll=event"][..], &["--cpus=0", "--fixed-buffers=off"], &[]] {

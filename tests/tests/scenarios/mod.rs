@@ -45,7 +45,6 @@ pub const ALL: &[(&str, Scenario)] = &[
     ("daemon_restarted_under_load", lifecycle::daemon_restarted),
     ("daemon_upgraded_under_load", lifecycle::daemon_upgraded),
     ("daemon_killed_under_load", lifecycle::daemon_killed),
-    ("daemon_killed_under_load_packed", lifecycle::daemon_killed_packed),
     ("memory_plugged_and_unplugged_under_load", memory::hotplug),
     ("memory_in_many_regions", memory::many_regions),
     ("guest_migrates_under_load", migration::every_way),
@@ -54,11 +53,16 @@ pub const ALL: &[(&str, Scenario)] = &[
 /// Those that are run with packed rings, too.
 pub const PACKED: &[(&str, Scenario)] = &[
     ("verified_random_io_on_four_queues", data::four_queues),
+    ("iommu_platform_with_bounce_buffers", features::swiotlb),
     ("guest_reboots", lifecycle::reboot),
     ("machine_stopped_and_continued_under_load", lifecycle::stop_and_continue),
     ("driver_unbound_and_bound_under_load", lifecycle::driver_rebound),
     ("disk_unplugged_and_plugged_again", lifecycle::replug),
+    ("disk_unplugged_under_load", lifecycle::unplug_under_load),
+    ("front_end_killed_under_load", lifecycle::front_end_killed),
+    ("daemon_restarted_under_load", lifecycle::daemon_restarted),
     ("daemon_upgraded_under_load", lifecycle::daemon_upgraded),
+    ("daemon_killed_under_load", lifecycle::daemon_killed),
     ("memory_plugged_and_unplugged_under_load", memory::hotplug),
     ("guest_migrates_under_load", migration::every_way),
 ];
