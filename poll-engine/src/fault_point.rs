@@ -42,8 +42,14 @@ pub const PACKED: [&str; 17] = [
     "signal-begins",
     "signal-ends",
 ];
+/// Where a chain goes back to those that are available, as a limit has it; a split ring has the last only.
+pub const UNTAKE: [&str; 4] = ["untake-next", "untake-free-head", "untake-old-free-head", "untake-inflight"];
 /// The places of a recovery, which come up when requests were in flight.
 pub const RECOVER: [&str; 2] = ["recover-begins", "recover-taken"];
+
+/// Places that a packed ring passes when a batch was cut short and when what was left is given back unserved: tests come
+/// upon them by chance only.
+pub const BY_CHANCE: [&str; 2] = ["recover-erased", "return-written"];
 
 /// The places of a process that is taken over from, in order.
 pub const GIVER: [&str; 7] = [
@@ -110,5 +116,37 @@ pub(crate) fn pass(name: &'static str) {
         loop {
             std::thread::park();
         }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::collections::BTreeSet;
+    use std::path::Path;
+
+    use super::{BY_CHANCE, GIVER, PACKED, RECOVER, SPLIT, TAKER, UNTAKE};
+
+    /// Names of the places in the files of a directory.
+    fn passed(directory: &Path, names: &mut BTreeSet<String>) {
+        for entry in std::fs::read_dir(directory).unwrap().flatten() {
+            let path = entry.path();
+            if path.is_dir() {
+                passed(&path, names);
+            } else if path.file_name() != Some("fault_point.rs".as_ref()) {
+                let text = std::fs::read_to_string(path).unwrap();
+                let places = text.split("pass(\"").skip(1).filter_map(|rest| rest.split_once("\")"));
+                names.extend(places.map(|(name, _)| name.to_owned()));
+            }
+        }
+    }
+
+    /// A place that is in no list is one that no test dies at.
+    #[test]
+    fn the_lists_have_every_place() {
+        let mut there = BTreeSet::new();
+        passed(&Path::new(env!("CARGO_MANIFEST_DIR")).join("src"), &mut there);
+        let lists = [&SPLIT[..], &PACKED, &UNTAKE, &RECOVER, &BY_CHANCE, &GIVER, &TAKER].concat().into_iter();
+        assert_eq!(there, lists.map(str::to_owned).collect());
     }
 }

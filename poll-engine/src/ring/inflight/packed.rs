@@ -268,10 +268,9 @@ impl PackedInflight {
         head
     }
 
-    /// A chain has gone back to those that are available.
+    /// A chain has gone back to those that are available. In the list of unused entries first: what is in it does not count
+    /// as in flight, and an entry that is neither cannot be told from garbage.
     pub(in crate::ring) fn untaken(&mut self, head: u16) {
-        self.inflight(head).store(0, Ordering::Release);
-        pass("untake-inflight");
         let last = self.links[usize::from(head)].last;
         self.links[usize::from(last)].next = self.free_head;
         self.field(last, 2).store(self.free_head, Ordering::Release);
@@ -281,6 +280,8 @@ impl PackedInflight {
         pass("untake-free-head");
         self.half(OLD_FREE_HEAD).store(head, Ordering::Release);
         pass("untake-old-free-head");
+        self.inflight(head).store(0, Ordering::Release);
+        pass("untake-inflight");
     }
 
     /// The descriptors of a chain that an earlier back end had taken, and how many there are.
