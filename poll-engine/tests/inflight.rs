@@ -368,7 +368,11 @@ fn the_layout_is_that_of_the_document() {
 #[test]
 fn the_layout_of_packed_rings_is_that_of_the_document() {
     let mut pair = Pair::new(RingFormat::Packed);
-    assert_eq!(pair.kept.spec.regions_bytes(RingFormat::Packed), 2 * 320, "32 + 8 * 32 bytes, to the next 64");
+    assert_eq!(
+        pair.kept.spec.regions_bytes(RingFormat::Packed),
+        2 * 320,
+        "32 + 8 * 32 bytes, to the next 64"
+    );
     let half = |pair: &Pair, at: usize| u16::from_ne_bytes(pair.kept.bytes()[at..at + 2].try_into().unwrap());
     // features, version, desc_num, free_head, old_free_head, used_idx, old_used_idx; then both wrap counters.
     let header = |pair: &Pair| [0, 2, 4, 6, 8, 10, 12, 14, 16, 18].map(|at| half(pair, at));
@@ -403,7 +407,11 @@ fn the_layout_of_packed_rings_is_that_of_the_document() {
     pair.complete(0);
     assert_eq!([16, 18].map(|at| half(&pair, at)), [0, 0], "not before they are shown");
     pair.publish(None);
-    assert_eq!(([16, 18].map(|at| half(&pair, at)), wraps(&pair)), ([3, 3], [1, 1]), "used_idx, and as it was");
+    assert_eq!(
+        ([16, 18].map(|at| half(&pair, at)), wraps(&pair)),
+        ([3, 3], [1, 1]),
+        "used_idx, and as it was"
+    );
     let bytes = pair.kept.bytes();
     assert_eq!([0, 2, 5].map(|i| bytes[32 + 32 * i]), [0, 1, 0], "inflight");
     assert_eq!(half(&pair, 12), half(&pair, 14), "free_head, and as it was");

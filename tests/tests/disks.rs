@@ -2,11 +2,17 @@
 #![allow(clippy::unwrap_used)]
 
 mod blk;
+#[path = "../../poll-engine/tests/support/peer.rs"]
+mod peer;
+
+use std::os::unix::net::UnixStream;
 
 use blk::{Front, OK, READ, Shape};
 use kickless_tests::daemon::{Medium, Options};
 use kickless_tests::image::{Image, MIB};
 use kickless_tests::scene::Scene;
+use peer::Peer;
+use poll_engine::device::features;
 
 #[test]
 fn disks_of_one_process_keep_apart() {
@@ -39,4 +45,29 @@ fn disks_of_one_process_keep_apart() {
     // What was not written is as before.
     a.0.expect_fill(8 * 512, 4096, a.1).unwrap();
     b.0.expect_fill(8 * 512, 4096, b.1).unwrap();
+}
+
+/// VIRTIO_F_IN_ORDER is a promise (virtio 1.3, 6.1), so it is offered where the disk is done with a request before it takes
+/// the next, and not where the kernel finishes them as it likes.
+#[test]
+fn only_disks_that_complete_in_order_say_so() {
+    let scene = Scene::new().unwrap();
+    let on_disk = Image::filled(&scene, "disk.img", MIB, 0).unwrap();
+    let memory = tempfile::NamedTempFile::new_in("/dev/shm").unwrap();
+    memory.as_file().set_len(MIB).unwrap();
+    let disks = [
+        ("backend=null:1M".to_owned(), true),
+        ("backend=ram:1M".to_owned(), true),
+        (format!("blk-file={},direct=off", memory.path().display()), true),
+        (format!("blk-file={},direct=on", on_disk.path().display()), false),
+        (format!("blk-file={},direct=off,read-only=on", on_disk.path().display()), false),
+    ];
+    for (disk, in_order) in disks {
+        let socket = scene.path("in-order.sock");
+        let other = format!("--disk=socket-path={},{disk}", socket.display());
+        let served = blk::Served::start(&scene, &["--backend=null:1M", &other]);
+        let offered = Peer::new(UnixStream::connect(&socket).unwrap()).ask_number(1);
+        assert_eq!(offered & features::IN_ORDER != 0, in_order, "{disk}: {offered:#x}");
+        served.terminate();
+    }
 }

@@ -614,9 +614,18 @@ const TESTS: &[(&str, fn())] = &[
     ("a_file_is_served_before_its_memory", a_file_is_served_before_its_memory),
     ("a_packed_ring_comes_after_its_guest", a_packed_ring_comes_after_its_guest),
     ("a_ram_disk_is_served_before_its_memory", a_ram_disk_is_served_before_its_memory),
-    ("a_file_without_direct_io_is_served_before_its_memory", a_file_without_direct_io_is_served_before_its_memory),
-    ("a_front_end_that_brings_nothing_and_leaves_holds_up_nobody", a_front_end_that_brings_nothing_and_leaves_holds_up_nobody),
-    ("a_front_end_that_brings_nothing_and_stays_does_not_keep_the_daemon", a_front_end_that_brings_nothing_and_stays_does_not_keep_the_daemon),
+    (
+        "a_file_without_direct_io_is_served_before_its_memory",
+        a_file_without_direct_io_is_served_before_its_memory,
+    ),
+    (
+        "a_front_end_that_brings_nothing_and_leaves_holds_up_nobody",
+        a_front_end_that_brings_nothing_and_leaves_holds_up_nobody,
+    ),
+    (
+        "a_front_end_that_brings_nothing_and_stays_does_not_keep_the_daemon",
+        a_front_end_that_brings_nothing_and_stays_does_not_keep_the_daemon,
+    ),
     ("messages_out_of_order_cost_their_session_only", messages_out_of_order_cost_their_session_only),
 ];
 

@@ -64,7 +64,9 @@ fn packed_the_wrap_counter_changes_behind_the_last_descriptor() {
     }
 }
 
-/// The way back: how far one position is behind another. All sizes up to 48, all positions, all distances below two
+/// 2.8.1: "The driver changes the value of this counter each time it makes available the last descriptor in the ring", so
+/// that a position with its counter comes again after two rounds, and until then each step is one further. The way back:
+/// how far one position is behind another. All sizes up to 48, all positions, all distances below two
 /// rings.
 #[test]
 fn packed_distances_are_those_walked() {
@@ -88,6 +90,7 @@ fn packed_distances_are_those_walked() {
     }
 }
 
+/// 2.8.1, the same sentence: what changes the counter on the way over the last descriptor must change it on the way back.
 /// A chain that goes back to those that are available, and a step of one: both are `advance` in other words. All sizes up to
 /// 48 with all positions and counts; of large ones, counts beside the limits.
 #[test]
