@@ -1,12 +1,14 @@
 //! Two guests on a switch.
 
+use std::path::Path;
 use std::time::Instant;
 
 use anyhow::{Result, ensure};
-use kickless_tests::net::Options;
+use kickless_tests::net::{Kind, Options};
 use kickless_tests::qemu::migration::Migration;
 use kickless_tests::qemu::nic::Nic;
 use kickless_tests::scene::Scene;
+use kickless_tests::wait;
 
 use super::guests::{LIMIT, Pair, address, address6, iperf, iperf_all, ping, transfer};
 
@@ -18,6 +20,7 @@ pub const ALL: &[(&str, Scenario)] = &[
     ("two_guests_talk", two_guests_talk),
     ("offloads_that_one_side_has_not", offloads_that_one_side_has_not),
     ("interruptions", interruptions),
+    ("guest_moves_and_does_not_say_so", moves_unannounced),
 ];
 
 /// All that is agreed on, and what a guest changes while it runs.
@@ -273,4 +276,39 @@ fn interruptions(scene: &Scene) -> Result<Option<String>> {
     })?;
     pair.finish()?;
     Ok(None)
+}
+
+/// A guest with packed rings whose driver announces nothing moves from one QEMU to another: the switch hears of it all the
+/// same, from the front end.
+fn moves_unannounced(scene: &Scene) -> Result<Option<String>> {
+    if Kind::from_env() != Kind::VhostNet {
+        return Ok(Some("another back end has no capture".into()));
+    }
+    let capture = scene.path("announced.pcapng");
+    let pcap = format!("--pcap={}", capture.display());
+    let options = Options::switch().ports(3).queues(1).args(&[&pcap, "--pcap-filter=ether proto 0x8035"]);
+    let mut pair = Pair::boot(scene, &options, |nic| nic.prop("packed", true).prop("guest_announce", false))?;
+    for (port, name) in [(2, "away"), (1, "and back")] {
+        pair.step(name, |pair| {
+            pair.each_way(|from, to| ping(from, &address(0, to.number), 56))?;
+            let before = announced(&capture)?;
+            let moved = pair.b.vm.migrate(scene, &Migration::to(&[&pair.daemon.sockets()[port]]))?;
+            println!("    to port {port}: {moved:?}");
+            pair.b.vm.tolerate("VHOST_USER_PROTOCOL_F_CONFIG");
+            wait::until("an announcement", LIMIT, || Ok((announced(&capture)? > before).then_some(())))?;
+            pair.each_way(|from, to| {
+                ping(from, &address(0, to.number), 56)?;
+                transfer(from, to, &address(0, to.number))
+            })
+        })?;
+    }
+    pair.finish()?;
+    Ok(None)
+}
+
+/// Announcements of the second guest that a capture has.
+fn announced(capture: &Path) -> Result<usize> {
+    // RFC 903, request reverse, and who asks.
+    let rarp = [0x80, 0x35, 0, 1, 8, 0, 6, 4, 0, 3, 0x52, 0x54, 0, 0, 0, 2];
+    Ok(std::fs::read(capture)?.windows(rarp.len()).filter(|bytes| *bytes == rarp).count())
 }
