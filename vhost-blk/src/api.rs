@@ -1,5 +1,7 @@
 //! The control API of this daemon: its calls, what they are given and what they answer.
 
+mod clones;
+
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -77,6 +79,8 @@ struct Disk {
     socket: String,
     /// What is served: a path, or ram or null.
     image: String,
+    /// What the bytes of that mean: raw, qcow2 or vmdk.
+    format: String,
     /// Size in bytes.
     bytes: u64,
     /// Logical block size in bytes.
@@ -105,6 +109,14 @@ struct DiskDetail {
     disk: Disk,
     /// Its queues.
     queues: Vec<Queue>,
+    /// The image that it is over, if it is over one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
+    backing: Option<String>,
+    /// How far it is on its way to need none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
+    flattening: Option<clones::Flattening>,
 }
 
 /// A queue.
@@ -184,6 +196,7 @@ impl From<&Served> for Disk {
             name: s.key.clone(),
             socket: s.place.key(),
             image,
+            format: spec.format().to_string(),
             bytes: s.disk.capacity(),
             block_size: s.disk.block_size(),
             read_only: s.is_read_only,
@@ -203,7 +216,12 @@ impl From<&Served> for DiskDetail {
             reactor: stats.reactor(),
             counts: Counts::of(std::slice::from_ref(stats)),
         };
-        DiskDetail { disk: s.into(), queues: (0..).zip(&s.stats).map(queue).collect() }
+        DiskDetail {
+            disk: s.into(),
+            queues: (0..).zip(&s.stats).map(queue).collect(),
+            backing: clones::backing(s),
+            flattening: clones::flattening(s),
+        }
     }
 }
 
@@ -253,6 +271,9 @@ fn calls() -> (Router<Api>, OpenApi) {
         .routes(routes!(pause))
         .routes(routes!(resume))
         .routes(routes!(record, end_record))
+        .routes(routes!(clones::make))
+        .routes(routes!(clones::pools))
+        .routes(routes!(clones::flatten, clones::stop_flatten))
         .routes(routes!(limits, set_limits))
         .routes(routes!(place));
     let about = "Disks of a running vhost-blk: what they do, and what can be changed while guests run.";

@@ -12,6 +12,12 @@ use crate::spec::DiskSpec;
 pub fn check(options: &Options) -> Result<(), Wrong> {
     first_disk(options)?;
     let disks = options.disks();
+    if !options.pool.is_empty() && options.api.is_none() {
+        return Err(Wrong::new(
+            &[Step::Key("pool")],
+            "clones are taken out of a pool over the API; give it a socket with --api",
+        ));
+    }
     // With the API, they may come later.
     if disks.is_empty() && options.api.is_none() {
         return Err(Wrong::new(
@@ -116,6 +122,14 @@ fn disk(disk: &DiskSpec, all: &DeviceOptions) -> Result<(), DiskWrong> {
         (None, None) => return Err((None, "blk-file or backend is missing".into())),
         _ => {}
     }
+    if disk.clone_of.is_some() {
+        if disk.backend.is_some() {
+            return fail("clone-of", "clone-of goes with blk-file, the file of the clone");
+        }
+        if disk.format == Format::Vmdk {
+            return fail("format", "a clone is a qcow2 image; leave format out");
+        }
+    }
     match disk.format {
         Format::Raw => {}
         _ if disk.backend.is_some() => return fail("format", "format goes with blk-file"),
@@ -153,6 +167,8 @@ mod tests {
             "x --fd=3 --backend=ram:1M --record=/r",
             "x --socket-path=/s --blk-file=/f --format=vmdk --read-only",
             "x --disk=socket-path=/s,blk-file=/f,format=qcow2",
+            "x --disk=socket-path=/s,blk-file=/f,clone-of=raw:/b",
+            "x --api=/a --pool=/b:8",
             "x --disk=socket-path=/s,backend=null:4K,block-size=4096",
             "x --socket-path=/a --blk-file=/f --disk=socket-path=/b,blk-file=/f,read-only",
             "x --disk=socket-path=/a,backend=null:1G,name=a --disk=fd=4,backend=null:1G",
@@ -183,6 +199,9 @@ mod tests {
             ("x --disk=socket-path=/s,blk-file=/f,backend=null:1G", of("backend")),
             ("x --disk=socket-path=/s,blk-file=/f,format=vmdk", of("format")),
             ("x --socket-path=/s --backend=ram:1M --format=qcow2", top("format")),
+            ("x --socket-path=/s --backend=ram:1M --clone-of=/b", top("clone-of")),
+            ("x --socket-path=/s --blk-file=/f --format=vmdk --clone-of=/b --read-only", top("format")),
+            ("x --socket-path=/s --blk-file=/f --pool=/b:8", top("pool")),
             ("x --disk=socket-path=/s,backend=null:512,block-size=4096", of("backend")),
             ("x --socket-path=/s --blk-file=/f --disk=socket-path=/s,blk-file=/g", of("socket-path")),
             ("x --socket-path=/s --blk-file=/f --disk=socket-path=/t,blk-file=/g,name=/s", of("name")),

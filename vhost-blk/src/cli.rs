@@ -16,7 +16,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::backend::formatted::Format;
 use crate::check::check;
+use crate::clone::Base;
 use crate::limits::Limits;
+use crate::pool::PoolSpec;
 use crate::spec::DiskSpec;
 
 /// Poll-mode vhost-user block back end.
@@ -55,11 +57,13 @@ pub struct Cli {
 }
 
 /// The options that are not [`DeviceOptions`].
-const OWN: [&str; 14] = [
+const OWN: [&str; 16] = [
     "socket_path",
     "fd",
     "blk_file",
     "format",
+    "clone_of",
+    "pool",
     "backend",
     "disk",
     "incoming",
@@ -96,13 +100,24 @@ pub struct Options {
     #[arg(long, value_enum, default_value_t = Format::Raw)]
     pub format: Format,
 
+    /// Make the image if it is not there: a clone, which begins as this one is and keeps what is written (qcow2, of this and
+    /// nothing else; formats: raw, qcow2 (which it is if that is not said), vmdk)
+    #[arg(long, value_name = "[FORMAT:]PATH")]
+    #[serde(deserialize_with = "base")]
+    pub clone_of: Option<Base>,
+
+    /// Keep so many clones of this ready beside it, to be taken over the API; repeat for more
+    #[arg(long, value_name = "[FORMAT:]PATH:N")]
+    #[serde(deserialize_with = "pools")]
+    pub pool: Vec<PoolSpec>,
+
     /// Serve memory or nothing instead of a file, for measuring: ram:SIZE or null:SIZE
     #[arg(long, value_name = "KIND:SIZE")]
     #[serde(deserialize_with = "backend")]
     pub backend: Option<Synthetic>,
 
-    /// Serve a further disk; repeat for more. Keys: socket-path, fd, blk-file, format, backend, name, serial, incoming,
-    /// record, and in the place of what all disks have: read-only, num-queues, queue-size, packed, cache, direct, block-size,
+    /// Serve a further disk; repeat for more. Keys: socket-path, fd, blk-file, format, clone-of, backend, name, serial,
+    /// incoming, record, and in the place of what all disks have: read-only, num-queues, queue-size, packed, cache, direct, block-size,
     /// limit (with + for each comma)
     #[arg(long, value_name = "KEY=VALUE,...")]
     pub disk: Vec<DiskSpec>,
@@ -204,6 +219,12 @@ pub struct DeviceOptions {
     pub fixed_buffers: Fixed,
 }
 
+/// Pools as a list of texts.
+fn pools<'de, D: serde::Deserializer<'de>>(from: D) -> Result<Vec<PoolSpec>, D::Error> {
+    let texts = Vec::<String>::deserialize(from)?;
+    texts.iter().map(|text| text.parse().map_err(serde::de::Error::custom)).collect()
+}
+
 /// Write-cache modes, named as QEMU names them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -253,6 +274,7 @@ impl FromStr for Synthetic {
 }
 
 from_text! {
+    base: Option<Base> = |s| s.parse().map(Some);
     backend: Option<Synthetic> = |s| s.parse().map(Some);
     cpus: Option<CpuList> = |s| said::cpus(s).map(Some);
     pacing: Pacing = str::parse;
@@ -320,6 +342,7 @@ impl Options {
             fd: self.fd,
             blk_file: self.blk_file.clone(),
             format: self.format,
+            clone_of: self.clone_of.clone(),
             backend: self.backend,
             serial: self.device.serial.clone(),
             record: self.record.clone(),
@@ -403,11 +426,13 @@ mod tests {
     }
 
     /// Of each option some value, on the command line and in a file.
-    const EACH: [(&str, &str); 24] = [
+    const EACH: [(&str, &str); 26] = [
         ("--socket-path=/s", "socket-path = '/s'"),
         ("--fd=3", "fd = 3"),
         ("--blk-file=/f", "blk-file = '/f'"),
         ("--format=qcow2", "format = 'qcow2'"),
+        ("--clone-of=raw:/b", "clone-of = 'raw:/b'"),
+        ("--pool=/b:8", "pool = ['/b:8']"),
         ("--backend=ram:1G", "backend = 'ram:1G'"),
         (
             "--disk=socket-path=/a,backend=null:1G,num-queues=2,read-only,cache=writethrough",

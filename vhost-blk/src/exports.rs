@@ -1,5 +1,7 @@
 //! The disks that a daemon serves, and what can be changed of them while it runs.
 
+mod images;
+
 use std::io;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
@@ -20,13 +22,16 @@ use poll_engine::stats::QueueStats;
 use poll_engine::takeover::give::{Estate, Lot};
 use tracing::{info, warn};
 
+use crate::backend::formatted::Formatted;
 use crate::check::beside;
 use crate::cli::{DeviceOptions, Options, parse_size};
+use crate::clone::Base;
 use crate::device::BlkDevice;
 use crate::disk::{Disk, Storage};
 use crate::image::Image;
 use crate::limits::Limits;
 use crate::metrics;
+use crate::pool::Pools;
 use crate::record::Recorder;
 use crate::report::report;
 use crate::saved::saved;
@@ -60,6 +65,22 @@ impl Wanted {
         Ok(Wanted { name: spec.title(), place, device: spec.device(all), spec })
     }
 
+    /// Has `make` make its image, if that is a clone which is not there; whether it was.
+    pub fn make(&self, make: impl FnOnce(&Base, &Path) -> Result<()>) -> Result<bool> {
+        let (Some(base), Some(path)) = (&self.spec.clone_of, &self.spec.blk_file) else { return Ok(false) };
+        // A guest that migrates brings its own.
+        if self.spec.incoming {
+            return Ok(false);
+        }
+        if path.try_exists().with_context(|| format!("cannot look for {}", path.display()))? {
+            base.expect_below(path)?;
+            return Ok(false);
+        }
+        make(base, path)?;
+        info!("{} is a new clone of {base}", path.display());
+        Ok(true)
+    }
+
     /// What it is made of, beside another process that has it.
     pub fn open(&self, other: Option<Inherited<About>>) -> Result<Arc<Disk>> {
         let Wanted { spec, device, place, .. } = self;
@@ -69,7 +90,7 @@ impl Wanted {
         }
         let image = Image {
             file: spec.blk_file.as_deref(),
-            format: spec.format,
+            format: spec.format(),
             synthetic: spec.backend,
             serial: &device.serial,
             read_only: device.read_only,
@@ -178,6 +199,14 @@ impl Served {
         locked(&self.spec).clone()
     }
 
+    /// Its image, if that has a format of its own.
+    pub fn image(&self) -> Option<&Formatted> {
+        match self.disk.storage() {
+            Storage::Image(image) => Some(image),
+            Storage::File(..) | Storage::Ram(_) | Storage::Null => None,
+        }
+    }
+
     fn lot(&self) -> Result<Lot> {
         let (about, fd) = About::disk(&self.disk)?;
         let fds = fd.into_iter().collect();
@@ -209,16 +238,24 @@ pub struct Exports {
     options: Options,
     file: Option<PathBuf>,
     served: Mutex<Vec<Arc<Served>>>,
+    pools: Pools,
     changes: Changes,
 }
 
 impl Exports {
     /// These, by `options`, which come from `file` if there is one.
-    pub fn new(engine: Arc<Engine>, options: Options, file: Option<PathBuf>, served: Vec<Served>) -> Exports {
+    pub fn new(
+        engine: Arc<Engine>,
+        options: Options,
+        file: Option<PathBuf>,
+        served: Vec<Served>,
+        pools: Pools,
+    ) -> Exports {
         Exports {
             engine,
             options,
             file,
+            pools,
             served: Mutex::new(served.into_iter().map(Arc::new).collect()),
             changes: Changes::default(),
         }
@@ -272,8 +309,10 @@ impl Exports {
                 "a running daemon inherits nothing; give a socket-path".into(),
             ));
         }
+        let image = spec.blk_file.clone();
+        let wanted = Wanted::new(spec, &self.options.device).map_err(|e| conflict(&e))?;
+        let made = wanted.make(|base, path| self.pools.clone_to(base, path)).map_err(|e| conflict(&e))?;
         let begin = || -> Result<Served> {
-            let wanted = Wanted::new(spec, &self.options.device)?;
             let disk = wanted.open(None)?;
             let recorder = wanted.record(&disk)?;
             let listener = wanted.place.listen()?;
@@ -281,7 +320,12 @@ impl Exports {
             let server = Server::start(export, listener, || {}).context("cannot start a control thread")?;
             Ok(ready.served(Arc::new(server)))
         };
-        let served = Arc::new(begin().map_err(|e| conflict(&e))?);
+        let begun = begin().inspect_err(|_| {
+            if let (true, Some(path)) = (made, &image) {
+                let _ = std::fs::remove_file(path);
+            }
+        });
+        let served = Arc::new(begun.map_err(|e| conflict(&e))?);
         locked(&self.served).push(Arc::clone(&served));
         Ok(served)
     }
@@ -511,6 +555,7 @@ impl Estate for HandedOver {
     fn with(&self, give: &mut dyn FnMut(&[Lot])) -> io::Result<()> {
         let _change = self.0.changes.wait();
         let served = self.0.all();
+        served.iter().filter_map(|s| s.image()).for_each(Formatted::stop_flatten);
         if let Some(paused) = served.iter().find(|s| s.server.is_paused()) {
             return Err(io::Error::other(format!("{} is paused; resume it first", paused.key)));
         }

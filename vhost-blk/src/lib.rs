@@ -6,6 +6,7 @@
 //!
 //! [`disk`] is what all queues of a device share, [`device`] is its face to the engine, [`image`] opens one as it
 //! was asked for, [`open`] finds out what a file can do before anything starts, [`lock`] keeps other writers away,
+//! [`clone`](mod@clone) makes one that begins as another is and [`pool`] keeps some ready,
 //! [`record`] writes down what was asked for, [`limits`] is how much may be done and [`throttle`] keeps to it,
 //! [`spec`] and [`cli`] are what a disk and a daemon are asked to be, and [`check`] whether that goes together,
 //! [`exports`] are the disks of a running daemon and what can change of them, [`api`] and [`metrics`] how that is asked for,
@@ -16,6 +17,7 @@ pub mod api;
 pub mod backend;
 pub mod check;
 pub mod cli;
+pub mod clone;
 pub mod device;
 pub mod disk;
 pub mod exports;
@@ -24,6 +26,7 @@ pub mod limits;
 pub mod lock;
 pub mod metrics;
 pub mod open;
+pub mod pool;
 pub mod queue;
 pub mod record;
 pub mod report;

@@ -17,7 +17,9 @@ use signal_hook::iterator::Signals;
 use tracing::{info, warn};
 use vhost_blk::api::router;
 use vhost_blk::cli::{Cli, Options};
+use vhost_blk::clone::Base;
 use vhost_blk::exports::{Exports, HandedOver, Wanted};
+use vhost_blk::pool::Pools;
 use vhost_blk::takeover::{About, PROGRAM};
 
 type Inherited = takeover::Inherited<About>;
@@ -62,6 +64,9 @@ fn serve(
         cli.confine.threads(identity, &places(&wanted, cli, options), CapabilitySet::empty())?;
     // A guest that migrates may come before its memory, later.
     userfault::keep_device();
+    for w in &wanted {
+        w.make(Base::clone_to)?;
+    }
     // Everything that can be wrong is found out before anybody can connect, or the other process stops.
     let places: Vec<_> = inherited.iter().map(|i| i.as_ref().map(|i| i.place)).collect();
     let disks =
@@ -94,7 +99,9 @@ fn serve(
     let keys: Vec<Place> = ready.iter().map(|r| r.wanted.place.clone()).collect();
     let servers = heir.go(keys.iter().zip(prepared))?;
     let served = ready.into_iter().zip(servers).map(|(ready, server)| ready.served(server)).collect();
-    let exports = Arc::new(Exports::new(Arc::clone(&engine), options.clone(), cli.config.clone(), served));
+    let pools = Pools::start(&options.pool).context("cannot keep pools")?;
+    let exports =
+        Arc::new(Exports::new(Arc::clone(&engine), options.clone(), cli.config.clone(), served, pools));
     let api = api.map(|listener| Api::start(listener, router(Arc::clone(&exports)))).transpose();
     let mut api = api.context("cannot serve the API")?;
     let over = signals.handle();

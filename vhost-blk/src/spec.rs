@@ -10,6 +10,7 @@ use utoipa::ToSchema;
 
 use crate::backend::formatted::Format;
 use crate::cli::{CacheMode, DeviceOptions, Synthetic, block_size, cache_mode, num_queues, serial};
+use crate::clone::Base;
 use crate::limits::Limits;
 use crate::takeover::Medium;
 
@@ -38,6 +39,10 @@ pub struct DiskSpec {
     /// What the bytes of that mean.
     #[serde(deserialize_with = "some_format")]
     pub format: Format,
+    /// What that is a clone of, as [FORMAT:]PATH: it is made if it is not there.
+    #[serde(deserialize_with = "some_base")]
+    #[schema(value_type = String, example = "base.qcow2")]
+    pub clone_of: Option<Base>,
     /// Or no file.
     #[serde(deserialize_with = "some_backend")]
     #[schema(value_type = String, example = "ram:1G", pattern = "^(ram|null):[0-9]+[KMGTkmgt]?$")]
@@ -91,6 +96,7 @@ from_text! {
     some_name: Option<String> = |s| name(s).map(Some);
     some_fd: Option<i32> = |s| s.parse().map(Some).map_err(|_| format!("'{s}' is no descriptor number"));
     some_format: Format = format;
+    some_base: Option<Base> = |s| s.parse().map(Some);
     some_backend: Option<Synthetic> = |s| s.parse().map(Some);
     text: String = serial;
     on_off_: bool = on_off;
@@ -135,11 +141,16 @@ impl DiskSpec {
         }
     }
 
+    /// What the bytes of its file mean. A clone is a qcow2 image.
+    pub fn format(&self) -> Format {
+        if self.clone_of.is_some() { Format::Qcow2 } else { self.format }
+    }
+
     /// What it is made of, if that is said.
     pub fn medium(&self) -> Option<Medium> {
         match (&self.blk_file, self.backend) {
-            (Some(_), _) if self.format == Format::Raw => Some(Medium::File),
-            (Some(_), _) => Some(Medium::Image(self.format)),
+            (Some(_), _) if self.format() == Format::Raw => Some(Medium::File),
+            (Some(_), _) => Some(Medium::Image(self.format())),
             (None, Some(Synthetic::Ram(size))) => Some(Medium::Ram(size)),
             (None, Some(Synthetic::Null(_))) => Some(Medium::Null),
             (None, None) => None,
@@ -191,6 +202,7 @@ impl DiskSpec {
             ("fd", self.fd.map(|fd| Written::Number(fd.into()))),
             ("blk-file", path(&self.blk_file)),
             ("format", (self.format != Format::Raw).then(|| Written::Text(self.format.to_string()))),
+            ("clone-of", text(self.clone_of.as_ref().map(Base::to_string))),
             ("backend", text(backend)),
             ("serial", text(Some(self.serial.clone()).filter(|serial| !serial.is_empty()))),
             ("incoming", self.incoming.then_some(Written::Truth(true))),

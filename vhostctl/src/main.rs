@@ -57,6 +57,26 @@ enum Command {
         #[arg(value_name = "KEY=VALUE", required = true)]
         keys: Vec<String>,
     },
+    /// Make a clone of an image, and serve it as one more disk if keys are given
+    Clone {
+        /// The image: qcow2, or FORMAT:PATH
+        base: String,
+        /// The clone's file, which must not be there if it is not served
+        file: String,
+        /// Keys as of vhost-blk --disk, such as socket-path=/run/a.sock
+        #[arg(value_name = "KEY=VALUE")]
+        keys: Vec<String>,
+    },
+    /// Copy up all that a disk's image has from those below it, while it is in use, so that it needs them no more
+    Flatten {
+        /// Name of the disk
+        name: String,
+        /// Copy no more; what was copied stays so
+        #[arg(long)]
+        stop: bool,
+    },
+    /// All pools of clones
+    Pools,
     /// Serve a disk or port no more, once what is in flight is finished
     Remove {
         /// Its name
@@ -180,6 +200,19 @@ fn call_of(command: &Command, list: &str) -> Result<Call> {
         Command::List => ("GET", list.into(), None),
         Command::Show { name } => ("GET", disk(name, ""), None),
         Command::Add { keys } => ("POST", list.into(), Some(spec(keys)?)),
+        Command::Clone { base, file, keys } if keys.is_empty() => {
+            ("POST", "/v1/clones".into(), Some(json!({ "base": base, "file": file })))
+        }
+        Command::Clone { base, file, keys } => {
+            let mut spec = spec(keys)?;
+            spec["clone-of"] = json!(base);
+            spec["blk-file"] = json!(file);
+            ("POST", "/v1/disks".into(), Some(spec))
+        }
+        Command::Flatten { name, stop } => {
+            (if *stop { "DELETE" } else { "POST" }, disk(name, "/flatten"), None)
+        }
+        Command::Pools => ("GET", "/v1/pools".into(), None),
         Command::Remove { name, force: false } => ("DELETE", disk(name, ""), None),
         Command::Remove { name, force: true } => ("DELETE", disk(name, "?force=true"), None),
         Command::Grow { name, size } => {

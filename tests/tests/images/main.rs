@@ -3,6 +3,7 @@
 
 #[path = "../blk/mod.rs"]
 mod blk;
+mod clones;
 mod damage;
 mod disk;
 mod elsewhere;
@@ -186,6 +187,12 @@ const TESTS: &[(&str, Body)] = &[
     ("who_may_use_an_image_beside_whom", refusals::locked),
     ("a_guest_moves_with_its_image", elsewhere::moved),
     ("a_confined_daemon_is_given_an_image", elsewhere::added),
+    ("clones_keep_to_themselves", clones::apart),
+    ("clones_are_made_at_once", clones::hundred),
+    ("clones_that_cannot_be", clones::refused),
+    ("a_pool_is_kept_full", clones::pool),
+    ("an_image_is_flattened_in_use", clones::flattened),
+    ("a_flattening_daemon_is_killed", clones::killed),
     ("damaged_images_do_no_harm", damage::damaged),
 ];
 

@@ -66,7 +66,8 @@ impl Rules {
         }
         let sockets = AccessFs::MakeSock | AccessFs::RemoveFile;
         let read = AccessFs::ReadFile | AccessFs::ReadDir;
-        let write = read | sockets | AccessFs::WriteFile | AccessFs::MakeReg | AccessFs::Truncate;
+        let make = AccessFs::MakeReg | AccessFs::Refer;
+        let write = read | sockets | make | AccessFs::WriteFile | AccessFs::Truncate;
         let created = Ruleset::default()
             .set_compatibility(CompatLevel::BestEffort)
             .handle_access(AccessFs::from_all(KNOWN))?

@@ -133,11 +133,23 @@ pub fn look(top: &ImageFile, how: How, opened: &mut Opened) -> Result<u64, Chain
     Ok(header(top)?.size)
 }
 
-fn header(file: &ImageFile) -> Result<Header, ChainError> {
+/// The header of a qcow2 image, which may be somebody else's.
+pub fn header(file: &ImageFile) -> Result<Header, ChainError> {
     let io = |e| ChainError::Io(file.path().to_owned(), e);
     let refused = |e| ChainError::Refused(file.path().to_owned(), e);
     let cluster = Header::cluster_size(&file.bytes(0..512).map_err(io)?).map_err(refused)?;
     Header::parse(&file.bytes(0..cluster).map_err(io)?, file.len()).map_err(refused)
+}
+
+/// Which format the image `name`, below the one at `path`, is said to have.
+pub fn backing_format(path: &Path, name: &str, header: &Header) -> Result<Format, ChainError> {
+    match header.backing_format.as_deref() {
+        None => Err(ChainError::BackingFormat(path.to_owned(), name.to_owned())),
+        Some("raw" | "file") => Ok(Format::Raw),
+        Some("qcow2") => Ok(Format::Qcow2),
+        Some("vmdk") => Ok(Format::Vmdk),
+        Some(other) => Err(ChainError::UnknownFormat(path.to_owned(), name.to_owned(), other.to_owned())),
+    }
 }
 
 impl Opening<'_> {
@@ -215,13 +227,7 @@ impl Opening<'_> {
         };
         let Some(name) = &header.backing_file else { return Ok((data, None)) };
         let path = path.to_owned();
-        let format = match header.backing_format.as_deref() {
-            None => return Err(ChainError::BackingFormat(path, name.clone())),
-            Some("raw" | "file") => Format::Raw,
-            Some("qcow2") => Format::Qcow2,
-            Some("vmdk") => Format::Vmdk,
-            Some(other) => return Err(ChainError::UnknownFormat(path, name.clone(), other.to_owned())),
-        };
+        let format = backing_format(&path, name, header)?;
         Ok((data, Some((self.file(&beside(&path, name), false)?, format))))
     }
 
@@ -244,7 +250,9 @@ impl Opening<'_> {
         let (file, traits) = if let Some((_, file, traits)) = known {
             (file.try_clone().map_err(OpenError::Stat)?, *traits)
         } else {
-            let (file, traits) = open_file(path, !writable, self.how.direct)?;
+            // What is below is the same for all that are over it: the page cache has it once for all of them. Nobody may
+            // write to it meanwhile, so that it is never old.
+            let (file, traits) = open_file(path, !writable, self.how.direct && writable)?;
             let top = self.files[0].traits();
             if traits.offset_align > top.offset_align || traits.mem_align > top.mem_align {
                 // Requests are aligned as the image wants them.
@@ -282,7 +290,7 @@ impl Opening<'_> {
 }
 
 /// The path of a file that the image at `path` names.
-fn beside(path: &Path, name: &str) -> PathBuf {
+pub fn beside(path: &Path, name: &str) -> PathBuf {
     path.parent().unwrap_or(Path::new("")).join(name)
 }
 

@@ -87,6 +87,11 @@ impl ImageFile {
         Ok(bytes)
     }
 
+    /// Writes the block that the file begins with, past any order.
+    pub fn put_header(&self, block: &[u8]) -> io::Result<()> {
+        Disk::write(&Raw(&self.0), 0, block)
+    }
+
     /// From here on it is written to in this order.
     pub fn keep_order(&self, order: Order) {
         assert!(self.0.order.set(Mutex::new(order)).is_ok(), "one order");

@@ -26,6 +26,9 @@ const EXTENSION_END: u32 = 0;
 const EXTENSION_BACKING_FORMAT: u32 = 0xe279_2aca;
 const EXTENSION_DATA_FILE: u32 = 0x4441_5441;
 
+/// Where the header says where the name of the image below is, and how long it is: zeros for none.
+pub const BACKING_NAME: Range<usize> = 8..20;
+
 /// Of an entry of the L1 table or the refcount table: where the table is.
 pub const OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
 
@@ -64,6 +67,8 @@ pub struct Header {
     pub data_file: Option<String>,
     /// Whether that is to be a raw image of the disk.
     pub data_file_is_raw: bool,
+    /// Internal snapshots.
+    pub snapshots: u32,
     /// Where the L1 table is, bytes.
     pub l1: Range<u64>,
     /// Where the refcount table is, bytes.
@@ -161,6 +166,7 @@ impl Header {
             has_data_file: incompatible & EXTERNAL_DATA != 0,
             data_file: None,
             data_file_is_raw: autoclear & RAW_EXTERNAL != 0,
+            snapshots: word(60)?,
             l1,
             reftable,
             refblock_clusters: (cluster_size * 8) >> refcount_order,

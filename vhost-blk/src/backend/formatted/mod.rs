@@ -11,9 +11,12 @@
 //! loses nothing, one that takes over finds everything, and a flush has nothing to do but to sync files.
 
 mod chain;
+mod create;
 pub mod errand;
 mod file;
+mod flatten;
 mod header;
+mod independence;
 mod order;
 mod table;
 mod worker;
@@ -29,8 +32,11 @@ use serde::{Deserialize, Serialize};
 
 pub use chain::ChainError;
 use chain::{How, Opened};
+pub use create::create;
 use errand::{Errand, Inbox};
 use file::ImageFile;
+use independence::Independence;
+pub use independence::{Flattening, StepError};
 use table::{Entry, Table};
 use tracing::warn;
 use utoipa::ToSchema;
@@ -75,6 +81,7 @@ pub struct Formatted {
     /// Files that it names.
     opened: Mutex<Opened>,
     running: Mutex<Option<Arc<Running>>>,
+    independence: Independence,
 }
 
 impl Formatted {
@@ -95,6 +102,7 @@ impl Formatted {
             how,
             opened: Mutex::default(),
             running: Mutex::new(None),
+            independence: Independence::default(),
         }
     }
 
@@ -128,7 +136,8 @@ impl Formatted {
 
     /// Has it run: read anew if it does not. It has to be ours.
     pub fn run(&self) -> Result<Arc<Running>, ChainError> {
-        let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut running = self.running();
+        self.forget_below(&mut running);
         if let Some(running) = &*running {
             return Ok(Arc::clone(running));
         }
@@ -140,7 +149,8 @@ impl Formatted {
 
     /// Makes durable what was written, and [rests](Self::rest).
     pub fn hand_over(&self) -> std::io::Result<()> {
-        let running = self.running.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        self.stop_flatten();
+        let running = self.running().clone();
         running.map_or(Ok(()), |running| running.sync())?;
         self.rest();
         Ok(())
@@ -148,11 +158,15 @@ impl Formatted {
 
     /// Forgets all that is known of it, which others may change from here on. No queue runs.
     pub fn rest(&self) {
-        let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
-        *running = None;
+        self.stop_flatten();
+        *self.running() = None;
         for (path, file, _) in &*self.opened() {
             release(file).unwrap_or_else(|e| warn!("{} stays locked: {e}", path.display()));
         }
+    }
+
+    fn running(&self) -> MutexGuard<'_, Option<Arc<Running>>> {
+        self.running.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn opened(&self) -> MutexGuard<'_, Opened> {

@@ -316,6 +316,7 @@ mod tests {
             has_data_file: false,
             data_file: None,
             data_file_is_raw: false,
+            snapshots: 0,
             l1: 3 * C..4 * C,
             reftable: C..2 * C,
             refblock_clusters: 32768,

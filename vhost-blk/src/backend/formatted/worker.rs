@@ -39,11 +39,12 @@ pub struct Workers {
     image: Arc<Image>,
 }
 
+/// The image, as they have it.
 #[derive(Debug)]
-struct Image {
+pub(super) struct Image {
     /// Taken to read while the image is read, and to write while it is changed.
-    access: RwLock<Option<Access>>,
-    shared: Arc<Shared>,
+    pub(super) access: RwLock<Option<Access>>,
+    pub(super) shared: Arc<Shared>,
 }
 
 impl Workers {
@@ -70,6 +71,11 @@ impl Workers {
         let builder = std::thread::Builder::new().name(name.into());
         self.threads.push(confine::spawn(builder, Role::Worker, run)?);
         Ok(())
+    }
+
+    /// The image, for a thread that is none of them.
+    pub(super) fn image(&self) -> &Image {
+        &self.image
     }
 
     /// Has an errand run; the answer goes to `inbox`.
@@ -102,7 +108,7 @@ fn broken() -> io::Error {
 
 impl Image {
     /// Does something with the image, which may fail in any way.
-    fn guarded<T>(&self, act: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+    pub(super) fn guarded<T>(&self, act: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
         if self.shared.broken.load(Ordering::Relaxed) {
             return Err(broken());
         }
@@ -290,7 +296,7 @@ impl Image {
     }
 
     /// Enters where the clusters of a range are.
-    fn note(&self, access: &Access, start: u64, end: u64) -> io::Result<()> {
+    pub(super) fn note(&self, access: &Access, start: u64, end: u64) -> io::Result<()> {
         let Shared { size, cluster_bits: bits, table, .. } = &*self.shared;
         let (mut at, end) = (start >> bits << bits, end.next_multiple_of(1 << bits).min(*size));
         while at < end {
@@ -333,7 +339,7 @@ impl Image {
 }
 
 /// Calls `each` for each stretch of a range that is mapped in one way: where it begins, how long it is, and how.
-fn stretches(
+pub(super) fn stretches(
     access: &Access,
     start: u64,
     end: u64,
