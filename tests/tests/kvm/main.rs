@@ -4,6 +4,7 @@
 //! instead.
 
 mod blocks;
+mod clones;
 mod harness;
 mod interrupts;
 mod lifecycle;
@@ -40,6 +41,7 @@ const ALL: &[(&str, Platform, Scenario)] = &[
     ("two_cpus_share_a_disk", Bare, blocks::two_cpus),
     ("two_cpus_share_a_disk", Microvm, blocks::two_cpus),
     ("twenty_four_disks", Bare, blocks::many_disks),
+    ("eight_guests_on_clones_of_one_image", Bare, clones::eight),
     ("memory_in_huge_pages", Bare, blocks::huge_pages),
     ("disk_grows_online", Bare, lifecycle::growth),
     ("memory_comes_and_goes_under_load", Bare, lifecycle::memory),
