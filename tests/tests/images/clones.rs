@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 
 use crate::blk::{Front, Served};
 use crate::disk::{Copy, check_all, pattern, step};
-use crate::raw;
+use crate::{caller, raw};
 
 const LIMIT: Duration = Duration::from_secs(60);
 const SIZE: u64 = 6 << 20;
@@ -32,7 +32,7 @@ impl Told {
             scene,
             &[&["--backend=null:1M", &format!("--api={}", api.display())], args].concat(),
         );
-        Told { served, client: Client::new(&api) }
+        Told { served, client: caller(&api) }
     }
 
     fn does(&self, method: &str, path: &str, body: &Value) -> Result<Value> {

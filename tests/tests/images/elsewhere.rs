@@ -4,7 +4,6 @@ use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
-use control::client::Client;
 use kickless_tests::process::Process;
 use kickless_tests::qemu_img;
 use kickless_tests::scene::Scene;
@@ -15,7 +14,7 @@ use vhost::VhostBackend;
 
 use crate::blk::{Front, LIMIT, Served, program};
 use crate::disk::{Copy, check_all, step};
-use crate::{SIZE, raw};
+use crate::{SIZE, caller, raw};
 
 const QUEUES: usize = 2;
 
@@ -94,14 +93,15 @@ pub fn added(scene: &Scene) -> Result<()> {
     );
     let socket = scene.path("added.sock");
     let disk = json!({ "name": "added", "socket-path": socket, "blk-file": path, "format": "qcow2" });
-    let answer = Client::new(&api).call("POST", "/v1/disks", Some(&disk))?;
+    let client = caller(&api);
+    let answer = client.call("POST", "/v1/disks", Some(&disk))?;
     let answer = (answer.status, answer.json());
     ensure!(answer.0 == 201, "{answer:?}");
     let mut front = Front::connect(&socket, QUEUES);
     work(&mut front, &mut copy)?;
     drop(front);
     // The image stays as large as it is: nothing says otherwise.
-    let answer = Client::new(&api).call("POST", "/v1/disks/added/grow", Some(&json!({ "size": "64M" })))?;
+    let answer = client.call("POST", "/v1/disks/added/grow", Some(&json!({ "size": "64M" })))?;
     let why = answer.json().context("no answer")?["detail"].to_string();
     ensure!(answer.status == 409 && why.contains("qemu-img resize"), "{} {why}", answer.status);
     served.terminate();

@@ -10,12 +10,15 @@ mod elsewhere;
 mod refusals;
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Result, ensure};
+use control::client::Client;
 use disk::{Copy, exercise};
 use kickless_tests::qemu_img;
 use kickless_tests::runner::{self, Test};
 use kickless_tests::scene::Scene;
+use kickless_tests::wait;
 
 /// Bytes of a disk: more than an L2 table of clusters of 4 KiB maps.
 const SIZE: u64 = 3 << 20;
@@ -25,6 +28,14 @@ fn quick(scene: &Scene) -> Result<tempfile::TempDir> {
     let memory = Path::new("/dev/shm");
     let place = if memory.is_dir() { memory.to_owned() } else { scene.path("") };
     Ok(tempfile::Builder::new().prefix("kickless-").tempdir_in(place)?)
+}
+
+/// Somebody who tells a daemon what to do. Its sockets are made one after the other.
+fn caller(api: &Path) -> Client {
+    let client = Client::new(api);
+    let answers = || Ok(client.call("GET", "/v1/daemon", None).ok().map(drop));
+    wait::until("the API", Duration::from_secs(60), answers).expect("an API");
+    client
 }
 
 /// A raw image with something in most places.
