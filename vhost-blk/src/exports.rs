@@ -6,6 +6,7 @@ use std::io;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -239,6 +240,7 @@ pub struct Exports {
     file: Option<PathBuf>,
     served: Mutex<Vec<Arc<Served>>>,
     pools: Pools,
+    flattening: Mutex<Vec<JoinHandle<()>>>,
     changes: Changes,
 }
 
@@ -256,6 +258,7 @@ impl Exports {
             options,
             file,
             pools,
+            flattening: Mutex::default(),
             served: Mutex::new(served.into_iter().map(Arc::new).collect()),
             changes: Changes::default(),
         }
@@ -475,6 +478,7 @@ impl Exports {
         for s in self.all() {
             s.server.begin_stop();
         }
+        self.end_flattening();
     }
 }
 

@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 use poll_engine::session::server::AskError;
 use tracing::{info, warn};
 
-use super::{Exports, Refused, Served, conflict};
-use crate::backend::formatted::StepError;
+use super::{Exports, Refused, Served, conflict, locked};
+use crate::backend::formatted::{Formatted, StepError};
 use crate::clone::Base;
 use crate::pool::State;
 
@@ -41,12 +41,24 @@ impl Exports {
         image.begin_flatten().map_err(|e| refused(&e))?;
         let weak = Arc::downgrade(&served);
         let begun = std::thread::Builder::new().name("flatten".into()).spawn(move || flatten(&weak));
-        if let Err(e) = begun {
+        let thread = begun.map_err(|e| {
             image.stop_flatten();
-            return Err(refused(&e.into()));
-        }
+            refused(&e.into())
+        })?;
+        let mut threads = locked(&self.flattening);
+        threads.retain(|thread| !thread.is_finished());
+        threads.push(thread);
         info!("{} is being flattened", served.name);
         Ok(served)
+    }
+
+    /// Ends all of that, before the end of the process: a thread may have a disk in its hand.
+    pub(super) fn end_flattening(&self) {
+        self.all().iter().filter_map(|s| s.image()).for_each(Formatted::stop_flatten);
+        for thread in locked(&self.flattening).drain(..) {
+            // Its panics were told by the hook.
+            let _ = thread.join();
+        }
     }
 
     /// Ends that; what was copied stays so.
@@ -83,7 +95,7 @@ fn flatten(weak: &Weak<Served>) {
         image.end_flatten();
         // Of the queues there are, the first one opens it; where there are none, we do.
         let outcome = served.server.restart_queues();
-        let opened = image.run();
+        let opened = image.finish_flatten();
         match (image.flattening(), outcome, opened) {
             (None, ..) => {
                 let is_alone = image.backing().is_ok_and(|below| below.is_none());
@@ -95,7 +107,7 @@ fn flatten(weak: &Weak<Served>) {
             (_, Err(AskError::Ended), _) | (.., Err(_)) => return image.stop_flatten(),
             // A guest is coming, say.
             (_, Err(e), _) => info!("{}: {e}; tried again in {AGAIN:?}", served.name),
-            (_, Ok(()), Ok(_)) => {}
+            (_, Ok(()), Ok(())) => {}
         }
         drop(served);
         std::thread::sleep(AGAIN);

@@ -120,6 +120,17 @@ impl Formatted {
         }
     }
 
+    /// Takes the last step if it is due, where no queue has the image.
+    pub fn finish_flatten(&self) -> Result<(), ChainError> {
+        let mut running = self.running();
+        // One that has gone elsewhere is not opened again.
+        if running.is_some() {
+            self.forget_below(&mut running);
+            self.opened_in(&mut running)?;
+        }
+        Ok(())
+    }
+
     /// It is flattened no further; what was copied stays so.
     pub fn stop_flatten(&self) {
         // What is under way ends first.

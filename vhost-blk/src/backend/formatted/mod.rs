@@ -138,6 +138,10 @@ impl Formatted {
     pub fn run(&self) -> Result<Arc<Running>, ChainError> {
         let mut running = self.running();
         self.forget_below(&mut running);
+        self.opened_in(&mut running)
+    }
+
+    fn opened_in(&self, running: &mut Option<Arc<Running>>) -> Result<Arc<Running>, ChainError> {
         if let Some(running) = &*running {
             return Ok(Arc::clone(running));
         }
