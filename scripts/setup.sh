@@ -29,7 +29,8 @@ gcc links Rust programs
 libc6-dev links Rust programs
 make runs the Makefile
 valgrind counts the instructions of a request
-python3-prometheus-client reads metrics as Prometheus does'
+python3-prometheus-client reads metrics as Prometheus does
+chromium looks at the status page'
 
 say() { echo "setup: $*"; }
 

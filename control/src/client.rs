@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use axum::body::Bytes;
+use axum::http::HeaderMap;
 use http_body_util::{BodyExt, Full};
 use hyper::{Method, Request};
 use hyper_util::rt::TokioIo;
@@ -38,6 +39,8 @@ pub struct Answer {
     pub status: u16,
     /// What the body is said to be.
     pub content_type: String,
+    /// All that is said about the body.
+    pub headers: HeaderMap,
     /// The body.
     pub body: Vec<u8>,
 }
@@ -82,13 +85,20 @@ impl Client {
     /// Calls with any body.
     pub fn send(&self, method: &str, path: &str, body: Vec<u8>) -> Result<Answer> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build()?;
-        runtime.block_on(async {
-            let call = self.exchange(method, path, body);
-            tokio::time::timeout(LIMIT, call).await.context("the daemon does not answer")?
-        })
+        runtime.block_on(self.exchange(method, path, body))
+    }
+
+    /// Asks for something, in a program that does other things meanwhile.
+    pub async fn get(&self, path: &str) -> Result<Answer> {
+        self.exchange("GET", path, Vec::new()).await
     }
 
     async fn exchange(&self, method: &str, path: &str, body: Vec<u8>) -> Result<Answer> {
+        let call = self.call_within(method, path, body);
+        tokio::time::timeout(LIMIT, call).await.context("the daemon does not answer")?
+    }
+
+    async fn call_within(&self, method: &str, path: &str, body: Vec<u8>) -> Result<Answer> {
         let socket = self.socket.display();
         let stream = UnixStream::connect(&self.socket).await;
         let stream =
@@ -103,10 +113,11 @@ impl Client {
         let exchange = async move {
             let response = sender.send_request(request).await?;
             let status = response.status().as_u16();
-            let header = response.headers().get("content-type").and_then(|v| v.to_str().ok());
+            let headers = response.headers().clone();
+            let header = headers.get("content-type").and_then(|v| v.to_str().ok());
             let content_type = header.unwrap_or_default().to_owned();
             let body = response.into_body().collect().await?.to_bytes().to_vec();
-            anyhow::Ok(Answer { status, content_type, body })
+            anyhow::Ok(Answer { status, content_type, headers, body })
         };
         tokio::pin!(exchange);
         tokio::select! {

@@ -17,6 +17,7 @@ use utoipa_axum::routes;
 
 use crate::body::{Json, Path};
 use crate::metrics;
+use crate::page;
 use crate::problem::Problem;
 use crate::refused::Refused;
 use crate::server::Turn;
@@ -181,6 +182,7 @@ where
         .routes(routes!(metrics_text))
         .routes(routes!(all_stats))
         .merge(own)
+        .merge(page::router().into())
         .split_for_parts()
 }
 

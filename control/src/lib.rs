@@ -8,14 +8,16 @@
 //! listens on a network. [`server`] is the socket, [`common`] the calls that all programs have, [`refused`] why something is
 //! not done, [`saved`] how a file comes to say what holds now, [`problem`] what is said of a call that fails, [`body`] how
 //! calls bring what they say, [`client`] the other side; [`stats`] and [`metrics`] are what daemons have done, for views and
-//! for Prometheus.
+//! for Prometheus, [`page`] is such a view, and [`relay`] shows it to browsers.
 
 pub mod body;
 pub mod client;
 pub mod common;
 pub mod metrics;
+pub mod page;
 pub mod problem;
 pub mod refused;
+pub mod relay;
 pub mod saved;
 pub mod server;
 pub mod stats;

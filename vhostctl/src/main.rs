@@ -1,12 +1,15 @@
 //! `vhostctl`: asks a running `vhost-blk` or `vhost-net` for things, over its control API (docs/control.md).
 
+mod rates;
 mod table;
+mod top;
 
-use std::path::PathBuf;
+use std::net::{SocketAddr, TcpListener};
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use clap::{CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
 use control::client::{Client, part};
@@ -169,6 +172,21 @@ enum Command {
     },
     /// Write what has changed into the daemon's configuration file
     Save,
+    /// Watch reactors, disks and queues in this terminal
+    Top {
+        /// Seconds between two looks
+        #[arg(long, short, default_value_t = 1.0)]
+        interval: f64,
+    },
+    /// Show the daemon's status page, and /metrics, to browsers and Prometheus; nothing can be changed there
+    Page {
+        /// Address to listen on: whoever reaches it sees everything
+        #[arg(long, value_name = "ADDRESS:PORT", default_value = "127.0.0.1:8080")]
+        listen: SocketAddr,
+        /// A name that the address may be called by, besides localhost
+        #[arg(long, value_name = "NAME")]
+        name: Vec<String>,
+    },
     /// All counters as Prometheus wants them
     Metrics,
     /// The API's own description (OpenAPI)
@@ -252,7 +270,9 @@ fn call_of(command: &Command, list: &str) -> Result<Call> {
         Command::Save => ("POST", "/v1/save".into(), None),
         Command::Metrics => ("GET", "/metrics".into(), None),
         Command::Openapi => ("GET", "/v1/openapi.json".into(), None),
-        Command::Call { .. } | Command::Completions { .. } => bail!("no call of its own"),
+        Command::Call { .. } | Command::Completions { .. } | Command::Top { .. } | Command::Page { .. } => {
+            bail!("no call of its own")
+        }
     })
 }
 
@@ -279,6 +299,11 @@ fn run(cli: &Cli) -> Result<()> {
         daemon::print(String::from_utf8_lossy(&script).trim_end());
         return Ok(());
     }
+    match &cli.command {
+        Command::Top { interval } => return top::run(Client::new(&cli.api), *interval),
+        Command::Page { listen, name } => return page(&cli.api, *listen, name.clone()),
+        _ => {}
+    }
     let Some(seconds) = cli.watch else {
         daemon::print(&answer(cli)?);
         return Ok(());
@@ -289,6 +314,15 @@ fn run(cli: &Cli) -> Result<()> {
         daemon::print(&format!("\x1b[H\x1b[2J{}", answer(cli)?));
         std::thread::sleep(every);
     }
+}
+
+/// Listens, says where, and passes on until it is ended.
+fn page(api: &Path, listen: SocketAddr, names: Vec<String>) -> Result<()> {
+    let client = Client::new(api);
+    client.call("GET", "/v1/daemon", None)?.done()?;
+    let listener = TcpListener::bind(listen).with_context(|| format!("cannot listen on {listen}"))?;
+    daemon::print(&format!("http://{}/", listener.local_addr()?));
+    Ok(control::relay::serve(listener, client, names)?)
 }
 
 fn answer(cli: &Cli) -> Result<String> {

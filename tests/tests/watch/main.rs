@@ -3,6 +3,7 @@
 #![allow(clippy::needless_pass_by_value)] // bodies are written where they are passed
 #![allow(clippy::float_cmp)] // of counts
 
+mod browser;
 #[path = "../kill/front.rs"]
 #[allow(dead_code)] // what kills
 mod front;
@@ -11,9 +12,11 @@ mod metrics;
 #[path = "../kill/model.rs"]
 #[allow(dead_code)]
 mod model;
+mod page;
 #[path = "../control/rig.rs"]
 #[allow(dead_code)] // calls that change things
 mod rig;
+mod top;
 
 use std::process::ExitCode;
 
@@ -23,6 +26,9 @@ fn main() -> ExitCode {
     let tests = vec![
         Test::new("every_metric_is_documented_and_on_the_dashboard", metrics::are_documented, || None),
         Test::new("prometheus_reads_the_metrics", metrics::are_read, metrics::no_reader),
+        Test::new("top_is_used_in_a_terminal", top::is_used, || None),
+        Test::new("the_page_is_only_looked_at", page::is_only_looked_at, || None),
+        Test::new("the_page_is_seen_in_a_browser", page::is_seen, browser::missing),
     ];
     runner::run(tests, "KICKLESS_REQUIRE_WATCH")
 }

@@ -53,7 +53,7 @@ fn documented() -> Result<Names> {
     let (_, section) = text.split_once("\n## Metrics\n").context("no section on metrics")?;
     let section = section.split("\n## ").next().unwrap_or_default();
     let ticked = |cell: &str| cell.split('`').skip(1).step_by(2).map(str::to_owned).collect::<Vec<_>>();
-    let rows = section.lines().filter(|line| line.starts_with("| `"));
+    let rows = section.lines().filter(|line| line.starts_with("| `vhost_blk_"));
     let cells = rows.map(|row| row.split('|').map(str::to_owned).collect::<Vec<_>>());
     Ok(cells.map(|c| (ticked(&c[1]).concat(), ticked(&c[2]).into_iter().collect())).collect())
 }

@@ -1,0 +1,181 @@
+//! `vhostctl top` in a pseudo-terminal, with a daemon under load: keys are pressed and the screen is read as a terminal
+//! would show it.
+#![allow(unsafe_code)] // makes the pseudo-terminal, which no crate here does
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::{AsRawFd, FromRawFd};
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex};
+
+use anyhow::{Context, Result, ensure};
+use kickless_tests::process::built;
+use kickless_tests::scene::Scene;
+use kickless_tests::wait;
+use nix::libc;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::load::Load;
+use crate::rig::LIMIT;
+
+struct Terminal {
+    child: Child,
+    master: File,
+    screen: Arc<Mutex<vt100::Parser>>,
+}
+
+/// Both ends of a new pseudo-terminal: that of the one who looks at it, and that of the program.
+fn open(rows: u16, cols: u16) -> Result<(File, File)> {
+    let (mut master, mut slave) = (-1, -1);
+    let none = std::ptr::null_mut();
+    let mut size = size(rows, cols);
+    // SAFETY: the two descriptors and the size are there to be written and read, the rest may be null.
+    let done = unsafe { libc::openpty(&raw mut master, &raw mut slave, none, none.cast(), &raw mut size) };
+    nix::Error::result(done)?;
+    // SAFETY: both were made just now, for nobody else.
+    Ok(unsafe { (File::from_raw_fd(master), File::from_raw_fd(slave)) })
+}
+
+fn size(rows: u16, cols: u16) -> libc::winsize {
+    libc::winsize { ws_row: rows, ws_col: cols, ws_xpixel: 0, ws_ypixel: 0 }
+}
+
+impl Terminal {
+    fn start(load: &Load, rows: u16, cols: u16) -> Result<Terminal> {
+        let (master, slave) = open(rows, cols)?;
+        // A session of its own, whose terminal this is: it hears of another size.
+        let child = Command::new("setsid")
+            .args(["--ctty", "--wait", "setpriv", "--pdeathsig", "KILL", "--"])
+            .arg(built("vhostctl").context("vhostctl is not built: cargo build -p vhostctl")?)
+            .args(["--api", &load.rig.path("api"), "top", "--interval", "0.2"])
+            .env("TERM", "xterm-256color")
+            .stdin(Stdio::from(slave.try_clone()?))
+            .stdout(Stdio::from(slave.try_clone()?))
+            .stderr(Stdio::from(slave))
+            .spawn()
+            .context("setsid (package util-linux)")?;
+        let screen = Arc::new(Mutex::new(vt100::Parser::new(rows, cols, 0)));
+        let (mut reads, shown) = (master.try_clone()?, Arc::clone(&screen));
+        std::thread::spawn(move || {
+            let mut bytes = [0; 4096];
+            // Ends with an error when the last one on the other side is gone.
+            while let Ok(n @ 1..) = reads.read(&mut bytes) {
+                shown.lock().unwrap().process(&bytes[..n]);
+            }
+        });
+        Ok(Terminal { child, master, screen })
+    }
+
+    fn press(&mut self, keys: &str) -> Result<()> {
+        Ok(self.master.write_all(keys.as_bytes())?)
+    }
+
+    fn lines(&self) -> Vec<String> {
+        let screen = self.screen.lock().unwrap();
+        let (_, cols) = screen.screen().size();
+        screen.screen().rows(0, cols).map(|row| row.trim_end().to_owned()).collect()
+    }
+
+    /// Waits until the screen is so.
+    fn shows(&self, what: &str, is: impl Fn(&[String]) -> bool) -> Result<Vec<String>> {
+        let seen = wait::until(what, LIMIT, || {
+            let lines = self.lines();
+            Ok(is(&lines).then_some(lines))
+        });
+        seen.with_context(|| format!("on the screen:\n{}", self.lines().join("\n")))
+    }
+
+    fn resize(&mut self, rows: u16, cols: u16) -> Result<()> {
+        self.screen.lock().unwrap().screen_mut().set_size(rows, cols);
+        let size = size(rows, cols);
+        // SAFETY: the descriptor is that of a terminal, and the structure is read.
+        let done = unsafe { libc::ioctl(self.master.as_raw_fd(), libc::TIOCSWINSZ, &raw const size) };
+        nix::Error::result(done)?;
+        Ok(())
+    }
+}
+
+impl Drop for Terminal {
+    fn drop(&mut self) {
+        // The group, which it leads: `setsid` waits for what it has started.
+        let _ = kill(Pid::from_raw(self.child.id() as i32), Signal::SIGKILL);
+        let _ = self.child.wait();
+    }
+}
+
+/// The number behind a `k` or `M`.
+fn number(text: &str) -> f64 {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let unit = match &text[digits.len()..] {
+        "k" => 1e3,
+        "M" => 1e6,
+        _ => 1.0,
+    };
+    digits.parse::<f64>().unwrap_or(-1.0) * unit
+}
+
+/// The cells of the line of a disk.
+fn line_of<'a>(lines: &'a [String], disk: &str) -> Option<Vec<&'a str>> {
+    let cells = |line: &'a String| line.split_whitespace().collect::<Vec<_>>();
+    lines.iter().map(cells).find(|cells| cells.get(1) == Some(&disk))
+}
+
+pub fn is_used(_: &Scene) -> Result<Option<String>> {
+    let mut load = Load::start(&["web", "mail"])?;
+    load.rig.add("archive", "backend=null:1G");
+    let mut terminal = Terminal::start(&load, 24, 80)?;
+    let loaded = |lines: &[String], disk: &str| {
+        line_of(lines, disk).is_some_and(|cells| number(cells[2]) > 0.0 && cells[6].ends_with('s'))
+    };
+    let seen =
+        terminal.shows("two disks under load", |lines| loaded(lines, "web") && loaded(lines, "mail"))?;
+    ensure!(
+        seen.len() == 24 && seen[0].contains("vhost-blk") && seen[0].contains("3 exports, 2 attached"),
+        "{seen:?}"
+    );
+    ensure!(seen[3].contains("any") && seen[3].contains('%') && seen[3].contains('\u{2588}'), "{}", seen[3]);
+    let idle = line_of(&seen, "archive").context("the idle disk")?;
+    ensure!(idle[2..] == ["0", "0", "0", "-", "-", "-", "0", "-"], "{idle:?}");
+
+    // By name: twice to the left of IOPS is none, once is.
+    terminal.press("\x1b[D")?;
+    let is_at = |lines: &[String], row: usize, disk: &str| lines[row].split_whitespace().nth(1) == Some(disk);
+    terminal.shows("disks by name", |lines| {
+        is_at(lines, 5, "archive") && is_at(lines, 6, "mail") && is_at(lines, 7, "web")
+    })?;
+    terminal.press("r")?;
+    terminal
+        .shows("disks by name, backwards", |lines| is_at(lines, 5, "web") && is_at(lines, 7, "archive"))?;
+    // The queues of the first one.
+    terminal.press("\x1b[B\r")?;
+    terminal.shows("queues", |lines| lines[6].contains("0 on r0") && lines[7].contains("1 on r0"))?;
+    terminal.press("h")?;
+    terminal.shows("help", |lines| lines.iter().any(|line| line.contains("sort by another column")))?;
+    terminal.press("h")?;
+    // What is bigger shows more.
+    terminal.resize(30, 120)?;
+    let seen = terminal
+        .shows("a wider screen", |lines| lines[4].contains("REQUESTS") && lines[4].contains("IRQS/s"))?;
+    ensure!(seen.len() == 30, "{seen:?}");
+    // Agrees with what the daemon counts: what was shown last was so or less, and is soon more.
+    let total = load.requests("web") as f64;
+    terminal.shows("as many requests as were counted", |lines| {
+        line_of(lines, "web").is_some_and(|cells| number(cells[10]) >= total * 0.99)
+    })?;
+
+    load.stop()?;
+    terminal.shows("disks that rest", |lines| line_of(lines, "web").is_some_and(|cells| cells[2] == "0"))?;
+    let seen = terminal.lines();
+    let shown = number(line_of(&seen, "web").context("web")?[10]);
+    let total = load.requests("web") as f64;
+    ensure!((shown - total).abs() <= total * 0.01, "{shown} shown, {total} counted");
+    load.rig.end();
+    terminal.shows("that the daemon is gone", |lines| lines[29].contains("cannot reach a daemon"))?;
+    terminal.press("q")?;
+    let child = &mut terminal.child;
+    let status = wait::until("its end", LIMIT, || Ok(child.try_wait()?))?;
+    ensure!(status.success(), "{status}");
+    ensure!(!terminal.screen.lock().unwrap().screen().alternate_screen(), "the terminal is not as it was");
+    Ok(None)
+}
