@@ -309,6 +309,7 @@ impl Planner<'_> {
             self.autoprobe(address, &mut autoprobe, during);
             self.step(Step::NumVfs(address, want.vfs));
         }
+        let from = self.plan.steps.len();
         for (i, want_vf) in wants.iter().enumerate() {
             let vf = if anew { None } else { Some(&pf.vfs[i]) };
             self.vf(
@@ -324,6 +325,13 @@ impl Planner<'_> {
                     probed: autoprobe != Some(false),
                 },
             );
+        }
+        // Without an override the kernel binds a VF, even when told to, only where VFs are bound by themselves
+        // (pci_device_can_probe).
+        let freely = |step: &Step| matches!(step, Step::Probe(_, None) | Step::Bind(..));
+        if autoprobe == Some(false) && self.plan.steps[from..].iter().any(freely) {
+            self.plan.steps.insert(from, Step::Autoprobe(address, true));
+            autoprobe = Some(true);
         }
         self.autoprobe(address, &mut autoprobe, after);
         if up == Some(true) && want.up == Some(false) {

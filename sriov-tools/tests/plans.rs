@@ -38,6 +38,7 @@ fn a_nic_for_virtual_machines() {
         [
             format!("{pf}: bind new VFs by themselves: no"),
             format!("{pf}: make 2 VFs"),
+            format!("{pf}: bind new VFs by themselves: yes"),
             format!("{pf} vf 0: set mac 52:54:00:00:00:01"),
             format!("{pf} vf 0: set vlan 7 qos 2 proto 802.1Q"),
             format!("{pf} vf 0: let only vfio-pci be bound"),
@@ -45,7 +46,6 @@ fn a_nic_for_virtual_machines() {
             format!("{pf} vf 1: set trust on"),
             format!("{pf} vf 1: set min_tx_rate 0 max_tx_rate 100"),
             format!("{pf} vf 1: bind to the driver that the kernel chooses"),
-            format!("{pf}: bind new VFs by themselves: yes"),
         ]
     );
     tree.apply(NIC);

@@ -195,6 +195,11 @@ impl DirHost {
         let only = sysfs::text(&self.device(address).join("driver_override"))?
             .filter(|n| !n.is_empty() && n != "(null)");
         let described = self.described()?;
+        // `pci_device_can_probe`.
+        let by_itself = self.pf_of(address).map(|pf| self.device(pf).join("sriov_drivers_autoprobe"));
+        if only.is_none() && by_itself.is_some_and(|file| matches!(sysfs::number::<u8>(&file), Ok(Some(0)))) {
+            return Ok(None);
+        }
         let native = self.pf_of(address).and_then(|pf| described.vfs.get(&pf)?.driver.clone());
         let driver = match only {
             // An override makes a driver without a table of devices match; others still need theirs.
