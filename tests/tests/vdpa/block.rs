@@ -46,12 +46,21 @@ pub fn disks(scene: &Scene) -> Result<Option<String>> {
     gone(&mut vm, "image")?;
     vm.check("! test -e /dev/vdb && ! test -e /dev/vduse/image && ! test -e /run/kickless-vdpa/image")?;
 
-    for _ in 0..rounds() {
+    for round in 0..rounds() {
         serve(&mut vm, "image", ATTACH)?;
         vm.check("dd if=/dev/vdb of=/dev/null bs=64K count=4 iflag=direct 2>/dev/null")?;
-        signal(&mut vm, "image", "TERM")?;
+        match round % 3 {
+            0 => signal(&mut vm, "image", "TERM")?,
+            1 => signal(&mut vm, "image", "INT")?,
+            _ => {
+                vm.check("vdpactl detach image")?;
+                gone(&mut vm, "image")?;
+            }
+        }
         vm.check("! test -e /dev/vdb && ! test -e /dev/vduse/image")?;
     }
+    taken_away_as_it_is(&mut vm)?;
+    formatted(&mut vm)?;
     own_memory(&mut vm)?;
     vhost_vdpa(&mut vm)?;
     virtual_machine(&mut vm)?;
@@ -94,6 +103,39 @@ fn file_system(vm: &mut Vm) -> Result<()> {
     Ok(())
 }
 
+/// A mounted disk, by those who mean it: a second signal, and a detach that says so.
+fn taken_away_as_it_is(vm: &mut Vm) -> Result<()> {
+    for by_signal in [true, false] {
+        serve(vm, "image", ATTACH)?;
+        vm.check("mkfs.ext4 -q /dev/vdb && mount /dev/vdb /mnt")?;
+        if by_signal {
+            vm.check("kill -TERM $(cat /tmp/image.pid)")?;
+            vm.check_soon("tail -n 1 /tmp/image.log | grep -q 'is in use: unmount it'", LIMIT)?;
+            signal(vm, "image", "TERM")?;
+        } else {
+            refused(vm, "vdpactl detach image", "is in use")?;
+            vm.check("vdpactl detach image --force")?;
+            gone(vm, "image")?;
+        }
+        vm.check("! test -e /dev/vduse/image && ! test -e /run/kickless-vdpa/image && umount /mnt")?;
+    }
+    Ok(())
+}
+
+/// An image in a format of its own: what is written is there when it is served again.
+fn formatted(vm: &mut Vm) -> Result<()> {
+    let attach = "attach /usr/share/image.qcow2 --format qcow2";
+    for write in [true, false] {
+        let node = serve(vm, "image", attach)?;
+        ensure!(vm.check(&format!("blockdev --getsize64 {node}"))? == "33554432");
+        let copy = if write { "dd if=/bin/busybox of=NODE conv=fsync" } else { "dd if=NODE of=/tmp/copy" };
+        vm.check(&format!("{} bs=4k count=100 2>/dev/null", copy.replace("NODE", &node)))?;
+        signal(vm, "image", "TERM")?;
+    }
+    vm.check("cmp -n 409600 /tmp/copy /bin/busybox && rm /tmp/copy")?;
+    Ok(())
+}
+
 /// What is discarded takes no room in the image any more and reads as zeroes; so does what is zeroed.
 fn discard(vm: &mut Vm) -> Result<()> {
     vm.check(
@@ -119,9 +161,17 @@ fn discard(vm: &mut Vm) -> Result<()> {
 fn four_queues(vm: &mut Vm) -> Result<()> {
     let job =
         "--name=v --filename=/dev/vdb --rw=randwrite --bs=4k --size=2M --offset_increment=8M --direct=1";
+    // The driver knows of a cache, and has it flushed.
+    ensure!(vm.check("cat /sys/block/vdb/queue/write_cache")? == "write back");
+    let flushes =
+        |vm: &mut Vm| -> Result<u64> { Ok(vm.check("awk '{ print $16 }' /sys/block/vdb/stat")?.parse()?) };
+    let before = flushes(vm)?;
     let jobs = "--numjobs=4 --cpus_allowed=0-3 --cpus_allowed_policy=split --ioengine=libaio --iodepth=32";
     let said = vm.run_for(&format!("fio {job} {jobs} --fsync=64 --verify=crc32c --minimal"), 2 * LIMIT)?;
     ensure!(said.code == 0, "fio: {}", said.stdout);
+    // One for each 64 of 512 writes, of each job; some may have gone together.
+    let flushed = flushes(vm)? - before;
+    ensure!(flushed >= 8, "{flushed} flushes");
     vm.check("kill -USR1 $(cat /tmp/image.pid)")?;
     vm.check_soon("test $(wc -l </tmp/image.node) -gt 5", LIMIT)?;
     let report = vm.check("cat /tmp/image.node")?;

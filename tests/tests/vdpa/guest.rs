@@ -5,11 +5,11 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use kickless_tests::process;
 use kickless_tests::qemu::overlay::Overlay;
 use kickless_tests::qemu::release::Release;
 use kickless_tests::qemu::{Vm, VmBuilder};
 use kickless_tests::scene::Scene;
+use kickless_tests::{process, qemu_img};
 use serde_json::Value;
 
 /// How long something may take in a guest that is emulated on a busy machine.
@@ -34,6 +34,9 @@ pub fn guest(scene: &Scene) -> Result<VmBuilder> {
         overlay.program(Path::new(&stripped))?;
     }
     overlay.program(&process::find_program("setpriv").context("no setpriv")?)?;
+    let image = scene.path("image.qcow2");
+    qemu_img::create(&image, 32 << 20, "", &[])?;
+    overlay.file("/usr/share/image.qcow2", &image)?;
     Ok(Vm::builder().release(Release::Backports).memory_mib(768).cpus(2).overlay(overlay))
 }
 

@@ -12,6 +12,7 @@ mod net;
 use std::process::ExitCode;
 
 use kickless_tests::qemu::release::Release;
+use kickless_tests::qemu_img;
 use kickless_tests::runner::{self, Test};
 
 fn main() -> ExitCode {
@@ -22,7 +23,8 @@ fn main() -> ExitCode {
         client::exercise(node);
         return ExitCode::SUCCESS;
     }
-    let needs = || Release::Backports.missing_needs().or_else(guest::missing_program);
+    let needs =
+        || Release::Backports.missing_needs().or_else(guest::missing_program).or_else(qemu_img::missing);
     let tests: [(&str, runner::Scenario); 2] =
         [("disks", Box::new(block::disks)), ("network_card", Box::new(net::network_card))];
     let tests = tests.map(|(name, run)| Test { name: name.into(), needs: Box::new(needs), run });
