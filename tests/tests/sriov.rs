@@ -130,9 +130,11 @@ fn made_and_set(vm: &mut Vm) -> Result<()> {
     let state = state(vm)?;
     ensure!(pf(&state, CARD)?["total_vfs"] == 7 && pf(&state, DISK)?["total_vfs"] == 4, "{state}");
     ensure!(state["iommu"] == true, "no IOMMU: {state}");
-    vm.check("sriov create eth0 3")?;
+    vm.check("sriov create eth0 2")?;
     vm.check(&format!("sriov create {DISK} 2 --unbound"))?;
     vm.check("sriov set eth0 0 mac=52:54:00:00:00:01 vlan=7 qos=3 spoofchk=off trust=on")?;
+    // All are made anew, and those that were there are as they were: what others print below.
+    vm.check("sriov create eth0 3 --unbound")?;
     vm.check_soon("grep -q up /sys/class/net/eth0/operstate", Duration::from_secs(30))?;
     vm.check("sriov set eth0 1 max-rate=100")?;
     for (command, says) in [("sriov list", [CARD, DISK]), ("sriov list --tree", [CARD, "52:54:00:00:00:01"])]
@@ -140,6 +142,8 @@ fn made_and_set(vm: &mut Vm) -> Result<()> {
         let said = vm.check(command)?;
         ensure!(says.iter().all(|words| said.contains(words)), "`{command}` says:\n{said}");
     }
+    let said = vm.check(&format!("sriov show {DISK}"))?;
+    ensure!(said.contains("2 of 4") && said.contains(&format!("{DISK} (nvme)")), "{said}");
     Ok(())
 }
 
@@ -213,12 +217,20 @@ fn refused(vm: &mut Vm) -> Result<()> {
         let now = state(vm)?;
         ensure!(now == before, "`{command}` has changed something: {before}\n{now}");
     }
+    // What its interface carries would be disturbed.
+    vm.check("ip route add default dev eth0")?;
+    fails(vm, "sriov create eth0 4", "0000:01:00.0 carries the default route (eth0)")?;
+    vm.check("ip route del default dev eth0")?;
     Ok(())
 }
 
 fn bound(vm: &mut Vm) -> Result<()> {
     fails(vm, "sriov export eth0/0 qemu", "bind eth0/0 vfio-pci".replace("eth0/0", "0000:01:10.0").as_str())?;
     vm.check("sriov bind eth0/0 vfio-pci && sriov bind 0000:02:00.1 vfio-pci")?;
+    let driver = "basename $(readlink /sys/bus/pci/devices/0000:01:10.4/driver)";
+    for (wanted, bound) in [("default", "igbvf"), ("none", ""), ("igbvf", "igbvf")] {
+        vm.check(&format!("sriov bind eth0/2 {wanted} && test \"$({driver} 2>/dev/null)\" = '{bound}'"))?;
+    }
     let state = state(vm)?;
     for (pf_address, driver) in [(CARD, "vfio-pci"), (DISK, "vfio-pci")] {
         let vf = &pf(&state, pf_address)?["vfs"][0];
@@ -228,6 +240,10 @@ fn bound(vm: &mut Vm) -> Result<()> {
     }
     let qemu = vm.check("sriov export eth0/0 qemu")?;
     ensure!(qemu == "-device vfio-pci,host=0000:01:10.0", "{qemu}");
+    let libvirt = vm.check("sriov export eth0/0 libvirt")?;
+    ensure!(libvirt.contains("bus='0x01' slot='0x10' function='0x0'"), "{libvirt}");
+    let hypervisor = vm.check("sriov export eth0/0 cloud-hypervisor")?;
+    ensure!(hypervisor == "--device path=/sys/bus/pci/devices/0000:01:10.0/", "{hypervisor}");
     Ok(())
 }
 
@@ -247,7 +263,10 @@ fn held(vm: &mut Vm) -> Result<()> {
     ensure!(said.contains("waiting for") && said.contains("(hold-vf) holds 0000:01:10.0"), "{said}");
     // It goes on in the kernel, and nobody else may come between; what there is can still be seen.
     fails(vm, "sriov create eth0 1", "another sriov is changing something")?;
-    vm.run_for("sriov show eth0", Duration::from_secs(20))?;
+    for command in ["sriov show eth0", "sriov list"] {
+        let output = vm.run_for(command, Duration::from_secs(20))?;
+        ensure!(output.code == 0 && output.stdout.contains(CARD), "`{command}` says: {}", output.stdout);
+    }
     vm.check("killall hold-vf")?;
     vm.check_soon("test ! -e /sys/bus/pci/devices/0000:01:10.0", Duration::from_secs(30))?;
     // All of it again, by a file, and twice.
