@@ -134,7 +134,13 @@ pub fn is_used(_: &Scene) -> Result<Option<String>> {
         seen.len() == 24 && seen[0].contains("vhost-blk") && seen[0].contains("3 exports, 2 attached"),
         "{seen:?}"
     );
-    ensure!(seen[3].contains("any") && seen[3].contains('%') && seen[3].contains('\u{2588}'), "{}", seen[3]);
+    ensure!(
+        seen[3].contains("any")
+            && seen[3].contains('%')
+            && seen[3].contains(['\u{2588}', '\u{2592}', '\u{b7}']),
+        "{}",
+        seen[3]
+    );
     let idle = line_of(&seen, "archive").context("the idle disk")?;
     ensure!(idle[2..] == ["0", "0", "0", "-", "-", "-", "0", "-"], "{idle:?}");
 
