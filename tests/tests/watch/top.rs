@@ -182,6 +182,10 @@ pub fn is_used(_: &Scene) -> Result<Option<String>> {
     let child = &mut terminal.child;
     let status = wait::until("its end", LIMIT, || Ok(child.try_wait()?))?;
     ensure!(status.success(), "{status}");
-    ensure!(!terminal.screen.lock().unwrap().screen().alternate_screen(), "the terminal is not as it was");
+    // Its last words may be read after its end.
+    wait::until("the terminal as it was", LIMIT, || {
+        let screen = terminal.screen.lock().unwrap();
+        Ok((!screen.screen().alternate_screen()).then_some(()))
+    })?;
     Ok(None)
 }
