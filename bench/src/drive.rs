@@ -22,17 +22,25 @@ const LOOK: Duration = Duration::from_millis(100);
 const LOOKS: u32 = 25;
 
 /// What a thread of a run does.
-pub trait Work: Send + 'static {
+pub trait Work: Send + Sized + 'static {
     /// What becomes of it.
     type Outcome: Send + 'static;
     /// What it has in flight, in words.
     const UNITS: &'static str;
     /// Wakes it when it sleeps until an interrupt.
     fn waker(&self) -> std::io::Result<EventFd>;
-    /// Runs until its work is done or it is told to end; `ready` is called before it begins.
-    fn run(self, control: &Control, ready: impl FnOnce()) -> Self::Outcome;
+    /// Runs those of one thread, several only if they are to [share one](Spec::one_thread), until their work is done or they
+    /// are told to end; `ready` is called before they begin.
+    fn run(works: Vec<(Self, Arc<Control>)>, ready: impl FnOnce()) -> Vec<Self::Outcome>;
     /// Where an outcome says what went wrong.
     fn failure(outcome: &mut Self::Outcome) -> &mut Option<Failure>;
+}
+
+/// What one thread is to run, and which jobs these are.
+struct Thread<W> {
+    shared: bool,
+    works: Vec<(W, Arc<Control>)>,
+    places: Vec<usize>,
 }
 
 /// A running job as the main thread sees it.
@@ -88,25 +96,36 @@ pub fn drive<W: Work>(
     sockets: &[(RawFd, Range<usize>)],
     mut mark: impl FnMut(),
 ) -> Result<Vec<W::Outcome>> {
-    let start = Arc::new(Barrier::new(jobs.len() + 1));
     let done = Arc::new(Done::new()?);
-    let mut watched = Vec::new();
-    let mut threads = Vec::new();
-    for (spec, job) in jobs {
+    let (mut watched, mut threads) = (Vec::new(), Vec::<Thread<W>>::new());
+    for (at, (spec, job)) in jobs.into_iter().enumerate() {
         let begin = if spec.ramp_time.is_zero() { Order::Measure } else { Order::Ramp };
         let control = Arc::new(Control::new(begin));
         let (waker, seen) = (job.waker()?, (0, Instant::now(), 0));
-        let (start, done, theirs) = (Arc::clone(&start), Arc::clone(&done), Arc::clone(&control));
+        let (shares, work) = (spec.one_thread, (job, Arc::clone(&control)));
+        match threads.iter_mut().find(|thread| shares && thread.shared) {
+            Some(thread) => {
+                thread.works.push(work);
+                thread.places.push(at);
+            }
+            None => threads.push(Thread { shared: shares, works: vec![work], places: vec![at] }),
+        }
+        watched.push(Watched { spec, control, waker, seen, failure: None });
+    }
+    let start = Arc::new(Barrier::new(threads.len() + 1));
+    let run = |Thread { works, places, .. }| {
+        let (start, done) = (Arc::clone(&start), Arc::clone(&done));
         let ready = move || {
             start.wait();
         };
-        threads.push(std::thread::spawn(move || {
-            let result = job.run(&theirs, ready);
+        let thread = std::thread::spawn(move || {
+            let results = W::run(works, ready);
             done.tell();
-            result
-        }));
-        watched.push(Watched { spec, control, waker, seen, failure: None });
-    }
+            results
+        });
+        (places, thread)
+    };
+    let threads: Vec<_> = threads.into_iter().map(run).collect();
     start.wait();
     let begun = Instant::now();
     let mut marks = 0;
@@ -147,14 +166,15 @@ pub fn drive<W: Work>(
             }
         }
     }
-    threads
-        .into_iter()
-        .zip(watched)
-        .map(|(thread, watched)| {
-            let mut result = thread.join().map_err(|_| anyhow!("a job panicked"))?;
-            let failure = W::failure(&mut result);
-            *failure = failure.take().or(watched.failure);
-            Ok(result)
-        })
-        .collect()
+    let mut results = Vec::new();
+    for (places, thread) in threads {
+        results.extend(places.into_iter().zip(thread.join().map_err(|_| anyhow!("a job panicked"))?));
+    }
+    results.sort_by_key(|(place, _)| *place);
+    let ended = results.into_iter().zip(watched).map(|((_, mut result), watched)| {
+        let failure = W::failure(&mut result);
+        *failure = failure.take().or(watched.failure);
+        result
+    });
+    Ok(ended.collect())
 }

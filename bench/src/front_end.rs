@@ -140,9 +140,9 @@ fn jobs(specs: &[Arc<Spec>]) -> u64 {
     specs.iter().map(|s| u64::from(s.numjobs)).sum()
 }
 
-/// Kick and call. A read of the call blocks.
+/// Kick and call. Neither blocks, as with QEMU: a write to one that may has the kernel leave it to a thread of its own.
 pub fn events() -> std::io::Result<(EventFd, EventFd)> {
-    Ok((EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?, EventFd::new(EFD_CLOEXEC)?))
+    Ok((EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?, EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?))
 }
 
 /// A job's section, its number there, and its part of the disk.

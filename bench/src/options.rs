@@ -213,6 +213,15 @@ pub const OPTIONS: &[Opt] = &[
             Ok(())
         },
     ),
+    opt(
+        "one_thread",
+        "",
+        "One thread polls all jobs that say so in turn, on the CPU of the first: many guests without a CPU for each",
+        |s, v| {
+            s.one_thread = switch(v)?;
+            Ok(())
+        },
+    ),
     opt("indirect", "", "Use indirect descriptors", |s, v| {
         s.indirect = switch(v)?;
         Ok(())

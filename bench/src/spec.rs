@@ -40,7 +40,7 @@ pub struct Spec {
     pub sizes: [Sizes; 2],
     /// Requests in flight for each job.
     pub iodepth: u16,
-    /// Threads, each with one queue.
+    /// Jobs, each with one queue.
     pub numjobs: u16,
     /// When to stop, if not before.
     pub runtime: Option<Duration>,
@@ -72,6 +72,8 @@ pub struct Spec {
     pub do_verify: bool,
     /// Sleep until interrupted instead of polling.
     pub interrupt: bool,
+    /// On one thread with all jobs that have this, polled in turn.
+    pub one_thread: bool,
     /// Indirect descriptors.
     pub indirect: bool,
     /// No event index.
@@ -121,6 +123,7 @@ impl Default for Spec {
             verify: false,
             do_verify: true,
             interrupt: false,
+            one_thread: false,
             indirect: false,
             no_event_idx: false,
             hugepages: false,
@@ -173,6 +176,8 @@ impl Spec {
             "arrival=poisson needs an arrival_rate"
         } else if self.cpu.is_some() && self.cpus_allowed.is_some() {
             "cpu and cpus_allowed exclude each other"
+        } else if self.one_thread && self.interrupt {
+            "one_thread polls: it excludes completion=interrupt"
         } else {
             return Ok(());
         };

@@ -70,6 +70,42 @@ fn rates_are_kept() {
 }
 
 #[test]
+fn one_thread_drives_queues_of_several_disks_in_turn() {
+    let daemons = [Daemon::ram(), Daemon::ram()];
+    let [one, other] = daemons.each_ref().map(|daemon| &daemon.socket);
+    let file = format!(
+        "[global]\none_thread\nrw=randrw\nverify=crc32c\nsize=512k\n\
+         [disk0]\nsocket_path={one}\niodepth=1\n[disk1]\nsocket_path={other}\niodepth=16\n"
+    );
+    let path = daemons[1].dir.path().join("jobs.fio");
+    std::fs::write(&path, &file).unwrap();
+    let json = vbench(&["run", path.to_str().unwrap(), "--json=-"]).good().json();
+    let jobs = json["jobs"].as_array().unwrap();
+    assert_eq!(jobs.len(), 2);
+    for name in ["disk0", "disk1"] {
+        let job = jobs.iter().find(|job| job["jobname"] == name).unwrap();
+        let all = number(&job["read"]["total_ios"]) + number(&job["write"]["total_ios"]);
+        assert!(all >= 128.0, "all of its part, and what it wrote read back: {job}");
+    }
+    // The thread is theirs together, and the first one's in the account.
+    assert!(number(&jobs[1]["usr_cpu"]) + number(&jobs[1]["sys_cpu"]) < 1e-9);
+
+    // One that is gone ends its own job with its name, and the others'.
+    let [gone, stays] = daemons;
+    let file = file.replace("size=512k", "time_based\nruntime=60");
+    std::fs::write(&path, file.replace("verify=crc32c\n", "")).unwrap();
+    let run = Started::new(&["run", path.to_str().unwrap(), "--json=-"]);
+    std::thread::sleep(std::time::Duration::from_millis(300));
+    // Before it had begun, the socket is named.
+    let socket = gone.socket.clone();
+    drop(gone);
+    let outcome = run.end();
+    assert_eq!(outcome.code(), 1, "{}", outcome.err);
+    assert!(outcome.err.contains("disk0") || outcome.err.contains(&socket), "{}", outcome.err);
+    drop(stays);
+}
+
+#[test]
 fn what_cannot_be_served_in_time_waits_and_the_wait_counts() {
     // More requests arrive than any disk takes.
     let daemon = Daemon::ram();
@@ -216,6 +252,7 @@ fn what_cannot_begin_says_why() {
 fn usage_errors_are_one_line_and_exit_code_2() {
     let daemon = Daemon::ram();
     vbench(&["run"]).bad(2, "no socket");
+    vbench(&["run", "--socket-path=s", "--one-thread", "--completion=interrupt"]).bad(2, "one_thread polls");
     for (args, what) in [
         (&["--rw=trim"][..], "'trim' is none of"),
         (&["--bs=1000"], "no multiple of 512"),

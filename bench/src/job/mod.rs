@@ -1,4 +1,5 @@
-//! One job: a thread that keeps one queue filled, and polls for what is finished or sleeps until interrupted.
+//! One job: keeps one queue filled, and polls for what is finished or sleeps until interrupted; on a thread of its own, or
+//! in turn with others.
 
 mod answers;
 mod send;
@@ -25,6 +26,9 @@ use crate::requests::{Random, Region, Request, Requests};
 use crate::spec::{Rate, Spec};
 use crate::verify::{self, Ledger, Written};
 
+/// Requests that a job which shares its thread sends and collects in a turn: what one with a full queue does must not count
+/// as the latency of the others.
+const SHARE: usize = 2;
 /// No slot.
 const NONE: u16 = u16::MAX;
 
@@ -101,8 +105,32 @@ impl Work for Job {
         self.call.try_clone()
     }
 
-    fn run(self, control: &Control, ready: impl FnOnce()) -> JobResult {
-        self.run_beside(control, ready, || {})
+    fn run(mut jobs: Vec<(Job, Arc<Control>)>, ready: impl FnOnce()) -> Vec<JobResult> {
+        if jobs.len() == 1 {
+            let alone = jobs.pop().map(|(job, control)| job.run_beside(&control, ready, || {}));
+            return alone.into_iter().collect();
+        }
+        jobs.iter_mut().take(1).for_each(|(job, _)| job.pin());
+        ready();
+        for (job, _) in &mut jobs {
+            job.begin();
+        }
+        // In turn, each looked at once and sleeping never.
+        let mut going = vec![true; jobs.len()];
+        while going.contains(&true) {
+            for ((job, control), going) in jobs.iter_mut().zip(&mut going) {
+                if *going && !job.turn(control, SHARE, &mut || {}) {
+                    *going = false;
+                    control.end(job.result.failure.is_some());
+                }
+            }
+        }
+        let mut results: Vec<_> = jobs.into_iter().map(|(job, control)| job.end(&control)).collect();
+        // Time of the CPU is the thread's: the first answers for all.
+        for other in &mut results[1..] {
+            (other.cpu_seconds, other.cost) = (0.0, Cost::default());
+        }
+        results
     }
 
     fn failure(outcome: &mut JobResult) -> &mut Option<Failure> {
@@ -184,58 +212,73 @@ impl Job {
         ready: impl FnOnce(),
         mut peer: impl FnMut(),
     ) -> JobResult {
+        self.pin();
+        ready();
+        self.begin();
+        while self.turn(control, usize::MAX, &mut peer) {}
+        self.end(control)
+    }
+
+    fn pin(&mut self) {
         if let Err(e) = pin(&self.spec, self.index) {
             self.fail(Errno::EINVAL, format!("cannot run on the CPU that was asked for: {e}"));
         }
-        ready();
+    }
+
+    fn begin(&mut self) {
         self.started = self.clock.raw();
         self.ring.set_interrupts(self.spec.interrupt);
-        loop {
-            let order = control.order();
-            if order == Order::Abort {
-                break;
-            }
-            let now = self.now();
-            if order >= Order::Measure && self.measuring.is_none() {
-                self.measure(now);
-            }
-            let sending = self.result.failure.is_none()
-                && match self.source {
-                    Source::Work => order <= Order::Measure,
-                    Source::ReadBack(_) => order <= Order::Stop,
-                };
-            let free = self.free.len();
-            while sending && self.send_next(now) {}
-            let sent = free - self.free.len();
-            let in_flight = self.slots.len() - self.free.len();
-            if sent > 0 {
-                self.result.sent.add(sent, 1);
-                self.result.depths.add_depth(in_flight, sent as u64);
-                control.report(self.finished, in_flight);
-                if self.ring.publish() {
-                    self.result.kicks += 1;
-                    // A counter that is full has been kicked.
-                    let _ = self.kick.write(1);
-                }
-            }
-            peer();
-            let finished = usize::from(self.ring.finished());
-            if finished == 0 {
-                if in_flight == 0 && !(sending && self.more()) {
-                    if self.read_back(order) {
-                        continue;
-                    }
-                    break;
-                }
-                self.wait(sending, now);
-                continue;
-            }
-            if finished > in_flight || !self.collect(finished) {
-                self.fail(Errno::EPROTO, "the back end answered a request that is not in flight".into());
-                break;
-            }
-            control.report(self.finished, self.slots.len() - self.free.len());
+    }
+
+    /// Sends what is due and collects what is finished, of both at most so much, or waits a little; false when there is
+    /// nothing more to come.
+    #[inline(always)]
+    fn turn(&mut self, control: &Control, most: usize, peer: &mut impl FnMut()) -> bool {
+        let order = control.order();
+        if order == Order::Abort {
+            return false;
         }
+        let now = self.now();
+        if order >= Order::Measure && self.measuring.is_none() {
+            self.measure(now);
+        }
+        let sending = self.result.failure.is_none()
+            && match self.source {
+                Source::Work => order <= Order::Measure,
+                Source::ReadBack(_) => order <= Order::Stop,
+            };
+        let free = self.free.len();
+        while sending && free - self.free.len() < most && self.send_next(now) {}
+        let sent = free - self.free.len();
+        let in_flight = self.slots.len() - self.free.len();
+        if sent > 0 {
+            self.result.sent.add(sent, 1);
+            self.result.depths.add_depth(in_flight, sent as u64);
+            control.report(self.finished, in_flight);
+            if self.ring.publish() {
+                self.result.kicks += 1;
+                // A counter that is full has been kicked.
+                let _ = self.kick.write(1);
+            }
+        }
+        peer();
+        let finished = usize::from(self.ring.finished()).min(most);
+        if finished == 0 {
+            if in_flight == 0 && !(sending && self.more()) {
+                return self.read_back(order);
+            }
+            self.wait(sending, now);
+            return true;
+        }
+        if finished > in_flight || !self.collect(finished) {
+            self.fail(Errno::EPROTO, "the back end answered a request that is not in flight".into());
+            return false;
+        }
+        control.report(self.finished, self.slots.len() - self.free.len());
+        true
+    }
+
+    fn end(mut self, control: &Control) -> JobResult {
         let end = self.now();
         self.close(end);
         let mut all = Cost::now();
@@ -293,6 +336,9 @@ impl Job {
     /// Nothing is finished: sleeps until something may be, or spins.
     #[inline]
     fn wait(&mut self, sending: bool, now: u64) {
+        if self.spec.one_thread {
+            return;
+        }
         if !self.spec.interrupt {
             std::hint::spin_loop();
             return;

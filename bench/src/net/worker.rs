@@ -112,8 +112,13 @@ impl Work for Worker {
         self.call.try_clone()
     }
 
-    fn run(self, control: &Control, ready: impl FnOnce()) -> Ended {
-        self.run_beside(control, ready, || {})
+    fn run(works: Vec<(Worker, Arc<Control>)>, ready: impl FnOnce()) -> Vec<Ended> {
+        // One: there is no option by which they share a thread.
+        let mut ready = Some(ready);
+        let run = |(worker, control): (Worker, Arc<Control>)| {
+            worker.run_beside(&control, || ready.take().into_iter().for_each(|ready| ready()), || {})
+        };
+        works.into_iter().map(run).collect()
     }
 
     fn failure(outcome: &mut Ended) -> &mut Option<Failure> {

@@ -1,0 +1,111 @@
+#!/bin/bash
+# What a busy guest costs its neighbours: disks of one daemon on one CPU, all driven by one thread of vbench on another.
+#
+#   scripts/neighbours.sh null|ram|file   nine guests with one request each, alone and beside a tenth with DEEP (256) of DEEP_BS (4k)
+#   scripts/neighbours.sh crowd           twenty guests with one request each, beside 980 disks without guests ("alone") and
+#                                         beside 980 whose guests are idle; BENCH_CROWD (1000): how many disks there are
+#   BENCH_ROUNDS (7) of BENCH_SECONDS (1) each way; BENCH_POLL (adaptive); BENCH_DISK: where images are made (/var/tmp)
+#   BENCH_BIN: where programs are that are built already
+#
+# Each figure is the median of the guests'; lines are minimum / median / maximum of the rounds.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+kind=${1:-null}
+rounds=${BENCH_ROUNDS:-7} seconds=${BENCH_SECONDS:-1}
+bin=${BENCH_BIN:-}
+if [ -z "$bin" ]; then
+    cargo build --release -p vhost-blk -p vbench
+    bin=${CARGO_TARGET_DIR:-target}/release
+fi
+tmp=$(mktemp -d -p "${BENCH_DISK:-/var/tmp}")
+pids=()
+end() { [ ${#pids[@]} = 0 ] || { kill "${pids[@]}" 2>/dev/null || true; wait "${pids[@]}" 2>/dev/null || true; }; rm -rf "$tmp"; }
+trap end EXIT
+read -r device driver _ < <(taskset -cp $$ | sed 's/.*: //' | tr ',' '\n' |
+    awk -F- '{ for (i = $1; i <= ($2 == "" ? $1 : $2); i++) printf "%d ", i } END { print "" }')
+[ -n "${driver:-}" ] || { echo "neighbours: needs two CPUs" >&2; exit 1; }
+guests=9 disks=10
+[ "$kind" != crowd ] || guests=20 disks=${BENCH_CROWD:-1000}
+
+args=(--poll "${BENCH_POLL:-adaptive}" --cpus "$device" --log error)
+for ((i = 0; i < disks; i++)); do
+    case $kind in
+    null | crowd) what=backend=null:1G ;;
+    ram) what=backend=ram:16M ;;
+    file) # Of 256 MiB each, written: holes would be read without the disk.
+        dd if=/dev/urandom of="$tmp/$i.img" bs=1M count=256 status=none
+        what=blk-file=$tmp/$i.img,direct=on ;;
+    *) echo "neighbours: $kind is none of null, ram, file, crowd" >&2; exit 2 ;;
+    esac
+    args+=(--disk "socket-path=$tmp/$i.sock,$what")
+done
+sync
+"$bin/vhost-blk" "${args[@]}" & pids+=($!)
+until [ -S "$tmp/$((disks - 1)).sock" ]; do sleep 0.05; done
+
+jobs() { # FIRST LAST DEPTH BS
+    for ((i = $1; i <= $2; i++)); do
+        printf '[%s-%d]\nsocket_path=%s\niodepth=%d\nbs=%s\n' "$([ "$3" = 1 ] && echo small || echo deep)" "$i" "$tmp/$i.sock" "$3" "$4"
+    done
+}
+head="[global]
+rw=randread
+norandommap
+time_based
+ramp_time=0.2
+runtime=$seconds
+one_thread
+cpus_allowed=$driver
+"
+{ echo "$head"; jobs 0 $((guests - 1)) 1 4k; } >"$tmp/alone.fio"
+{ cat "$tmp/alone.fio"; [ "$kind" = crowd ] || jobs 9 9 "${DEEP:-256}" "${DEEP_BS:-4k}"; } >"$tmp/beside.fio"
+
+# p50 and p99 in µs, the median of the guests', and the IOPS of the deep one.
+run() {
+    "$bin/vbench" run "$tmp/$1.fio" --json=- | awk -v way="$1" '
+        /"jobname":/ { split($2, n, "\""); name = n[2] }
+        /"read": \{/ { reads = 1 } /"(trim|write)": \{/ { reads = 0 }
+        reads && /"clat_ns":/ { clat = 1 } /"lat_ns":/ && !/"clat_ns":/ { clat = 0 }
+        reads && clat && /"50.000000":/ && name ~ /^small/ { a[++na] = $2 + 0 }
+        reads && clat && /"99.000000":/ && name ~ /^small/ { b[++nb] = $2 + 0 }
+        reads && /"iops":/ && name ~ /^deep/ { deep = $2 + 0 }
+        function median(v, n,   i, j, t) {
+            for (i = 1; i <= n; i++) for (j = i + 1; j <= n; j++) if (v[j] < v[i]) { t = v[i]; v[i] = v[j]; v[j] = t }
+            return v[int((n + 1) / 2)]
+        }
+        END { printf "%s %.1f %.1f %d\n", way, median(a, na) / 1000, median(b, nb) / 1000, deep }'
+}
+idle() { # Connects the rest, each with its queue running; they ask for nothing more, and are stopped themselves.
+    { echo "${head/cpus_allowed=$driver/completion=interrupt}"; jobs $guests $((disks - 1)) 1 4k; } |
+        sed -e '/one_thread/d' -e 's/^runtime=.*/runtime=600\nrate_iops=1/' >"$tmp/idle.fio"
+    "$bin/vbench" run "$tmp/idle.fio" >/dev/null 2>&1 & pids+=($!)
+    local idler=$!
+    until [ "$(ls /proc/$idler/task | wc -l)" -gt $((disks - guests)) ]; do sleep 0.1; done
+    sleep 2
+    kill -STOP $idler
+}
+if [ "$kind" = crowd ]; then
+    # The idle ones stay once they are there: in two halves, and not by turns.
+    for ((r = 0; r < rounds; r++)); do run alone; done | tee "$tmp/out"
+    if [ "$disks" -gt $guests ]; then
+        idle
+        for ((r = 0; r < rounds; r++)); do run beside; done | tee -a "$tmp/out"
+        kill -CONT "${pids[1]}"
+    fi
+else
+    for ((r = 0; r < rounds; r++)); do run alone; run beside; done | tee "$tmp/out"
+fi
+awk '
+    function say(what, v, n,   i, j, t) {
+        for (i = 1; i <= n; i++) for (j = i + 1; j <= n; j++) if (v[j] < v[i]) { t = v[i]; v[i] = v[j]; v[j] = t }
+        printf "%-22s %10.1f / %10.1f / %10.1f\n", what, v[1], v[int((n + 1) / 2)], v[n]
+    }
+    $1 == "alone" { a50[++n] = $2; a99[n] = $3 }
+    $1 == "beside" { b50[++m] = $2; b99[m] = $3; deep[m] = $4 }
+    END {
+        for (i = 1; i <= m; i++) ratio[i] = b99[i] / a99[i]
+        say("p99 beside to alone", ratio, m)
+        say("p50 alone, us", a50, n); say("p99 alone, us", a99, n)
+        say("p50 beside, us", b50, m); say("p99 beside, us", b99, m)
+        say("IOPS of the deep one", deep, m)
+    }' "$tmp/out"
