@@ -62,13 +62,16 @@ fn twice(what: &str, is: &str) -> String {
     format!("two disks have {what} {is}; give each its own")
 }
 
-/// What is wrong with a disk that is to be served beside `others`: the key, and why.
-pub fn beside(spec: &DiskSpec, all: &DeviceOptions, others: &[DiskSpec]) -> Result<(), DiskWrong> {
+/// What is wrong with a disk that is to be served beside others, of which `is_taken` says whether one has this for a key: the
+/// key, and why.
+pub fn beside(
+    spec: &DiskSpec,
+    all: &DeviceOptions,
+    is_taken: impl Fn(&str, &str) -> bool,
+) -> Result<(), DiskWrong> {
     disk(spec, all)?;
     for (what, key, of) in NAMED {
-        if let Some(is) = of(spec)
-            && others.iter().any(|other| of(other).as_ref() == Some(&is))
-        {
+        if let Some(is) = of(spec).filter(|is| is_taken(key, is)) {
             return Err((Some(key), twice(what, &is)));
         }
     }
@@ -218,7 +221,11 @@ mod tests {
     fn a_disk_that_comes_later_has_what_no_other_has() {
         let spec = |s: &str| s.parse::<DiskSpec>().unwrap();
         let others = [spec("socket-path=/a,backend=null:1G,name=a")];
-        let said = |s: &str| beside(&spec(s), &DeviceOptions::default(), &others).map_err(|(key, _)| key);
+        let is_taken = |key: &str, is: &str| {
+            let of = NAMED.iter().find(|named| named.1 == key).unwrap().2;
+            others.iter().any(|other| of(other).as_deref() == Some(is))
+        };
+        let said = |s: &str| beside(&spec(s), &DeviceOptions::default(), is_taken).map_err(|(key, _)| key);
         assert_eq!(said("socket-path=/b,backend=null:1G"), Ok(()));
         assert_eq!(said("socket-path=/b,backend=null:1G,name=a"), Err(Some("name")));
         assert_eq!(said("socket-path=/a,backend=null:1G"), Err(Some("socket-path")));

@@ -13,7 +13,7 @@ use anyhow::{Context, Result};
 use control::common::Running;
 use control::refused::{Changes, Refused};
 use daemon::takeover::{self, Inherited};
-use daemon::{Place, Switch};
+use daemon::{Place, Switch, path_key};
 use poll_engine::device::features;
 use poll_engine::engine::Engine;
 use poll_engine::engine::pacing::Pacing;
@@ -156,10 +156,12 @@ impl Ready {
             recorder.keep();
         }
         let (key, place) = (wanted.spec.key(), wanted.place);
+        let socket = place.key();
         Served {
             name: wanted.name,
             key,
             place,
+            socket,
             disk,
             stats,
             server,
@@ -180,6 +182,8 @@ pub struct Served {
     pub key: String,
     /// Where it is served.
     pub place: Place,
+    /// The same, as one name.
+    socket: String,
     /// What all queues share.
     pub disk: Arc<Disk>,
     /// Counters, one a queue.
@@ -195,6 +199,15 @@ pub struct Served {
 }
 
 impl Served {
+    /// Whether it has this for one of the keys by which no two disks may have the same.
+    fn has(&self, key: &str, is: &str) -> bool {
+        match key {
+            "socket-path" => self.socket == is,
+            "name" => self.key == is,
+            _ => locked(&self.spec).record.as_deref().is_some_and(|path| path_key(path) == is),
+        }
+    }
+
     /// As it is asked for now.
     pub fn spec(&self) -> DiskSpec {
         locked(&self.spec).clone()
@@ -297,9 +310,10 @@ impl Exports {
     /// Serves one more.
     pub fn add(&self, spec: DiskSpec) -> Result<Arc<Served>, Refused> {
         let _change = self.changes.begin()?;
-        let others: Vec<_> = self.all().iter().map(|s| s.spec()).collect();
+        let others = self.all();
+        let is_taken = |key: &str, is: &str| others.iter().any(|s| s.has(key, is));
         let wrong = |(key, why)| Refused::Wrong(key, why);
-        beside(&spec, &self.options.device, &others).map_err(|wrong_is| match wrong_is {
+        beside(&spec, &self.options.device, is_taken).map_err(|wrong_is| match wrong_is {
             // What others have is no mistake of its own.
             (Some("socket-path" | "name" | "record"), why) if why.starts_with("two disks") => {
                 Refused::Conflict(why)
