@@ -19,6 +19,12 @@ const FRACTION: u32 = 28;
 /// long against the time that somebody who waits for it oversleeps.
 pub const BURST: Duration = Duration::from_millis(10);
 
+/// How far a bucket may run over for a while, when whoever is to let things pass [came late](Bucket::came_late).
+pub const GRACE: Duration = Duration::from_millis(100);
+const GRACE_TICKS: u64 = GRACE.as_nanos() as u64 * TICKS;
+/// And for which while.
+const WHILE: u64 = SECOND;
+
 /// A bucket, shared by the reactors. One that has no rate lets everything pass.
 #[derive(Debug, Default)]
 pub struct Bucket {
@@ -28,6 +34,8 @@ pub struct Bucket {
     price: AtomicU64,
     /// Ticks.
     burst: AtomicU64,
+    /// Until when it may run over, in ticks.
+    grace_until: AtomicU64,
 }
 
 impl Bucket {
@@ -48,6 +56,15 @@ impl Bucket {
         self.price.store(price.try_into().unwrap_or(u64::MAX), Ordering::Relaxed);
         self.burst.store(burst.try_into().unwrap_or(u64::MAX), Ordering::Relaxed);
         self.full_at.store(0, Ordering::Relaxed);
+        self.grace_until.store(0, Ordering::Relaxed);
+    }
+
+    /// Something waited, and would have passed long before `now` (nanoseconds), had somebody been there to let it: a
+    /// reactor whose CPU the system gave to others. That is made up for: for a second, what is not used is kept although
+    /// the bucket is full, up to what passes in [`GRACE`].
+    #[cold]
+    pub fn came_late(&self, now: u64) {
+        self.grace_until.store(now.saturating_mul(TICKS).saturating_add(WHILE), Ordering::Relaxed);
     }
 
     /// Whether something may pass at `now` (nanoseconds).
@@ -79,8 +96,10 @@ impl Bucket {
         }
         let burst = self.burst.load(Ordering::Relaxed);
         let now = now.saturating_mul(TICKS);
+        let grace = if now < self.grace_until.load(Ordering::Relaxed) { GRACE_TICKS } else { 0 };
+        let from = now.saturating_sub(grace);
         let cost = u64::try_from((u128::from(price) * u128::from(amount)) >> FRACTION).unwrap_or(u64::MAX);
-        let later = |full_at: u64| Some(full_at.max(now).saturating_add(cost));
+        let later = |full_at: u64| Some(full_at.max(from).saturating_add(cost));
         let (Ok(before) | Err(before)) =
             self.full_at.fetch_update(Ordering::Relaxed, Ordering::Relaxed, later);
         before.saturating_sub(burst).div_ceil(TICKS)
@@ -166,6 +185,25 @@ mod tests {
         bucket.set(None);
         (0..10).for_each(|_| bucket.charge(SEC, u64::MAX));
         assert!(bucket.is_open(0) && bucket.open_at() == 0, "without a rate everything passes");
+    }
+
+    #[test]
+    fn what_somebody_was_late_for_is_made_up_for_and_not_for_ever() {
+        let bucket = Bucket::new(1000, BURST);
+        passed(&bucket, SEC..2 * SEC, MS, 1);
+        // Nobody there for 80 ms: of that, the burst is left.
+        assert_eq!(passed(&bucket, 2 * SEC + 80 * MS..2 * SEC + 80 * MS + 1, 1, 1), 11);
+        passed(&bucket, 2 * SEC + 80 * MS..3 * SEC, MS, 1);
+        // The same, and it was no choice of those who waited.
+        bucket.came_late(3 * SEC + 80 * MS);
+        let n = passed(&bucket, 3 * SEC + 80 * MS..3 * SEC + 80 * MS + 1, 1, 1);
+        assert!((79..=81).contains(&n), "{n}");
+        // Longer than is made up for.
+        bucket.came_late(4 * SEC);
+        let n = passed(&bucket, 4 * SEC..4 * SEC + 1, 1, 1);
+        assert!((109..=112).contains(&n), "{n}");
+        // After a second it is as before.
+        assert_eq!(passed(&bucket, 6 * SEC..6 * SEC + 1, 1, 1), 11);
     }
 
     #[test]

@@ -89,6 +89,9 @@ pub struct QueueStats {
     pub limited: Counter,
     /// For how long, in nanoseconds.
     pub limited_ns: Counter,
+    /// How much of that the reactor came too late, when that was so long that the limit let less pass than it is to; in
+    /// nanoseconds.
+    pub limited_late_ns: Counter,
     /// Most requests ever in flight at once.
     pub in_flight_peak: Counter,
     errors: [Counter; ERROR_KINDS.len()],

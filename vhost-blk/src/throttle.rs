@@ -49,6 +49,11 @@ impl Level {
         self.max.set(rate.and_then(|rate| rate.max).map(|burst| (burst.max, BURST)));
     }
 
+    fn came_late(&self, now: u64) {
+        self.average.came_late(now);
+        self.max.came_late(now);
+    }
+
     fn reserve(&self, now: u64, amount: u64) -> u64 {
         self.average.reserve(now, amount).max(self.max.reserve(now, amount))
     }
@@ -116,6 +121,12 @@ impl Throttle {
         self.clock.delta_as_nanos(self.start, self.clock.raw())
     }
 
+    /// A request that was held back begins only now, and the guest might lose by that.
+    #[cold]
+    fn came_late(&self, now: u64) {
+        self.levels.iter().for_each(|level| level.came_late(now));
+    }
+
     /// Charges a request; from when on it may begin.
     fn reserve(&self, (access, bytes): Cost, now: u64) -> u64 {
         let kinds = match access {
@@ -175,6 +186,11 @@ impl Gate {
         let waited = self.waits.take();
         if let Some(wait) = waited {
             stats.limited_ns.add(now.saturating_sub(wait.since));
+            let late = now.saturating_sub(wait.until);
+            if u128::from(late) > BURST.as_nanos() {
+                stats.limited_late_ns.add(late);
+                throttle.came_late(now);
+            }
         }
         let Some(cost) = cost(operation) else { return true };
         // What has been paid for; a driver that has put something else there pays for that, too.
@@ -303,12 +319,13 @@ mod tests {
     fn a_burst_lasts_as_long_as_it_is_to_and_comes_back_when_it_is_saved_up() {
         let throttle = throttle("iops-read=1000,iops-read-max=5000,iops-read-max-length=3");
         let mut queue = [Backlog::of(read(4096))];
-        let mut second = |at: u64| run(&throttle, &mut queue, at * SEC, SEC)[0];
-        let burst: Vec<_> = (0..6).map(&mut second).collect();
+        let second = |queue: &mut [Backlog; 1], at: u64| run(&throttle, queue, at * SEC, SEC)[0];
+        let burst: Vec<_> = (0..6).map(|at| second(&mut queue, at)).collect();
         assert!(burst[..3].iter().all(|&n| near(n, 5000)), "{burst:?}");
         assert!(burst[3..].iter().all(|&n| near(n, 1000)), "{burst:?}");
         // Twelve seconds of the average are what three at the maximum take beyond it.
-        let again: Vec<_> = (18..23).map(&mut second).collect();
+        queue[0].gate = Gate::default();
+        let again: Vec<_> = (18..23).map(|at| second(&mut queue, at)).collect();
         assert!(again[..3].iter().all(|&n| near(n, 5000)), "{again:?}");
         assert!(near(again[4], 1000), "{again:?}");
     }
@@ -326,6 +343,23 @@ mod tests {
         assert!(gate.passes(&write(1 << 20), &throttle, later, &queue[0].stats), "what was saved up");
         assert!(!gate.passes(&write(512), &throttle, later, &queue[0].stats));
         assert!(!gate.opens(&throttle, later + 900 * MS), "nothing is for free");
+    }
+
+    #[test]
+    fn what_the_reactor_is_late_for_is_not_lost() {
+        let throttle = throttle("iops-read=50000");
+        let mut queue = [Backlog::of(read(4096))];
+        run(&throttle, &mut queue, 0, SEC);
+        let late = queue[0].stats.limited_late_ns.get();
+        let before = queue[0].passed;
+        for at in 1..=10 {
+            // Off its CPU for 50 ms in each 100.
+            run(&throttle, &mut queue, SEC + (2 * at - 1) * 50 * MS, 50 * MS);
+        }
+        let n = queue[0].passed - before;
+        assert!(near(n, 50_000), "{n}");
+        let late = queue[0].stats.limited_late_ns.get() - late;
+        assert!(late >= 450 * MS, "{late}");
     }
 
     #[test]
