@@ -5,6 +5,7 @@
 
 mod block;
 mod client;
+mod datagrams;
 mod guest;
 mod nested;
 mod net;
@@ -12,7 +13,6 @@ mod net;
 use std::process::ExitCode;
 
 use kickless_tests::qemu::release::Release;
-use kickless_tests::qemu_img;
 use kickless_tests::runner::{self, Test};
 
 fn main() -> ExitCode {
@@ -23,8 +23,13 @@ fn main() -> ExitCode {
         client::exercise(node);
         return ExitCode::SUCCESS;
     }
-    let needs =
-        || Release::Backports.missing_needs().or_else(guest::missing_program).or_else(qemu_img::missing);
+    if let [_, mode, what @ ..] = args.as_slice()
+        && mode == "datagrams"
+    {
+        let done = datagrams::main(what).inspect_err(|e| eprintln!("{e:#}"));
+        return if done.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
+    }
+    let needs = || Release::Backports.missing_needs().or_else(guest::missing_program);
     let tests: [(&str, runner::Scenario); 2] =
         [("disks", Box::new(block::disks)), ("network_card", Box::new(net::network_card))];
     let tests = tests.map(|(name, run)| Test { name: name.into(), needs: Box::new(needs), run });

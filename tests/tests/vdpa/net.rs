@@ -5,6 +5,7 @@ use kickless_tests::qemu::Vm;
 use kickless_tests::scene::Scene;
 use serde_json::Value;
 
+use crate::datagrams;
 use crate::guest::{LIMIT, compare_with_iproute2, guest, prepare, said, serve, signal};
 
 pub fn network_card(scene: &Scene) -> Result<Option<String>> {
@@ -69,6 +70,7 @@ fn switched(vm: &mut Vm) -> Result<()> {
         ping.with_context(|| said(vm, "switch"))?;
     }
     iperf(vm, "a", "b", "10.1.0.2").with_context(|| said(vm, "switch"))?;
+    datagrams_in_one_piece(vm)?;
     // What has crossed is counted at both ports.
     vm.check("kill -USR1 $(cat /tmp/switch.pid)")?;
     vm.check_soon("grep -q '^uplink up0 up' /tmp/switch.node", LIMIT)?;
@@ -77,6 +79,37 @@ fn switched(vm: &mut Vm) -> Result<()> {
     signal(vm, "switch", "TERM")?;
     vm.check("! test -e /dev/vduse/a && ! test -e /dev/vduse/b && ! test -e /tmp/vm && ! ip link show up0 2>/dev/null")?;
     vm.check("ip netns del a && ip netns del b")?;
+    Ok(())
+}
+
+/// UDP that is to be segmented (USO), which drivers of the guest's kernel have and QEMU keeps from its own: pieces cross
+/// whole, or cut where the sender's card is not to do it.
+fn datagrams_in_one_piece(vm: &mut Vm) -> Result<()> {
+    let device = |line: u8| format!("$(sed -n {line}p /tmp/switch.node)");
+    let count = format!("ip netns exec b cat /sys/class/net/{}/statistics/rx_packets", device(2));
+    for (address, off) in [("10.1.0.2", false), ("[fd01::2]", false), ("10.1.0.2", true), ("[fd01::2]", true)]
+    {
+        // Linux leaves it off until somebody wants it.
+        let on = if off { "off" } else { "on" };
+        vm.check(&format!("ip netns exec a ethtool -K {} tx-udp-segmentation {on}", device(1)))?;
+        for (namespace, line) in [("a", 1), ("b", 2)] {
+            let device = device(line);
+            vm.check(&format!("ip -n {namespace} -6 addr replace fd01::{line}/64 dev {device} nodad"))?;
+        }
+        let before: usize = vm.check(&count)?.trim().parse()?;
+        vm.start("receive", "ip netns exec b client datagrams receive")?;
+        vm.check_soon("ip netns exec b grep -q ':1B5A ' /proc/net/udp6", LIMIT)?;
+        let sent =
+            vm.check(&format!("ip netns exec a client datagrams send '{address}:{}'", datagrams::PORT))?;
+        let received = vm.join("receive", LIMIT)?;
+        ensure!(received.code == 0, "{received:?}");
+        let again: usize = sent.trim().parse()?;
+        let packets = vm.check(&count)?.trim().parse::<usize>()? - before;
+        let cut = datagrams::PIECES * datagrams::SEGMENTS;
+        // Some of them are the neighbourhood's.
+        let is_whole = packets < cut / 2 + again * datagrams::SEGMENTS;
+        ensure!(is_whole != off, "{address}: {packets} packets; segmentation by the sender's kernel: {off}");
+    }
     Ok(())
 }
 
