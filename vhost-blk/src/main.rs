@@ -104,12 +104,12 @@ fn serve(
         Arc::new(Exports::new(Arc::clone(&engine), options.clone(), cli.config.clone(), served, pools));
     let api = api.map(|listener| Api::start(listener, router(Arc::clone(&exports)))).transpose();
     let mut api = api.context("cannot serve the API")?;
-    let over = signals.handle();
-    let mut successor = heir.settle(control, || Ok(HandedOver(Arc::clone(&exports))), move || over.close());
     if let (Some(api), Some(path), true) = (&mut api, &options.api, is_heir) {
-        // The other process leaves, and takes its socket along unless ours is there.
+        // Before the other process may leave, which takes its socket along unless ours is there.
         api.replace(path).unwrap_or_else(|e| warn!("the API stays on {}.new: {e}", path.display()));
     }
+    let over = signals.handle();
+    let mut successor = heir.settle(control, || Ok(HandedOver(Arc::clone(&exports))), move || over.close());
 
     let watchdog = Watchdog::start(&engine, is_heir)?;
     for signal in signals.forever() {

@@ -149,12 +149,12 @@ fn serve(
     let ports = Arc::new(Ports::new(setting, options.clone(), served, captured));
     let api = api.map(|listener| Api::start(listener, router(Arc::clone(&ports)))).transpose();
     let mut api = api.context("cannot serve the API")?;
-    let over = signals.handle();
-    let mut successor = heir.settle(control, || Ok(HandedOver(Arc::clone(&ports))), move || over.close());
     if let (Some(api), Some(path), true) = (&mut api, &options.api, heir.is_one()) {
-        // The other process leaves, and takes its socket along unless ours is there.
+        // Before the other process may leave, which takes its socket along unless ours is there.
         api.replace(path).unwrap_or_else(|e| warn!("the API stays on {}.new: {e}", path.display()));
     }
+    let over = signals.handle();
+    let mut successor = heir.settle(control, || Ok(HandedOver(Arc::clone(&ports))), move || over.close());
 
     let watchdog = Watchdog::start(&engine, heir.is_one())?;
     for signal in signals.forever() {
