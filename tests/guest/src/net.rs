@@ -28,7 +28,9 @@ static ENDS: [AtomicU64; MAX_LANES] = [const { AtomicU64::new(0) }; MAX_LANES];
 
 /// Before a load begins.
 pub fn forget_ends() {
-    ENDS.iter().for_each(|end| end.store(0, Ordering::Relaxed));
+    for end in &ENDS {
+        end.store(0, Ordering::Relaxed);
+    }
 }
 
 /// A pair of queues under load.
