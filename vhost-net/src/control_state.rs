@@ -194,7 +194,9 @@ mod tests {
             bytes in prop::collection::vec(any::<u8>(), 0..100),
         ) {
             let mut control = control();
-            commands.iter().for_each(|bytes| control.command(bytes).unwrap());
+            for bytes in &commands {
+                control.command(bytes).unwrap();
+            }
             let mut state = save(Some(&control));
             prop_assert!(load(&state[..at.index(state.len())], 4).is_err(), "cut short");
             let place = at.index(state.len());
