@@ -45,8 +45,6 @@ const ATTEMPTS: &[(&str, &str, Outcome)] = &[
     ("session", "open", Refused(ENOSYS)),
     ("session", "remove", Refused(EACCES)),
     ("session", "socket", Killed),
-    // It would have UDP where neither filters nor Landlock see it.
-    ("session", "ring", Killed),
     ("session", "process", Killed),
     ("session", "program", Killed),
     ("session", "code", Killed),

@@ -160,9 +160,13 @@ const REACTOR: &[i64] = &[
     libc::SYS_ioctl,
 ];
 
-/// Sockets that are open, memory that comes with descriptors, socket files that come and go, and watchers for guests that
-/// come before their memory.
+/// Sockets that are open, memory that comes with descriptors, socket files that come and go, and reactors and watchers for
+/// guests that come before their memory.
 const SESSION: &[i64] = &[
+    // Of the reactor for a guest that comes before its memory, which inherits what its session may do.
+    libc::SYS_io_uring_setup,
+    libc::SYS_io_uring_enter,
+    libc::SYS_io_uring_register,
     libc::SYS_userfaultfd,
     libc::SYS_ioctl,
     libc::SYS_accept4,
@@ -213,11 +217,8 @@ const SESSION: &[i64] = &[
     libc::SYS_capset,
 ];
 
-/// Files where Landlock lets it, local sockets, what a server of requests takes, and rings of reactors that begin.
+/// Files where Landlock lets it, local sockets, and what a server of requests takes.
 const MAIN: &[i64] = &[
-    libc::SYS_io_uring_setup,
-    libc::SYS_io_uring_enter,
-    libc::SYS_io_uring_register,
     libc::SYS_openat,
     libc::SYS_getdents64,
     libc::SYS_faccessat,
@@ -373,10 +374,8 @@ fn deadly(who: Who) -> Result<Rules, seccompiler::BackendError> {
             let local = SeccompCondition::new(0, Width::Dword, Op::Ne, libc::AF_UNIX as u64)?;
             rules.insert(libc::SYS_socket, vec![SeccompRule::new(vec![local])?]);
         }
-        // Its sockets are accepted. A ring would open others, such as of UDP, which Landlock does not see either.
-        Who::Thread(Role::Session) => {
-            add(&mut rules, &[libc::SYS_socket, libc::SYS_connect, libc::SYS_bind, libc::SYS_io_uring_setup]);
-        }
+        // Its sockets are accepted.
+        Who::Thread(Role::Session) => add(&mut rules, &[libc::SYS_socket, libc::SYS_connect, libc::SYS_bind]),
         Who::Thread(Role::Reactor | Role::Writer | Role::Worker) => add(
             &mut rules,
             &[
