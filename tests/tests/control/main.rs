@@ -66,11 +66,7 @@ fn disks_come_and_go() {
         (json!({ "fd": 3, "backend": "null:512" }), Some("fd"), "inherits nothing"),
         (json!([]), None, "socket-path is missing"),
     ] {
-        let answer = rig.call("POST", "/v1/disks", Some(body.clone()));
-        let problem = answer.json().unwrap();
-        assert_eq!(answer.status, 400, "{body}: {problem}");
-        assert!(problem["detail"].as_str().unwrap().contains(said), "{problem}");
-        assert!(key.is_none() || problem["key"] == json!(key), "{body}: {problem}");
+        rig.finds_fault("/v1/disks", &body, key, said);
     }
     let missing = json!({ "socket-path": rig.path("c.sock"), "blk-file": rig.path("none") });
     assert!(rig.refuses(409, "POST", "/v1/disks", Some(missing)).contains("No such file"));

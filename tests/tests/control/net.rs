@@ -38,11 +38,7 @@ fn ports_come_and_go() {
         (json!({ "fd": 3 }), Some("fd"), "inherits nothing"),
         (json!({ "socket-path": "/x", "tap-fds": [3] }), Some("tap-fds"), "inherits nothing"),
     ] {
-        let answer = rig.call("POST", "/v1/ports", Some(body.clone()));
-        let problem = answer.json().unwrap();
-        assert_eq!(answer.status, 400, "{body}: {problem}");
-        assert!(problem["detail"].as_str().unwrap().contains(said), "{problem}");
-        assert!(key.is_none() || problem["key"] == json!(key), "{body}: {problem}");
+        rig.finds_fault("/v1/ports", &body, key, said);
     }
     let elsewhere = json!({ "socket-path": "/nonexistent/x.sock" });
     assert!(rig.refuses(409, "POST", "/v1/ports", Some(elsewhere)).contains("/nonexistent/x.sock"));

@@ -124,6 +124,15 @@ impl Rig {
         answer.json().unwrap()
     }
 
+    /// The body is wrong, and where and why is said.
+    pub fn finds_fault(&self, path: &str, body: &Value, key: Option<&str>, said: &str) {
+        let answer = self.call("POST", path, Some(body.clone()));
+        let problem = answer.json().unwrap();
+        assert_eq!(answer.status, 400, "{body}: {problem}");
+        assert!(problem["detail"].as_str().unwrap().contains(said), "{problem}");
+        assert!(key.is_none() || problem["key"] == json!(key), "{body}: {problem}");
+    }
+
     /// Calls, which must not; what is said about it in one line.
     pub fn refuses(&self, status: u16, method: &str, path: &str, body: Option<Value>) -> String {
         let answer = self.call(method, path, body);
