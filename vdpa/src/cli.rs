@@ -216,7 +216,7 @@ pub struct Common {
     #[arg(long, value_name = "DIR", default_value = ROOT)]
     pub state_dir: PathBuf,
 
-    /// What to log: error, warn, info, debug or trace, also by module (poll_engine=debug)
+    /// What to log: error, warn, info, debug or trace, also by module (poll_engine=debug); with json: as JSON (json,warn)
     #[arg(long, value_name = "FILTER", default_value = "info")]
     pub log: String,
 }

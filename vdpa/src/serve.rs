@@ -66,7 +66,7 @@ fn blk(
     options: &DeviceOptions,
     common: &Common,
 ) -> Result<()> {
-    daemon::init_log(&common.log)?;
+    daemon::log::init(&common.log)?;
     let image = Image { serial: options.serial.as_str(), read_only: options.read_only, ..image };
     let disk = Arc::new(image.open(options)?);
     let device = BlkDevice::new(Arc::clone(&disk), options.num_queues, options.queue_size, None);
@@ -104,7 +104,7 @@ impl Service for Disk {
 
 /// `vdpactl serve net`.
 pub fn serve_net(cli: &ServeNet) -> Result<()> {
-    daemon::init_log(&cli.common.log)?;
+    daemon::log::init(&cli.common.log)?;
     let Some(tap) = &cli.tap else { return switch::serve_net(cli) };
     // A tap's own card has no control queue, and without one there is no choosing among pairs of queues.
     let tap = Tap::open(tap, 1, cli.mtu)?;

@@ -40,7 +40,7 @@ fn run(cli: &Cli) -> Result<()> {
         daemon::print(&format!("nothing is wrong, {} disks", disks.len()));
         return Ok(());
     }
-    daemon::init_log(&options.log)?;
+    daemon::log::init(&options.log)?;
     daemon::raise_descriptor_limit();
     let wanted =
         disks.into_iter().map(|spec| Wanted::new(spec, &options.device)).collect::<Result<Vec<_>>>()?;

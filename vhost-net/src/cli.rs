@@ -170,7 +170,7 @@ pub struct Options {
     #[arg(long, value_name = "DIR")]
     pub allow: Vec<PathBuf>,
 
-    /// What to log: error, warn, info, debug or trace, also by module (poll_engine=debug)
+    /// What to log: error, warn, info, debug or trace, also by module (poll_engine=debug); with json: as JSON (json,warn)
     #[arg(long, value_name = "FILTER", default_value = "info")]
     pub log: String,
 }

@@ -41,7 +41,7 @@ fn run(cli: &Cli) -> Result<()> {
         daemon::print(&format!("nothing is wrong, {} ports", options.ports().len()));
         return Ok(());
     }
-    daemon::init_log(&options.log)?;
+    daemon::log::init(&options.log)?;
     let wanted =
         options.ports().into_iter().map(|spec| Wanted::open(spec, options)).collect::<Result<Vec<_>>>()?;
     let plan = join::plan(options);

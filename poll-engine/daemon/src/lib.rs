@@ -2,22 +2,22 @@
 
 pub mod confine;
 pub mod file;
+pub mod log;
 pub mod said;
 pub mod takeover;
 pub mod watchdog;
 
-use std::io::{IsTerminal, Write};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use clap::{Parser, ValueEnum};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use poll_engine::ring::MAX_RING_SIZE;
 use poll_engine::session::listen::{ListenError, Listener};
 use poll_engine::uring::FixedBuffers;
 use serde::Serialize;
-use tracing_subscriber::EnvFilter;
 
 /// Runs a program: what it is asked for, and what has gone wrong in one line.
 pub fn main<C: Parser>(run: impl FnOnce(&C) -> Result<()>) -> ExitCode {
@@ -46,18 +46,6 @@ fn usage(name: &str, error: &clap::Error) -> ExitCode {
         text.lines().take_while(|line| !line.trim().is_empty()).map(str::trim).collect::<Vec<_>>().join(" ");
     eprintln!("{name}: {} (see {name} --help)", what.trim_start_matches("error: "));
     ExitCode::from(2)
-}
-
-/// Logs to standard error what `filter` lets through.
-pub fn init_log(filter: &str) -> Result<()> {
-    let parsed = EnvFilter::try_new(filter).with_context(|| format!("--log '{filter}' is no filter"))?;
-    tracing_subscriber::fmt()
-        .with_env_filter(parsed)
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal())
-        .with_target(false)
-        .init();
-    Ok(())
 }
 
 /// Guests bring descriptors: regions, kicks and calls. Take what the administrator allows.

@@ -8,6 +8,7 @@ mod browser;
 #[allow(dead_code)] // what kills
 mod front;
 mod load;
+mod log;
 mod metrics;
 #[path = "../kill/model.rs"]
 #[allow(dead_code)]
@@ -26,6 +27,7 @@ fn main() -> ExitCode {
     let tests = vec![
         Test::new("every_metric_is_documented_and_on_the_dashboard", metrics::are_documented, || None),
         Test::new("prometheus_reads_the_metrics", metrics::are_read, metrics::no_reader),
+        Test::new("the_log_is_json_and_not_flooded", log::is_json_and_not_flooded, || None),
         Test::new("top_is_used_in_a_terminal", top::is_used, || None),
         Test::new("the_page_is_only_looked_at", page::is_only_looked_at, || None),
         Test::new("the_page_is_seen_in_a_browser", page::is_seen, browser::missing),
