@@ -29,7 +29,7 @@ pub fn main<C: Parser>(run: impl FnOnce(&C) -> Result<()>) -> ExitCode {
     match run(&cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
-            eprintln!("{name}: {e:#}");
+            log::write_end(&name, &e);
             ExitCode::FAILURE
         }
     }

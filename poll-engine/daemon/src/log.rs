@@ -8,10 +8,12 @@ use std::collections::HashMap;
 use std::fmt;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io::IsTerminal;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+use serde_json::{Value, json};
 use tracing::field::{Field, Visit};
 use tracing::{Event, Level, Metadata, Subscriber};
 use tracing_subscriber::EnvFilter;
@@ -27,11 +29,15 @@ const WINDOW: Duration = Duration::from_secs(5);
 /// Kinds and things that are told apart; all others are one.
 const KEPT: usize = 512;
 
+/// Whether lines are JSON.
+static IS_JSON: AtomicBool = AtomicBool::new(false);
+
 /// Logs to standard error. `asked` is what `--log` says: a filter, and `json` or `text` among its parts.
 pub fn init(asked: &str) -> Result<()> {
     let (filter, is_json) = parse(asked);
     let parsed = EnvFilter::try_new(&filter).with_context(|| format!("--log '{asked}' is no filter"))?;
     let log = fmt().with_env_filter(parsed).with_writer(std::io::stderr);
+    IS_JSON.store(is_json, Ordering::Relaxed);
     if is_json {
         let lines = format().json().flatten_event(true).with_target(true);
         log.with_ansi(false).fmt_fields(JsonFields::new()).event_format(Limited::new(lines, true)).init();
@@ -40,6 +46,26 @@ pub fn init(asked: &str) -> Result<()> {
         log.with_ansi(std::io::stderr().is_terminal()).event_format(Limited::new(lines, false)).init();
     }
     Ok(())
+}
+
+/// Writes why program `name` ends, whatever is filtered: as the log's last line if that is JSON.
+pub fn write_end(name: &str, why: &anyhow::Error) {
+    if IS_JSON.load(Ordering::Relaxed) {
+        eprintln!("{}", json_line("ERROR", &format!("{why:#}"), json!({ "target": name })));
+    } else {
+        eprintln!("{name}: {why:#}");
+    }
+}
+
+/// A line of JSON as the log has them, with these fields added.
+fn json_line(level: &str, message: &str, mut fields: Value) -> Value {
+    let mut time = String::new();
+    // Nothing fails that writes into a string.
+    let _ = SystemTime.format_time(&mut Writer::new(&mut time));
+    fields["timestamp"] = time.into();
+    fields["level"] = level.into();
+    fields["message"] = message.into();
+    fields
 }
 
 /// The filter, and whether lines are to be JSON.
@@ -120,12 +146,8 @@ impl<F> Limited<F> {
             SystemTime.format_time(writer)?;
             return writeln!(writer, "  WARN {said}");
         }
-        let mut time = String::new();
-        SystemTime.format_time(&mut Writer::new(&mut time))?;
-        let line = serde_json::json!({
-            "timestamp": time, "level": "WARN", "message": said, "left_out": left_out, "target": module_path!()
-        });
-        writeln!(writer, "{line}")
+        let fields = json!({ "left_out": left_out, "target": module_path!() });
+        writeln!(writer, "{}", json_line("WARN", &said, fields))
     }
 }
 
