@@ -217,6 +217,12 @@ pub struct DeviceOptions {
     #[arg(long, value_enum, default_value_t = Fixed::Auto)]
     #[serde(deserialize_with = "fixed")]
     pub fixed_buffers: Fixed,
+
+    /// Requests in flight on a storage device while several disks of a reactor use it, for all of them together; 0: no bound,
+    /// so that one with many has the others wait
+    #[arg(long, value_name = "N", default_value_t = 16, value_parser = shared_depth)]
+    #[serde(deserialize_with = "depth")]
+    pub shared_depth: u16,
 }
 
 /// Pools as a list of texts.
@@ -285,6 +291,7 @@ from_text! {
     blocks: u32 = block_size;
     text: String = serial;
     mode: u32 = daemon::socket_mode;
+    depth: u16 = shared_depth;
     fixed: Fixed = |s| <Fixed as ValueEnum>::from_str(s, false);
 }
 
@@ -376,6 +383,11 @@ pub(crate) fn num_queues(s: &str) -> Result<u16, String> {
     count.ok_or(format!("a disk has 1 to {MAX_QUEUES} queues, not '{s}'"))
 }
 
+/// Requests in flight on a device that is shared.
+fn shared_depth(s: &str) -> Result<u16, String> {
+    s.parse().map_err(|_| format!("0 to 65535 requests can be in flight, not '{s}'"))
+}
+
 /// A write-cache mode.
 pub(crate) fn cache_mode(s: &str) -> Result<CacheMode, String> {
     ValueEnum::from_str(s, false)
@@ -426,7 +438,7 @@ mod tests {
     }
 
     /// Of each option some value, on the command line and in a file.
-    const EACH: [(&str, &str); 26] = [
+    const EACH: [(&str, &str); 27] = [
         ("--socket-path=/s", "socket-path = '/s'"),
         ("--fd=3", "fd = 3"),
         ("--blk-file=/f", "blk-file = '/f'"),
@@ -450,6 +462,7 @@ mod tests {
         ("--limit=iops-read=5,bps-total=1M", "limit = { iops-read = 5, bps-total = '1M' }"),
         ("--serial=17", "serial = 17"),
         ("--fixed-buffers=on", "fixed-buffers = true"),
+        ("--shared-depth=64", "shared-depth = 64"),
         ("--cpus=0-1", "cpus = [0, 1]"),
         ("--poll=busy", "poll = 'busy'"),
         ("--api=/a", "api = '/a'"),
@@ -492,6 +505,7 @@ mod tests {
             "limit = { iops-read-max = 5 }",
             "serial = '123456789012345678901'",
             "fixed-buffers = 'some'",
+            "shared-depth = -1",
             "cpus = 'x'",
             "poll = 'often'",
             "disk = 'socket-path=/a'",

@@ -14,6 +14,7 @@ use poll_engine::memory::Ram;
 use crate::backend::formatted::{ChainError, Formatted};
 use crate::lock::{LockError, lock, outlast, release};
 use crate::open::{FileTraits, OpenError};
+use crate::share::Device;
 use crate::throttle::Throttle;
 
 /// A memento of write-through: every write is durable.
@@ -77,6 +78,8 @@ pub struct Disk {
     /// Whether the image's lock is ours.
     locked: Mutex<bool>,
     throttle: Throttle,
+    /// What it is on, if disks leave each other their share there.
+    device: Option<Device>,
 }
 
 /// How a disk is to be presented.
@@ -96,6 +99,8 @@ pub struct DiskConfig {
     pub path: PathBuf,
     /// The image is not locked yet: it is another daemon's until the guest arrives.
     pub incoming: bool,
+    /// What disks of a reactor have in flight together on a storage device, in requests; 0: whatever they like.
+    pub shared_depth: u16,
 }
 
 impl Storage {
@@ -143,8 +148,12 @@ impl Disk {
             max_segments: 32,
             max_range_sectors,
         };
+        let depth = u32::from(config.shared_depth);
+        let medium = storage.file().filter(|(_, traits)| depth > 0 && !traits.in_memory);
+        let device = medium.map(|(file, _)| Device::of(file, depth));
         Disk {
             storage,
+            device,
             capacity: AtomicU64::new(capacity),
             granularity,
             block_size: config.block_size,
@@ -224,6 +233,11 @@ impl Disk {
     #[inline]
     pub fn throttle(&self) -> &Throttle {
         &self.throttle
+    }
+
+    /// The storage device that it shares with others of a reactor, if it does.
+    pub fn device(&self) -> Option<Device> {
+        self.device
     }
 
     /// Where the bytes are.

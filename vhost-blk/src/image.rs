@@ -103,6 +103,7 @@ impl Image<'_> {
                 ring_size: options.queue_size,
                 path: self.file.map(Path::to_owned).unwrap_or_default(),
                 incoming: self.incoming,
+                shared_depth: options.shared_depth,
             },
         );
         disk.throttle().set(options.limit.unwrap_or_default());

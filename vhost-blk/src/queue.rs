@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use poll_engine::device::QueueHandler;
-use poll_engine::engine::queue::{Queue, Request};
+use poll_engine::engine::queue::{BUDGET, Queue, Request};
 use poll_engine::engine::reactor::Io;
 use poll_engine::ring::chain::ChainView;
 use poll_engine::stats::ErrorKind;
@@ -13,7 +13,12 @@ use crate::backend::{Backend, Begun, Failure, Outcome};
 use crate::disk::Disk;
 use crate::record::tap::Tap;
 use crate::request::{ID_LEN, Invalid, Operation, STATUS_OK, parse};
+use crate::share::weight;
 use crate::throttle::Gate;
+
+/// What a queue may begin in a round, in weights: as many small requests as the engine has a queue take, and half a
+/// megabyte or one request of large ones, which a reactor that copies them is busy with for some ten microseconds.
+const ROUND: u32 = BUDGET as u32;
 
 /// The handler of one queue over one kind of back end.
 #[derive(Debug)]
@@ -23,12 +28,14 @@ pub struct BlkQueue<B> {
     /// Where requests are noted, when they are.
     tap: Option<Tap>,
     gate: Gate,
+    /// There was no room for more: there is when something of this reactor is over.
+    crowded: bool,
 }
 
 impl<B: Backend> BlkQueue<B> {
     /// A queue of `disk`, recorded by `tap`.
     pub fn new(disk: Arc<Disk>, backend: B, tap: Option<Tap>) -> BlkQueue<B> {
-        BlkQueue { disk, backend, tap, gate: Gate::default() }
+        BlkQueue { disk, backend, tap, gate: Gate::default(), crowded: false }
     }
 
     #[inline]
@@ -66,27 +73,38 @@ impl<B: Backend> BlkQueue<B> {
         queue.complete(request, written);
     }
 
-    /// As [`poll`](QueueHandler::poll), for a disk with limits: a request that has to wait stays in the ring, and those
-    /// behind it.
+    /// As [`poll`](QueueHandler::poll), where others may have to wait for this disk, or this one has limits: a request that
+    /// is not to be begun now stays in the ring, and those behind it.
     #[inline(never)]
-    fn poll_limited(&mut self, queue: &mut Queue, io: &mut Io<'_>) -> usize {
-        let now = self.disk.throttle().now();
-        if !self.gate.opens(self.disk.throttle(), now) {
+    fn poll_shared(&mut self, queue: &mut Queue, io: &mut Io<'_>) -> usize {
+        // What an earlier back end had begun is under way.
+        let begun = queue.has_resubmits();
+        let throttle = self.disk.throttle();
+        let limited = !begun && (throttle.is_on() || self.gate.is_closed());
+        let now = if limited { throttle.now() } else { 0 };
+        if limited && !self.gate.opens(throttle, now) {
+            return 0;
+        }
+        self.crowded = !begun && !self.backend.has_room();
+        if self.crowded {
             return 0;
         }
         let ready = queue.ready();
-        let mut taken = 0;
-        while taken < ready {
-            // What an earlier back end had begun is under way.
-            let begun = queue.has_resubmits();
+        let (mut taken, mut left) = (0, ROUND);
+        while taken < ready && left > 0 {
+            if taken > 0 && !begun && !self.backend.has_room() {
+                self.crowded = true;
+                break;
+            }
             let Some(request) = queue.take() else { break };
             let asked = parse(&queue.chain(), &self.disk);
-            if let (Ok(operation), false) = (&asked, begun)
+            if let (Ok(operation), true) = (&asked, limited)
                 && !self.gate.passes(operation, self.disk.throttle(), now, queue.stats())
             {
                 queue.untake(request);
                 break;
             }
+            left = left.saturating_sub(weight(&asked));
             self.one(request, asked, queue, io);
             taken += 1;
         }
@@ -111,8 +129,8 @@ impl<B: Backend> QueueHandler for BlkQueue<B> {
 
     #[inline]
     fn poll(&mut self, queue: &mut Queue, io: &mut Io<'_>) -> usize {
-        let taken = if self.disk.throttle().is_on() || self.gate.is_closed() {
-            self.poll_limited(queue, io)
+        let taken = if !B::IS_FREE || self.disk.throttle().is_on() || self.gate.is_closed() {
+            self.poll_shared(queue, io)
         } else {
             let ready = queue.ready();
             for _ in 0..ready {
@@ -144,7 +162,7 @@ impl<B: Backend> QueueHandler for BlkQueue<B> {
     }
 
     fn wants_chains(&self) -> bool {
-        !self.gate.is_closed()
+        !self.gate.is_closed() && !self.crowded
     }
 
     fn longest_sleep(&self) -> Option<Duration> {

@@ -170,6 +170,7 @@ impl DiskSpec {
             limit: self.limit.or(all.limit),
             serial: self.serial.clone(),
             fixed_buffers: all.fixed_buffers,
+            shared_depth: all.shared_depth,
         }
     }
 }

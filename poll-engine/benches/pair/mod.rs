@@ -138,6 +138,7 @@ fn disk() -> Disk {
         ring_size: RING_SIZE,
         path: std::path::PathBuf::new(),
         incoming: false,
+        shared_depth: 16,
     };
     Disk::new(Storage::Null, DISK, &config)
 }

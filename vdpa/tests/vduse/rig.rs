@@ -57,6 +57,7 @@ impl Rig {
             ring_size: RING,
             path: "ram".into(),
             incoming: false,
+            shared_depth: 16,
         };
         let medium = Disk::new(Storage::Ram(Arc::clone(&disk)), 1 << 20, &config);
         let device = Arc::new(BlkDevice::new(Arc::new(medium), QUEUES, RING, None));

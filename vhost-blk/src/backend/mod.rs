@@ -61,6 +61,15 @@ pub enum Begun {
 
 /// A back end of one queue.
 pub trait Backend: Send + 'static {
+    /// Whether requests take no time to speak of, however large: nobody waits for another's.
+    const IS_FREE: bool = false;
+
+    /// Whether something more may be begun now. If not, that changes with something that is under way.
+    #[inline]
+    fn has_room(&self) -> bool {
+        true
+    }
+
     /// Begins the request whose chain the queue has just taken. Never [`Operation::GetId`].
     fn begin(&mut self, request: Request, operation: Operation, queue: &mut Queue, io: &mut Io<'_>) -> Begun;
 

@@ -11,6 +11,8 @@ use crate::request::Operation;
 pub struct Null;
 
 impl Backend for Null {
+    const IS_FREE: bool = true;
+
     #[inline]
     fn begin(
         &mut self,

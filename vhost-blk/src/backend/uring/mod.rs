@@ -26,6 +26,7 @@ use crate::device::Cache;
 use crate::disk::{Access, Disk};
 use crate::open::FileTraits;
 use crate::request::{Operation, ranges};
+use crate::share::{Share, weight_of};
 
 /// Most iovecs of one operation (`UIO_MAXIOV`); longer requests go in several.
 const MAX_IOVECS: usize = 1024;
@@ -37,6 +38,8 @@ pub struct UringBackend<L> {
     layout: L,
     traits: FileTraits,
     disk: Arc<Disk>,
+    /// While it runs, on a device that others may use.
+    share: Option<Share>,
     cache: Cache,
     slots: Vec<Slot>,
     free: Vec<u32>,
@@ -65,6 +68,7 @@ impl<L: Layout> UringBackend<L> {
             layout,
             traits,
             disk,
+            share: None,
             cache,
             slots: std::iter::repeat_with(Slot::default).take(size as usize).collect(),
             free: (0..size).rev().collect(),
@@ -334,6 +338,9 @@ impl<L: Layout> UringBackend<L> {
         if let (Some(request), Some(operation), Some(chain)) =
             (slot.request.take(), slot.operation.take(), slot.held.view())
         {
+            if let Some(share) = &self.share {
+                share.end(weight_of(&operation));
+            }
             finish(request, operation, outcome, chain);
         }
         slot.held.release();
@@ -373,6 +380,11 @@ impl<L: Layout> UringBackend<L> {
 }
 
 impl<L: Layout> Backend for UringBackend<L> {
+    #[inline]
+    fn has_room(&self) -> bool {
+        self.share.as_ref().is_none_or(Share::has_room)
+    }
+
     fn begin(&mut self, request: Request, operation: Operation, queue: &mut Queue, io: &mut Io<'_>) -> Begun {
         if let Operation::Read { offset, len } = operation
             && self.layout.place(Access::Read, offset, len) == Place::Zeros(len)
@@ -392,6 +404,9 @@ impl<L: Layout> Backend for UringBackend<L> {
         if let Err(e) = begun {
             self.free.push(tag);
             return Begun::Over(request, Outcome::Failed(e.into()));
+        }
+        if let Some(share) = &self.share {
+            share.begin(weight_of(&operation));
         }
         slot.request = Some(request);
         slot.operation = Some(operation);
@@ -424,6 +439,7 @@ impl<L: Layout> Backend for UringBackend<L> {
     }
 
     fn attach(&mut self, io: &mut Io<'_>) {
+        self.share = self.disk.device().map(|device| Share::join(device, Arc::as_ptr(&self.disk).addr()));
         self.wait_for_answers(io);
     }
 
