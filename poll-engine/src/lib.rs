@@ -14,6 +14,7 @@
 //! - [`engine`] runs queues on pinned threads; [`uring`] is a thread's way into the kernel.
 //! - [`stats`] counts; [`limit`] lets pass no more than a rate; [`words`] takes records from reactors to whoever writes
 //!   them down.
+//! - `probes` are where `bpftrace` can look on.
 //! - [`confine`] is where threads give up what they do not need.
 //! - [`takeover`] hands all of it to another process while guests run.
 //!
@@ -27,6 +28,7 @@ pub mod engine;
 pub mod fault_point;
 pub mod limit;
 pub mod memory;
+mod probes;
 pub mod ring;
 pub mod session;
 pub mod stats;

@@ -12,6 +12,7 @@ use tracing::{info, warn};
 
 use crate::memory::map::{MemoryMap, Region};
 use crate::memory::slice::GuestSlice;
+use crate::probes;
 
 /// Registered pieces of guest memory a reactor can hold.
 const BUFFER_SLOTS: u32 = 1024;
@@ -176,7 +177,14 @@ impl Uring {
         if !self.ring.completion().is_empty() {
             return;
         }
+        probes::sleep();
+        self.wait_for(limit);
+        probes::wake();
+    }
+
+    fn wait_for(&mut self, limit: Option<Duration>) {
         let Some(limit) = limit else { return self.enter(1) };
+        probes::submit(self.queued);
         let time = types::Timespec::from(limit);
         let args = types::SubmitArgs::new().timespec(&time);
         let entered = self.ring.submitter().submit_with_args(1, &args);
@@ -185,6 +193,7 @@ impl Uring {
 
     fn enter(&mut self, want: u32) {
         let queued = self.ring.submission().len() as u32;
+        probes::submit(queued);
         // GETEVENTS always: deferred completions are only run by an enter that asks for them.
         let flags = EnterFlags::GETEVENTS.bits();
         // SAFETY: no argument is passed; the entries were vouched for when pushed.

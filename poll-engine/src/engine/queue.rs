@@ -18,6 +18,7 @@ use crate::fault_point::pass;
 use crate::memory::iotlb::{Miss, Revoked};
 use crate::memory::log::QueueLog;
 use crate::memory::map::{MapHold, MemoryError, MemoryMap};
+use crate::probes;
 use crate::ring::chain::{Chain, ChainView, HeldChain, Pins};
 use crate::ring::inflight::QueueRegion;
 use crate::ring::{Ahead, Ring, RingConfig, RingError, Token};
@@ -224,6 +225,11 @@ impl Queue {
         &self.stats
     }
 
+    /// What it is called in the log.
+    pub(super) fn name(&self) -> &str {
+        &self.name
+    }
+
     /// The counters, for whoever outlives the queue.
     pub(super) fn shared_stats(&self) -> Arc<QueueStats> {
         Arc::clone(&self.stats)
@@ -338,7 +344,10 @@ impl Queue {
     #[inline(always)] // the beginning of every request
     pub fn take(&mut self) -> Option<Request> {
         match self.ring.take(self.hold.map(), &mut self.chain) {
-            Ok(token) => Some(Request { token, since: self.round }),
+            Ok(token) => {
+                probes::take(self, token.about());
+                Some(Request { token, since: self.round })
+            }
             Err(e) => {
                 self.not_taken(&e);
                 None
@@ -421,11 +430,13 @@ impl Queue {
     /// was taken after one of them is completed. What is [ready](Self::ready) has to be counted anew.
     #[inline]
     pub fn untake(&mut self, request: Request) {
+        probes::untake(self, request.token.about());
         self.ring.untake(request.token);
     }
 
     #[inline(always)]
     fn give_back(&mut self, request: Request, written: u32) {
+        probes::complete(self, request.token.about());
         if request.since == self.round {
             self.round_completed += 1;
         } else {
@@ -454,6 +465,7 @@ impl Queue {
         if !self.ring.publish() {
             return false;
         }
+        probes::publish(self);
         self.unsignalled += 1;
         if self.round_completed > 0 {
             let ns = self.clock.delta_as_nanos(self.round, self.clock.raw());
@@ -484,6 +496,7 @@ impl Queue {
         match &self.notifier.call {
             Some(call) if wants_interrupt => {
                 pass("signal-begins");
+                probes::signal(self);
                 if self.signals.call(call, io) {
                     self.stats.signals.add(1);
                 }

@@ -20,6 +20,7 @@ use crate::fault_point;
 use crate::memory::fault::faults;
 use crate::memory::iotlb::Miss;
 use crate::memory::log::QueueLog;
+use crate::probes;
 use crate::stats::{Counter, ErrorKind};
 use crate::uring::{Completion, FixedBuffers, Uring};
 
@@ -425,6 +426,7 @@ impl Reactor {
         }
         let completions = std::mem::take(&mut self.completions);
         let count = completions.len();
+        probes::reap(count);
         for c in &completions {
             self.dispatch(*c);
         }
@@ -463,6 +465,7 @@ impl Reactor {
         } else if purpose == Purpose::Kick as u8 {
             task.watching_kick = c.more;
             if c.result >= 0 {
+                probes::kick(&*task.queue);
                 task.queue.stats().kicks.add(1);
             } else {
                 // Without its kick the queue can only be polled.
@@ -634,6 +637,7 @@ impl Reactor {
         });
         let id = QueueId { slot: slot as u16, generation: self.next_generation() };
         handler.attach(&mut io(&mut self.uring, Purpose::Handler, id, self.index));
+        probes::start(&*queue, queue.name());
         self.places[slot] = Some(self.tasks.len());
         self.tasks.push(Task {
             id,
@@ -728,6 +732,7 @@ impl Reactor {
             self.uring.submit();
             self.awaited -= 1 + task.queue.revoked();
             let base = task.queue.base();
+            probes::stop(&*task.queue);
             let reply = task.stopping.take();
             debug!("{}: a queue has left at {base:#x}", self.name);
             drop(task);

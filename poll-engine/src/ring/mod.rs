@@ -279,6 +279,12 @@ impl Token {
         Token(Used::new(id, len, writable))
     }
 
+    /// For [`probes`](crate::probes): the chain's id in the low 16 bits.
+    #[inline]
+    pub(crate) fn about(&self) -> u64 {
+        self.0.about
+    }
+
     #[inline]
     fn recorded(mut self, entry: u16) -> Token {
         self.0.record |= u32::from(entry);

@@ -4,6 +4,7 @@
 use super::Queue;
 use crate::memory::GuestSlice;
 use crate::memory::slice::RawSlice;
+use crate::probes;
 use crate::ring::chain::{Chain, ChainView};
 use crate::ring::{Ahead, Used};
 
@@ -89,6 +90,9 @@ impl Queue {
             taken += 1;
         }
         burst.count = taken;
+        if taken > 0 {
+            probes::take_burst(self, taken);
+        }
         if let Some(e) = refused {
             self.not_taken(&e);
         }
@@ -142,6 +146,7 @@ impl Queue {
             self.log_burst();
         }
         self.round_completed += self.burst.count as u64;
+        probes::end_burst(self, self.burst.count);
         self.ring.complete_all(self.burst.used(), written);
         self.burst.count = 0;
     }
