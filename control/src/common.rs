@@ -1,5 +1,6 @@
 //! Calls that every daemon answers: its reactors, its file, its counters, and what all of its calls are.
 
+use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -41,6 +42,8 @@ pub trait Running: Send + Sync + 'static {
     fn set_pacing(&self, pacing: Pacing) -> Result<(), Refused>;
     /// Writes what has changed into its file: that.
     fn save(&self) -> Result<PathBuf, Refused>;
+    /// Has a newer process take over if one comes: the socket on which it is waited for.
+    fn expect_successor(&self) -> Result<PathBuf, Refused>;
     /// All counters, for Prometheus.
     fn metrics(&self) -> String;
     /// What is served, for views.
@@ -160,6 +163,35 @@ pub struct Saved {
     file: String,
 }
 
+/// How a newer process takes over: the same program with the same options, but for what is to be new.
+#[derive(Debug, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Succession {
+    /// What its --takeover is to be.
+    pub socket: String,
+    /// The file of the program that runs, or what is in its place by now.
+    pub program: String,
+    /// The options that this process was started with.
+    pub options: Vec<String>,
+    /// The directory that it was started in.
+    pub directory: String,
+}
+
+impl Succession {
+    /// On this socket, from this process.
+    fn on(socket: &std::path::Path) -> io::Result<Succession> {
+        let program = std::env::current_exe()?.display().to_string();
+        // How the kernel marks a file that was replaced.
+        let program = program.strip_suffix(" (deleted)").unwrap_or(&program).to_owned();
+        Ok(Succession {
+            socket: socket.display().to_string(),
+            program,
+            options: std::env::args_os().skip(1).map(|option| option.to_string_lossy().into()).collect(),
+            directory: std::env::current_dir()?.display().to_string(),
+        })
+    }
+}
+
 /// All calls of a program: these and its own; and the document that describes them.
 pub fn calls<S: Clone + Send + Sync + 'static>(
     title: &str,
@@ -179,6 +211,7 @@ where
         .routes(routes!(retire))
         .routes(routes!(poll, set_poll))
         .routes(routes!(save))
+        .routes(routes!(expect_successor))
         .routes(routes!(metrics_text))
         .routes(routes!(all_stats))
         .merge(own)
@@ -234,6 +267,16 @@ async fn set_poll(State(common): State<Common>, Json(to): Json<Poll>) -> Answer<
 async fn save(State(common): State<Common>) -> Answer<Saved> {
     let file = common.tell(<dyn Running>::save).await?;
     Ok(Json(Saved { file: file.display().to_string() }))
+}
+
+/// Has a newer process take over if one comes, and says how it is started; until then everything goes on
+#[utoipa::path(post, path = "/v1/takeover", responses((status = 200, body = Succession), Fails))]
+async fn expect_successor(State(common): State<Common>) -> Answer<Succession> {
+    let how = |running: &dyn Running| {
+        let socket = running.expect_successor()?;
+        Succession::on(&socket).map_err(|e| Refused::Conflict(format!("cannot say what was started: {e}")))
+    };
+    Ok(Json(common.tell(how).await?))
 }
 
 /// All counters, for Prometheus

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use control::common::Running;
 use control::refused::{Changes, Refused};
-use daemon::takeover::{self, Inherited};
+use daemon::takeover::{self, Inherited, Successor};
 use daemon::{Place, Switch, path_key};
 use poll_engine::device::features;
 use poll_engine::engine::Engine;
@@ -254,23 +254,25 @@ pub struct Exports {
     served: Mutex<Vec<Arc<Served>>>,
     pools: Pools,
     flattening: Mutex<Vec<JoinHandle<()>>>,
+    successor: Successor,
     changes: Changes,
 }
 
 impl Exports {
-    /// These, by `options`, which come from `file` if there is one.
+    /// These, by `options`, which come from `file` if there is one; `successor` may take over.
     pub fn new(
         engine: Arc<Engine>,
         options: Options,
         file: Option<PathBuf>,
         served: Vec<Served>,
-        pools: Pools,
+        (pools, successor): (Pools, Successor),
     ) -> Exports {
         Exports {
             engine,
             options,
             file,
             pools,
+            successor,
             flattening: Mutex::default(),
             served: Mutex::new(served.into_iter().map(Arc::new).collect()),
             changes: Changes::default(),
@@ -555,6 +557,11 @@ impl Running for Exports {
         saved(path, &specs, self.engine.pacing(), cpus).map_err(|e| conflict(&e))?;
         info!("what has changed is saved to {}", path.display());
         Ok(path.clone())
+    }
+
+    fn expect_successor(&self) -> Result<PathBuf, Refused> {
+        let _change = self.changes.begin()?;
+        self.successor.expect_beside(self.options.api.as_deref()).map_err(|e| conflict(&e))
     }
 
     fn metrics(&self) -> String {

@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use control::server::{Api, bind};
 use daemon::Place;
 use daemon::confine::{CapabilitySet, Identity, Places};
-use daemon::takeover::{self, Heir, Source};
+use daemon::takeover::{self, Heir, Source, Successor};
 use daemon::watchdog::Watchdog;
 use poll_engine::engine::{Engine, EngineConfig};
 use poll_engine::memory::userfault;
@@ -100,16 +100,18 @@ fn serve(
     let servers = heir.go(keys.iter().zip(prepared))?;
     let served = ready.into_iter().zip(servers).map(|(ready, server)| ready.served(server)).collect();
     let pools = Pools::start(&options.pool).context("cannot keep pools")?;
+    let successor = Successor::default();
+    let further = (pools, successor.clone());
     let exports =
-        Arc::new(Exports::new(Arc::clone(&engine), options.clone(), cli.config.clone(), served, pools));
+        Arc::new(Exports::new(Arc::clone(&engine), options.clone(), cli.config.clone(), served, further));
     let api = api.map(|listener| Api::start(listener, router(Arc::clone(&exports)))).transpose();
     let mut api = api.context("cannot serve the API")?;
     if let (Some(api), Some(path), true) = (&mut api, &options.api, is_heir) {
         // Before the other process may leave, which takes its socket along unless ours is there.
         api.replace(path).unwrap_or_else(|e| warn!("the API stays on {}.new: {e}", path.display()));
     }
-    let over = signals.handle();
-    let mut successor = heir.settle(control, || Ok(HandedOver(Arc::clone(&exports))), move || over.close());
+    let (over, estate) = (signals.handle(), Arc::clone(&exports));
+    heir.settle(&successor, control, move || HandedOver(Arc::clone(&estate)), move || over.close());
 
     let watchdog = Watchdog::start(&engine, is_heir)?;
     for signal in signals.forever() {

@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail};
 use control::server::{Api, bind};
 use daemon::Place;
 use daemon::confine::{CapabilitySet, Identity, Mode, Places};
-use daemon::takeover::{self, Heir, Inherited, Source};
+use daemon::takeover::{self, Heir, Inherited, Source, Successor};
 use daemon::watchdog::Watchdog;
 use poll_engine::engine::{Engine, EngineConfig};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1};
@@ -137,13 +137,14 @@ fn serve(
     if let Some(captured) = &captured {
         captured.capture().keep();
     }
+    let successor = Successor::default();
     let setting = Setting {
         engine: Arc::clone(&engine),
         hub,
         outer: out.and_then(|number| Some(Outer { number: number.try_into().ok()? })),
         withheld,
         file: cli.config.clone(),
-        upgradable: cli.upgrade.control.is_some(),
+        successor: successor.clone(),
         opens: opens || cli.confine.sandbox == Mode::Off,
     };
     let ports = Arc::new(Ports::new(setting, options.clone(), served, captured));
@@ -153,8 +154,8 @@ fn serve(
         // Before the other process may leave, which takes its socket along unless ours is there.
         api.replace(path).unwrap_or_else(|e| warn!("the API stays on {}.new: {e}", path.display()));
     }
-    let over = signals.handle();
-    let mut successor = heir.settle(control, || Ok(HandedOver(Arc::clone(&ports))), move || over.close());
+    let (over, estate) = (signals.handle(), Arc::clone(&ports));
+    heir.settle(&successor, control, move || HandedOver(Arc::clone(&estate)), move || over.close());
 
     let watchdog = Watchdog::start(&engine, heir.is_one())?;
     for signal in signals.forever() {

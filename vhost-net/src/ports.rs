@@ -11,7 +11,7 @@ use control::common::Running;
 use control::refused::{Changes, Refused};
 use daemon::Place;
 use daemon::file::Step;
-use daemon::takeover;
+use daemon::takeover::{self, Successor};
 use poll_engine::device::Device;
 use poll_engine::engine::Engine;
 use poll_engine::engine::pacing::Pacing;
@@ -270,8 +270,8 @@ pub struct Setting {
     pub withheld: u64,
     /// The file that the options come from.
     pub file: Option<PathBuf>,
-    /// Whether another process may take over, which cannot have taps.
-    pub upgradable: bool,
+    /// Who may take over, and cannot have taps.
+    pub successor: Successor,
     /// Whether it may open interfaces.
     pub opens: bool,
 }
@@ -360,8 +360,9 @@ impl Ports {
                 return Err(Refused::Wrong(Some(key), why.into()));
             }
         }
-        if self.setting.upgradable && spec.has_tap() {
-            let why = "a port that is joined to a tap cannot be handed over, and this daemon was started with --control";
+        if self.setting.successor.expected_at().is_some() && spec.has_tap() {
+            let why = "a port that is joined to a tap cannot be handed over, and a newer process may take over from this one \
+                       (--control, POST /v1/takeover)";
             return Err(Refused::Conflict(why.into()));
         }
         if !self.setting.opens && spec.has_tap() {
@@ -616,6 +617,19 @@ impl Running for Ports {
         saved(path, &locked(&self.options)).map_err(|e| conflict(&e))?;
         info!("what has changed is saved to {}", path.display());
         Ok(path.to_owned())
+    }
+
+    fn expect_successor(&self) -> Result<PathBuf, Refused> {
+        let _change = self.changes.begin()?;
+        let options = locked(&self.options);
+        if let Some(spec) = options.ports().iter().chain(&options.uplink).find(|spec| spec.has_tap()) {
+            let why = format!(
+                "{} is joined to a tap, which cannot be handed over; restart the daemon instead",
+                spec.name()
+            );
+            return Err(Refused::Conflict(why));
+        }
+        self.setting.successor.expect_beside(options.api.as_deref()).map_err(|e| conflict(&e))
     }
 
     fn metrics(&self) -> String {

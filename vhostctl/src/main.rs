@@ -3,6 +3,7 @@
 mod rates;
 mod table;
 mod top;
+mod upgrade;
 
 use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
@@ -172,6 +173,8 @@ enum Command {
     },
     /// Write what has changed into the daemon's configuration file
     Save,
+    /// Start a newer daemon, which takes over from the running one while its guests run
+    Upgrade(upgrade::Upgrade),
     /// Watch reactors, disks and queues in this terminal
     Top {
         /// Seconds between two looks
@@ -270,9 +273,11 @@ fn call_of(command: &Command, list: &str) -> Result<Call> {
         Command::Save => ("POST", "/v1/save".into(), None),
         Command::Metrics => ("GET", "/metrics".into(), None),
         Command::Openapi => ("GET", "/v1/openapi.json".into(), None),
-        Command::Call { .. } | Command::Completions { .. } | Command::Top { .. } | Command::Page { .. } => {
-            bail!("no call of its own")
-        }
+        Command::Call { .. }
+        | Command::Completions { .. }
+        | Command::Top { .. }
+        | Command::Page { .. }
+        | Command::Upgrade(_) => bail!("no call of its own"),
     })
 }
 
@@ -328,22 +333,30 @@ fn page(api: &Path, listen: SocketAddr, names: Vec<String>) -> Result<()> {
 fn answer(cli: &Cli) -> Result<String> {
     let client = Client::new(&cli.api);
     let answer = match &cli.command {
+        Command::Upgrade(upgrade) => return shown(cli, &upgrade::run(&client, upgrade)?),
         Command::Call { method, path, body } => {
             client.send(method, path, body.clone().unwrap_or_default().into_bytes())?
         }
         command => {
             let daemon = client.call("GET", "/v1/daemon", None)?.done()?;
-            let list = if daemon["program"] == "vhost-net" { "/v1/ports" } else { "/v1/disks" };
-            let (method, path, body) = call_of(command, list)?;
+            let (method, path, body) = call_of(command, list_of(&daemon))?;
             client.call(method, &path, body.as_ref())?
         }
     };
     if matches!(cli.command, Command::Metrics) && answer.status == 200 {
         return Ok(String::from_utf8_lossy(&answer.body).trim_end().to_owned());
     }
-    let value = answer.done()?;
+    shown(cli, &answer.done()?)
+}
+
+/// What a daemon has a list of.
+fn list_of(daemon: &Value) -> &'static str {
+    if daemon["program"] == "vhost-net" { "/v1/ports" } else { "/v1/disks" }
+}
+
+fn shown(cli: &Cli, value: &Value) -> Result<String> {
     let raw = cli.json || matches!(cli.command, Command::Openapi | Command::Call { .. });
-    Ok(match &value {
+    Ok(match value {
         Value::Null => "done".into(),
         value if raw => serde_json::to_string_pretty(value)?,
         value => table::text(value),

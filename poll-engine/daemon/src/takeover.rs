@@ -2,9 +2,10 @@
 //! decided by its program; the order of steps is here, once.
 
 use std::collections::HashMap;
+use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -204,63 +205,111 @@ impl Heir {
         Ok(ready.into_iter().map(|server| Arc::new(server.go())).collect())
     }
 
-    /// Says to the other process and to the service manager that this one serves, and waits on `control` for the next;
-    /// `over` is called when that has taken over.
+    /// Says to the other process and to the service manager that this one serves, and waits on `control` for the next, which
+    /// gets what `estate` makes; `successor` has `over` called when that has taken over.
     pub fn settle<E: Estate>(
         &mut self,
+        successor: &Successor,
         control: Option<Listener>,
-        estate: impl FnOnce() -> Result<E>,
-        over: impl FnOnce() + Send + 'static,
-    ) -> Successor {
-        let given = Arc::new(OnceLock::new());
-        let when_given = {
-            let given = Arc::clone(&given);
-            move |outcome| {
-                let _ = given.set(outcome);
-                over();
-            }
-        };
+        estate: impl Fn() -> E + Send + 'static,
+        over: impl Fn() + Send + Sync + 'static,
+    ) {
         let taker = self.taker.take();
         let taken_over = taker.as_ref().map(Taker::running).is_some();
-        let giver = control.and_then(|mut listener| {
+        let (program, given, over) = (self.program, Arc::clone(&successor.0), Arc::new(over));
+        successor.prepare(Box::new(move |listener| {
+            let (given, over) = (Arc::clone(&given), Arc::clone(&over));
+            Giver::start(listener, program, estate(), move |outcome| {
+                given.give(outcome);
+                over();
+            })
+        }));
+        if let Some(mut listener) = control {
             let start = || {
                 if let (Some(path), true) = (&self.options.control, self.options.takeover.is_some()) {
                     listener.replace(path)?;
                 }
-                anyhow::Ok(Giver::start(listener, self.program, estate()?, when_given)?)
+                successor.start(listener)
             };
-            start().map_err(|e| warn!("nobody can take over from this process: {e}")).ok()
-        });
+            start().unwrap_or_else(|e| warn!("nobody can take over from this process: {e:#}"));
+        }
         // Taken over, the service has another main process now.
         let main = taken_over.then(|| NotifyState::MainPid(std::process::id()));
         // Nobody to notify is the usual case.
         let _ = sd_notify::notify(&main.into_iter().chain([NotifyState::Ready]).collect::<Vec<_>>());
         // The other process may leave now: whoever is next comes to us.
         drop(taker);
-        Successor { giver, given }
     }
 }
 
-/// A process that may take over from this one.
-#[derive(Debug)]
-pub struct Successor {
-    giver: Option<Giver>,
-    given: Arc<OnceLock<Result<(), TakeoverError>>>,
+type Wait = Box<dyn Fn(Listener) -> io::Result<Giver> + Send>;
+
+/// The process that may take over from this one, on a socket that was there from the start or is when somebody asks.
+#[derive(Clone, Default)]
+pub struct Successor(Arc<Awaited>);
+
+#[derive(Default)]
+struct Awaited {
+    /// How to wait for it on a socket, as long as there is something to be handed over.
+    wait: Mutex<Option<Wait>>,
+    /// Where it is waited for.
+    giver: Mutex<Option<(PathBuf, Giver)>>,
+    given: Mutex<Option<Result<(), TakeoverError>>>,
+}
+
+impl Awaited {
+    fn give(&self, outcome: Result<(), TakeoverError>) {
+        *locked(&self.given) = Some(outcome);
+    }
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Successor {
+    fn prepare(&self, wait: Wait) {
+        *locked(&self.0.wait) = Some(wait);
+    }
+
+    fn start(&self, listener: Listener) -> Result<()> {
+        let path = listener.path().context("no socket of its own")?.to_owned();
+        let wait = locked(&self.0.wait);
+        let giver = wait.as_ref().context("the daemon is starting, or stopping")?(listener)?;
+        *locked(&self.0.giver) = Some((path, giver));
+        Ok(())
+    }
+
+    /// Waits for it from now on, beside the socket of the API, unless it is waited for already: where.
+    pub fn expect_beside(&self, api: Option<&Path>) -> Result<PathBuf> {
+        if let Some(path) = self.expected_at() {
+            return Ok(path);
+        }
+        let mut path = api.context("no --api")?.as_os_str().to_owned();
+        path.push(".takeover");
+        self.start(Listener::bind_private(Path::new(&path))?)?;
+        Ok(path.into())
+    }
+
+    /// Where it is waited for, if it is.
+    pub fn expected_at(&self) -> Option<PathBuf> {
+        locked(&self.0.giver).as_ref().map(|(path, _)| path.clone())
+    }
+
     /// This process is to end: waits for what may be in the middle of being handed over, and tells the service manager if
     /// nobody goes on.
-    pub fn bid_farewell(&mut self) {
-        drop(self.giver.take());
-        if self.given.get().is_none() {
+    pub fn bid_farewell(&self) {
+        drop(locked(&self.0.wait).take());
+        let giver = locked(&self.0.giver).take();
+        drop(giver);
+        if locked(&self.0.given).is_none() {
             let _ = sd_notify::notify(&[NotifyState::Stopping]);
         }
     }
 
     /// How it has ended: an error if another process has taken over and was not heard of again.
-    pub fn outcome(self) -> Result<()> {
-        match Arc::into_inner(self.given).and_then(OnceLock::into_inner) {
+    pub fn outcome(&self) -> Result<()> {
+        match locked(&self.0.given).take() {
             Some(Err(e)) => {
                 Err(anyhow::Error::from(e).context("handed over to a process that was not heard of again"))
             }

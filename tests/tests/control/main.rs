@@ -15,6 +15,7 @@ mod net;
 mod net_random;
 mod random;
 mod rig;
+mod upgrade;
 
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
