@@ -8,6 +8,7 @@ mod damage;
 mod disk;
 mod elsewhere;
 mod refusals;
+mod room;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -204,6 +205,8 @@ const TESTS: &[(&str, Body)] = &[
     ("a_pool_is_kept_full", clones::pool),
     ("an_image_is_flattened_in_use", clones::flattened),
     ("a_flattening_daemon_is_killed", clones::killed),
+    ("what_is_allocated_ahead_is_zeros", room::zeros),
+    ("what_is_allocated_ahead_is_not_below", room::over_a_base),
     ("damaged_images_do_no_harm", damage::damaged),
 ];
 

@@ -24,6 +24,9 @@ pub struct Errand {
 pub enum What {
     /// Read into the buffer.
     Read(Bounce),
+    /// Have it be where it can be written in place, as much of it as can be without its data. The answer is [`IN_PLACE`]
+    /// or [`WANTS_DATA`].
+    MakeRoom,
     /// Write what is in the buffer.
     Write {
         /// The data.
@@ -44,6 +47,7 @@ impl std::fmt::Debug for What {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
             What::Read(_) => "read",
+            What::MakeRoom => "make room",
             What::Write { .. } => "write",
             What::Zero { .. } => "write zeros",
             What::Discard => "discard",
@@ -56,16 +60,21 @@ impl What {
     pub fn into_buffer(self) -> Option<Bounce> {
         match self {
             What::Read(buffer) | What::Write { buffer, .. } => Some(buffer),
-            What::Zero { .. } | What::Discard => None,
+            What::MakeRoom | What::Zero { .. } | What::Discard => None,
         }
     }
 }
+
+/// What room was made for can be written in place, or the beginning of it.
+pub const IN_PLACE: i32 = 0;
+/// It cannot: a worker has to write the data.
+pub const WANTS_DATA: i32 = 1;
 
 /// What became of an errand.
 pub struct Answer {
     /// For whom.
     pub tag: u32,
-    /// Bytes, or a negated errno.
+    /// Bytes, or what is said of room, or a negated errno.
     pub result: i32,
     /// The errand's buffer.
     pub buffer: Option<Bounce>,

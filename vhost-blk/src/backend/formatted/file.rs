@@ -28,6 +28,7 @@ struct Inner {
     file: File,
     traits: FileTraits,
     size: AtomicU64,
+    is_regular: bool,
     helper: CommonStorageHelper,
     order: OnceLock<Mutex<Order>>,
     /// Something was written that is not durable.
@@ -42,12 +43,14 @@ impl ImageFile {
     /// File number `number` of an image.
     pub fn new(number: u8, path: &Path, file: File, traits: FileTraits) -> io::Result<ImageFile> {
         let size = size_of(file.as_fd()).map_err(io::Error::other)?;
+        let is_regular = file.metadata()?.is_file();
         Ok(ImageFile(Arc::new(Inner {
             number,
             path: path.to_owned(),
             file,
             traits,
             size: size.into(),
+            is_regular,
             helper: CommonStorageHelper::default(),
             order: OnceLock::new(),
             written: AtomicBool::new(false),
@@ -72,6 +75,11 @@ impl ImageFile {
     /// What it can do.
     pub fn traits(&self) -> FileTraits {
         self.0.traits
+    }
+
+    /// Whether it is a file, which can have holes.
+    pub fn is_regular(&self) -> bool {
+        self.0.is_regular
     }
 
     /// Bytes.
@@ -114,6 +122,22 @@ impl ImageFile {
             (Err(_), _) => self.0.written.store(true, Ordering::Relaxed),
         }
         synced
+    }
+
+    /// Has a range be zeros, which take no space, whether it was there or not.
+    pub fn put_zeros(&self, offset: u64, len: u64) -> io::Result<()> {
+        let (end, is) = (offset + len, self.len());
+        if offset < is {
+            self.zero(offset, end.min(is) - offset, true)?;
+        } else if let Some(mut order) = self.order() {
+            order.before_data(&Raw(&self.0))?;
+        }
+        if end > is {
+            self.0.written.store(true, Ordering::Relaxed);
+            self.0.file.set_len(end)?;
+            self.0.size.fetch_max(end, Ordering::Relaxed);
+        }
+        Ok(())
     }
 
     /// Punches a hole, or zeroes a range in another way that leaves it in place.
@@ -228,17 +252,7 @@ impl Storage for ImageFile {
     }
 
     unsafe fn pure_write_zeroes(&self, offset: u64, length: u64) -> io::Result<()> {
-        if let Some(mut order) = self.order() {
-            order.before_data(&Raw(&self.0))?;
-        }
-        self.0.written.store(true, Ordering::Relaxed);
-        let hole = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-        fallocate(&self.0.file, hole, offset as i64, length as i64)?;
-        if offset + length > self.len() {
-            self.0.file.set_len(offset + length)?;
-            self.0.size.fetch_max(offset + length, Ordering::Relaxed);
-        }
-        Ok(())
+        self.put_zeros(offset, length)
     }
 
     fn flush(&self) -> io::Result<()> {

@@ -5,11 +5,15 @@
 //!                     └──► errand ─► worker (imago) ─► answer ─► eventfd ─► io_uring          anything else
 //! ```
 //!
+//! A write that finds no place has a worker make room, and is written by io_uring then; only what is written over as a
+//! whole, where something was, goes to a worker with its data.
+//!
 //! A cluster that may be written in place stays where it is for as long as the image is open: it is zeroed and discarded
 //! in place, too. So a reactor may use what the table says without telling anybody, and only workers change it. What
 //! workers have changed is in the image's file (in the kernel, that is) before it is answered: a process that is killed
 //! loses nothing, one that takes over finds everything, and a flush has nothing to do but to sync files.
 
+mod allocate;
 mod chain;
 mod create;
 pub mod errand;

@@ -14,10 +14,11 @@ use imago::{FormatAccess, Mapping};
 use poll_engine::confine::{self, Role};
 use tracing::warn;
 
-use super::Shared;
-use super::errand::{Answer, Errand, Inbox, What};
+use super::allocate::{Ahead, Batch};
+use super::errand::{Answer, Errand, IN_PLACE, Inbox, WANTS_DATA, What};
 use super::file::ImageFile;
 use super::table::{CHUNK, Entry};
+use super::{Shared, Way};
 use crate::backend::bounce::Bounce;
 
 /// Threads that read.
@@ -26,6 +27,9 @@ const READERS: usize = 2;
 const MAX_BATCH: usize = 64;
 /// Zeros that are written at a time where nothing else does.
 const ZEROS: u64 = 64 << 10;
+
+/// Most clusters that are looked up when one of them is asked for: those of an L2 table.
+const MAX_LEARNT: u64 = 8192;
 
 type Access = FormatAccess<ImageFile>;
 type Job = (Errand, Arc<Inbox>);
@@ -120,6 +124,13 @@ impl Image {
 
     fn answer(&self, (errand, inbox): Job, outcome: &io::Result<()>) {
         let result = match outcome {
+            Ok(()) if matches!(errand.what, What::MakeRoom) => {
+                if self.is_in_place(errand.offset) {
+                    IN_PLACE
+                } else {
+                    WANTS_DATA
+                }
+            }
             Ok(()) => errand.len as i32,
             Err(e) => {
                 if !self.shared.told.swap(true, Ordering::Relaxed) {
@@ -133,12 +144,18 @@ impl Image {
         inbox.put(Answer { tag: errand.tag, result, buffer: errand.what.into_buffer() });
     }
 
+    /// Whether reactors may write to a byte themselves.
+    fn is_in_place(&self, offset: u64) -> bool {
+        let way = self.shared.way(crate::disk::Access::Write, offset >> self.shared.cluster_bits);
+        matches!(way, Way::File(..))
+    }
+
     fn read(&self, (mut errand, inbox): Job) {
         let access = self.access.read().unwrap_or_else(PoisonError::into_inner);
         let Errand { offset, len, .. } = errand;
         let outcome = match (&*access, &mut errand.what) {
             (Some(access), What::Read(buffer)) => self.guarded(|| {
-                self.find(access, offset)?;
+                self.learn(access, offset)?;
                 access.read(&mut buffer.bytes_mut()[..len as usize], offset)
             }),
             _ => Err(broken()),
@@ -148,12 +165,13 @@ impl Image {
     }
 
     fn change_all(&self, jobs: &Receiver<Job>) {
+        let mut ahead = Ahead::default();
         while let Ok(first) = jobs.recv() {
             let mut batch = vec![first];
             batch.extend(jobs.try_iter().take(MAX_BATCH - 1));
             let access = self.access.write().unwrap_or_else(PoisonError::into_inner);
             let outcomes = match &*access {
-                Some(access) => self.change(access, &batch),
+                Some(access) => self.change(access, &batch, &mut ahead),
                 None => batch.iter().map(|_| Err(broken())).collect(),
             };
             drop(access);
@@ -164,28 +182,33 @@ impl Image {
     }
 
     /// Runs a batch of errands. All that they have changed is in the file when this returns.
-    fn change(&self, access: &Access, batch: &[Job]) -> Vec<io::Result<()>> {
+    fn change(&self, access: &Access, jobs: &[Job], ahead: &mut Ahead) -> Vec<io::Result<()>> {
+        // Before anything changes: what is entered in the table is in the file already.
+        let mut outcomes: Vec<_> =
+            jobs.iter().map(|(errand, _)| self.guarded(|| self.learn(access, errand.offset))).collect();
+        let is_there =
+            |errand: &Errand| matches!(errand.what, What::MakeRoom) && self.is_in_place(errand.offset);
+        if jobs.iter().all(|(errand, _)| is_there(errand)) {
+            return outcomes;
+        }
         let mut durable = false;
-        let mut frees = false;
-        let mut outcomes: Vec<_> = batch
-            .iter()
-            .map(|(errand, _)| {
-                durable |= matches!(errand.what, What::Write { durable: true, .. });
-                self.guarded(|| self.one(access, errand, &mut frees))
-            })
-            .collect();
+        let mut batch = Batch::default();
+        for ((errand, _), outcome) in jobs.iter().zip(&mut outcomes).filter(|(_, o)| o.is_ok()) {
+            durable |= matches!(errand.what, What::Write { durable: true, .. });
+            *outcome = self.guarded(|| self.one(access, errand, ahead, &mut batch));
+        }
         let written = self.guarded(|| {
             access.flush()?;
             self.shared.changed.fetch_add(1, Ordering::AcqRel);
-            if durable || frees {
+            if durable || batch.frees {
                 let mark = self.shared.changed.load(Ordering::Acquire);
                 self.shared.files.iter().try_for_each(ImageFile::make_durable)?;
                 self.shared.synced.fetch_max(mark, Ordering::AcqRel);
             }
-            for (errand, _) in batch.iter().filter(|(e, _)| !matches!(e.what, What::Discard)) {
+            for (errand, _) in jobs.iter().filter(|(e, _)| !matches!(e.what, What::Discard)) {
                 self.note(access, errand.offset, errand.offset + errand.len)?;
             }
-            Ok(())
+            batch.made.iter().try_for_each(|made| self.note(access, made.start, made.end))
         });
         if let Err(e) = written {
             for outcome in outcomes.iter_mut().filter(|o| o.is_ok()) {
@@ -195,21 +218,22 @@ impl Image {
         outcomes
     }
 
-    fn one(&self, access: &Access, errand: &Errand, frees: &mut bool) -> io::Result<()> {
+    fn one(&self, access: &Access, errand: &Errand, ahead: &mut Ahead, batch: &mut Batch) -> io::Result<()> {
         let (start, end) = (errand.offset, errand.offset + errand.len);
         match &errand.what {
             What::Read(_) => Ok(()),
+            What::MakeRoom => self.make_room(access, start..end, ahead, batch),
             What::Write { buffer, .. } => {
-                self.prepare(access, start, end, frees)?;
+                self.prepare(access, start, end, &mut batch.frees)?;
                 access.write(&buffer.bytes()[..errand.len as usize], start)
             }
-            What::Zero { unmap, .. } => self.zero(access, start, end, *unmap, frees),
+            What::Zero { unmap, .. } => self.zero(access, start, end, *unmap, &mut batch.frees),
             What::Discard => self.discard(access, start, end),
         }
     }
 
     /// What is going to be changed: fails where that would be done to tables.
-    fn prepare(&self, access: &Access, start: u64, end: u64, frees: &mut bool) -> io::Result<()> {
+    pub(super) fn prepare(&self, access: &Access, start: u64, end: u64, frees: &mut bool) -> io::Result<()> {
         stretches(access, start, end, |_, len, mapping| {
             match mapping {
                 Mapping::Raw { storage, offset, writable: true, .. } => {
@@ -228,7 +252,7 @@ impl Image {
         Ok(())
     }
 
-    fn is_data(&self, file: &ImageFile, offset: u64, len: u64) -> io::Result<()> {
+    pub(super) fn is_data(&self, file: &ImageFile, offset: u64, len: u64) -> io::Result<()> {
         let Some(order) = file.order() else { return Ok(()) };
         let cluster = 1u64 << self.shared.cluster_bits;
         let mut at = offset & !(cluster - 1);
@@ -284,15 +308,16 @@ impl Image {
         })
     }
 
-    /// Finds out where a cluster is, and its neighbours, unless that is known.
-    fn find(&self, access: &Access, offset: u64) -> io::Result<()> {
+    /// Finds out where a cluster is, and all others of its L2 table, unless that is known.
+    fn learn(&self, access: &Access, offset: u64) -> io::Result<()> {
         let bits = self.shared.cluster_bits;
         let cluster = offset >> bits;
         if self.shared.table.get(cluster) != Entry::Unknown {
             return Ok(());
         }
-        let first = cluster / CHUNK * CHUNK;
-        self.note(access, first << bits, (first + CHUNK) << bits)
+        let together = (1u64 << (bits - 3)).clamp(CHUNK, MAX_LEARNT);
+        let first = cluster / together * together;
+        self.note(access, first << bits, (first + together) << bits)
     }
 
     /// Enters where the clusters of a range are.

@@ -19,7 +19,7 @@ use poll_engine::ring::chain::ChainView;
 
 use self::slot::{Phase, Slot, data, fill_bounce, is_misaligned};
 use super::bounce::Pool;
-use super::formatted::errand::{Answer, Errand, Inbox, What};
+use super::formatted::errand::{Answer, Errand, Inbox, WANTS_DATA, What};
 use super::layout::{Layout, Place};
 use super::{Backend, Begun, Failure, Outcome};
 use crate::device::Cache;
@@ -189,10 +189,15 @@ impl<L: Layout> UringBackend<L> {
         Step::Going
     }
 
-    /// Has a worker make the transfer, or the beginning of it.
+    /// Has a worker make the transfer, or the beginning of it; or, for a write, room for it first.
     fn send(&mut self, tag: u32, access: Access, offset: u64, len: u32) -> Step {
         let durable = self.write_through();
         let slot = &mut self.slots[tag as usize];
+        if access == Access::Write && !slot.brings_data {
+            slot.phase = Some(Phase::Room);
+            self.layout.send(Errand { tag, offset, len: len.into(), what: What::MakeRoom });
+            return Step::Going;
+        }
         let len = len.min(self.bounces.size());
         if !fill_bounce(slot, &mut self.bounces, tag, access, len) {
             return Step::Going;
@@ -227,10 +232,18 @@ impl<L: Layout> UringBackend<L> {
         let (Some(operation), Some(phase)) = (slot.operation, slot.phase) else { return lost() };
         let failed = result < 0;
         let error = || io::Error::from_raw_os_error(-result);
+        if phase == Phase::Room {
+            if failed {
+                return fail("write", error());
+            }
+            (slot.phase, slot.brings_data) = (Some(Phase::Main), result == WANTS_DATA);
+            return self.main(io, tag);
+        }
         if failed && matches!(-result, libc::EINTR | libc::EAGAIN) {
             // Not begun; again.
             return match phase {
                 Phase::Main => self.main(io, tag),
+                Phase::Room => lost(),
                 Phase::Range(i, done) => self.range(io, tag, i, done),
                 Phase::Zeros(i, done) => self.write_zeros(io, tag, i, done),
                 Phase::Sync => self.sync(io, tag),
@@ -257,7 +270,7 @@ impl<L: Layout> UringBackend<L> {
                 {
                     data(&chain, access, slot.done, n).write(&buffer.bytes()[..n as usize]);
                 }
-                slot.bounced = false;
+                (slot.bounced, slot.brings_data) = (false, false);
                 slot.done += n;
                 if slot.done < len {
                     return self.main(io, tag);
@@ -268,6 +281,7 @@ impl<L: Layout> UringBackend<L> {
                 }
                 Step::Over(Outcome::Done)
             }
+            (Phase::Room, _) => lost(),
             (Phase::Main | Phase::Sync, _) if failed => fail("flush", error()),
             (Phase::Main | Phase::Sync, _) => {
                 slot.synced += 1;
@@ -413,7 +427,7 @@ impl<L: Layout> Backend for UringBackend<L> {
         slot.phase = Some(Phase::Main);
         slot.done = 0;
         slot.synced = 0;
-        slot.bounced = false;
+        (slot.bounced, slot.brings_data) = (false, false);
         slot.needs_bounce =
             self.traits.direct && is_misaligned(&queue.chain(), operation, self.traits.mem_align);
         queue.hold_chain(&mut slot.held);

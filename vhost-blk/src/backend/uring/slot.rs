@@ -17,6 +17,8 @@ pub(super) enum Phase {
     Range(usize, u64),
     /// Writing zeros to range `.0`, of which `.1` bytes are done.
     Zeros(usize, u64),
+    /// A worker makes room for what is to be written.
+    Room,
     /// Making a write-through request durable.
     Sync,
     /// None: it was over before it could be told.
@@ -37,6 +39,8 @@ pub(super) struct Slot {
     pub bounce: Option<Bounce>,
     /// Whether the transfer under way is from or to the bounce buffer.
     pub bounced: bool,
+    /// Whether a worker has to write what comes next.
+    pub brings_data: bool,
     pub ranges: Vec<Range>,
     /// Bytes of a range that are being seen to.
     pub piece: u64,
