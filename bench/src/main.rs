@@ -5,6 +5,7 @@ mod back_end;
 mod ceiling;
 mod compare;
 mod control;
+mod cut;
 mod drive;
 mod event;
 mod fio_json;
@@ -59,6 +60,8 @@ enum Command {
     Replay(replay::Replay),
     /// Print what is in a trace, or write it as an fio iolog
     Trace(replay::Look),
+    /// Make of an image what a power cut may leave of it, by a log of vhost-blk --fault log-writes
+    Cut(cut::Cut),
     /// Serve a null disk by a loop without any checks: the limit to measure back ends against
     Floor {
         /// Socket to listen on
@@ -219,6 +222,7 @@ fn main() -> ExitCode {
         Command::Probe(what) => probe::probe(what),
         Command::Replay(what) => replay::replay(what),
         Command::Trace(what) => replay::look(what),
+        Command::Cut(what) => cut::run(what),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

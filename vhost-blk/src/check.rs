@@ -144,7 +144,11 @@ fn disk(disk: &DiskSpec, all: &DeviceOptions) -> Result<(), DiskWrong> {
         }
         _ => {}
     }
-    let block_size = disk.device(all).block_size;
+    let device = disk.device(all);
+    if disk.backend.is_some() && device.fault.is_some_and(|fault| fault.log_writes.is_some()) {
+        return fail("fault", "log-writes goes with blk-file");
+    }
+    let block_size = device.block_size;
     if let Some(Synthetic::Ram(size) | Synthetic::Null(size)) = disk.backend
         && !size.is_multiple_of(block_size.into())
     {
@@ -205,6 +209,7 @@ mod tests {
             ("x --socket-path=/s --backend=ram:1M --clone-of=/b", top("clone-of")),
             ("x --socket-path=/s --blk-file=/f --format=vmdk --clone-of=/b --read-only", top("format")),
             ("x --socket-path=/s --blk-file=/f --pool=/b:8", top("pool")),
+            ("x --socket-path=/s --backend=ram:1M --fault=log-writes=/w", top("fault")),
             ("x --disk=socket-path=/s,backend=null:512,block-size=4096", of("backend")),
             ("x --socket-path=/s --blk-file=/f --disk=socket-path=/s,blk-file=/g", of("socket-path")),
             ("x --socket-path=/s --blk-file=/f --disk=socket-path=/t,blk-file=/g,name=/s", of("name")),

@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 use crate::backend::formatted::Format;
 use crate::check::check;
 use crate::clone::Base;
+use crate::faults::Faults;
 use crate::limits::Limits;
 use crate::pool::PoolSpec;
 use crate::spec::DiskSpec;
@@ -118,7 +119,7 @@ pub struct Options {
 
     /// Serve a further disk; repeat for more. Keys: socket-path, fd, blk-file, format, clone-of, backend, name, serial,
     /// incoming, record, and in the place of what all disks have: read-only, num-queues, queue-size, packed, cache, direct, block-size,
-    /// limit (with + for each comma)
+    /// limit and fault (with + for each comma)
     #[arg(long, value_name = "KEY=VALUE,...")]
     pub disk: Vec<DiskSpec>,
 
@@ -207,6 +208,12 @@ pub struct DeviceOptions {
     /// seconds
     #[arg(long, value_name = "KEY=VALUE,...")]
     pub limit: Option<Limits>,
+
+    /// FOR REHEARSALS: have things go wrong on purpose, such as delay=exponential:2ms,error=0.001. Keys: delay and error, each
+    /// also with -read, -write or -flush; torn, seed, log-writes. A delay is TIME, uniform:LEAST:MOST, exponential:MEAN,
+    /// normal:MEAN:DEVIATION or pareto:LEAST:SHAPE
+    #[arg(long, value_name = "KEY=VALUE,...")]
+    pub fault: Option<Faults>,
 
     /// Serial number the guest sees, at most 20 ASCII characters
     #[arg(long, value_name = "TEXT", default_value = "", value_parser = serial)]
@@ -460,6 +467,7 @@ mod tests {
         ("--direct=off", "direct = 'off'"),
         ("--block-size=4096", "block-size = 4096"),
         ("--limit=iops-read=5,bps-total=1M", "limit = { iops-read = 5, bps-total = '1M' }"),
+        ("--fault=delay=2ms,error=0.5", "fault = { delay = '2ms', error = 0.5 }"),
         ("--serial=17", "serial = 17"),
         ("--fixed-buffers=on", "fixed-buffers = true"),
         ("--shared-depth=64", "shared-depth = 64"),
@@ -503,6 +511,8 @@ mod tests {
             "block-size = 100",
             "limit = 'iops=5'",
             "limit = { iops-read-max = 5 }",
+            "fault = 'delay=2'",
+            "fault = { error = 2 }",
             "serial = '123456789012345678901'",
             "fixed-buffers = 'some'",
             "shared-depth = -1",

@@ -65,7 +65,7 @@ impl Base {
         if self.format == Format::Raw {
             return Ok(crate::open::size_of(std::os::fd::AsFd::as_fd(&file))?);
         }
-        Ok(Formatted::new(self.format, &self.path, (file, traits), true, false).look()?)
+        Ok(Formatted::new(self.format, &self.path, (file, traits), (true, false), None).look()?)
     }
 
     /// Makes a clone of it at `path`, where nothing is: whole and durable, or not at all.
@@ -87,7 +87,7 @@ impl Base {
     /// Fails unless the image at `path` is a clone of it, or was one and is by itself now.
     pub fn expect_below(&self, path: &Path) -> Result<()> {
         let (file, traits) = open_file(path, true, false)?;
-        let image = Formatted::new(Format::Qcow2, path, (file, traits), true, false);
+        let image = Formatted::new(Format::Qcow2, path, (file, traits), (true, false), None);
         let same = match image.backing()? {
             None => true,
             Some((path, format)) => {

@@ -8,15 +8,19 @@ use std::sync::{Arc, Mutex, PoisonError};
 use poll_engine::device::{ConfigRefused, Device, QueueHandler, StateRefused};
 use poll_engine::ring::inflight::Memento;
 
+use crate::backend::Backend;
+use crate::backend::fault::Faulty;
 use crate::backend::formatted::Mapped;
-use crate::backend::layout::Plain;
+use crate::backend::layout::{Layout, Logged, Plain};
 use crate::backend::null::Null;
 use crate::backend::ram::RamBackend;
 use crate::backend::sync::SyncBackend;
 use crate::backend::uring::UringBackend;
 use crate::disk::{Disk, Storage};
+use crate::open::FileTraits;
 use crate::queue::BlkQueue;
 use crate::record::Recorder;
+use crate::record::tap::Tap;
 
 /// `VIRTIO_BLK_F_SIZE_MAX`: segments have a largest size.
 pub const F_SIZE_MAX: u64 = 1 << 1;
@@ -125,6 +129,9 @@ impl Device for BlkDevice {
     }
 
     fn completes_in_order(&self) -> bool {
+        if self.disk.faults().is_some() || self.disk.write_log().is_some() {
+            return false;
+        }
         // What is done while a request is taken is done in order; the kernel finishes what it is given as it likes.
         match self.disk.storage() {
             Storage::Null | Storage::Ram(_) => true,
@@ -236,25 +243,24 @@ impl Device for BlkDevice {
         self.leave_mode();
         let recorder = self.recorder.lock().unwrap_or_else(PoisonError::into_inner);
         let tap = recorder.as_ref().and_then(|r| r.tap(index));
+        let start = Start { disk: Arc::clone(&disk), index, ring_size, cache, tap };
         Ok(match disk.storage() {
-            Storage::Null => Box::new(BlkQueue::new(disk, Null, tap)),
-            Storage::Ram(ram) => {
-                let backend = RamBackend::new(Arc::clone(ram), Arc::clone(&disk));
-                Box::new(BlkQueue::new(disk, backend, tap))
-            }
-            Storage::File(file, traits) if traits.in_memory => {
-                let backend = SyncBackend::new(file.try_clone()?, Arc::clone(&disk));
-                Box::new(BlkQueue::new(disk, backend, tap))
+            Storage::Null => start.on(Null),
+            Storage::Ram(ram) => start.on(RamBackend::new(Arc::clone(ram), Arc::clone(&disk))),
+            // What is done at once is not what a log is for.
+            Storage::File(file, traits) if traits.in_memory && disk.write_log().is_none() => {
+                start.on(SyncBackend::new(file.try_clone()?, Arc::clone(&disk)))
             }
             Storage::File(file, traits) => {
                 let layout = Plain(file.try_clone()?);
-                let backend = UringBackend::new(layout, *traits, Arc::clone(&disk), cache, ring_size);
-                Box::new(BlkQueue::new(disk, backend, tap))
+                if let Some(log) = disk.write_log() {
+                    log.know(&layout.0, disk.path())?;
+                }
+                start.on_files(layout, *traits)
             }
             Storage::Image(image) => {
                 let layout = Mapped::new(image.run().map_err(io::Error::other)?, ring_size)?;
-                let backend = UringBackend::new(layout, image.traits(), Arc::clone(&disk), cache, ring_size);
-                Box::new(BlkQueue::new(disk, backend, tap))
+                start.on_files(layout, image.traits())
             }
         })
     }
@@ -271,6 +277,36 @@ impl Device for BlkDevice {
         let left = memento.as_ref().map(Memento::read);
         self.disk.recall_mode(left.and_then(|bytes| bytes.first().copied()).unwrap_or(0));
         *self.memento.lock().unwrap_or_else(PoisonError::into_inner) = memento;
+    }
+}
+
+/// A queue that is about to run, but for its back end.
+struct Start {
+    disk: Arc<Disk>,
+    index: u16,
+    ring_size: u16,
+    cache: Cache,
+    tap: Option<Tap>,
+}
+
+impl Start {
+    fn on_files<L: Layout>(self, layout: L, traits: FileTraits) -> Box<dyn QueueHandler> {
+        let (disk, cache, ring_size) = (Arc::clone(&self.disk), self.cache, self.ring_size);
+        match disk.write_log().map(Arc::clone) {
+            Some(log) => self.on(UringBackend::new(Logged(layout, log), traits, disk, cache, ring_size)),
+            None => self.on(UringBackend::new(layout, traits, disk, cache, ring_size)),
+        }
+    }
+
+    fn on<B: Backend>(self, backend: B) -> Box<dyn QueueHandler> {
+        let Start { disk, index, ring_size, tap, .. } = self;
+        let Some(faults) = disk.faults().map(Arc::clone) else {
+            return Box::new(BlkQueue::new(disk, backend, tap));
+        };
+        // Each queue has its own.
+        let seed = faults.seed.map_or_else(|| fastrand::u64(..), |seed| seed.wrapping_add(index.into()));
+        let faulty = Faulty::new(backend, faults, seed, ring_size);
+        Box::new(BlkQueue::new(disk, faulty, tap))
     }
 }
 

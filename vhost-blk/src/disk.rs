@@ -12,6 +12,8 @@ use tracing::{info, warn};
 use poll_engine::memory::Ram;
 
 use crate::backend::formatted::{ChainError, Formatted};
+use crate::backend::write_log::WriteLog;
+use crate::faults::Faults;
 use crate::lock::{LockError, lock, outlast, release};
 use crate::open::{FileTraits, OpenError};
 use crate::share::Device;
@@ -80,6 +82,8 @@ pub struct Disk {
     throttle: Throttle,
     /// What it is on, if disks leave each other their share there.
     device: Option<Device>,
+    faults: Option<Arc<Faults>>,
+    write_log: Option<Arc<WriteLog>>,
 }
 
 /// How a disk is to be presented.
@@ -166,7 +170,31 @@ impl Disk {
             path: config.path.clone(),
             locked: Mutex::new(!config.incoming),
             throttle: Throttle::default(),
+            faults: None,
+            write_log: None,
         }
+    }
+
+    /// With these faults, and with all that changes its files written down here.
+    #[must_use]
+    pub fn with_faults(self, faults: Option<Faults>, write_log: Option<Arc<WriteLog>>) -> Disk {
+        let faults = faults.filter(Faults::strike).map(Arc::new);
+        Disk { faults, write_log, ..self }
+    }
+
+    /// What is to go wrong with its requests on purpose.
+    pub fn faults(&self) -> Option<&Arc<Faults>> {
+        self.faults.as_ref()
+    }
+
+    /// Where all that changes its files is to be written down.
+    pub fn write_log(&self) -> Option<&Arc<WriteLog>> {
+        self.write_log.as_ref()
+    }
+
+    /// The image, for what is said of it.
+    pub fn path(&self) -> &std::path::Path {
+        &self.path
     }
 
     /// Makes the image ours before its first queue runs, if it is not yet: it may have been another daemon's until now.

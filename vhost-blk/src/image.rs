@@ -8,8 +8,10 @@ use std::sync::Arc;
 use anyhow::{Context, Result, bail};
 use daemon::Switch;
 use poll_engine::memory::Ram;
+use tracing::warn;
 
 use crate::backend::formatted::{Format, Formatted};
+use crate::backend::write_log::WriteLog;
 use crate::cli::{CacheMode, DeviceOptions, Synthetic};
 use crate::disk::{Disk, DiskConfig, Storage};
 use crate::open::{OpenError, Owner, open, open_file, own};
@@ -40,6 +42,7 @@ impl Image<'_> {
         direct: bool,
         block_size: u32,
         owner: Owner<'_>,
+        log: Option<Arc<WriteLog>>,
     ) -> Result<(Storage, u64)> {
         let (file, traits) = open_file(path, self.read_only, direct)?;
         if traits.offset_align > block_size {
@@ -47,7 +50,7 @@ impl Image<'_> {
         }
         own(path, &file, self.read_only, owner)?;
         let beside = matches!(owner, Owner::Beside(_));
-        let image = Formatted::new(self.format, path, (file, traits), self.read_only, beside);
+        let image = Formatted::new(self.format, path, (file, traits), (self.read_only, beside), log);
         let size = match owner {
             // All that is wrong with it is found now.
             Owner::Us => image.run()?.size(),
@@ -58,6 +61,13 @@ impl Image<'_> {
 
     /// The disk.
     pub fn open(mut self, options: &DeviceOptions) -> Result<Disk> {
+        let faults = options.fault.clone();
+        let log = faults.as_ref().and_then(|faults| faults.log_writes.as_deref());
+        let log = log.map(WriteLog::create).transpose()?.map(Arc::new);
+        if let Some(faults) = &faults {
+            let name = self.file.map_or("a disk without a file".into(), |path| path.display().to_string());
+            warn!("{name} is FAULTY ON PURPOSE, for a rehearsal: {faults}");
+        }
         let (storage, capacity) = match (self.file, self.synthetic) {
             (Some(path), _) => {
                 let beside = self.beside.take().map(File::from);
@@ -71,7 +81,7 @@ impl Image<'_> {
                     let (file, traits, size) = open(path, self.read_only, direct, options.block_size, owner)?;
                     (Storage::File(file, traits), size)
                 } else {
-                    self.open_formatted(path, direct, options.block_size, owner)?
+                    self.open_formatted(path, direct, options.block_size, owner, log.clone())?
                 }
             }
             (None, Some(Synthetic::Ram(size))) => {
@@ -107,6 +117,6 @@ impl Image<'_> {
             },
         );
         disk.throttle().set(options.limit.unwrap_or_default());
-        Ok(disk)
+        Ok(disk.with_faults(faults, log))
     }
 }

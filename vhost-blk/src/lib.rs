@@ -8,7 +8,7 @@
 //! was asked for, [`open`] finds out what a file can do before anything starts, [`lock`] keeps other writers away,
 //! [`clone`](mod@clone) makes one that begins as another is and [`pool`] keeps some ready,
 //! [`record`] writes down what was asked for, [`limits`] is how much may be done and [`throttle`] keeps to it,
-//! [`share`] is what disks leave each other,
+//! [`share`] is what disks leave each other, [`faults`] are what is to go wrong on purpose,
 //! [`spec`] and [`cli`] are what a disk and a daemon are asked to be, and [`check`] whether that goes together,
 //! [`exports`] are the disks of a running daemon and what can change of them, [`api`] and [`metrics`] how that is asked for,
 //! [`saved`] how it gets into the file,
@@ -22,6 +22,7 @@ pub mod clone;
 pub mod device;
 pub mod disk;
 pub mod exports;
+pub mod faults;
 pub mod image;
 pub mod limits;
 pub mod lock;

@@ -192,7 +192,7 @@ fn finish(queue: &Queue, chain: &ChainView<'_>, operation: Operation, outcome: O
             let status = failure.status();
             let kind = match &failure {
                 Failure::Invalid(e) => e.kind(),
-                Failure::Io { .. } => ErrorKind::Io,
+                Failure::Io { .. } | Failure::OnPurpose => ErrorKind::Io,
             };
             queue.count_error(kind, &failure);
             set_status(chain, status, 0)

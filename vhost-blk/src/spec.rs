@@ -11,6 +11,7 @@ use utoipa::ToSchema;
 use crate::backend::formatted::Format;
 use crate::cli::{CacheMode, DeviceOptions, Synthetic, block_size, cache_mode, num_queues, serial};
 use crate::clone::Base;
+use crate::faults::Faults;
 use crate::limits::Limits;
 use crate::takeover::Medium;
 
@@ -90,6 +91,9 @@ pub struct DiskSpec {
     /// How much may be done in a second.
     #[schema(value_type = Object)]
     pub limit: Option<Limits>,
+    /// What is to go wrong on purpose, for rehearsals.
+    #[schema(value_type = Object)]
+    pub fault: Option<Faults>,
 }
 
 from_text! {
@@ -168,6 +172,7 @@ impl DiskSpec {
             direct: self.direct.unwrap_or(all.direct),
             block_size: self.block_size.unwrap_or(all.block_size),
             limit: self.limit.or(all.limit),
+            fault: self.fault.clone().or_else(|| all.fault.clone()),
             serial: self.serial.clone(),
             fixed_buffers: all.fixed_buffers,
             shared_depth: all.shared_depth,
@@ -215,6 +220,7 @@ impl DiskSpec {
             ("cache", text(cache)),
             ("direct", switch(self.direct)),
             ("limit", self.limit.map(|limits| Written::Text(limits.to_string()))),
+            ("fault", text(self.fault.as_ref().map(Faults::to_string))),
             ("block-size", self.block_size.map(|n| Written::Number(n.into()))),
         ];
         all.into_iter().filter_map(|(key, value)| Some((key, value?))).collect()
@@ -247,6 +253,8 @@ mod tests {
         assert_eq!((device.read_only, device.queue_size, device.num_queues), (true, 64, 1));
         let limited: DiskSpec = "limit=iops-read=5+bps-total=1M,num-queues=2".parse().unwrap();
         assert_eq!((limited.limit, limited.num_queues), ("bps-total=1M,iops-read=5".parse().ok(), Some(2)));
+        let faulty: DiskSpec = "fault=delay=2ms+error=0.5,num-queues=2".parse().unwrap();
+        assert_eq!((faulty.fault, faulty.num_queues), ("delay=2ms,error=0.5".parse().ok(), Some(2)));
         let unnamed: DiskSpec = "socket-path=/s,blk-file=/f".parse().unwrap();
         assert_eq!((unnamed.key(), unnamed.title()), ("/s".into(), "/f".into()));
         for bad in ["", "x=y", "name=", "name=a b", "fd=x", "num-queues=0", "backend=disk:1", "cache=none"] {

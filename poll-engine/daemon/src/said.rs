@@ -33,6 +33,10 @@ impl<'de> Deserialize<'de> for Text {
                 Ok(Text(n.to_string()))
             }
 
+            fn visit_f64<E>(self, n: f64) -> Result<Text, E> {
+                Ok(Text(n.to_string()))
+            }
+
             fn visit_bool<E>(self, on: bool) -> Result<Text, E> {
                 Ok(Text(if on { "on" } else { "off" }.into()))
             }

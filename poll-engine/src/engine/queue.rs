@@ -46,6 +46,13 @@ impl Request {
     pub fn since(&self) -> u64 {
         self.since
     }
+
+    /// Names its chain while that is in flight: the head's index in a split ring, the buffer ID in a packed one. A driver
+    /// that breaks the rules may have several of the same.
+    #[inline]
+    pub fn id(&self) -> u16 {
+        self.token.id()
+    }
 }
 
 /// A new memory map for a running queue.
@@ -402,6 +409,15 @@ impl Queue {
     pub fn hold_chain(&mut self, held: &mut HeldChain) {
         // SAFETY: as for `chain`.
         unsafe { held.take(&mut self.chain, &self.hold) };
+        if self.hold.map().misses().is_some() {
+            held.pin_in(&mut self.pins);
+        }
+    }
+
+    /// As [`hold_chain`](Self::hold_chain), of a copy: the chain stays the one that was taken last.
+    pub fn copy_chain(&mut self, held: &mut HeldChain) {
+        // SAFETY: as for `chain`.
+        unsafe { held.copy(&self.chain, &self.hold) };
         if self.hold.map().misses().is_some() {
             held.pin_in(&mut self.pins);
         }

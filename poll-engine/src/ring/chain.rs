@@ -13,7 +13,7 @@ use crate::memory::map::{Locator, MapHold, MemoryMap};
 use crate::memory::slice::{GuestSlice, RawSlice};
 
 /// The slices of one chain; its storage is reused from chain to chain.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Chain {
     /// The chain's, and behind them room for others.
     slots: Vec<RawSlice>,
@@ -163,6 +163,15 @@ impl HeldChain {
     #[inline]
     pub(crate) unsafe fn take(&mut self, chain: &mut Chain, hold: &MapHold) {
         std::mem::swap(&mut self.chain, chain);
+        self.hold = Some(hold.clone());
+    }
+
+    /// As [`take`](Self::take), leaving `chain` as it is.
+    ///
+    /// # Safety
+    /// `hold` must be of the map that `chain` was translated by.
+    pub(crate) unsafe fn copy(&mut self, chain: &Chain, hold: &MapHold) {
+        self.chain.clone_from(chain);
         self.hold = Some(hold.clone());
     }
 

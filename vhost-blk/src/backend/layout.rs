@@ -2,8 +2,10 @@
 
 use std::fs::File;
 use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
 
 use super::formatted::errand::{Errand, Inbox};
+use super::write_log::WriteLog;
 use crate::disk::Access;
 
 /// Where a stretch of a disk is. Each has the number of bytes, from the first that was asked for, that are so.
@@ -59,6 +61,12 @@ pub trait Layout: Send + 'static {
     fn inbox(&self) -> Option<&Inbox> {
         None
     }
+
+    /// Where all that changes its files is to be written down.
+    #[inline]
+    fn write_log(&self) -> Option<&WriteLog> {
+        None
+    }
 }
 
 /// As they are in a file.
@@ -76,5 +84,45 @@ impl Layout for Plain {
 
     fn flush_fd(&self, index: usize) -> Option<RawFd> {
         (index == 0).then(|| self.0.as_raw_fd())
+    }
+}
+
+/// A layout with all that changes its files written down.
+pub struct Logged<L>(pub L, pub Arc<WriteLog>);
+
+impl<L: Layout> Layout for Logged<L> {
+    const BOUNCE_PAGES: usize = L::BOUNCE_PAGES;
+    const HAS_WORKERS: bool = L::HAS_WORKERS;
+
+    fn place(&self, access: Access, offset: u64, len: u32) -> Place {
+        self.0.place(access, offset, len)
+    }
+
+    fn flush_fd(&self, index: usize) -> Option<RawFd> {
+        self.0.flush_fd(index)
+    }
+
+    fn flush_mark(&self) -> u64 {
+        self.0.flush_mark()
+    }
+
+    fn flushed(&self, mark: u64) {
+        self.0.flushed(mark);
+    }
+
+    fn is_behind(&self) -> bool {
+        self.0.is_behind()
+    }
+
+    fn send(&self, errand: Errand) {
+        self.0.send(errand);
+    }
+
+    fn inbox(&self) -> Option<&Inbox> {
+        self.0.inbox()
+    }
+
+    fn write_log(&self) -> Option<&WriteLog> {
+        Some(&self.1)
     }
 }

@@ -1,12 +1,15 @@
 //! Where requests are carried out. A back end answers at once or later; the queue does the rest.
 
 pub mod bounce;
+pub mod fault;
 pub mod formatted;
 pub mod layout;
 pub mod null;
+pub mod power_cut;
 pub mod ram;
 pub mod sync;
 pub mod uring;
+pub mod write_log;
 
 use std::io;
 
@@ -38,6 +41,9 @@ pub enum Failure {
         /// What the system said.
         error: io::Error,
     },
+    /// Somebody has asked for that.
+    #[error("failed on purpose, as --fault says")]
+    OnPurpose,
 }
 
 impl Failure {
@@ -45,7 +51,7 @@ impl Failure {
     pub fn status(&self) -> u8 {
         match self {
             Failure::Invalid(e) => e.status(),
-            Failure::Io { .. } => STATUS_IOERR,
+            Failure::Io { .. } | Failure::OnPurpose => STATUS_IOERR,
         }
     }
 }

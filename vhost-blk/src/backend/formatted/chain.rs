@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use imago::format::builder::FormatDriverBuilder;
 use imago::format::gate::ImplicitOpenGate;
@@ -18,6 +19,7 @@ use super::Format;
 use super::file::ImageFile;
 use super::header::{Header, Refused};
 use super::order::Order;
+use crate::backend::write_log::WriteLog;
 use crate::lock::{LockError, lock, lock_beside};
 use crate::open::{FileTraits, OpenError, is_same, open_file};
 
@@ -91,7 +93,7 @@ pub struct Chain {
 }
 
 /// How to open it.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct How {
     /// Refuse writes.
     pub read_only: bool,
@@ -99,6 +101,8 @@ pub struct How {
     pub direct: bool,
     /// Beside another process that has the same image.
     pub beside: bool,
+    /// Where all that changes its files is to be written down.
+    pub log: Option<Arc<WriteLog>>,
 }
 
 /// Files that an image names, open. Threads that serve guests may open none.
@@ -108,7 +112,7 @@ pub type Opened = Vec<(PathBuf, File, FileTraits)>;
 type Named = (Option<ImageFile>, Option<(ImageFile, Format)>);
 
 struct Opening<'a> {
-    how: How,
+    how: &'a How,
     files: Vec<ImageFile>,
     opened: &'a mut Opened,
     /// Whether they are to be ours.
@@ -116,7 +120,7 @@ struct Opening<'a> {
 }
 
 /// Opens the image in `top`, which is locked already.
-pub fn open(top: ImageFile, format: Format, how: How, opened: &mut Opened) -> Result<Chain, ChainError> {
+pub fn open(top: ImageFile, format: Format, how: &How, opened: &mut Opened) -> Result<Chain, ChainError> {
     let path = top.path().to_owned();
     let mut opening = Opening { how, files: vec![top.clone()], opened, locks: true };
     // `imago` is not made for just any bytes, and neither may it end the process.
@@ -127,7 +131,7 @@ pub fn open(top: ImageFile, format: Format, how: How, opened: &mut Opened) -> Re
 }
 
 /// Opens all files of a qcow2 image that may be somebody else's still: bytes of its disk.
-pub fn look(top: &ImageFile, how: How, opened: &mut Opened) -> Result<u64, ChainError> {
+pub fn look(top: &ImageFile, how: &How, opened: &mut Opened) -> Result<u64, ChainError> {
     let mut opening = Opening { how, files: vec![top.clone()], opened, locks: false };
     opening.below(top, !how.read_only)?;
     Ok(header(top)?.size)
@@ -282,8 +286,9 @@ impl Opening<'_> {
             self.opened.push((path.to_owned(), file.try_clone().map_err(OpenError::Stat)?, traits));
         }
         let number = self.files.len() as u8;
-        let file =
-            ImageFile::new(number, path, file, traits).map_err(|e| ChainError::Io(path.to_owned(), e))?;
+        let log = if writable { self.how.log.clone() } else { None };
+        let file = ImageFile::new(number, path, file, traits, log)
+            .map_err(|e| ChainError::Io(path.to_owned(), e))?;
         self.files.push(file.clone());
         Ok(file)
     }

@@ -32,7 +32,7 @@ pub fn create(path: &Path, size: u64, backing: &Path, format: Format) -> io::Res
 
 fn fill(path: &Path, file: &File, size: u64, (name, format): (String, String)) -> io::Result<()> {
     let traits = FileTraits { direct: false, in_memory: false, mem_align: 1, offset_align: 512 };
-    let image = ImageFile::new(0, path, file.try_clone()?, traits)?;
+    let image = ImageFile::new(0, path, file.try_clone()?, traits, None)?;
     let builder = Qcow2::<ImageFile>::create_builder(image).size(size).cluster_size(CLUSTER);
     builder.backing(name, format).create()?;
     file.sync_all()

@@ -6,7 +6,7 @@ use std::fmt;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -19,6 +19,7 @@ use imago::{Storage, StorageExt};
 use nix::fcntl::{FallocateFlags, fallocate};
 
 use super::order::{Disk, Order};
+use crate::backend::write_log::{Change, WriteLog};
 use crate::open::{FileTraits, size_of};
 
 /// The file itself.
@@ -33,6 +34,33 @@ struct Inner {
     order: OnceLock<Mutex<Order>>,
     /// Something was written that is not durable.
     written: AtomicBool,
+    log: Option<Arc<WriteLog>>,
+}
+
+impl Inner {
+    /// Does something to the file, written down if that is wanted.
+    fn logged<T>(&self, change: Change<'_>, act: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+        match &self.log {
+            Some(log) => log.around(self.file.as_raw_fd(), change, act),
+            None => act(),
+        }
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.logged(Change::Sync, || self.file.sync_data())
+    }
+
+    /// Zeroes a range in one of the ways of fallocate(2).
+    fn clear(&self, how: FallocateFlags, offset: u64, len: u64) -> io::Result<()> {
+        let how = how | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        self.logged(Change::Zero { offset, len }, || {
+            Ok(fallocate(&self.file, how, offset as i64, len as i64)?)
+        })
+    }
+
+    fn resize(&self, len: u64) -> io::Result<()> {
+        self.logged(Change::Resize(len), || self.file.set_len(len))
+    }
 }
 
 /// A file of an image. Clones are the same file.
@@ -40,10 +68,19 @@ struct Inner {
 pub struct ImageFile(Arc<Inner>);
 
 impl ImageFile {
-    /// File number `number` of an image.
-    pub fn new(number: u8, path: &Path, file: File, traits: FileTraits) -> io::Result<ImageFile> {
+    /// File number `number` of an image. All that changes it goes into `log`, if there is one.
+    pub fn new(
+        number: u8,
+        path: &Path,
+        file: File,
+        traits: FileTraits,
+        log: Option<Arc<WriteLog>>,
+    ) -> io::Result<ImageFile> {
         let size = size_of(file.as_fd()).map_err(io::Error::other)?;
         let is_regular = file.metadata()?.is_file();
+        if let Some(log) = &log {
+            log.know(&file, path)?;
+        }
         Ok(ImageFile(Arc::new(Inner {
             number,
             path: path.to_owned(),
@@ -54,6 +91,7 @@ impl ImageFile {
             helper: CommonStorageHelper::default(),
             order: OnceLock::new(),
             written: AtomicBool::new(false),
+            log,
         })))
     }
 
@@ -115,7 +153,7 @@ impl ImageFile {
         if !self.0.written.swap(false, Ordering::Relaxed) {
             return Ok(());
         }
-        let synced = self.0.file.sync_data();
+        let synced = self.0.sync();
         match (&synced, self.order()) {
             (Ok(()), Some(mut order)) => order.synced(),
             (Ok(()), None) => {}
@@ -134,7 +172,7 @@ impl ImageFile {
         }
         if end > is {
             self.0.written.store(true, Ordering::Relaxed);
-            self.0.file.set_len(end)?;
+            self.0.resize(end)?;
             self.0.size.fetch_max(end, Ordering::Relaxed);
         }
         Ok(())
@@ -148,8 +186,7 @@ impl ImageFile {
         self.0.written.store(true, Ordering::Relaxed);
         let how =
             if unmap { FallocateFlags::FALLOC_FL_PUNCH_HOLE } else { FallocateFlags::FALLOC_FL_ZERO_RANGE };
-        let how = how | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-        Ok(fallocate(&self.0.file, how, offset as i64, len as i64)?)
+        self.0.clear(how, offset, len)
     }
 }
 
@@ -176,14 +213,15 @@ impl Disk for Raw<'_> {
     }
 
     fn sync(&self) -> io::Result<()> {
-        self.0.file.sync_data()
+        self.0.sync()
     }
 }
 
 impl Raw<'_> {
     fn put(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
         self.0.written.store(true, Ordering::Relaxed);
-        self.0.file.write_all_at(bytes, offset)?;
+        let change = Change::Write { offset, bytes, durable: false };
+        self.0.logged(change, || self.0.file.write_all_at(bytes, offset))?;
         self.0.size.fetch_max(offset + bytes.len() as u64, Ordering::Relaxed);
         Ok(())
     }
@@ -275,7 +313,7 @@ impl Storage for ImageFile {
     }
 
     fn resize(&self, new_size: u64, _: PreallocateMode) -> io::Result<()> {
-        self.0.file.set_len(new_size)?;
+        self.0.resize(new_size)?;
         self.0.size.store(new_size, Ordering::Relaxed);
         Ok(())
     }

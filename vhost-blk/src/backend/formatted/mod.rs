@@ -47,6 +47,7 @@ use utoipa::ToSchema;
 use worker::Workers;
 
 use super::layout::{Layout, Place};
+use super::write_log::WriteLog;
 use crate::disk::Access;
 use crate::lock::release;
 use crate::open::FileTraits;
@@ -89,15 +90,15 @@ pub struct Formatted {
 }
 
 impl Formatted {
-    /// The image in `file`. Nothing is read yet.
+    /// The image in `file`. Nothing is read yet. All that changes its files goes into `log`, if there is one.
     pub fn new(
         format: Format,
         path: &Path,
         (file, traits): (File, FileTraits),
-        read_only: bool,
-        beside: bool,
+        (read_only, beside): (bool, bool),
+        log: Option<Arc<WriteLog>>,
     ) -> Formatted {
-        let how = How { read_only, direct: traits.direct, beside };
+        let how = How { read_only, direct: traits.direct, beside, log };
         Formatted {
             format,
             path: path.to_owned(),
@@ -127,7 +128,8 @@ impl Formatted {
 
     fn top(&self) -> Result<ImageFile, ChainError> {
         let io = |e| ChainError::Io(self.path.clone(), e);
-        ImageFile::new(0, &self.path, self.file.try_clone().map_err(io)?, self.traits).map_err(io)
+        let file = self.file.try_clone().map_err(io)?;
+        ImageFile::new(0, &self.path, file, self.traits, self.how.log.clone()).map_err(io)
     }
 
     /// Bytes of the disk, while it may still be somebody else's.
@@ -135,7 +137,7 @@ impl Formatted {
         if self.format != Format::Qcow2 {
             return Ok(self.run()?.size());
         }
-        chain::look(&self.top()?, self.how, &mut self.opened())
+        chain::look(&self.top()?, &self.how, &mut self.opened())
     }
 
     /// Has it run: read anew if it does not. It has to be ours.
@@ -149,7 +151,7 @@ impl Formatted {
         if let Some(running) = &*running {
             return Ok(Arc::clone(running));
         }
-        let chain = chain::open(self.top()?, self.format, self.how, &mut self.opened())?;
+        let chain = chain::open(self.top()?, self.format, &self.how, &mut self.opened())?;
         let new = Arc::new(Running::new(chain).map_err(|e| ChainError::Io(self.path.clone(), e))?);
         *running = Some(Arc::clone(&new));
         Ok(new)

@@ -21,6 +21,7 @@ use self::slot::{Phase, Slot, data, fill_bounce, is_misaligned};
 use super::bounce::Pool;
 use super::formatted::errand::{Answer, Errand, Inbox, WANTS_DATA, What};
 use super::layout::{Layout, Place};
+use super::write_log::Change;
 use super::{Backend, Begun, Failure, Outcome};
 use crate::device::Cache;
 use crate::disk::{Access, Disk};
@@ -95,6 +96,26 @@ impl<L: Layout> UringBackend<L> {
         if access == Access::Write && self.write_through() { libc::RWF_DSYNC } else { 0 }
     }
 
+    /// Writes a change down that is about to be submitted.
+    #[inline]
+    fn log(&mut self, tag: u32, fd: types::Fd, change: Change<'_>) {
+        if let Some(log) = self.layout.write_log() {
+            self.slots[tag as usize].logged = log.begin(fd.0, change);
+        }
+    }
+
+    /// As `log`, of a write of the request's data.
+    #[inline]
+    fn log_write(&mut self, tag: u32, fd: types::Fd, offset: u64, len: u32) {
+        let Some(log) = self.layout.write_log() else { return };
+        let durable = self.write_through();
+        let slot = &mut self.slots[tag as usize];
+        let Some(chain) = slot.held.view() else { return lost() };
+        let mut bytes = vec![0; len as usize];
+        data(&chain, Access::Write, slot.done, len).read(&mut bytes);
+        slot.logged = log.begin(fd.0, Change::Write { offset, bytes: &bytes, durable });
+    }
+
     /// Submits the next transfer of a read or write.
     fn transfer(&mut self, io: &mut Io<'_>, tag: u32, access: Access, offset: u64, len: u32) -> Step {
         loop {
@@ -133,6 +154,9 @@ impl<L: Layout> UringBackend<L> {
     ) -> Step {
         let flags = self.rw_flags(access);
         let fd = types::Fd(fd);
+        if access == Access::Write {
+            self.log_write(tag, fd, at, len);
+        }
         let slot = &mut self.slots[tag as usize];
         let Some(chain) = slot.held.view() else { return lost() };
         let mut slices = data(&chain, access, slot.done, len);
@@ -179,7 +203,10 @@ impl<L: Layout> UringBackend<L> {
         if !fill_bounce(slot, &mut self.bounces, tag, access, n) {
             return Step::Going;
         }
-        let Some(buffer) = &mut slot.bounce else { return lost() };
+        if access == Access::Write {
+            self.log_write(tag, fd, at, n);
+        }
+        let Some(buffer) = &mut self.slots[tag as usize].bounce else { return lost() };
         let host = buffer.bytes_mut().as_mut_ptr();
         let entry = match access {
             Access::Read => opcode::Read::new(fd, host, n).offset(at).rw_flags(flags).build(),
@@ -222,6 +249,7 @@ impl<L: Layout> UringBackend<L> {
             return Step::Over(Outcome::Done);
         };
         let entry = opcode::Fsync::new(types::Fd(fd)).flags(types::FsyncFlags::DATASYNC).build();
+        self.log(tag, types::Fd(fd), Change::Sync);
         Self::push(io, tag, entry);
         Step::Going
     }
@@ -230,6 +258,9 @@ impl<L: Layout> UringBackend<L> {
     fn step(&mut self, io: &mut Io<'_>, tag: u32, result: i32) -> Step {
         let slot = &mut self.slots[tag as usize];
         let (Some(operation), Some(phase)) = (slot.operation, slot.phase) else { return lost() };
+        if let Some(log) = self.layout.write_log() {
+            log.end(std::mem::take(&mut slot.logged), result.into());
+        }
         let failed = result < 0;
         let error = || io::Error::from_raw_os_error(-result);
         if phase == Phase::Room {

@@ -7,6 +7,7 @@ use super::slot::Phase;
 use super::{Outcome, Step, UringBackend};
 use crate::backend::formatted::errand::{Errand, What};
 use crate::backend::layout::{Layout, Place};
+use crate::backend::write_log::Change;
 use crate::disk::Access;
 use crate::request::Operation;
 
@@ -51,6 +52,7 @@ impl<L: Layout> UringBackend<L> {
                         .offset(offset)
                         .mode(mode | libc::FALLOC_FL_KEEP_SIZE)
                         .build();
+                    self.log(tag, types::Fd(fd), Change::Zero { offset, len: len.into() });
                     Self::push(io, tag, entry);
                     return Step::Going;
                 }
@@ -77,6 +79,7 @@ impl<L: Layout> UringBackend<L> {
         let Place::File { fd, offset, len } = place else { return self.range(io, tag, i, done) };
         slot.phase = Some(Phase::Zeros(i, done));
         let entry = opcode::Write::new(types::Fd(fd), ZERO.0.as_ptr(), len).offset(offset).build();
+        self.log(tag, types::Fd(fd), Change::Zero { offset, len: len.into() });
         Self::push(io, tag, entry);
         Step::Going
     }

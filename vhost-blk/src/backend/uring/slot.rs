@@ -48,6 +48,8 @@ pub(super) struct Slot {
     pub synced: usize,
     /// What is durable when all are.
     pub mark: u64,
+    /// What a log of writes calls the operation under way; 0: nothing.
+    pub logged: u64,
 }
 
 // SAFETY: the iovecs are addresses kept for the kernel, not used by us; they point into memory that `held` or `bounce`
