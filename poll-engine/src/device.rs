@@ -7,7 +7,9 @@ use std::time::Duration;
 
 use crate::engine::queue::Queue;
 use crate::engine::reactor::Io;
+use crate::memory::map::MemoryMap;
 use crate::ring::inflight::Memento;
+use crate::uring::FixedBuffers;
 
 /// Features every transport negotiates for all devices (virtio 1.3, chapter 6).
 pub mod features {
@@ -166,6 +168,18 @@ pub trait QueueHandler: Send {
     /// Takes what is ready, a bounded amount of it; returns how many requests (or other pieces of work) that was.
     fn poll(&mut self, queue: &mut Queue, io: &mut Io<'_>) -> usize;
 
+    /// Goes on with the requests that are in flight, in the place of [`poll`](Self::poll) while the queue takes no chains: for
+    /// a handler that hears of their ends elsewhere than from [`complete`](Self::complete). Returns how many have ended.
+    fn go_on(&mut self, _queue: &mut Queue, _io: &mut Io<'_>) -> usize {
+        0
+    }
+
+    /// The reactor is about to sleep: an operation is to wait for whatever else this handler waits for. True if there is
+    /// work to be done instead.
+    fn prepare_sleep(&mut self, _io: &mut Io<'_>) -> bool {
+        false
+    }
+
     /// One of the handler's own operations is complete.
     fn complete(&mut self, queue: &mut Queue, io: &mut Io<'_>, tag: u32, result: i32);
 
@@ -188,4 +202,7 @@ pub trait QueueHandler: Send {
     fn uses_fixed_buffers(&self) -> bool {
         false
     }
+
+    /// Guest memory is this from now on, for a handler that registers it with a ring of its own.
+    fn register_memory(&mut self, _mode: FixedBuffers, _map: &MemoryMap) {}
 }

@@ -1,23 +1,21 @@
 //! The io_uring of a reactor: its only way into the kernel while queues run, and its only place to sleep.
-#![allow(unsafe_code)] // submission entries carry raw addresses; registration takes raw buffers
+#![allow(unsafe_code)] // submission entries carry raw addresses
+
+mod buffers;
+pub mod commands;
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
-use std::sync::Arc;
 use std::time::Duration;
 
 use io_uring::register::Restriction;
 use io_uring::{EnterFlags, IoUring, opcode, squeue, types};
-use tracing::{info, warn};
+use tracing::info;
 
-use crate::memory::map::{MemoryMap, Region};
+use self::buffers::Buffers;
+use crate::memory::map::MemoryMap;
 use crate::memory::slice::GuestSlice;
 use crate::probes;
-
-/// Registered pieces of guest memory a reactor can hold.
-const BUFFER_SLOTS: u32 = 1024;
-/// io_uring takes fixed buffers of up to 1 GiB each.
-const BUFFER_PIECE: u64 = 1 << 30;
 
 /// What a ring carries out, and nothing else: io_uring opens files and sockets as well, and no filter of system calls sees
 /// that. With the ring, a thread that has lost its wits has only what is open.
@@ -62,14 +60,6 @@ pub enum FixedBuffers {
     Off,
 }
 
-#[derive(Debug)]
-struct Piece {
-    host: usize,
-    len: usize,
-    slot: u32,
-    region: Arc<Region>,
-}
-
 /// An io_uring with its table of buffers. It has none of files: one that is registered stays open until the whole ring is
 /// taken down, which the kernel does up to 0.1 s after the process was killed, and the next process waits for its locks.
 pub struct Uring {
@@ -77,35 +67,20 @@ pub struct Uring {
     queued: u32,
     /// Operations that will complete: while there are any, the kernel may have work for us to run.
     outstanding: usize,
-    free_buffers: Vec<u32>,
-    pieces: Vec<Piece>,
-    buffers_refused: bool,
+    buffers: Buffers,
 }
 
 impl Uring {
     /// Sets a ring up for the calling thread, which must be the only one to use it.
     pub fn new(entries: u32) -> io::Result<Uring> {
         let ring = Self::set_up(entries)?;
-        let free_buffers = match ring.submitter().register_buffers_sparse(BUFFER_SLOTS) {
-            Ok(()) => (0..BUFFER_SLOTS).rev().collect(),
-            Err(e) => {
-                info!("io_uring takes no registered buffers here ({e}); guest memory is used unregistered");
-                Vec::new()
-            }
-        };
+        let buffers = Buffers::new(&ring.submitter());
         let operations = OPERATIONS.map(Restriction::sqe_op).into_iter();
         let mut allowed: Vec<_> =
             operations.chain([Restriction::register_op(REGISTER_BUFFERS_UPDATE)]).collect();
         ring.submitter().register_restrictions(&mut allowed)?;
         ring.submitter().register_enable_rings()?;
-        Ok(Uring {
-            ring,
-            queued: 0,
-            outstanding: 0,
-            free_buffers,
-            pieces: Vec::new(),
-            buffers_refused: false,
-        })
+        Ok(Uring { ring, queued: 0, outstanding: 0, buffers })
     }
 
     fn set_up(entries: u32) -> io::Result<IoUring> {
@@ -233,72 +208,13 @@ impl Uring {
 
     /// Makes the registered buffers those of `maps`: regions that are new are registered, those gone are released.
     pub fn sync_buffers<'a>(&mut self, mode: FixedBuffers, maps: impl Iterator<Item = &'a MemoryMap>) {
-        if mode == FixedBuffers::Off || (self.free_buffers.is_empty() && self.pieces.is_empty()) {
-            return;
-        }
-        let mut wanted: Vec<Arc<Region>> = Vec::new();
-        for region in maps.flat_map(MemoryMap::regions) {
-            let eligible = mode == FixedBuffers::On || region.is_huge();
-            if eligible && !wanted.iter().any(|w| Arc::ptr_eq(w, region)) {
-                wanted.push(Arc::clone(region));
-            }
-        }
-        let pieces = std::mem::take(&mut self.pieces);
-        for piece in pieces {
-            if wanted.iter().any(|w| Arc::ptr_eq(w, &piece.region)) {
-                self.pieces.push(piece);
-            } else {
-                self.release_buffer(piece.slot);
-            }
-        }
-        for region in wanted {
-            if !self.pieces.iter().any(|p| Arc::ptr_eq(&p.region, &region)) {
-                self.register_region(&region);
-            }
-        }
-    }
-
-    fn register_region(&mut self, region: &Arc<Region>) {
-        let size = region.spec().size;
-        let mut at = 0;
-        while at < size && !self.buffers_refused {
-            let Some(slot) = self.free_buffers.pop() else { return };
-            let len = (size - at).min(BUFFER_PIECE) as usize;
-            let host = region.host_addr().wrapping_add(at as usize);
-            let iov = libc::iovec { iov_base: host.cast(), iov_len: len };
-            // SAFETY: the range is inside the region's mapping, which the Arc in `pieces` keeps until released.
-            match unsafe { self.ring.submitter().register_buffers_update(slot, &[iov], None) } {
-                Ok(()) => {
-                    self.pieces.push(Piece { host: host.addr(), len, slot, region: Arc::clone(region) });
-                }
-                Err(e) => {
-                    // Not worth trying again and again: the limit will not move by itself.
-                    self.buffers_refused = true;
-                    self.free_buffers.push(slot);
-                    info!(
-                        "guest memory stays unregistered with io_uring ({e}); raise the memlock limit to change that"
-                    );
-                }
-            }
-            at += len as u64;
-        }
-    }
-
-    fn release_buffer(&mut self, slot: u32) {
-        let none = libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 };
-        // SAFETY: an empty buffer takes the slot; the kernel keeps the old one until operations on it have completed.
-        match unsafe { self.ring.submitter().register_buffers_update(slot, &[none], None) } {
-            Ok(()) => self.free_buffers.push(slot),
-            Err(e) => warn!("registered buffer {slot} not released: {e}"),
-        }
+        self.buffers.sync(&self.ring.submitter(), mode, maps);
     }
 
     /// The registered buffer that holds all of `slice`.
     #[inline]
     pub fn fixed_buffer(&self, slice: &GuestSlice<'_>) -> Option<u16> {
-        let start = slice.host_addr().addr();
-        let inside = |p: &&Piece| start.checked_sub(p.host).is_some_and(|off| off + slice.len() <= p.len);
-        self.pieces.iter().find(inside).map(|p| p.slot as u16)
+        self.buffers.holding(slice)
     }
 
     /// Watches `fd` for readability until cancelled: a completion for every wake-up of it.

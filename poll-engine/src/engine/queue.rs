@@ -470,7 +470,7 @@ impl Queue {
     }
 
     /// Completions have been reaped: their requests are timed up to now.
-    pub(super) fn mark_reaped(&mut self) {
+    pub fn mark_reaped(&mut self) {
         self.reaped = self.clock.raw();
         self.round = self.reaped;
     }

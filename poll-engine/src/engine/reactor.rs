@@ -386,7 +386,13 @@ impl Reactor {
         }
         for task in &mut self.tasks {
             let io = &mut io(&mut self.uring, Purpose::Handler, task.id, self.index);
-            let n = if task.polls() { task.handler.poll(&mut task.queue, io) } else { 0 };
+            let n = if task.polls() {
+                task.handler.poll(&mut task.queue, io)
+            } else if task.queue.in_flight() > 0 {
+                task.handler.go_on(&mut task.queue, io)
+            } else {
+                0
+            };
             let touched = std::mem::take(&mut task.touched);
             let mut busy = n > 0;
             if busy || touched {
@@ -498,6 +504,8 @@ impl Reactor {
         }
         for task in &mut self.tasks {
             work |= task.polls() && task.waits_for_chains() && task.queue.enable_notification();
+            let io = &mut io(&mut self.uring, Purpose::Handler, task.id, self.index);
+            work |= task.handler.prepare_sleep(io);
         }
         if !work && !self.mailbox.has_mail() {
             self.held_back = 0;
@@ -677,6 +685,9 @@ impl Reactor {
     fn sync_buffers(&mut self) {
         let users = self.tasks.iter().filter(|t| t.handler.uses_fixed_buffers());
         self.uring.sync_buffers(self.fixed, users.map(|t| t.queue.map()));
+        for task in &mut self.tasks {
+            task.handler.register_memory(self.fixed, task.queue.map());
+        }
     }
 
     /// Says what has become true with the requests that are over: nothing points any more to what was revoked, and rings
