@@ -5,7 +5,7 @@
 #   scripts/guest-image.sh [OUTDIR [KERNEL]]        (default: target/guest)
 #
 # The kernel is downloaded with apt-get and unpacked, never installed, or is the one unpacked in KERNEL
-# (scripts/backports.sh), which then comes with the modules of vDPA and SR-IOV as well; everything else is copied from
+# (scripts/backports.sh), which then comes with the modules of vDPA, SR-IOV and NVMe as well; everything else is copied from
 # this system. A second call with the same packages and the same script does nothing. Needs no root.
 #
 # Packages: busybox-static cpio fio e2fsprogs util-linux iperf3 iproute2 ethtool pciutils binutils xz-utils zstd gcc
@@ -98,7 +98,7 @@ add_module() { # NAME [DIR LIST]: into DIR, and appended to LIST in the order in
 for m in crc32c_generic virtio_pci virtio_mmio virtio_console virtio_blk virtio_net 8021q ext4; do add_module "$m"; done
 if [ -n "$given" ]; then
     cp "$root/etc/modules" "$tmp/all"
-    for m in vduse virtio_vdpa vhost_vdpa nvme igb igbvf vfio_pci vfio_iommu_type1 tun veth; do
+    for m in vduse virtio_vdpa vhost_vdpa nvme nvme_tcp nvmet_tcp igb igbvf vfio_pci vfio_iommu_type1 tun veth; do
         add_module "$m" "$root/lib/modules/$version" "$tmp/all"
     done
 fi

@@ -13,6 +13,7 @@ use crate::backend::fault::Faulty;
 use crate::backend::formatted::Mapped;
 use crate::backend::layout::{Layout, Logged, Plain};
 use crate::backend::null::Null;
+use crate::backend::nvme::NvmeBackend;
 use crate::backend::ram::RamBackend;
 use crate::backend::sync::SyncBackend;
 use crate::backend::uring::UringBackend;
@@ -136,7 +137,7 @@ impl Device for BlkDevice {
         match self.disk.storage() {
             Storage::Null | Storage::Ram(_) => true,
             Storage::File(_, traits) => traits.in_memory,
-            Storage::Image(_) => false,
+            Storage::Image(_) | Storage::Nvme(..) => false,
         }
     }
 
@@ -257,6 +258,9 @@ impl Device for BlkDevice {
                     log.know(&layout.0, disk.path())?;
                 }
                 start.on_files(layout, *traits)
+            }
+            Storage::Nvme(namespace, ..) => {
+                start.on(NvmeBackend::new(Arc::clone(namespace), Arc::clone(&disk), cache, ring_size)?)
             }
             Storage::Image(image) => {
                 let layout = Mapped::new(image.run().map_err(io::Error::other)?, ring_size)?;

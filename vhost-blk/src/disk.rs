@@ -12,6 +12,7 @@ use tracing::{info, warn};
 use poll_engine::memory::Ram;
 
 use crate::backend::formatted::{ChainError, Formatted};
+use crate::backend::nvme::Namespace;
 use crate::backend::write_log::WriteLog;
 use crate::faults::Faults;
 use crate::lock::{LockError, lock, outlast, release};
@@ -51,6 +52,8 @@ pub struct Limits {
 pub enum Storage {
     /// A regular file or block device, and what it can do.
     File(File, FileTraits),
+    /// An NVMe namespace, by commands of its own; and its block device, which it is known and locked by, and sized.
+    Nvme(Arc<Namespace>, File, FileTraits),
     /// A file that holds a disk in a format of its own.
     Image(Arc<Formatted>),
     /// Memory, shared by all queues.
@@ -111,10 +114,20 @@ impl Storage {
     /// The file that is locked, if there is one.
     pub fn file(&self) -> Option<(&File, FileTraits)> {
         match self {
-            Storage::File(file, traits) => Some((file, *traits)),
+            Storage::File(file, traits) | Storage::Nvme(_, file, traits) => Some((file, *traits)),
             Storage::Image(image) => Some((image.file(), image.traits())),
             Storage::Ram(_) | Storage::Null => None,
         }
+    }
+
+    /// Another file by which the same is read and written, and which is locked as well: what is under way by it ends before
+    /// its locks do.
+    fn second(&self) -> Option<&File> {
+        if let Storage::Nvme(namespace, ..) = self { Some(namespace.generic()) } else { None }
+    }
+
+    fn locked(&self) -> impl Iterator<Item = &File> {
+        self.file().map(|(file, _)| file).into_iter().chain(self.second())
     }
 }
 
@@ -133,7 +146,7 @@ impl Disk {
     /// A disk of `capacity` bytes in `storage`.
     pub fn new(storage: Storage, capacity: u64, config: &DiskConfig) -> Disk {
         let granularity = match &storage {
-            Storage::File(_, traits) => u64::from(traits.offset_align),
+            Storage::File(_, traits) | Storage::Nvme(_, _, traits) => u64::from(traits.offset_align),
             Storage::Image(image) => u64::from(image.traits().offset_align),
             Storage::Ram(_) | Storage::Null => 512,
         };
@@ -141,7 +154,7 @@ impl Disk {
         // kernel does it, elsewhere.
         let on_reactor = match &storage {
             Storage::File(_, traits) => traits.in_memory,
-            Storage::Image(_) => false,
+            Storage::Image(_) | Storage::Nvme(..) => false,
             Storage::Ram(_) | Storage::Null => true,
         };
         let max_range_sectors = if on_reactor { 1 << 13 } else { 1 << 22 };
@@ -212,7 +225,10 @@ impl Disk {
         if *locked {
             return Ok(());
         }
-        lock(file, !self.read_only).map_err(|error| OpenError::Lock { path: self.path.clone(), error })?;
+        for file in self.storage.locked() {
+            lock(file, !self.read_only)
+                .map_err(|error| OpenError::Lock { path: self.path.clone(), error })?;
+        }
         *locked = true;
         info!("{} is locked again: its guest runs here", self.path.display());
         if !traits.direct && !traits.in_memory {
@@ -226,12 +242,13 @@ impl Disk {
     /// Waits for the end of all that another process, which has died, had begun.
     pub fn reclaim(&self) -> Result<(), OpenError> {
         // What is done in memory ends with the thread that does it.
-        let Some((file, _)) = self.storage.file() else { return Ok(()) };
         if let Storage::Image(image) = &self.storage {
             // It may have been changed there.
             image.rest();
         }
-        outlast(file).map_err(|error| OpenError::Lock { path: self.path.clone(), error })
+        let mut files = self.storage.locked();
+        let outlasted = files.try_for_each(outlast);
+        outlasted.map_err(|error| OpenError::Lock { path: self.path.clone(), error })
     }
 
     /// Makes everything written visible to whoever takes the image over, and gives up its lock. Where the former fails
@@ -246,8 +263,10 @@ impl Disk {
             Storage::Image(image) => image.hand_over(),
             _ => Ok(()),
         };
-        let done =
-            rests.and_then(|()| file.sync_data()).map_err(LockError::from).and_then(|()| release(file));
+        let done = rests
+            .and_then(|()| file.sync_data())
+            .map_err(LockError::from)
+            .and_then(|()| self.storage.locked().try_for_each(release));
         match done {
             Ok(()) => {
                 *locked = false;
@@ -374,7 +393,7 @@ impl Disk {
     /// its size: requests beyond its end fail one by one.
     pub fn grow(&self) -> Result<Option<u64>, OpenError> {
         // Nobody else may resize an image in a format of its own while it is ours.
-        let Storage::File(file, _) = &self.storage else { return Ok(None) };
+        let (Storage::File(file, _) | Storage::Nvme(_, file, _)) = &self.storage else { return Ok(None) };
         let size = crate::open::size_of(file.as_fd())?;
         let size = size - size % u64::from(self.block_size);
         if size <= self.capacity() {

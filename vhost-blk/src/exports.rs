@@ -217,7 +217,7 @@ impl Served {
     pub fn image(&self) -> Option<&Formatted> {
         match self.disk.storage() {
             Storage::Image(image) => Some(image),
-            Storage::File(..) | Storage::Ram(_) | Storage::Null => None,
+            Storage::File(..) | Storage::Nvme(..) | Storage::Ram(_) | Storage::Null => None,
         }
     }
 
@@ -387,7 +387,7 @@ impl Exports {
         let _change = self.changes.begin()?;
         let served = self.find(key)?;
         let file = match served.disk.storage() {
-            Storage::File(file, _) => file,
+            Storage::File(file, _) | Storage::Nvme(_, file, _) => file,
             Storage::Image(image) => {
                 return Err(Refused::Conflict(format!(
                     "{key} is a {} image, which stays as large as it is while it is served; remove it, resize the image \

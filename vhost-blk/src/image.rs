@@ -8,13 +8,14 @@ use std::sync::Arc;
 use anyhow::{Context, Result, bail};
 use daemon::Switch;
 use poll_engine::memory::Ram;
-use tracing::warn;
+use tracing::{info, warn};
 
 use crate::backend::formatted::{Format, Formatted};
+use crate::backend::nvme::{self, NoCommands};
 use crate::backend::write_log::WriteLog;
 use crate::cli::{CacheMode, DeviceOptions, Synthetic};
 use crate::disk::{Disk, DiskConfig, Storage};
-use crate::open::{OpenError, Owner, open, open_file, own};
+use crate::open::{OpenError, Owner, open, open_file, own, own_too};
 
 /// A file, or something in place of one.
 #[derive(Debug, Default)]
@@ -59,6 +60,44 @@ impl Image<'_> {
         Ok((Storage::Image(Arc::new(image)), size - size % u64::from(block_size)))
     }
 
+    /// A file or a block device; or an NVMe namespace, by commands of its own if they pass.
+    fn open_raw(
+        &self,
+        path: &Path,
+        direct: bool,
+        options: &DeviceOptions,
+        owner: Owner<'_>,
+    ) -> Result<(Storage, u64)> {
+        let plain = |path: &Path| open(path, self.read_only, direct, options.block_size, owner);
+        let Some(found) = nvme::find(path) else {
+            let (file, traits, size) = plain(path)?;
+            return Ok((Storage::File(file, traits), size));
+        };
+        let block = found.block.clone();
+        let is_logged = options.fault.as_ref().is_some_and(|fault| fault.log_writes.is_some());
+        let opened = if is_logged {
+            Err(NoCommands::Here("only writes to files and block devices are logged".into()))
+        } else {
+            found.open(self.read_only, options.num_queues, options.queue_size)
+        };
+        match opened {
+            Ok(namespace) => {
+                // What direct I/O wants holds for commands, whatever --direct says: they pass by the page cache.
+                let (file, traits, size) = open(&block, self.read_only, true, options.block_size, owner)?;
+                own_too(path, namespace.generic(), self.read_only, owner)?;
+                let how = if namespace.is_polled() { ", polled for" } else { "" };
+                info!("{} is given NVMe commands{how}", path.display());
+                Ok((Storage::Nvme(Arc::new(namespace), file, traits), size))
+            }
+            Err(NoCommands::Here(why)) => {
+                info!("{} is given no NVMe commands, using {}: {why}", path.display(), block.display());
+                let (file, traits, size) = plain(&block)?;
+                Ok((Storage::File(file, traits), size))
+            }
+            Err(e @ NoCommands::Metadata { .. }) => Err(e.into()),
+        }
+    }
+
     /// The disk.
     pub fn open(mut self, options: &DeviceOptions) -> Result<Disk> {
         let faults = options.fault.clone();
@@ -78,8 +117,7 @@ impl Image<'_> {
                     None => Owner::Us,
                 };
                 if self.format == Format::Raw {
-                    let (file, traits, size) = open(path, self.read_only, direct, options.block_size, owner)?;
-                    (Storage::File(file, traits), size)
+                    self.open_raw(path, direct, options, owner)?
                 } else {
                     self.open_formatted(path, direct, options.block_size, owner, log.clone())?
                 }

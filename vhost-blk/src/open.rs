@@ -132,6 +132,16 @@ pub fn own(path: &Path, file: &File, read_only: bool, owner: Owner<'_>) -> Resul
     .map_err(|error| OpenError::Lock { path: path.to_owned(), error })
 }
 
+/// As [`own`], another file by which the same disk is read and written.
+pub fn own_too(path: &Path, file: &File, read_only: bool, owner: Owner<'_>) -> Result<(), OpenError> {
+    match owner {
+        Owner::Us => lock(file, !read_only),
+        Owner::Beside(_) => lock_beside(file, !read_only),
+        Owner::Another => Ok(()),
+    }
+    .map_err(|error| OpenError::Lock { path: path.to_owned(), error })
+}
+
 /// Opens a file or block device that holds a disk or a part of one; it is not locked.
 pub fn open_file(path: &Path, read_only: bool, direct: bool) -> Result<(File, FileTraits), OpenError> {
     let with = |flags: i32| OpenOptions::new().read(true).write(!read_only).custom_flags(flags).open(path);

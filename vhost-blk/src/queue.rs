@@ -6,8 +6,10 @@ use std::time::Duration;
 use poll_engine::device::QueueHandler;
 use poll_engine::engine::queue::{BUDGET, Queue, Request};
 use poll_engine::engine::reactor::Io;
+use poll_engine::memory::map::MemoryMap;
 use poll_engine::ring::chain::ChainView;
 use poll_engine::stats::ErrorKind;
+use poll_engine::uring::FixedBuffers;
 
 use crate::backend::{Backend, Begun, Failure, Outcome};
 use crate::disk::Disk;
@@ -111,6 +113,18 @@ impl<B: Backend> BlkQueue<B> {
         usize::from(taken)
     }
 
+    /// Ends what the back end has found to be over; how much that was.
+    #[inline]
+    fn turn(&mut self, queue: &mut Queue, io: &mut Io<'_>) -> usize {
+        let mut found = false;
+        self.backend.turn(io, &mut |request, operation, outcome, chain| {
+            if !std::mem::replace(&mut found, true) {
+                queue.mark_reaped();
+            }
+            end(&self.disk, &mut self.tap, queue, (request, operation, outcome), &chain);
+        })
+    }
+
     /// 5.2.6: "the device ID string is a NUL-padded ASCII string up to 20 bytes long".
     fn get_id(&self, chain: &ChainView<'_>, len: u32) -> u32 {
         let mut id = [0; ID_LEN];
@@ -140,21 +154,25 @@ impl<B: Backend> QueueHandler for BlkQueue<B> {
             }
             ready.into()
         };
+        let ended = self.turn(queue, io);
         if let Some(tap) = &mut self.tap {
             tap.pass_on_now();
         }
-        taken
+        taken + ended
+    }
+
+    fn go_on(&mut self, queue: &mut Queue, io: &mut Io<'_>) -> usize {
+        self.turn(queue, io)
     }
 
     fn complete(&mut self, queue: &mut Queue, io: &mut Io<'_>, tag: u32, result: i32) {
         self.backend.complete(io, tag, result, &mut |request, operation, outcome, chain| {
-            if let Some(tap) = &mut self.tap {
-                tap.note(&self.disk, &chain, request.since(), operation, status_of(&outcome));
-                tap.pass_on(queue.reaped());
-            }
-            let written = finish(queue, &chain, operation, outcome);
-            queue.complete_held(request, written, &chain);
+            end(&self.disk, &mut self.tap, queue, (request, operation, outcome), &chain);
         });
+    }
+
+    fn prepare_sleep(&mut self, io: &mut Io<'_>) -> bool {
+        self.backend.prepare_sleep(io)
     }
 
     fn detach(&mut self, io: &mut Io<'_>) {
@@ -172,6 +190,27 @@ impl<B: Backend> QueueHandler for BlkQueue<B> {
     fn uses_fixed_buffers(&self) -> bool {
         self.backend.uses_fixed_buffers()
     }
+
+    fn register_memory(&mut self, mode: FixedBuffers, map: &MemoryMap) {
+        self.backend.register_memory(mode, map);
+    }
+}
+
+/// Gives a request back whose chain was held.
+#[inline]
+fn end(
+    disk: &Disk,
+    tap: &mut Option<Tap>,
+    queue: &mut Queue,
+    (request, operation, outcome): (Request, Operation, Outcome),
+    chain: &ChainView<'_>,
+) {
+    if let Some(tap) = tap {
+        tap.note(disk, chain, request.since(), operation, status_of(&outcome));
+        tap.pass_on(queue.reaped());
+    }
+    let written = finish(queue, chain, operation, outcome);
+    queue.complete_held(request, written, chain);
 }
 
 /// Writes the status and returns the used length; counts bytes and errors.

@@ -42,7 +42,10 @@ impl About {
     /// Of a disk that is served; the descriptor goes with it.
     pub fn disk(disk: &Disk) -> io::Result<(About, Option<OwnedFd>)> {
         let (medium, fd) = match disk.storage() {
-            Storage::File(file, _) => (Medium::File, Some(file.as_fd().try_clone_to_owned()?)),
+            // The block device of a namespace, to which commands are only another way.
+            Storage::File(file, _) | Storage::Nvme(_, file, _) => {
+                (Medium::File, Some(file.as_fd().try_clone_to_owned()?))
+            }
             Storage::Image(image) => {
                 (Medium::Image(image.format()), Some(image.file().as_fd().try_clone_to_owned()?))
             }

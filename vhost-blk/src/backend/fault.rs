@@ -15,7 +15,9 @@ use fastrand::Rng;
 use io_uring::{opcode, types};
 use poll_engine::engine::queue::{Queue, Request};
 use poll_engine::engine::reactor::Io;
+use poll_engine::memory::map::MemoryMap;
 use poll_engine::ring::chain::{ChainView, HeldChain};
+use poll_engine::uring::FixedBuffers;
 
 use super::{Backend, Begun, Failure, Outcome};
 use crate::faults::{Faults, Kind};
@@ -104,6 +106,28 @@ impl Slots {
     fn release(&mut self, number: u16) {
         self.all[usize::from(number)].held.release();
         self.free.push(number);
+    }
+
+    /// What the back end below has ended is answered, or is `late`, as its fate has it.
+    fn meet(
+        &mut self,
+        late: &mut Vec<u16>,
+        (request, operation, outcome): (Request, Operation, Outcome),
+        chain: ChainView<'_>,
+        finish: &mut dyn FnMut(Request, Operation, Outcome, ChainView<'_>),
+    ) {
+        let Some(number) = self.remove(request.id()) else {
+            return finish(request, operation, outcome, chain);
+        };
+        let slot = &mut self.all[usize::from(number)];
+        let Some(fate) = slot.fate else { unreachable!("a slot without a fate") };
+        let outcome = fate.outcome(outcome);
+        if fate.delay.is_zero() {
+            self.release(number);
+            return finish(request, fate.operation, outcome, chain);
+        }
+        slot.over = Some((request, outcome));
+        late.push(number);
     }
 }
 
@@ -222,22 +246,34 @@ impl<B: Backend> Backend for Faulty<B> {
         }
         let Faulty { inner, slots, late, .. } = self;
         inner.complete(io, tag, result, &mut |request, operation, outcome, chain| {
-            let Some(number) = slots.remove(request.id()) else {
-                return finish(request, operation, outcome, chain);
-            };
-            let slot = &mut slots.all[usize::from(number)];
-            let Some(fate) = slot.fate else { unreachable!("a slot without a fate") };
-            let outcome = fate.outcome(outcome);
-            if fate.delay.is_zero() {
-                slots.release(number);
-                return finish(request, fate.operation, outcome, chain);
-            }
-            slot.over = Some((request, outcome));
-            late.push(number);
+            slots.meet(late, (request, operation, outcome), chain, finish);
         });
         while let Some(number) = self.late.pop() {
             self.wait(io, number);
         }
+    }
+
+    fn turn(
+        &mut self,
+        io: &mut Io<'_>,
+        finish: &mut dyn FnMut(Request, Operation, Outcome, ChainView<'_>),
+    ) -> usize {
+        let Faulty { inner, slots, late, .. } = self;
+        let ended = inner.turn(io, &mut |request, operation, outcome, chain| {
+            slots.meet(late, (request, operation, outcome), chain, finish);
+        });
+        while let Some(number) = self.late.pop() {
+            self.wait(io, number);
+        }
+        ended
+    }
+
+    fn prepare_sleep(&mut self, io: &mut Io<'_>) -> bool {
+        self.inner.prepare_sleep(io)
+    }
+
+    fn register_memory(&mut self, mode: FixedBuffers, map: &MemoryMap) {
+        self.inner.register_memory(mode, map);
     }
 
     fn uses_fixed_buffers(&self) -> bool {

@@ -5,6 +5,7 @@ pub mod fault;
 pub mod formatted;
 pub mod layout;
 pub mod null;
+pub mod nvme;
 pub mod power_cut;
 pub mod ram;
 pub mod sync;
@@ -15,6 +16,9 @@ use std::io;
 
 use poll_engine::engine::queue::{Queue, Request};
 use poll_engine::engine::reactor::Io;
+use poll_engine::memory::map::MemoryMap;
+use poll_engine::ring::chain::ChainView;
+use poll_engine::uring::FixedBuffers;
 
 use crate::request::{Operation, STATUS_IOERR};
 
@@ -91,9 +95,29 @@ pub trait Backend: Send + 'static {
         _io: &mut Io<'_>,
         _tag: u32,
         _result: i32,
-        _finish: &mut dyn FnMut(Request, Operation, Outcome, poll_engine::ring::chain::ChainView<'_>),
+        _finish: &mut dyn FnMut(Request, Operation, Outcome, ChainView<'_>),
     ) {
     }
+
+    /// Called in each round, after requests have been begun, for a back end that hears of their ends elsewhere than from the
+    /// reactor's io_uring. Returns how many pieces of work there were.
+    #[inline]
+    fn turn(
+        &mut self,
+        _io: &mut Io<'_>,
+        _finish: &mut dyn FnMut(Request, Operation, Outcome, ChainView<'_>),
+    ) -> usize {
+        0
+    }
+
+    /// The reactor is about to sleep: has its io_uring wait for what [`turn`](Self::turn) would find. True if there is
+    /// something already.
+    fn prepare_sleep(&mut self, _io: &mut Io<'_>) -> bool {
+        false
+    }
+
+    /// Guest memory is this from now on, for a back end that registers it with a ring of its own.
+    fn register_memory(&mut self, _mode: FixedBuffers, _map: &MemoryMap) {}
 
     /// Whether guest memory should be registered with io_uring.
     fn uses_fixed_buffers(&self) -> bool {

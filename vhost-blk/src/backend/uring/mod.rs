@@ -5,8 +5,8 @@
 //! what ends is handed to `finish`. What the layout does not know the place of is a worker's errand.
 #![allow(unsafe_code)] // submissions carry addresses of guest memory, iovecs and bounce buffers
 
-mod ranges;
-mod slot;
+pub(super) mod ranges;
+pub(super) mod slot;
 
 use std::io;
 use std::os::fd::RawFd;

@@ -12,12 +12,13 @@ use crate::disk::Access;
 use crate::request::Operation;
 
 /// Bytes of zeros written at a time where the file system has no better way.
-const ZEROS: usize = 64 << 10;
+pub(in crate::backend) const ZEROS: usize = 64 << 10;
 
 #[repr(C, align(4096))]
-struct Zeros([u8; ZEROS]);
+pub(in crate::backend) struct Zeros(pub [u8; ZEROS]);
 
-static ZERO: Zeros = Zeros([0; ZEROS]);
+/// Zeros to be written.
+pub(in crate::backend) static ZERO: Zeros = Zeros([0; ZEROS]);
 
 /// Most bytes that a worker zeroes or discards at a time.
 const MAX_ERRAND: u32 = 64 << 20;

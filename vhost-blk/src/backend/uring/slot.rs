@@ -57,7 +57,7 @@ pub(super) struct Slot {
 unsafe impl Send for Slot {}
 
 /// The data of a transfer, `len` bytes from `done` on.
-pub(super) fn data<'a>(chain: &ChainView<'a>, access: Access, done: u32, len: u32) -> Slices<'a> {
+pub(in crate::backend) fn data<'a>(chain: &ChainView<'a>, access: Access, done: u32, len: u32) -> Slices<'a> {
     match access {
         Access::Read => chain.writable(done, len),
         Access::Write => chain.readable(HEADER + done, len),
