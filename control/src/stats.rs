@@ -1,6 +1,8 @@
 //! All that a view of a daemon needs, in one answer: counters since it has started, of which a view shows what came in between
 //! two of them.
 
+use std::collections::BTreeMap;
+
 use nix::time::{ClockId, clock_gettime};
 use poll_engine::engine::ReactorInfo;
 use poll_engine::stats::{ERROR_KINDS, QueueStats};
@@ -61,7 +63,7 @@ impl From<&ReactorInfo> for ReactorTimes {
     }
 }
 
-/// A disk.
+/// A disk or port.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct Export {
@@ -73,9 +75,13 @@ pub struct Export {
     pub paused: bool,
     /// Its queues.
     pub queues: Vec<QueueCounts>,
+    /// Packets that went nowhere, by reason: those that have come up. Disks have none.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub drops: BTreeMap<String, u64>,
 }
 
-/// What a queue has done.
+/// What a queue has done. A port's receive and transmit queues take turns, and their requests are packets: read are those that
+/// its guest is given, written those that it sends.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct QueueCounts {

@@ -36,6 +36,7 @@ pub fn views(exports: &Exports) -> Vec<Export> {
         attached: s.server.is_attached(),
         paused: s.server.is_paused(),
         queues: (0..).zip(&s.stats).map(|(number, queue)| QueueCounts::of(number, queue)).collect(),
+        ..Export::default()
     };
     exports.all().iter().map(|s| export(s)).collect()
 }

@@ -46,6 +46,8 @@ pub struct Source {
     pause: u32,
     /// When its rate limit lets it send again, or when to look again for what is awaited, of the hub's clock.
     pub waits_until: Option<u64>,
+    /// Until when a rate limit's waits have been counted.
+    limited_until: u64,
     /// Where its packet before went.
     last: Option<QueueId>,
 }
@@ -63,7 +65,7 @@ impl Source {
     /// A queue of a port, whose packets have a header of so many bytes.
     pub fn new(id: QueueId, (port, pair): (usize, usize), header: usize, features: u64) -> Source {
         let (waits_for, waits_until, last) = (None, None, None);
-        Source { id, port, pair, header, features, waits_for, waits_until, pause: 0, last }
+        Source { id, port, pair, header, features, waits_for, waits_until, limited_until: 0, pause: 0, last }
     }
 
     /// What has to have chains before it can go on.
@@ -255,8 +257,21 @@ impl Pass<'_, '_> {
     #[inline]
     fn may_send(&mut self) -> bool {
         let limits = self.switching.as_ref().filter(|switch| !switch.may_send(self.port, self.now));
-        self.source.waits_until = limits.map(|switch| switch.may_send_at(self.port));
-        self.source.waits_until.is_none()
+        let Some(until) = limits.map(|switch| switch.may_send_at(self.port)) else { return true };
+        self.wait_for_limit(until);
+        false
+    }
+
+    /// The rate limit has the next packet wait until then. It is found so in each round until it may go.
+    #[cold]
+    fn wait_for_limit(&mut self, until: u64) {
+        self.source.waits_until = Some(until);
+        let counted = self.source.limited_until.max(self.now);
+        if until > counted {
+            self.own.tx_limited.add(1);
+            self.own.tx_limited_ns.add(until - counted);
+            self.source.limited_until = until;
+        }
     }
 
     /// Moves packets from number `at` on that go where the first one goes; how many, 0 if it has to wait.

@@ -1,6 +1,7 @@
 //! What this daemon has done: for Prometheus, and for views of it. Names and labels are documented (docs/control.md), and
 //! stay as they are.
 
+use std::collections::BTreeMap;
 use std::fmt;
 
 use control::common::Running;
@@ -13,8 +14,9 @@ use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::Unit;
 
-use crate::mib::Flow;
+use crate::mib::{self, Flow};
 use crate::ports::{Counted, Ports, Served};
+use crate::stats::PairStats;
 
 /// All of them as text.
 pub fn text(ports: &Ports) -> String {
@@ -26,13 +28,18 @@ pub fn text(ports: &Ports) -> String {
             name: s.name.clone(),
             flows: s.flows(hub),
             counters: s.counters(hub),
+            limited: match &s.counted {
+                Counted::Hub(port, _) => limited(&port.pairs),
+                Counted::Tap(_) => [0; 2],
+            },
             up: !s.spec().link_down,
             attached: s.server.is_attached(),
         })
         .collect();
     all.extend(ports.uplink().map(|(spec, number)| {
         let (flows, counters) = ports.uplink_counts(number);
-        One { name: spec.name(), flows, counters, up: hub.outside.latest().0.up, attached: false }
+        let limited = limited(&hub.port(number.into()).pairs);
+        One { name: spec.name(), flows, counters, limited, up: hub.outside.latest().0.up, attached: false }
     }));
     let each = |of: fn(&One) -> bool| all.iter().map(|port| (port.name.clone(), of(port).into())).collect();
     let gauges = vec![
@@ -51,8 +58,10 @@ pub fn text(ports: &Ports) -> String {
     )
 }
 
-/// What is served, for views: a request is a packet, which a guest reads from its receive queues and writes to the others.
+/// What is served, for views: a request is a packet, which a guest reads from its receive queues and writes to the others. An
+/// uplink has a queue for what leaves by it and one for what comes in.
 pub fn views(ports: &Ports) -> Vec<Export> {
+    let hub = ports.hub();
     let export = |s: &Served| Export {
         name: s.name.clone(),
         attached: s.server.is_attached(),
@@ -61,20 +70,43 @@ pub fn views(ports: &Ports) -> Vec<Export> {
             .zip(&s.stats)
             .map(|(queue, stats)| counts(s, queue, QueueCounts::of(queue, stats)))
             .collect(),
+        drops: drops(s.counters(hub)),
     };
-    ports.all().iter().map(|s| export(s)).collect()
+    let uplink = ports.uplink().map(|(spec, number)| {
+        let ([rx, tx], counters) = ports.uplink_counts(number);
+        let queues = [moved(0, &rx, QueueCounts::default()), moved(1, &tx, QueueCounts::default())];
+        let attached = hub.outside.latest().0.up;
+        Export { name: spec.name(), attached, paused: false, queues: queues.into(), drops: drops(counters) }
+    });
+    ports.all().iter().map(|s| export(s)).chain(uplink).collect()
+}
+
+/// Counters of packets that went nowhere.
+fn drops(counters: Vec<(String, u64)>) -> BTreeMap<String, u64> {
+    counters.into_iter().filter(|(name, _)| name.ends_with("_drops") || name.ends_with("_errors")).collect()
 }
 
 fn counts(s: &Served, queue: u16, all: QueueCounts) -> QueueCounts {
-    // A tap counts by itself.
-    let Counted::Hub(port, _) = &s.counted else { return all };
-    match port.pairs.get(usize::from(queue / 2)) {
-        Some(pair) if queue.is_multiple_of(2) => {
-            QueueCounts { requests: pair.rx_packets.get(), read: pair.rx_bytes.get(), ..all }
-        }
-        Some(pair) => QueueCounts { requests: pair.tx_packets.get(), written: pair.tx_bytes.get(), ..all },
-        None => all,
+    let (at, way) = (usize::from(queue / 2), usize::from(queue % 2));
+    match &s.counted {
+        Counted::Hub(port, _) => port.pairs.get(at).map_or(all.clone(), |pair| {
+            let flow = &mib::flows(std::slice::from_ref(pair), &[])[way];
+            let (limited, limited_ns) =
+                (pair.tx_limited.get() * way as u64, pair.tx_limited_ns.get() * way as u64);
+            QueueCounts { limited, limited_ns, ..moved(queue, flow, all) }
+        }),
+        Counted::Tap(tap) => match tap.flows_of(at) {
+            Some(flows) => moved(queue, &flows[way], all),
+            None => all,
+        },
     }
+}
+
+/// Counts of a queue that has moved these packets.
+fn moved(queue: u16, flow: &Flow, all: QueueCounts) -> QueueCounts {
+    let is_rx = queue.is_multiple_of(2);
+    let [read, written] = if is_rx { [flow.octets, 0] } else { [0, flow.octets] };
+    QueueCounts { queue, requests: flow.packets.iter().sum(), read, written, ..all }
 }
 
 #[derive(Debug)]
@@ -82,8 +114,16 @@ struct One {
     name: String,
     flows: [Flow; 2],
     counters: Vec<(String, u64)>,
+    /// How often, and for how many nanoseconds in all, a limit had its sender wait.
+    limited: [u64; 2],
     up: bool,
     attached: bool,
+}
+
+/// What a limit has had a port's sender wait.
+fn limited(pairs: &[PairStats]) -> [u64; 2] {
+    let sum = |of: fn(&PairStats) -> u64| pairs.iter().map(of).sum();
+    [sum(|pair| pair.tx_limited.get()), sum(|pair| pair.tx_limited_ns.get())]
 }
 
 #[derive(Debug)]
@@ -123,6 +163,19 @@ impl Collector for All {
                     ConstCounter::new(of(flow)).encode(metric.encode_family(&labels)?)?;
                 }
             }
+        }
+        let help = "Times that a limit had packets of the guest wait";
+        let mut metric = encoder.encode_descriptor("limited", help, None, MetricType::Counter)?;
+        for port in &self.ports {
+            ConstCounter::new(port.limited[0])
+                .encode(metric.encode_family(&[("port", port.name.as_str())])?)?;
+        }
+        let help = "Time that a limit had packets of the guest wait";
+        let unit = Some(&Unit::Seconds);
+        let mut metric = encoder.encode_descriptor("limited", help, unit, MetricType::Counter)?;
+        for port in &self.ports {
+            let seconds = ConstCounter::new(port.limited[1] as f64 / 1e9);
+            seconds.encode(metric.encode_family(&[("port", port.name.as_str())])?)?;
         }
         let help = "Counters of the statistics, by name";
         let mut metric = encoder.encode_descriptor("counter", help, None, MetricType::Counter)?;

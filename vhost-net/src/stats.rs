@@ -88,6 +88,10 @@ pub struct PairStats {
     tx_drops: [Counter; DROPS.len()],
     /// Times a packet of the guest had to wait for buffers of its receiver.
     pub tx_waits: Counter,
+    /// Times the port's rate limit had a packet of the guest wait.
+    pub tx_limited: Counter,
+    /// For how many nanoseconds in all.
+    pub tx_limited_ns: Counter,
 }
 
 impl PairStats {

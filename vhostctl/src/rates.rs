@@ -9,14 +9,18 @@ use control::stats::{Export, QueueCounts, ReactorTimes, Stats};
 pub struct Rates {
     /// Requests a second.
     pub iops: f64,
+    /// The same by the way: of queues with even numbers, in which guests of ports receive, and with odd ones.
+    pub ways: [f64; 2],
     /// Bytes a second that the guest has read.
     pub read: f64,
     /// Bytes a second that the guest has written.
     pub written: f64,
     /// Nanoseconds that half of the requests, 99 % and 99.9 % of them took at most; nothing if there were none.
     pub percentiles: Option<[u64; 3]>,
-    /// Errors since the daemon has started, and how many of them came now.
+    /// Errors since the daemon has started, and how many of them came now; of ports, with packets that went nowhere.
     pub errors: (u64, u64),
+    /// Packets a second that went nowhere.
+    pub dropped: f64,
     /// Share of the time that a limit had requests wait, of the queue that waited most.
     pub limited: f64,
     /// Notifications a second.
@@ -37,6 +41,16 @@ pub struct QueueNow {
     pub rates: Rates,
 }
 
+/// Why packets went nowhere, now.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct DropsNow {
+    pub reason: String,
+    /// Since the daemon has started.
+    pub all: u64,
+    /// A second.
+    pub rate: f64,
+}
+
 /// An export now.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct ExportNow {
@@ -45,6 +59,7 @@ pub struct ExportNow {
     pub paused: bool,
     pub rates: Rates,
     pub queues: Vec<QueueNow>,
+    pub drops: Vec<DropsNow>,
 }
 
 /// A reactor now: shares of its time.
@@ -81,18 +96,22 @@ pub fn between(before: &Stats, after: &Stats) -> Option<Now> {
     let earlier: HashMap<_, _> = before.exports.iter().map(|e| (e.name.as_str(), e)).collect();
     let exports: Vec<_> =
         after.exports.iter().map(|e| export(earlier.get(e.name.as_str()).copied(), e, seconds)).collect();
+    let dropped = exports.iter().flat_map(|e| &e.drops);
+    let all_drops: Vec<_> = dropped.cloned().collect();
     let reactor = |r: &ReactorTimes| reactor(before.reactors.iter().find(|b| b.reactor == r.reactor), r);
     let all = after.exports.iter().flat_map(|e| {
         let before = earlier.get(e.name.as_str());
         e.queues.iter().map(move |q| (queue_before(before.copied(), q), q))
     });
+    let mut all = rates(all, seconds);
+    add_drops(&mut all, &all_drops, seconds);
     Some(Now {
         program: after.program.clone(),
         version: after.version.clone(),
         pid: after.pid,
         poll: after.poll.clone(),
         reactors: after.reactors.iter().map(reactor).collect(),
-        all: rates(all, seconds),
+        all,
         exports,
     })
 }
@@ -110,12 +129,33 @@ fn export(before: Option<&Export>, after: &Export, seconds: f64) -> ExportNow {
         reactor: q.reactor,
         rates: rates([(queue_before(before, q), q)].into_iter(), seconds),
     };
+    let drops: Vec<_> = after
+        .drops
+        .iter()
+        .map(|(reason, n)| {
+            let was = before.and_then(|before| before.drops.get(reason)).copied().unwrap_or(0);
+            // One that has counted anew has done so since.
+            let more = n.checked_sub(was).unwrap_or(*n);
+            DropsNow { reason: reason.clone(), all: *n, rate: more as f64 / seconds }
+        })
+        .collect();
+    let mut rates = rates(after.queues.iter().map(pair), seconds);
+    add_drops(&mut rates, &drops, seconds);
     ExportNow {
         name: after.name.clone(),
         attached: after.attached,
         paused: after.paused,
-        rates: rates(after.queues.iter().map(pair), seconds),
+        rates,
         queues: after.queues.iter().map(queue).collect(),
+        drops,
+    }
+}
+
+fn add_drops(rates: &mut Rates, drops: &[DropsNow], seconds: f64) {
+    for drops in drops {
+        rates.errors.0 += drops.all;
+        rates.errors.1 += (drops.rate * seconds).round() as u64;
+        rates.dropped += drops.rate;
     }
 }
 
@@ -151,6 +191,7 @@ fn rates<'a>(
         let more = |of: fn(&QueueCounts) -> u64| of(after).saturating_sub(of(before));
         let rate = |of: fn(&QueueCounts) -> u64| more(of) as f64 / seconds;
         sum.iops += rate(|q| q.requests);
+        sum.ways[usize::from(after.queue % 2)] += rate(|q| q.requests);
         sum.read += rate(|q| q.read);
         sum.written += rate(|q| q.written);
         sum.kicks += rate(|q| q.kicks);
@@ -203,6 +244,18 @@ mod tests {
         // Another process, or a disk that has begun anew.
         assert_eq!(between(&before, &Stats { pid: 7, ..after.clone() }), None);
         assert_eq!(between(&after, &after), None);
+        // Packets that went nowhere, of a port that was added again meanwhile, too.
+        let dropping = |stats: &Stats, all: &[(&str, u64)]| {
+            let mut stats = stats.clone();
+            stats.exports[0].drops = all.iter().map(|(reason, n)| ((*reason).to_owned(), *n)).collect();
+            stats
+        };
+        let [before, after] =
+            [dropping(&before, &[("a", 5), ("b", 9)]), dropping(&after, &[("a", 7), ("b", 4), ("c", 2)])];
+        let now = between(&before, &after).unwrap();
+        let drops: Vec<_> = now.exports[0].drops.iter().map(|d| (d.reason.as_str(), d.all, d.rate)).collect();
+        assert_eq!(drops, [("a", 7, 1.0), ("b", 4, 2.0), ("c", 2, 1.0)]);
+        assert_eq!((now.all.dropped, now.exports[0].rates.errors), (4.0, (20 + 13, 10 + 8)));
         let anew = stats(4_000_000_000, vec![queue(10, &[[10, 10]])]);
         assert!((between(&after, &anew).unwrap().all.iops - 10.0).abs() < 1e-9);
     }

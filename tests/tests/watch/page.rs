@@ -8,11 +8,11 @@ use anyhow::{Context, Result, ensure};
 use kickless_tests::process::built;
 use kickless_tests::scene::Scene;
 use kickless_tests::wait;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::browser::Browser;
-use crate::load::Load;
-use crate::rig::LIMIT;
+use crate::load::{Load, NetLoad};
+use crate::rig::{LIMIT, Rig};
 
 /// `vhostctl page`, on a port of the kernel's choice.
 struct Relay {
@@ -21,12 +21,12 @@ struct Relay {
 }
 
 impl Relay {
-    fn start(load: &Load) -> Result<Relay> {
+    fn start(rig: &Rig) -> Result<Relay> {
         let program = built("vhostctl").context("vhostctl is not built: cargo build -p vhostctl")?;
         let mut child = Command::new("setpriv")
             .args(["--pdeathsig", "KILL", "--"])
             .arg(program)
-            .args(["--api", &load.rig.path("api"), "page", "--listen", "127.0.0.1:0"])
+            .args(["--api", &rig.path("api"), "page", "--listen", "127.0.0.1:0"])
             .stdout(Stdio::piped())
             .spawn()?;
         let mut url = String::new();
@@ -60,7 +60,7 @@ impl Drop for Relay {
 /// What is passed on is what can do no harm.
 pub fn is_only_looked_at(_: &Scene) -> Result<Option<String>> {
     let load = Load::start(&["a"])?;
-    let relay = Relay::start(&load)?;
+    let relay = Relay::start(&load.rig)?;
     for (method, path, host, status, said) in [
         ("GET", "/", "localhost", 200, "<!doctype html>"),
         ("GET", "/metrics", "127.0.0.1:1", 200, "vhost_blk_requests_total{disk=\"a\""),
@@ -106,7 +106,7 @@ fn pixels(browser: &mut Browser, chart: &str, color: &str) -> Result<u64> {
 pub fn is_seen(scene: &Scene) -> Result<Option<String>> {
     let mut load = Load::start(&["web", "mail"])?;
     load.rig.add("<b>archive", "backend=null:1G");
-    let relay = Relay::start(&load)?;
+    let relay = Relay::start(&load.rig)?;
     let mut browser = Browser::start(scene)?;
     browser.open(&relay.url)?;
     wait::until(
@@ -207,4 +207,61 @@ pub fn is_seen(scene: &Scene) -> Result<Option<String>> {
     ensure!(thrown.is_empty(), "{thrown:?}");
     let _: Value = browser.call("Browser.close", serde_json::json!({})).unwrap_or_default();
     Ok(None)
+}
+
+/// Of ports the same page shows packets, bits and drops.
+pub fn shows_ports(scene: &Scene) -> Result<Option<String>> {
+    let mut load = NetLoad::start()?;
+    load.limit("b", json!({ "rx-pps": 10 }));
+    load.limit("a", json!({ "tx-pps": 500 }));
+    let relay = Relay::start(&load.rig)?;
+    let mut browser = Browser::start(scene)?;
+    browser.open(&relay.url)?;
+    wait::until(
+        "charts",
+        LIMIT,
+        || Ok((browser.value("history.length")?.as_u64() >= Some(5)).then_some(())),
+    )?;
+    for (chart, colors) in [("iops", &["a"][..]), ("bandwidth", &["a", "b"]), ("latency", &["a"])] {
+        for color in colors {
+            let seen = pixels(&mut browser, chart, color)?;
+            ensure!(seen > 5, "{seen} pixels of {color} in the chart of {chart}");
+        }
+    }
+    let titles =
+        browser.value("[...document.querySelectorAll('#exports th')].map((th) => th.textContent).join()")?;
+    let expected =
+        "Name,Queues,Packets/s \u{25be},Received/s,Sent/s,Received,Sent,Drops/s,Drops,Why,Limit,Packets";
+    assert_eq!(titles, expected);
+    assert_eq!(
+        browser.value("$('title-iops').textContent + $('title-latency').textContent")?,
+        "PacketsDrops"
+    );
+    let text = "[...document.querySelectorAll('#exports tbody tr')].map((r) => [...r.cells].map((c) => c.textContent))";
+    wait::until("what ports do, and why they drop", LIMIT, || {
+        let rows: Vec<Vec<String>> = serde_json::from_value(browser.value(text)?)?;
+        let of = |name: &str| rows.iter().find(|row| row[0].starts_with(name));
+        let moves =
+            |row: &Vec<String>| row[2] != "0" && row[5].ends_with("bit/s") && row[6].ends_with("bit/s");
+        let drops = |row: &Vec<String>| row[7] != "0" && row[9].contains("switch_tx_rate_limit_drops ");
+        let is_so = of("b").is_some_and(|row| moves(row) && drops(row))
+            && of("a").is_some_and(|row| moves(row) && row[10].ends_with('%'))
+            && of("idle").is_some_and(|row| row[9] == "\u{2013}");
+        Ok(is_so.then_some(()))
+    })?;
+    // At rest everything agrees.
+    load.stop()?;
+    for port in ["a", "b"] {
+        let now = load.rig.port(port);
+        let sum = |what: &str| ["rx", "tx"].iter().filter_map(|way| now[way][what].as_u64()).sum::<u64>();
+        let (packets, drops) = (sum("packets"), sum("discards") + sum("errors"));
+        let of = format!("now.exports.find((e) => e.name === '{port}')");
+        wait::until("the last packet", LIMIT, || {
+            let e = browser.value(&of)?;
+            Ok((e["requests"] == packets && e["errors"] == drops && e["iops"] == 0).then_some(()))
+        })?;
+    }
+    ensure!(browser.complaints.is_empty(), "{:?}", browser.complaints);
+    let _: Value = browser.call("Browser.close", json!({})).unwrap_or_default();
+    load.end()
 }

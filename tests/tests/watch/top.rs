@@ -15,9 +15,10 @@ use kickless_tests::wait;
 use nix::libc;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use serde_json::json;
 
-use crate::load::Load;
-use crate::rig::LIMIT;
+use crate::load::{Load, NetLoad, value};
+use crate::rig::{LIMIT, Rig};
 
 struct Terminal {
     child: Child,
@@ -42,13 +43,13 @@ fn size(rows: u16, cols: u16) -> libc::winsize {
 }
 
 impl Terminal {
-    fn start(load: &Load, rows: u16, cols: u16) -> Result<Terminal> {
+    fn start(rig: &Rig, rows: u16, cols: u16) -> Result<Terminal> {
         let (master, slave) = open(rows, cols)?;
         // A session of its own, whose terminal this is: it hears of another size.
         let child = Command::new("setsid")
             .args(["--ctty", "--wait", "setpriv", "--pdeathsig", "KILL", "--"])
             .arg(built("vhostctl").context("vhostctl is not built: cargo build -p vhostctl")?)
-            .args(["--api", &load.rig.path("api"), "top", "--interval", "0.2"])
+            .args(["--api", &rig.path("api"), "top", "--interval", "0.2"])
             .env("TERM", "xterm-256color")
             .stdin(Stdio::from(slave.try_clone()?))
             .stdout(Stdio::from(slave.try_clone()?))
@@ -124,7 +125,7 @@ fn line_of<'a>(lines: &'a [String], disk: &str) -> Option<Vec<&'a str>> {
 pub fn is_used(_: &Scene) -> Result<Option<String>> {
     let mut load = Load::start(&["web", "mail"])?;
     load.rig.add("archive", "backend=null:1G");
-    let mut terminal = Terminal::start(&load, 24, 80)?;
+    let mut terminal = Terminal::start(&load.rig, 24, 80)?;
     let loaded = |lines: &[String], disk: &str| {
         line_of(lines, disk).is_some_and(|cells| number(cells[2]) > 0.0 && cells[6].ends_with('s'))
     };
@@ -187,5 +188,101 @@ pub fn is_used(_: &Scene) -> Result<Option<String>> {
         let screen = terminal.screen.lock().unwrap();
         Ok((!screen.screen().alternate_screen()).then_some(()))
     })?;
+    Ok(None)
+}
+
+/// Ports have packets, bits in both ways, and drops with their reasons.
+pub fn shows_ports(_: &Scene) -> Result<Option<String>> {
+    let mut load = NetLoad::start()?;
+    let mut terminal = Terminal::start(&load.rig, 24, 80)?;
+    let moves = |lines: &[String], port: &str| {
+        line_of(lines, port).is_some_and(|cells| cells[2..=6].iter().all(|cell| number(cell) > 0.0))
+    };
+    let seen = terminal.shows("two ports under load", |lines| moves(lines, "a") && moves(lines, "b"))?;
+    ensure!(seen[0].contains("vhost-net") && seen[0].contains("3 exports, 2 attached"), "{}", seen[0]);
+    ensure!(
+        seen[1].contains("packets") && seen[1].contains("bit/s") && seen[1].contains("drops"),
+        "{}",
+        seen[1]
+    );
+    let titles: Vec<_> = seen[4].split_whitespace().collect();
+    let expected = ["NAME", "PPS\u{25bc}", "RX/s", "TX/s", "RXbit/s", "TXbit/s", "DROP/s", "DROPS", "LIMIT"];
+    assert_eq!(titles, expected);
+    let idle = line_of(&seen, "idle").context("the idle port")?;
+    ensure!(idle[2..] == ["0", "0", "0", "0", "0", "0", "0", "-"], "{idle:?}");
+
+    // Too much for a receiver is dropped, and it is said why; too much of a sender's waits.
+    load.limit("b", json!({ "rx-pps": 10 }));
+    load.limit("a", json!({ "tx-pps": 500 }));
+    terminal.shows("drops of b, and waits of a", |lines| {
+        let dropped = |cells: Vec<&str>| number(cells[7]) > 0.0 && number(cells[8]) > 0.0;
+        line_of(lines, "b").is_some_and(dropped)
+            && line_of(lines, "a").is_some_and(|cells| cells[9].ends_with('%'))
+    })?;
+    terminal.press("u")?;
+    terminal.shows("queues and reasons", |lines| {
+        let says = |what: &str| lines.iter().any(|line| line.contains(what));
+        says("0 on r0") && says("1 on r0") && says("switch_tx_rate_limit_drops: ")
+    })?;
+    // By what was sent, twice to the right of PPS: `b` sends more than `a` may.
+    terminal.press("u\x1b[C\x1b[C")?;
+    terminal.shows("ports by what they send", |lines| {
+        let is_at = |row: usize, port: &str| lines[row].split_whitespace().nth(1) == Some(port);
+        lines[4].contains("TX/s\u{25bc}") && is_at(5, "b") && is_at(6, "a") && is_at(7, "idle")
+    })?;
+
+    // At rest it agrees with what the daemon has counted.
+    load.stop()?;
+    terminal.resize(30, 120)?;
+    for port in ["a", "b"] {
+        let now = load.rig.port(port);
+        let sum =
+            |what: &str| ["rx", "tx"].iter().filter_map(|way| now[way][what].as_u64()).sum::<u64>() as f64;
+        let (packets, drops) = (sum("packets"), sum("discards") + sum("errors"));
+        terminal.shows("as many packets and drops as were counted", |lines| {
+            line_of(lines, port).is_some_and(|cells| {
+                let near = |cell: &str, n: f64| (number(cell) - n).abs() <= n * 0.01;
+                cells[2] == "0" && near(cells[10], packets) && near(cells[8], drops)
+            })
+        })?;
+    }
+    terminal.press("q")?;
+    let status = wait::until("its end", LIMIT, || Ok(terminal.child.try_wait()?))?;
+    ensure!(status.success(), "{status}");
+    load.end()
+}
+
+/// A limit that is hit is in the metrics and on the screen, and one that is taken away is not.
+pub fn shows_limits(_: &Scene) -> Result<Option<String>> {
+    let load = Load::start(&["slow", "free"])?;
+    let terminal = Terminal::start(&load.rig, 24, 80)?;
+    let metrics = || String::from_utf8(load.rig.call("GET", "/metrics", None).body).unwrap();
+    let sum = |what: &str, disk: &str| -> f64 {
+        let text = metrics();
+        (0..2)
+            .filter_map(|queue| {
+                value(&text, &format!("vhost_blk_{what}{{disk=\"{disk}\",queue=\"{queue}\"}}"))
+            })
+            .sum()
+    };
+    let limited = |lines: &[String], disk: &str| line_of(lines, disk).map(|cells| cells[9].to_owned());
+    terminal.shows("two disks without limits", |lines| {
+        ["slow", "free"].iter().all(|disk| limited(lines, disk).as_deref() == Some("-"))
+    })?;
+    ensure!(sum("limited_total", "slow") == 0.0, "{}", metrics());
+
+    load.rig.does(200, "PUT", "/v1/disks/slow/limits", Some(json!({ "iops-total": 50 })));
+    terminal.shows("that a limit is hit", |lines| {
+        limited(lines, "slow").is_some_and(|cell| cell.ends_with('%'))
+            && limited(lines, "free").as_deref() == Some("-")
+    })?;
+    wait::until("waits in the metrics", LIMIT, || {
+        Ok((sum("limited_total", "slow") > 0.0 && sum("limited_seconds_total", "slow") > 0.0).then_some(()))
+    })?;
+    ensure!(sum("limited_total", "free") == 0.0, "{}", metrics());
+
+    load.rig.does(200, "PUT", "/v1/disks/slow/limits", Some(json!({})));
+    terminal.shows("that there is none any more", |lines| limited(lines, "slow").as_deref() == Some("-"))?;
+    load.end()?;
     Ok(None)
 }

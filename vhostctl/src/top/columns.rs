@@ -10,11 +10,14 @@ use crate::rates::{ExportNow, Rates};
 pub enum Column {
     Name,
     Iops,
+    Received,
+    Sent,
     Read,
     Written,
     P50,
     P99,
     P999,
+    Dropped,
     Errors,
     Limited,
     Requests,
@@ -23,8 +26,8 @@ pub enum Column {
     Peak,
 }
 
-/// All of them, as they stand; those at the end only where there is room.
-pub const COLUMNS: [Column; 13] = [
+/// All of them for disks, as they stand; those at the end only where there is room.
+pub const DISKS: [Column; 13] = [
     Column::Name,
     Column::Iops,
     Column::Read,
@@ -40,12 +43,46 @@ pub const COLUMNS: [Column; 13] = [
     Column::Peak,
 ];
 
+/// The same for ports.
+pub const PORTS: [Column; 12] = [
+    Column::Name,
+    Column::Iops,
+    Column::Received,
+    Column::Sent,
+    Column::Read,
+    Column::Written,
+    Column::Dropped,
+    Column::Errors,
+    Column::Limited,
+    Column::Requests,
+    Column::Kicks,
+    Column::Signals,
+];
+
+/// Those of what a program serves.
+pub fn columns(program: &str) -> &'static [Column] {
+    if is_net(program) { &PORTS } else { &DISKS }
+}
+
+/// Whether it serves ports, whose requests are packets.
+pub fn is_net(program: &str) -> bool {
+    program == "vhost-net"
+}
+
 /// The least that a name gets.
 pub const NAME: u16 = 12;
 
 impl Column {
-    pub fn title(self) -> &'static str {
+    pub fn title(self, is_net: bool) -> &'static str {
         match self {
+            Column::Iops if is_net => "PPS",
+            Column::Read if is_net => "RXbit/s",
+            Column::Written if is_net => "TXbit/s",
+            Column::Errors if is_net => "DROPS",
+            Column::Requests if is_net => "PACKETS",
+            Column::Received => "RX/s",
+            Column::Sent => "TX/s",
+            Column::Dropped => "DROP/s",
             Column::Name => "NAME",
             Column::Iops => "IOPS",
             Column::Read => "READ/s",
@@ -66,16 +103,24 @@ impl Column {
     pub fn width(self) -> u16 {
         match self {
             Column::Name => NAME,
-            Column::Iops | Column::P50 | Column::P99 | Column::P999 | Column::Limited | Column::Peak => 8,
+            Column::Iops
+            | Column::Received
+            | Column::Sent
+            | Column::Dropped
+            | Column::P50
+            | Column::P99
+            | Column::P999
+            | Column::Limited
+            | Column::Peak => 8,
             Column::Read | Column::Written | Column::Errors | Column::Kicks | Column::Signals => 9,
             Column::Requests => 10,
         }
     }
 
-    /// The one so many places further, round all.
-    pub fn next(self, by: isize) -> Column {
-        let at = COLUMNS.iter().position(|c| *c == self).unwrap_or(0) as isize;
-        COLUMNS[(at + by).rem_euclid(COLUMNS.len() as isize) as usize]
+    /// The one so many places further among these, round all.
+    pub fn next(self, by: isize, all: &[Column]) -> Column {
+        let at = all.iter().position(|c| *c == self).unwrap_or(0) as isize;
+        all[(at + by).rem_euclid(all.len() as isize) as usize]
     }
 
     pub fn compare(self, a: &ExportNow, b: &ExportNow) -> Ordering {
@@ -84,6 +129,9 @@ impl Column {
             // As other columns have the most at their top, so this one has the first.
             Column::Name => b.name.cmp(&a.name),
             Column::Iops => by(|r| r.iops),
+            Column::Received => by(|r| r.ways[0]),
+            Column::Sent => by(|r| r.ways[1]),
+            Column::Dropped => by(|r| r.dropped),
             Column::Read => by(|r| r.read),
             Column::Written => by(|r| r.written),
             Column::P50 => a.rates.percentiles.map(|p| p[0]).cmp(&b.rates.percentiles.map(|p| p[0])),
@@ -99,8 +147,9 @@ impl Column {
     }
 
     /// What stands in a line.
-    pub fn cell(self, line: &Line<'_>, is_unfolded: bool) -> String {
+    pub fn cell(self, line: &Line<'_>, is_unfolded: bool, is_net: bool) -> String {
         let rates = line.rates();
+        let amount = |bytes: f64| short(if is_net { 8.0 * bytes } else { bytes });
         let time = |i: usize| rates.percentiles.map_or("-".into(), |p| time(p[i]));
         match self {
             Column::Name => match line {
@@ -111,10 +160,14 @@ impl Column {
                     Some(reactor) => format!("  \u{2514} {} on r{reactor}", queue.queue),
                     None => format!("  \u{2514} {} stopped", queue.queue),
                 },
+                Line::Drops(drops) => drops.reason.clone(),
             },
+            Column::Received => short(rates.ways[0]),
+            Column::Sent => short(rates.ways[1]),
+            Column::Dropped => short(rates.dropped),
             Column::Iops => short(rates.iops),
-            Column::Read => short(rates.read),
-            Column::Written => short(rates.written),
+            Column::Read => amount(rates.read),
+            Column::Written => amount(rates.written),
             Column::P50 => time(0),
             Column::P99 => time(1),
             Column::P999 => time(2),

@@ -6,9 +6,9 @@ use ratatui::style::{Color, Modifier, Style, Stylize};
 use ratatui::text::{Line as TextLine, Span};
 use ratatui::widgets::{Block, Clear, Paragraph};
 
-use super::columns::{COLUMNS, Column, NAME, percent, short, time};
+use super::columns::{Column, NAME, columns, is_net, percent, short, time};
 use super::{Line, Top};
-use crate::rates::{Now, ReactorNow};
+use crate::rates::{DropsNow, Now, ReactorNow};
 
 /// What reactors and exports have at least of a small screen.
 const EXPORTS: u16 = 6;
@@ -23,7 +23,7 @@ const KEYS: [(&str, &str); 10] = [
     ("\u{2190} \u{2192}", "sort by another column"),
     ("r", "in the other order"),
     ("\u{2191} \u{2193} PgUp PgDn Home End", "another export"),
-    ("Enter", "its queues, or not"),
+    ("Enter", "its queues, and why packets were dropped, or not"),
     ("u", "all queues, or none"),
     ("/", "those whose name has something in it; Esc: all"),
     ("p", "stand still, or go on"),
@@ -78,16 +78,25 @@ impl Top {
             second.extend([what.dim(), " ".into(), Span::styled(value, style), "  ".into()]);
         };
         let bold = Style::new().bold();
-        say("iops", short(all.iops), bold);
-        say("read", format!("{}B/s", short(all.read)), bold);
-        say("write", format!("{}B/s", short(all.written)), bold);
-        say("p50/99/99.9", p.join(" "), bold);
-        say("errors", short(all.errors.0 as f64), errors(all.errors));
+        if is_net(&now.program) {
+            say("packets", format!("{}/s", short(all.iops)), bold);
+            say("rx", format!("{}bit/s", short(8.0 * all.read)), bold);
+            say("tx", format!("{}bit/s", short(8.0 * all.written)), bold);
+            say("drops", format!("{}/s", short(all.dropped)), bold);
+            say("in all", short(all.errors.0 as f64), errors(all.errors));
+        } else {
+            say("iops", short(all.iops), bold);
+            say("read", format!("{}B/s", short(all.read)), bold);
+            say("write", format!("{}B/s", short(all.written)), bold);
+            say("p50/99/99.9", p.join(" "), bold);
+            say("errors", short(all.errors.0 as f64), errors(all.errors));
+        }
         frame.render_widget(Paragraph::new(vec![first, TextLine::from(second)]), area);
     }
 
     fn draw_exports(&mut self, frame: &mut Frame<'_>, area: Rect) {
-        let columns = fitting(area.width);
+        let is_net = is_net(self.program());
+        let columns = fitting(area.width, columns(self.program()));
         let name = NAME + area.width.saturating_sub(columns.iter().map(|c| c.width()).sum());
         let head = columns.iter().map(|&column| {
             let mark = match (column == self.sort, self.ascending) {
@@ -95,7 +104,7 @@ impl Top {
                 (true, false) => "\u{25bc}",
                 _ => "",
             };
-            let title = format!("{}{mark}", column.title());
+            let title = format!("{}{mark}", column.title(is_net));
             let style = if column == self.sort { Style::new().bold().cyan() } else { Style::new().bold() };
             Span::styled(aligned(column, &title, name), style)
         });
@@ -109,16 +118,20 @@ impl Top {
         // What the cursor is on is seen, with its queues if they fit.
         let mut offset = self.offset.min(lines.len().saturating_sub(room));
         if let Some(at) = at {
-            let queues = lines[at + 1..].iter().take_while(|line| matches!(line, Line::Queue(_))).count();
+            let queues = lines[at + 1..].iter().take_while(|line| !matches!(line, Line::Export(_))).count();
             offset = offset.max((at + 1 + queues).saturating_sub(room)).min(at);
         }
         for (i, line) in lines.iter().enumerate().skip(offset).take(room) {
             let (unfolded, paused, attached) = match line {
                 Line::Export(e) => (self.unfolded.contains(&e.name), e.paused, e.attached),
                 Line::Queue(q) => (false, false, q.reactor.is_some()),
+                Line::Drops(drops) => {
+                    text.push(draw_drops(drops));
+                    continue;
+                }
             };
             let cells = columns.iter().map(|&column| {
-                let mut cell = column.cell(line, unfolded);
+                let mut cell = column.cell(line, unfolded, is_net);
                 if column == Column::Name && paused {
                     cell.push_str(" paused");
                 }
@@ -155,14 +168,20 @@ impl Top {
     }
 }
 
-/// As many columns as there is room for, in their order.
-fn fitting(width: u16) -> Vec<Column> {
+/// Why packets went nowhere: a reason has a longer name than a column has room for.
+fn draw_drops(drops: &DropsNow) -> TextLine<'static> {
+    let said = format!("  \u{2514} {}: {}, {}/s", drops.reason, short(drops.all as f64), short(drops.rate));
+    TextLine::from(said).style(if drops.rate > 0.0 { Style::new().red() } else { Style::new().dim() })
+}
+
+/// As many of these columns as there is room for, in their order.
+fn fitting(width: u16, all: &[Column]) -> Vec<Column> {
     let mut used = 0;
     let fits = |column: &Column| {
         used += column.width();
         used <= width
     };
-    COLUMNS.into_iter().take_while(fits).collect()
+    all.iter().copied().take_while(fits).collect()
 }
 
 /// In its column: names to the left, numbers to the right; what is too long loses its end.

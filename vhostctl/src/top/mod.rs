@@ -5,6 +5,7 @@ mod draw;
 
 use std::collections::HashSet;
 use std::io::IsTerminal;
+use std::sync::LazyLock;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::Duration;
 
@@ -14,8 +15,8 @@ use control::stats::Stats;
 use ratatui::DefaultTerminal;
 use ratatui::crossterm::event::{self, Event, KeyCode, KeyEvent, KeyEventKind, KeyModifiers};
 
-use crate::rates::{ExportNow, Now, QueueNow, Rates, between};
-use columns::Column;
+use crate::rates::{DropsNow, ExportNow, Now, QueueNow, Rates, between};
+use columns::{Column, columns};
 
 /// The shortest and the longest time between two readings.
 const INTERVALS: std::ops::RangeInclusive<f64> = 0.1..=60.0;
@@ -53,11 +54,14 @@ pub struct Top {
 enum Line<'a> {
     Export(&'a ExportNow),
     Queue(&'a QueueNow),
+    Drops(&'a DropsNow),
 }
 
 impl Line<'_> {
     fn rates(&self) -> &Rates {
+        static NONE: LazyLock<Rates> = LazyLock::new(Rates::default);
         match self {
+            Line::Drops(_) => &NONE,
             Line::Export(export) => &export.rates,
             Line::Queue(queue) => &queue.rates,
         }
@@ -112,13 +116,19 @@ impl Top {
         all
     }
 
-    /// All lines, those of queues below their export.
+    /// What the daemon is called.
+    fn program(&self) -> &str {
+        self.now.as_ref().map_or("", |now| &now.program)
+    }
+
+    /// All lines, those of queues and of drops below their export.
     fn lines(&self) -> Vec<Line<'_>> {
         let mut lines = Vec::new();
         for export in self.sorted() {
             lines.push(Line::Export(export));
             if self.unfolded.contains(&export.name) {
                 lines.extend(export.queues.iter().map(Line::Queue));
+                lines.extend(export.drops.iter().map(Line::Drops));
             }
         }
         lines
@@ -157,8 +167,8 @@ impl Top {
         match key.code {
             KeyCode::Char('q') | KeyCode::Esc => return true,
             KeyCode::Char('h' | '?') => self.help = true,
-            KeyCode::Left | KeyCode::Char('<') => self.sort = self.sort.next(-1),
-            KeyCode::Right | KeyCode::Char('>') => self.sort = self.sort.next(1),
+            KeyCode::Left | KeyCode::Char('<') => self.sort = self.sort.next(-1, columns(self.program())),
+            KeyCode::Right | KeyCode::Char('>') => self.sort = self.sort.next(1, columns(self.program())),
             KeyCode::Char('r') => self.ascending = !self.ascending,
             KeyCode::Up | KeyCode::Char('k') => self.step(-1),
             KeyCode::Down | KeyCode::Char('j') => self.step(1),

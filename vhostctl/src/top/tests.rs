@@ -224,3 +224,37 @@ fn numbers_are_short() {
     );
     assert_eq!([0.0, 0.001, 0.5, 0.996, 0.9996].map(percent), ["-", "<1%", "50%", "99%", "100%"]);
 }
+
+#[test]
+fn ports_have_columns_of_their_own() {
+    let mut top = top();
+    let now = top.now.as_mut().unwrap();
+    now.program = "vhost-net".into();
+    now.exports.truncate(2);
+    let web = &mut now.exports[0];
+    web.rates = Rates {
+        ways: [100_000.0, 20_000.0],
+        written: 1e6,
+        dropped: 5.0,
+        errors: (12, 3),
+        ..rates(120_000.0, 1)
+    };
+    web.drops = vec![DropsNow { reason: "rx_no_buffers_drops".into(), all: 12, rate: 5.0 }];
+    now.all = web.rates.clone();
+    press(&mut top, &[KeyCode::Down, KeyCode::Enter, KeyCode::Right, KeyCode::Right]);
+    assert_eq!((top.sort, order(&top)), (Column::Sent, vec!["web", "mail"]));
+    let terminal = screen(&mut top, 80, 24);
+    let seen = lines(&terminal);
+    let expected = [
+        " packets 120k/s  rx 3.93Gbit/s  tx 8.00Mbit/s  drops 5/s  in all 12",
+        "NAME              PPS    RX/s   TX/s▼  RXbit/s  TXbit/s  DROP/s    DROPS   LIMIT",
+        "▾ web            120k    100k   20.0k    3.93G    8.00M       5       12       -",
+        "  └ rx_no_buffers_drops: 12, 5/s",
+        "▸ mail              0       0       0        0        0       0        0       -",
+    ];
+    assert_eq!([&seen[1], &seen[5], &seen[6], &seen[9], &seen[10]].map(String::as_str), expected);
+    assert_eq!(terminal.backend().buffer()[(4, 9)].fg, Color::Red);
+    // Round and round, by columns of its own alone.
+    press(&mut top, &[KeyCode::Right; 12]);
+    assert_eq!(top.sort, Column::Sent);
+}

@@ -349,14 +349,20 @@ impl Tap {
 
     /// What its card counts as an interface does: to the guest, and from it.
     pub fn flows(&self) -> [Flow; 2] {
+        let all = || (0..self.pairs.len()).filter_map(|at| self.flows_of(at));
+        [all().map(|[rx, _]| rx).sum(), all().map(|[_, tx]| tx).sum()]
+    }
+
+    /// The same of one pair of queues, if there is that.
+    pub fn flows_of(&self, pair: usize) -> Option<[Flow; 2]> {
         let is_bad = |why| {
             matches!(
                 why,
                 TransmitDrop::Short | TransmitDrop::TooLong | TransmitDrop::Header | TransmitDrop::Refused
             )
         };
-        let rx = self.pairs.iter().map(|p| p.receive.flow(|why| why == ReceiveDrop::Failed)).sum();
-        [rx, self.pairs.iter().map(|p| p.transmit.flow(is_bad)).sum()]
+        let pair = self.pairs.get(pair)?;
+        Some([pair.receive.flow(|why| why == ReceiveDrop::Failed), pair.transmit.flow(is_bad)])
     }
 
     fn run(self: &Arc<Tap>, pair: u16) -> io::Result<Running> {
