@@ -445,7 +445,7 @@ mod tests {
     }
 
     /// Of each option some value, on the command line and in a file.
-    const EACH: [(&str, &str); 27] = [
+    const EACH: [(&str, &str); 28] = [
         ("--socket-path=/s", "socket-path = '/s'"),
         ("--fd=3", "fd = 3"),
         ("--blk-file=/f", "blk-file = '/f'"),
