@@ -13,6 +13,7 @@ mod many;
 mod model;
 mod net;
 mod net_random;
+mod outside;
 mod random;
 mod rig;
 mod upgrade;

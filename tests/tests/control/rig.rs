@@ -25,7 +25,11 @@ pub struct Rig {
 impl Rig {
     /// With a configuration file that has this in it, and these options; `CONTROL` stands for a socket.
     pub fn start(file: &str, options: &[&str]) -> Rig {
-        let scene = Scene::new().unwrap();
+        Rig::start_in(Scene::new().unwrap(), file, options)
+    }
+
+    /// The same, in this place.
+    pub fn start_in(scene: Scene, file: &str, options: &[&str]) -> Rig {
         let path = scene.path("blk.toml");
         std::fs::write(&path, format!("{file}api = '{}'\n", scene.path("api").display())).unwrap();
         Rig::configured(scene, "vhost-blk", &path, options)

@@ -3,6 +3,7 @@
 #![allow(clippy::needless_pass_by_value)] // bodies are written where they are passed
 #![allow(clippy::float_cmp)] // of counts
 
+mod access;
 mod browser;
 #[path = "../kill/front.rs"]
 #[allow(dead_code)] // what kills
@@ -34,6 +35,7 @@ fn main() -> ExitCode {
         Test::new("prometheus_reads_the_metrics", metrics::are_read, metrics::no_reader),
         Test::new("the_log_is_json_and_not_flooded", log::is_json_and_not_flooded, || None),
         Test::new("the_log_is_json_to_the_end", log::is_json_to_the_end, || None),
+        Test::new("access_is_by_mode_and_credentials", access::is_by_mode_and_credentials, access::not_root),
         Test::new("top_is_used_in_a_terminal", top::is_used, || None),
         Test::new("top_shows_ports", top::shows_ports, || None),
         Test::new("limits_that_are_hit_are_seen", top::shows_limits, || None),
