@@ -6,6 +6,7 @@ set -euo pipefail
 # PACKAGE WHAT FOR
 needs='qemu-system-x86 the virtual machine that the demo and the end-to-end tests boot
 qemu-utils makes, checks and compares qcow2 images
+cryptsetup-bin makes and reads LUKS volumes, and the library that opens ours
 busybox-static the user space of the guest
 cpio packs the initramfs of the guest
 dash the shell of the guest

@@ -24,6 +24,7 @@
 pub mod accel;
 pub mod agent;
 pub mod bare;
+pub mod cryptsetup;
 pub mod daemon;
 pub mod echo;
 pub mod fio;

@@ -7,7 +7,7 @@ use daemon::{Switch, ring_size};
 use poll_engine::engine::pacing::Pacing;
 use poll_engine::engine::placement::CpuList;
 use vhost_blk::backend::formatted::Format;
-use vhost_blk::cli::{DeviceOptions, Synthetic, parse_size};
+use vhost_blk::cli::{DeviceOptions, KeyOptions, Synthetic, parse_size};
 use vhost_net::cli::pairs;
 use vhost_net::spec::{PortSpec, mac};
 
@@ -60,9 +60,13 @@ pub struct Attach {
     #[arg(value_name = "IMAGE")]
     pub image: PathBuf,
 
-    /// What the bytes of the image mean; never guessed. vmdk needs --read-only
+    /// What the bytes of the image mean; never guessed. vmdk needs --read-only, luks a key
     #[arg(long, value_enum, default_value_t = Format::Raw)]
     pub format: Format,
+
+    /// The key of a LUKS volume
+    #[command(flatten)]
+    pub key: KeyOptions,
 
     /// Name on the vDPA bus; without, that of the image
     #[arg(long, value_name = "NAME")]
@@ -118,9 +122,13 @@ pub struct ServeBlk {
     #[arg(long, value_name = "PATH", conflicts_with = "backend", required_unless_present = "backend")]
     pub blk_file: Option<PathBuf>,
 
-    /// What the bytes of the image mean; never guessed. vmdk needs --read-only
+    /// What the bytes of the image mean; never guessed. vmdk needs --read-only, luks a key
     #[arg(long, value_enum, default_value_t = Format::Raw, conflicts_with = "backend")]
     pub format: Format,
+
+    /// The key of a LUKS volume
+    #[command(flatten)]
+    pub key: KeyOptions,
 
     /// Serve memory or nothing instead of a file, for measuring: ram:SIZE or null:SIZE
     #[arg(long, value_name = "KIND:SIZE")]

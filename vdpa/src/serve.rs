@@ -39,16 +39,18 @@ pub(crate) fn engine(common: &Common, fixed: FixedBuffers) -> Result<Arc<Engine>
 /// `vdpactl attach`.
 pub fn attach(cli: &Attach) -> Result<()> {
     let name = cli.name.clone().unwrap_or_else(|| name_of(&cli.image));
-    let image = Image { file: Some(&cli.image), format: cli.format, ..Image::default() };
+    let key = cli.key.source();
+    let image = Image { file: Some(&cli.image), format: cli.format, key, ..Image::default() };
     blk(name, image, Some(cli.driver), &cli.device, &cli.common)
 }
 
 /// `vdpactl serve blk`.
 pub fn serve_blk(cli: &ServeBlk) -> Result<()> {
     let (file, synthetic, format) = (cli.blk_file.as_deref(), cli.backend, cli.format);
+    let key = cli.key.source();
     blk(
         cli.name.clone(),
-        Image { file, format, synthetic, ..Image::default() },
+        Image { file, format, key, synthetic, ..Image::default() },
         cli.driver,
         &cli.device,
         &cli.common,

@@ -108,9 +108,12 @@ fn disk(disk: &DiskSpec, all: &DeviceOptions) -> Result<(), DiskWrong> {
     let fail = |key: &'static str, why: &str| Err((Some(key), why.to_owned()));
     let is_empty =
         |path: &Option<std::path::PathBuf>| path.as_ref().is_some_and(|p| p.as_os_str().is_empty());
-    for (key, path) in
-        [("socket-path", &disk.socket_path), ("blk-file", &disk.blk_file), ("record", &disk.record)]
-    {
+    for (key, path) in [
+        ("socket-path", &disk.socket_path),
+        ("blk-file", &disk.blk_file),
+        ("record", &disk.record),
+        ("key-file", &disk.key_file),
+    ] {
         if is_empty(path) {
             return fail(key, &format!("{key} is empty"));
         }
@@ -129,7 +132,7 @@ fn disk(disk: &DiskSpec, all: &DeviceOptions) -> Result<(), DiskWrong> {
         if disk.backend.is_some() {
             return fail("clone-of", "clone-of goes with blk-file, the file of the clone");
         }
-        if disk.format == Format::Vmdk {
+        if !matches!(disk.format, Format::Raw | Format::Qcow2) {
             return fail("format", "a clone is a qcow2 image; leave format out");
         }
     }
@@ -144,6 +147,7 @@ fn disk(disk: &DiskSpec, all: &DeviceOptions) -> Result<(), DiskWrong> {
         }
         _ => {}
     }
+    key(disk)?;
     let device = disk.device(all);
     if disk.backend.is_some() && device.fault.is_some_and(|fault| fault.log_writes.is_some()) {
         return fail("fault", "log-writes goes with blk-file");
@@ -155,6 +159,28 @@ fn disk(disk: &DiskSpec, all: &DeviceOptions) -> Result<(), DiskWrong> {
         return fail("backend", &format!("its {size} bytes are no multiple of the block size {block_size}"));
     }
     Ok(())
+}
+
+/// Volumes have one key, others none.
+fn key(disk: &DiskSpec) -> Result<(), DiskWrong> {
+    let keys = [
+        ("key-file", disk.key_file.is_some()),
+        ("key-fd", disk.key_fd.is_some()),
+        ("key-credential", disk.key_credential.is_some()),
+    ];
+    let said: Vec<_> = keys.iter().filter(|(_, said)| *said).map(|(key, _)| *key).collect();
+    let is_luks = disk.format == Format::Luks;
+    match said[..] {
+        [key, ..] if !is_luks => Err((Some(key), format!("{key} goes with format luks"))),
+        [first, second, ..] => Err((Some(second), format!("{first} and {second} exclude each other"))),
+        [] if is_luks => {
+            Err((Some("format"), "luks needs its key; give key-file, key-fd or key-credential".into()))
+        }
+        _ if disk.allow_discards && !is_luks => {
+            Err((Some("allow-discards"), "allow-discards goes with format luks".into()))
+        }
+        _ => Ok(()),
+    }
 }
 
 #[cfg(test)]
@@ -174,6 +200,9 @@ mod tests {
             "x --fd=3 --backend=ram:1M --record=/r",
             "x --socket-path=/s --blk-file=/f --format=vmdk --read-only",
             "x --disk=socket-path=/s,blk-file=/f,format=qcow2",
+            "x --socket-path=/s --blk-file=/f --format=luks --key-file=/k --allow-discards",
+            "x --socket-path=/s --blk-file=/f --format=luks --key-fd=5",
+            "x --disk=socket-path=/s,blk-file=/f,format=luks,key-credential=k,read-only",
             "x --disk=socket-path=/s,blk-file=/f,clone-of=raw:/b",
             "x --api=/a --pool=/b:8",
             "x --disk=socket-path=/s,backend=null:4K,block-size=4096",
@@ -208,6 +237,11 @@ mod tests {
             ("x --socket-path=/s --backend=ram:1M --format=qcow2", top("format")),
             ("x --socket-path=/s --backend=ram:1M --clone-of=/b", top("clone-of")),
             ("x --socket-path=/s --blk-file=/f --format=vmdk --clone-of=/b --read-only", top("format")),
+            ("x --socket-path=/s --blk-file=/f --format=luks", top("format")),
+            ("x --socket-path=/s --blk-file=/f --format=luks --key-file=/k --key-fd=3", top("key-fd")),
+            ("x --socket-path=/s --blk-file=/f --key-credential=k", top("key-credential")),
+            ("x --socket-path=/s --blk-file=/f --allow-discards", top("allow-discards")),
+            ("x --socket-path=/s --blk-file=/f --format=luks --key-fd=3 --clone-of=/b", top("format")),
             ("x --socket-path=/s --blk-file=/f --pool=/b:8", top("pool")),
             ("x --socket-path=/s --backend=ram:1M --fault=log-writes=/w", top("fault")),
             ("x --disk=socket-path=/s,backend=null:512,block-size=4096", of("backend")),

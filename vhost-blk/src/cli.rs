@@ -15,6 +15,7 @@ use poll_engine::session::state::MAX_QUEUES;
 use serde::{Deserialize, Serialize};
 
 use crate::backend::formatted::Format;
+use crate::backend::luks::KeySource;
 use crate::check::check;
 use crate::clone::Base;
 use crate::faults::Faults;
@@ -58,11 +59,15 @@ pub struct Cli {
 }
 
 /// The options that are not [`DeviceOptions`].
-const OWN: [&str; 16] = [
+const OWN: [&str; 20] = [
     "socket_path",
     "fd",
     "blk_file",
     "format",
+    "key_file",
+    "key_fd",
+    "key_credential",
+    "allow_discards",
     "clone_of",
     "pool",
     "backend",
@@ -97,9 +102,26 @@ pub struct Options {
     pub blk_file: Option<PathBuf>,
 
     /// What the bytes of the image mean; never guessed, since a guest may write anything into a raw one. vmdk needs
-    /// --read-only
+    /// --read-only; luks is LUKS2, and needs a key
     #[arg(long, value_enum, default_value_t = Format::Raw)]
     pub format: Format,
+
+    /// The key of a LUKS volume, in a file: all of its bytes, as cryptsetup --key-file takes them
+    #[arg(long, value_name = "PATH")]
+    pub key_file: Option<PathBuf>,
+
+    /// The same, behind an inherited descriptor, up to its end
+    #[arg(long, value_name = "FDNUM")]
+    pub key_fd: Option<i32>,
+
+    /// The same, in a credential of the service (LoadCredentialEncrypted= has the machine's TPM keep it)
+    #[arg(long, value_name = "NAME", value_parser = crate::spec::credential)]
+    #[serde(deserialize_with = "credential")]
+    pub key_credential: Option<String>,
+
+    /// Have what a guest discards on a LUKS volume given up in its file, which shows where nothing is
+    #[arg(long)]
+    pub allow_discards: bool,
 
     /// Make the image if it is not there: a clone, which begins as this one is and keeps what is written (qcow2, of this and
     /// nothing else; formats: raw, qcow2 (which it is if that is not said), vmdk)
@@ -117,9 +139,9 @@ pub struct Options {
     #[serde(deserialize_with = "backend")]
     pub backend: Option<Synthetic>,
 
-    /// Serve a further disk; repeat for more. Keys: socket-path, fd, blk-file, format, clone-of, backend, name, serial,
-    /// incoming, record, and in the place of what all disks have: read-only, num-queues, queue-size, packed, cache, direct, block-size,
-    /// limit and fault (with + for each comma)
+    /// Serve a further disk; repeat for more. Keys: socket-path, fd, blk-file, format, key-file, key-fd, key-credential,
+    /// allow-discards, clone-of, backend, name, serial, incoming, record, and in the place of what all disks have:
+    /// read-only, num-queues, queue-size, packed, cache, direct, block-size, limit and fault (with + for each comma)
     #[arg(long, value_name = "KEY=VALUE,...")]
     pub disk: Vec<DiskSpec>,
 
@@ -232,6 +254,26 @@ pub struct DeviceOptions {
     pub shared_depth: u16,
 }
 
+/// Where the key of the one disk of a command is.
+#[derive(Clone, Debug, Default, Args)]
+pub struct KeyOptions {
+    /// The key of a LUKS volume, in a file: all of its bytes, as cryptsetup --key-file takes them
+    #[arg(long, value_name = "PATH")]
+    pub key_file: Option<PathBuf>,
+
+    /// The same, in a credential of the service
+    #[arg(long, value_name = "NAME", value_parser = crate::spec::credential, conflicts_with = "key_file")]
+    pub key_credential: Option<String>,
+}
+
+impl KeyOptions {
+    /// There, if that is said.
+    pub fn source(&self) -> Option<KeySource> {
+        let file = self.key_file.clone().map(KeySource::File);
+        file.or_else(|| self.key_credential.clone().map(KeySource::Credential))
+    }
+}
+
 /// Pools as a list of texts.
 fn pools<'de, D: serde::Deserializer<'de>>(from: D) -> Result<Vec<PoolSpec>, D::Error> {
     let texts = Vec::<String>::deserialize(from)?;
@@ -287,6 +329,7 @@ impl FromStr for Synthetic {
 }
 
 from_text! {
+    credential: Option<String> = |s| crate::spec::credential(s).map(Some);
     base: Option<Base> = |s| s.parse().map(Some);
     backend: Option<Synthetic> = |s| s.parse().map(Some);
     cpus: Option<CpuList> = |s| said::cpus(s).map(Some);
@@ -356,6 +399,10 @@ impl Options {
             fd: self.fd,
             blk_file: self.blk_file.clone(),
             format: self.format,
+            key_file: self.key_file.clone(),
+            key_fd: self.key_fd,
+            key_credential: self.key_credential.clone(),
+            allow_discards: self.allow_discards,
             clone_of: self.clone_of.clone(),
             backend: self.backend,
             serial: self.device.serial.clone(),
@@ -445,11 +492,15 @@ mod tests {
     }
 
     /// Of each option some value, on the command line and in a file.
-    const EACH: [(&str, &str); 28] = [
+    const EACH: [(&str, &str); 32] = [
         ("--socket-path=/s", "socket-path = '/s'"),
         ("--fd=3", "fd = 3"),
         ("--blk-file=/f", "blk-file = '/f'"),
         ("--format=qcow2", "format = 'qcow2'"),
+        ("--key-file=/k", "key-file = '/k'"),
+        ("--key-fd=4", "key-fd = 4"),
+        ("--key-credential=k", "key-credential = 'k'"),
+        ("--allow-discards", "allow-discards = true"),
         ("--clone-of=raw:/b", "clone-of = 'raw:/b'"),
         ("--pool=/b:8", "pool = ['/b:8']"),
         ("--backend=ram:1G", "backend = 'ram:1G'"),

@@ -12,6 +12,7 @@ use crate::backend::Backend;
 use crate::backend::fault::Faulty;
 use crate::backend::formatted::Mapped;
 use crate::backend::layout::{Layout, Logged, Plain};
+use crate::backend::luks::Ciphered;
 use crate::backend::null::Null;
 use crate::backend::nvme::NvmeBackend;
 use crate::backend::ram::RamBackend;
@@ -126,7 +127,8 @@ impl BlkDevice {
 impl Device for BlkDevice {
     fn features(&self) -> u64 {
         let common = F_SIZE_MAX | F_SEG_MAX | F_BLK_SIZE | F_TOPOLOGY | F_FLUSH | F_CONFIG_WCE | F_MQ;
-        common | if self.disk.is_read_only() { F_RO } else { F_DISCARD | F_WRITE_ZEROES }
+        let writes = if self.disk.is_read_only() { F_RO } else { F_WRITE_ZEROES };
+        common | writes | if self.disk.discards() { F_DISCARD } else { 0 }
     }
 
     fn completes_in_order(&self) -> bool {
@@ -137,7 +139,7 @@ impl Device for BlkDevice {
         match self.disk.storage() {
             Storage::Null | Storage::Ram(_) => true,
             Storage::File(_, traits) => traits.in_memory,
-            Storage::Image(_) | Storage::Nvme(..) => false,
+            Storage::Image(_) | Storage::Luks(_) | Storage::Nvme(..) => false,
         }
     }
 
@@ -261,6 +263,13 @@ impl Device for BlkDevice {
             }
             Storage::Nvme(namespace, ..) => {
                 start.on(NvmeBackend::new(Arc::clone(namespace), Arc::clone(&disk), cache, ring_size)?)
+            }
+            Storage::Luks(volume) => {
+                let layout = Ciphered::new(volume)?;
+                if let Some(log) = disk.write_log() {
+                    log.know(layout.file(), disk.path())?;
+                }
+                start.on_files(layout, volume.traits())
             }
             Storage::Image(image) => {
                 let layout = Mapped::new(image.run().map_err(io::Error::other)?, ring_size)?;

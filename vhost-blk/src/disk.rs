@@ -12,6 +12,7 @@ use tracing::{info, warn};
 use poll_engine::memory::Ram;
 
 use crate::backend::formatted::{ChainError, Formatted};
+use crate::backend::luks::Volume;
 use crate::backend::nvme::Namespace;
 use crate::backend::write_log::WriteLog;
 use crate::faults::Faults;
@@ -56,6 +57,8 @@ pub enum Storage {
     Nvme(Arc<Namespace>, File, FileTraits),
     /// A file that holds a disk in a format of its own.
     Image(Arc<Formatted>),
+    /// A file whose data are enciphered.
+    Luks(Arc<Volume>),
     /// Memory, shared by all queues.
     Ram(Arc<Ram>),
     /// Nowhere: writes vanish, reads leave the guest's buffer as it is.
@@ -116,6 +119,7 @@ impl Storage {
         match self {
             Storage::File(file, traits) | Storage::Nvme(_, file, traits) => Some((file, *traits)),
             Storage::Image(image) => Some((image.file(), image.traits())),
+            Storage::Luks(volume) => Some((volume.file(), volume.traits())),
             Storage::Ram(_) | Storage::Null => None,
         }
     }
@@ -128,6 +132,26 @@ impl Storage {
 
     fn locked(&self) -> impl Iterator<Item = &File> {
         self.file().map(|(file, _)| file).into_iter().chain(self.second())
+    }
+
+    /// Bytes that a block of it has at least.
+    pub fn least_block(&self) -> u32 {
+        match self {
+            Storage::Luks(volume) => volume.sector(),
+            Storage::File(..) | Storage::Nvme(..) | Storage::Image(_) | Storage::Ram(_) | Storage::Null => {
+                512
+            }
+        }
+    }
+
+    /// Whether ranges can be given up.
+    pub fn discards(&self) -> bool {
+        match self {
+            Storage::Luks(volume) => volume.discards(),
+            Storage::File(..) | Storage::Nvme(..) | Storage::Image(_) | Storage::Ram(_) | Storage::Null => {
+                true
+            }
+        }
     }
 }
 
@@ -148,13 +172,14 @@ impl Disk {
         let granularity = match &storage {
             Storage::File(_, traits) | Storage::Nvme(_, _, traits) => u64::from(traits.offset_align),
             Storage::Image(image) => u64::from(image.traits().offset_align),
+            Storage::Luks(volume) => u64::from(volume.traits().offset_align.max(volume.sector())),
             Storage::Ram(_) | Storage::Null => 512,
         };
         // In memory, ranges are zeroed on the reactor: small ones, so that neighbours do not wait. For other files the
         // kernel does it, elsewhere.
         let on_reactor = match &storage {
             Storage::File(_, traits) => traits.in_memory,
-            Storage::Image(_) | Storage::Nvme(..) => false,
+            Storage::Image(_) | Storage::Luks(_) | Storage::Nvme(..) => false,
             Storage::Ram(_) | Storage::Null => true,
         };
         let max_range_sectors = if on_reactor { 1 << 13 } else { 1 << 22 };
@@ -169,11 +194,11 @@ impl Disk {
         let medium = storage.file().filter(|(_, traits)| depth > 0 && !traits.in_memory);
         let device = medium.map(|(file, _)| Device::of(file, depth));
         Disk {
+            block_size: config.block_size.max(storage.least_block()),
             storage,
             device,
             capacity: AtomicU64::new(capacity),
             granularity,
-            block_size: config.block_size,
             read_only: config.read_only,
             serial: config.serial.clone(),
             limits,
@@ -304,9 +329,20 @@ impl Disk {
         aligned && offset.checked_add(len).is_some_and(|end| end <= self.capacity())
     }
 
+    /// What offsets and lengths of requests are multiples of, bytes.
+    #[inline]
+    pub fn granularity(&self) -> u32 {
+        self.granularity as u32
+    }
+
     /// Logical block size in bytes.
     pub fn block_size(&self) -> u32 {
         self.block_size
+    }
+
+    /// Whether a guest may discard ranges.
+    pub fn discards(&self) -> bool {
+        !self.read_only && self.storage.discards()
     }
 
     /// Whether writes are refused.
@@ -393,8 +429,11 @@ impl Disk {
     /// its size: requests beyond its end fail one by one.
     pub fn grow(&self) -> Result<Option<u64>, OpenError> {
         // Nobody else may resize an image in a format of its own while it is ours.
-        let (Storage::File(file, _) | Storage::Nvme(_, file, _)) = &self.storage else { return Ok(None) };
-        let size = crate::open::size_of(file.as_fd())?;
+        let size = match &self.storage {
+            Storage::File(file, _) | Storage::Nvme(_, file, _) => crate::open::size_of(file.as_fd())?,
+            Storage::Luks(volume) => volume.size()?,
+            Storage::Image(_) | Storage::Ram(_) | Storage::Null => return Ok(None),
+        };
         let size = size - size % u64::from(self.block_size);
         if size <= self.capacity() {
             return Ok(None);

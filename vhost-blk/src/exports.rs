@@ -96,6 +96,8 @@ impl Wanted {
             serial: &device.serial,
             read_only: device.read_only,
             incoming: spec.incoming,
+            key: spec.key_source(),
+            discards: spec.allow_discards,
             beside: other.and_then(|other| other.fds.into_iter().next()),
         };
         Ok(Arc::new(image.open(device)?))
@@ -217,7 +219,9 @@ impl Served {
     pub fn image(&self) -> Option<&Formatted> {
         match self.disk.storage() {
             Storage::Image(image) => Some(image),
-            Storage::File(..) | Storage::Nvme(..) | Storage::Ram(_) | Storage::Null => None,
+            Storage::File(..) | Storage::Luks(_) | Storage::Nvme(..) | Storage::Ram(_) | Storage::Null => {
+                None
+            }
         }
     }
 
@@ -328,6 +332,12 @@ impl Exports {
                 "a running daemon inherits nothing; give a socket-path".into(),
             ));
         }
+        if spec.key_fd.is_some() {
+            return Err(Refused::Wrong(
+                Some("key-fd"),
+                "a running daemon inherits nothing; give a key-file or a key-credential".into(),
+            ));
+        }
         let image = spec.blk_file.clone();
         let wanted = Wanted::new(spec, &self.options.device).map_err(|e| conflict(&e))?;
         let made = wanted.make(|base, path| self.pools.clone_to(base, path)).map_err(|e| conflict(&e))?;
@@ -386,8 +396,9 @@ impl Exports {
     pub fn grow(&self, key: &str, size: Option<&str>) -> Result<Arc<Served>, Refused> {
         let _change = self.changes.begin()?;
         let served = self.find(key)?;
-        let file = match served.disk.storage() {
-            Storage::File(file, _) | Storage::Nvme(_, file, _) => file,
+        let (file, before) = match served.disk.storage() {
+            Storage::File(file, _) | Storage::Nvme(_, file, _) => (file, 0),
+            Storage::Luks(volume) => (volume.file(), volume.offset()),
             Storage::Image(image) => {
                 return Err(Refused::Conflict(format!(
                     "{key} is a {} image, which stays as large as it is while it is served; remove it, resize the image \
@@ -408,6 +419,8 @@ impl Exports {
                 let why = format!("{key} has {has} bytes, and a disk never shrinks; give a larger size");
                 return Err(Refused::Wrong(Some("size"), why));
             }
+            // As large as the disk is to be, with what is before its data.
+            let len = size.saturating_add(before);
             let is_file = file.metadata().is_ok_and(|meta| meta.is_file());
             if !is_file || served.is_read_only {
                 let why = format!(
@@ -416,7 +429,7 @@ impl Exports {
                 return Err(Refused::Conflict(why));
             }
             let grown =
-                file.metadata().and_then(|meta| if meta.len() < size { file.set_len(size) } else { Ok(()) });
+                file.metadata().and_then(|meta| if meta.len() < len { file.set_len(len) } else { Ok(()) });
             grown.map_err(|e| Refused::Conflict(format!("{key} cannot be made {size} bytes large: {e}")))?;
         }
         served.grow().map_err(|e| conflict(&e))?;

@@ -11,6 +11,7 @@ use poll_engine::memory::Ram;
 use tracing::{info, warn};
 
 use crate::backend::formatted::{Format, Formatted};
+use crate::backend::luks::{KeySource, Volume};
 use crate::backend::nvme::{self, NoCommands};
 use crate::backend::write_log::WriteLog;
 use crate::cli::{CacheMode, DeviceOptions, Synthetic};
@@ -24,6 +25,10 @@ pub struct Image<'a> {
     pub file: Option<&'a Path>,
     /// What its bytes mean.
     pub format: Format,
+    /// The key of a LUKS volume.
+    pub key: Option<KeySource>,
+    /// Whether what is discarded on such a volume is given up.
+    pub discards: bool,
     /// Or none.
     pub synthetic: Option<Synthetic>,
     /// Serial number.
@@ -98,6 +103,26 @@ impl Image<'_> {
         }
     }
 
+    fn open_luks(
+        &self,
+        path: &Path,
+        direct: bool,
+        block_size: u32,
+        owner: Owner<'_>,
+    ) -> Result<(Storage, u64)> {
+        let key = self.key.as_ref().context("a LUKS volume without its key; say where that is")?;
+        let (file, traits) = open_file(path, self.read_only, direct)?;
+        own(path, &file, self.read_only, owner)?;
+        let volume = Volume::open(path, (file, traits), key, self.discards)?;
+        let block_size = block_size.max(volume.sector());
+        if traits.offset_align > block_size {
+            bail!(OpenError::Alignment { path: path.to_owned(), align: traits.offset_align });
+        }
+        let size = volume.size()?;
+        let size = size - size % u64::from(block_size);
+        Ok((Storage::Luks(Arc::new(volume)), size))
+    }
+
     /// The disk.
     pub fn open(mut self, options: &DeviceOptions) -> Result<Disk> {
         let faults = options.fault.clone();
@@ -106,6 +131,9 @@ impl Image<'_> {
         if let Some(faults) = &faults {
             let name = self.file.map_or("a disk without a file".into(), |path| path.display().to_string());
             warn!("{name} is FAULTY ON PURPOSE, for a rehearsal: {faults}");
+        }
+        if self.key.is_some() && self.format != Format::Luks {
+            bail!("a key goes with format luks");
         }
         let (storage, capacity) = match (self.file, self.synthetic) {
             (Some(path), _) => {
@@ -116,10 +144,12 @@ impl Image<'_> {
                     Some(theirs) => Owner::Beside(theirs),
                     None => Owner::Us,
                 };
-                if self.format == Format::Raw {
-                    self.open_raw(path, direct, options, owner)?
-                } else {
-                    self.open_formatted(path, direct, options.block_size, owner, log.clone())?
+                match self.format {
+                    Format::Raw => self.open_raw(path, direct, options, owner)?,
+                    Format::Luks => self.open_luks(path, direct, options.block_size, owner)?,
+                    Format::Qcow2 | Format::Vmdk => {
+                        self.open_formatted(path, direct, options.block_size, owner, log.clone())?
+                    }
                 }
             }
             (None, Some(Synthetic::Ram(size))) => {

@@ -16,6 +16,7 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1};
 use signal_hook::iterator::Signals;
 use tracing::{info, warn};
 use vhost_blk::api::router;
+use vhost_blk::backend::luks;
 use vhost_blk::cli::{Cli, Options};
 use vhost_blk::clone::Base;
 use vhost_blk::exports::{Exports, HandedOver, Wanted};
@@ -62,6 +63,10 @@ fn serve(
     let is_heir = cli.upgrade.takeover.is_some();
     let confinement =
         cli.confine.threads(identity, &places(&wanted, cli, options), CapabilitySet::empty())?;
+    if options.api.is_some() {
+        // Volumes may come later, when code is loaded no more.
+        luks::prepare();
+    }
     // A guest that migrates may come before its memory, later.
     userfault::keep_device();
     for w in &wanted {
@@ -141,6 +146,7 @@ fn places(wanted: &[Wanted], cli: &Cli, options: &Options) -> Places {
     if options.api.is_some() {
         // Disks that are added. Threads that guests have to do with stay without any files.
         places.for_api(&options.allow, cli.config.as_deref());
+        places.read.extend(luks::credentials());
     }
     places
 }

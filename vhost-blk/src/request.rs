@@ -173,6 +173,9 @@ pub fn parse(chain: &ChainView<'_>, disk: &Disk) -> Result<Operation, Invalid> {
             if disk.is_read_only() {
                 return Err(Invalid::ReadOnly);
             }
+            if kind == T_DISCARD && !disk.discards() {
+                return Err(Invalid::Unsupported(kind));
+            }
             let count = data_out / SEGMENT;
             if count == 0 || !data_out.is_multiple_of(SEGMENT) || count > disk.limits().max_segments {
                 return Err(Invalid::Length(kind, data_out));

@@ -50,8 +50,20 @@ fn updated(
 
 impl Listed for DiskSpec {
     const LIST: &'static str = "disk";
-    const FIRST: &'static [&'static str] =
-        &["socket-path", "fd", "blk-file", "format", "clone-of", "backend", "serial", "record"];
+    const FIRST: &'static [&'static str] = &[
+        "socket-path",
+        "fd",
+        "blk-file",
+        "format",
+        "key-file",
+        "key-fd",
+        "key-credential",
+        "allow-discards",
+        "clone-of",
+        "backend",
+        "serial",
+        "record",
+    ];
 
     fn place(&self) -> Option<String> {
         DiskSpec::place(self).map(|place| place.key())

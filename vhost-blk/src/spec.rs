@@ -9,6 +9,7 @@ use serde::Deserialize;
 use utoipa::ToSchema;
 
 use crate::backend::formatted::Format;
+use crate::backend::luks::KeySource;
 use crate::cli::{CacheMode, DeviceOptions, Synthetic, block_size, cache_mode, num_queues, serial};
 use crate::clone::Base;
 use crate::faults::Faults;
@@ -40,6 +41,21 @@ pub struct DiskSpec {
     /// What the bytes of that mean.
     #[serde(deserialize_with = "some_format")]
     pub format: Format,
+    /// The file that the key of a LUKS volume is in.
+    #[schema(value_type = String)]
+    pub key_file: Option<PathBuf>,
+    /// Or a descriptor that was inherited for that.
+    #[serde(deserialize_with = "some_fd")]
+    #[schema(value_type = i32)]
+    pub key_fd: Option<i32>,
+    /// Or the service's credential that it is in.
+    #[serde(deserialize_with = "some_credential")]
+    #[schema(value_type = String, pattern = "^[^/]+$")]
+    pub key_credential: Option<String>,
+    /// Have what a guest discards on such a volume given up in its file, where it is seen then.
+    #[serde(deserialize_with = "on_off_")]
+    #[schema(value_type = bool)]
+    pub allow_discards: bool,
     /// What that is a clone of, as [FORMAT:]PATH: it is made if it is not there.
     #[serde(deserialize_with = "some_base")]
     #[schema(value_type = String, example = "base.qcow2")]
@@ -100,6 +116,7 @@ from_text! {
     some_name: Option<String> = |s| name(s).map(Some);
     some_fd: Option<i32> = |s| s.parse().map(Some).map_err(|_| format!("'{s}' is no descriptor number"));
     some_format: Format = format;
+    some_credential: Option<String> = |s| credential(s).map(Some);
     some_base: Option<Base> = |s| s.parse().map(Some);
     some_backend: Option<Synthetic> = |s| s.parse().map(Some);
     text: String = serial;
@@ -148,6 +165,13 @@ impl DiskSpec {
     /// What the bytes of its file mean. A clone is a qcow2 image.
     pub fn format(&self) -> Format {
         if self.clone_of.is_some() { Format::Qcow2 } else { self.format }
+    }
+
+    /// Where its key is, if that is said.
+    pub fn key_source(&self) -> Option<KeySource> {
+        let file = self.key_file.clone().map(KeySource::File);
+        let credential = || self.key_credential.clone().map(KeySource::Credential);
+        file.or_else(|| self.key_fd.map(KeySource::Fd)).or_else(credential)
     }
 
     /// What it is made of, if that is said.
@@ -208,6 +232,10 @@ impl DiskSpec {
             ("fd", self.fd.map(|fd| Written::Number(fd.into()))),
             ("blk-file", path(&self.blk_file)),
             ("format", (self.format != Format::Raw).then(|| Written::Text(self.format.to_string()))),
+            ("key-file", path(&self.key_file)),
+            ("key-fd", self.key_fd.map(|fd| Written::Number(fd.into()))),
+            ("key-credential", text(self.key_credential.clone())),
+            ("allow-discards", self.allow_discards.then_some(Written::Truth(true))),
             ("clone-of", text(self.clone_of.as_ref().map(Base::to_string))),
             ("backend", text(backend)),
             ("serial", text(Some(self.serial.clone()).filter(|serial| !serial.is_empty()))),
@@ -229,7 +257,16 @@ impl DiskSpec {
 
 /// A format.
 fn format(s: &str) -> Result<Format, String> {
-    <Format as clap::ValueEnum>::from_str(s, false).map_err(|_| format!("'{s}' is none of raw, qcow2, vmdk"))
+    <Format as clap::ValueEnum>::from_str(s, false)
+        .map_err(|_| format!("'{s}' is none of raw, qcow2, vmdk, luks"))
+}
+
+/// The name of a credential (systemd.exec(5)).
+pub(crate) fn credential(s: &str) -> Result<String, String> {
+    if s.is_empty() || s.contains('/') || s == "." || s == ".." {
+        return Err(format!("'{s}' is no name of a credential, which is that of a file in one directory"));
+    }
+    Ok(s.to_owned())
 }
 
 fn name(s: &str) -> Result<String, String> {

@@ -49,6 +49,9 @@ impl About {
             Storage::Image(image) => {
                 (Medium::Image(image.format()), Some(image.file().as_fd().try_clone_to_owned()?))
             }
+            Storage::Luks(volume) => {
+                (Medium::Image(Format::Luks), Some(volume.file().as_fd().try_clone_to_owned()?))
+            }
             Storage::Ram(ram) => (Medium::Ram(disk.capacity()), Some(ram.fd().try_clone_to_owned()?)),
             Storage::Null => (Medium::Null, None),
         };

@@ -1,4 +1,5 @@
 //! A disk beside a plain copy of it in memory.
+#![allow(dead_code)] // each test program uses its part
 
 use std::path::Path;
 
@@ -35,27 +36,31 @@ pub fn pattern(len: usize, seed: u64) -> Vec<u8> {
 /// What a disk holds.
 pub struct Copy {
     pub bytes: Vec<u8>,
+    /// Bytes of a block.
+    pub block: usize,
+    /// Whether ranges are discarded, too.
+    pub discards: bool,
     random: Random,
 }
 
 impl Copy {
     pub fn new(bytes: Vec<u8>, seed: u64) -> Copy {
-        Copy { bytes, random: Random(seed) }
+        Copy { bytes, block: SECTOR, discards: true, random: Random(seed) }
     }
 
     /// A range of sectors: often small, sometimes as large as a request may be; often where others begin or end.
     fn range(&mut self) -> std::ops::Range<usize> {
-        let sectors = self.bytes.len() / SECTOR;
-        let most = [1, 8, 64, 300, 2048][self.random.below(5)].min(sectors);
-        let len = 1 + self.random.below(most);
-        let mut first = self.random.below(sectors - len + 1);
+        let blocks = self.bytes.len() / self.block;
+        let most = [1, 8, 64, 300, 2048][self.random.below(5)] * SECTOR / self.block;
+        let len = 1 + self.random.below(most.clamp(1, blocks));
+        let mut first = self.random.below(blocks - len + 1);
         if self.random.below(3) == 0 {
             first &= !127;
         }
         if self.random.below(40) == 0 {
-            first = sectors - len;
+            first = blocks - len;
         }
-        first * SECTOR..(first + len) * SECTOR
+        first * self.block..(first + len) * self.block
     }
 }
 
@@ -76,10 +81,13 @@ fn expect(lane: &mut Lane, range: std::ops::Range<usize>, bytes: &[u8]) -> Resul
     Ok(())
 }
 
+/// A range of sectors as a discard or write-zeroes has it (virtio 1.3, 5.2.6).
+pub fn segment(first: u64, sectors: u32, flags: u32) -> Vec<u8> {
+    [&first.to_le_bytes()[..], &sectors.to_le_bytes(), &flags.to_le_bytes()].concat()
+}
+
 fn clear(lane: &mut Lane, kind: u32, range: &std::ops::Range<usize>, flags: u32) -> Result<()> {
-    let mut segment = ((range.start / SECTOR) as u64).to_le_bytes().to_vec();
-    segment.extend(((range.len() / SECTOR) as u32).to_le_bytes());
-    segment.extend(flags.to_le_bytes());
+    let segment = segment((range.start / SECTOR) as u64, (range.len() / SECTOR) as u32, flags);
     lane.put(lane.area + 4096, &segment);
     let answer = lane.request(kind, 0, &Shape { out: &[16], ..Shape::default() });
     ensure!(answer == (OK, 1), "request {kind} of {range:?}: {answer:?}");
@@ -101,7 +109,7 @@ pub fn step(lane: &mut Lane, copy: &mut Copy) -> Result<()> {
             copy.bytes[range.clone()].fill(0);
             expect(lane, range, &copy.bytes)?;
         }
-        8 => {
+        8 if copy.discards => {
             clear(lane, DISCARD, &range, 0)?;
             // What it holds now is what it has held, or nothing.
             let found = read(lane, range.clone())?;
@@ -125,7 +133,7 @@ pub fn step(lane: &mut Lane, copy: &mut Copy) -> Result<()> {
     Ok(())
 }
 
-fn serve(scene: &Scene, path: &Path, args: &[&str]) -> (Served, Front) {
+pub fn serve(scene: &Scene, path: &Path, args: &[&str]) -> (Served, Front) {
     let image = format!("--blk-file={}", path.display());
     let served = Served::start(scene, &[&[&*image, "--num-queues=2"], args].concat());
     let front = Front::connect(&served.socket, 2);
@@ -134,7 +142,12 @@ fn serve(scene: &Scene, path: &Path, args: &[&str]) -> (Served, Front) {
 
 /// Serves a qcow2 image, and uses it as its copy.
 pub fn exercise(scene: &Scene, path: &Path, copy: &mut Copy, args: &[&str]) -> Result<()> {
-    let (served, mut front) = serve(scene, path, &[args, &["--format=qcow2"]].concat());
+    exercise_as(scene, path, copy, &[args, &["--format=qcow2"]].concat())
+}
+
+/// As [`exercise`], of whatever format the arguments say.
+pub fn exercise_as(scene: &Scene, path: &Path, copy: &mut Copy, args: &[&str]) -> Result<()> {
+    let (served, mut front) = serve(scene, path, args);
     for i in 0..requests() {
         step(&mut front.queues[i % 2], copy)?;
     }

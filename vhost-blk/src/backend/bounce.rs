@@ -4,9 +4,6 @@
 
 use std::collections::VecDeque;
 
-/// Buffers of a queue; further requests that need one wait their turn.
-const MAX: usize = 8;
-
 #[repr(C, align(4096))]
 #[derive(Clone, Copy)]
 struct Page([u8; 4096]);
@@ -42,15 +39,16 @@ impl Bounce {
 /// The buffers of a queue, and who waits for one.
 pub struct Pool {
     pages: usize,
+    max: usize,
     free: Vec<Bounce>,
     made: usize,
     waiting: VecDeque<u32>,
 }
 
 impl Pool {
-    /// Of buffers with this many pages.
-    pub fn new(pages: usize) -> Pool {
-        Pool { pages, free: Vec::new(), made: 0, waiting: VecDeque::new() }
+    /// Of at most `max` buffers with this many pages. Further requests that need one wait their turn.
+    pub fn new(pages: usize, max: usize) -> Pool {
+        Pool { pages, max, free: Vec::new(), made: 0, waiting: VecDeque::new() }
     }
 
     /// Bytes of a buffer.
@@ -63,7 +61,7 @@ impl Pool {
         if let Some(buffer) = self.free.pop() {
             return Some(buffer);
         }
-        if self.made == MAX {
+        if self.made == self.max {
             self.waiting.push_back(tag);
             return None;
         }

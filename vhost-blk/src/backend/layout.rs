@@ -4,6 +4,8 @@ use std::fs::File;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 
+use poll_engine::ring::chain::Slices;
+
 use super::formatted::errand::{Errand, Inbox};
 use super::write_log::WriteLog;
 use crate::disk::Access;
@@ -32,6 +34,9 @@ pub trait Layout: Send + 'static {
     const BOUNCE_PAGES: usize;
     /// Whether some places are for workers only.
     const HAS_WORKERS: bool;
+    /// Whether the files have other bytes than the disk: what is read and written passes through bounce buffers then, and
+    /// through the functions below.
+    const CIPHERS: bool = false;
 
     /// Where `offset` is, and as much of the `len` bytes from there on as is together with it; never nothing.
     fn place(&self, access: Access, offset: u64, len: u32) -> Place;
@@ -67,6 +72,21 @@ pub trait Layout: Send + 'static {
     fn write_log(&self) -> Option<&WriteLog> {
         None
     }
+
+    /// What a file is to have for `data`, which is written at `offset`.
+    fn encipher(&mut self, _offset: u64, _data: Slices<'_>, _into: &mut [u8]) {
+        unreachable!("no cipher")
+    }
+
+    /// What a file is to have for zeros.
+    fn encipher_zeros(&mut self, _offset: u64, _into: &mut [u8]) {
+        unreachable!("no cipher")
+    }
+
+    /// What a file has at `offset` as `data`; `from` is changed by that.
+    fn decipher(&mut self, _offset: u64, _from: &mut [u8], _data: Slices<'_>) {
+        unreachable!("no cipher")
+    }
 }
 
 /// As they are in a file.
@@ -93,6 +113,7 @@ pub struct Logged<L>(pub L, pub Arc<WriteLog>);
 impl<L: Layout> Layout for Logged<L> {
     const BOUNCE_PAGES: usize = L::BOUNCE_PAGES;
     const HAS_WORKERS: bool = L::HAS_WORKERS;
+    const CIPHERS: bool = L::CIPHERS;
 
     fn place(&self, access: Access, offset: u64, len: u32) -> Place {
         self.0.place(access, offset, len)
@@ -124,5 +145,17 @@ impl<L: Layout> Layout for Logged<L> {
 
     fn write_log(&self) -> Option<&WriteLog> {
         Some(&self.1)
+    }
+
+    fn encipher(&mut self, offset: u64, data: Slices<'_>, into: &mut [u8]) {
+        self.0.encipher(offset, data, into);
+    }
+
+    fn encipher_zeros(&mut self, offset: u64, into: &mut [u8]) {
+        self.0.encipher_zeros(offset, into);
+    }
+
+    fn decipher(&mut self, offset: u64, from: &mut [u8], data: Slices<'_>) {
+        self.0.decipher(offset, from, data);
     }
 }

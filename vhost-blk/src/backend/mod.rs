@@ -4,6 +4,7 @@ pub mod bounce;
 pub mod fault;
 pub mod formatted;
 pub mod layout;
+pub mod luks;
 pub mod null;
 pub mod nvme;
 pub mod power_cut;

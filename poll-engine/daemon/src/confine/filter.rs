@@ -187,6 +187,8 @@ const SESSION: &[i64] = &[
     // Into and out of the pipe that a device's state goes by.
     libc::SYS_splice,
     libc::SYS_memfd_create,
+    // Keys are kept from being swapped out.
+    libc::SYS_mlock,
     libc::SYS_dup,
     libc::SYS_dup3,
     libc::SYS_fstatfs,

@@ -175,6 +175,10 @@ impl Opening<'_> {
                 Ok((FormatAccess::new(vmdk), number, PLAIN_CLUSTER))
             }
             Format::Qcow2 => self.qcow2(file, writable),
+            // No part of an image, as yet; one by itself is `backend::luks`.
+            Format::Luks => {
+                Err(ChainError::UnknownFormat(path.clone(), path.display().to_string(), format.to_string()))
+            }
         }
     }
 

@@ -63,6 +63,8 @@ pub enum Format {
     Qcow2,
     /// VMware's, for reading only.
     Vmdk,
+    /// What cryptsetup makes of LUKS2: enciphered, by a key.
+    Luks,
 }
 
 impl std::fmt::Display for Format {
@@ -71,6 +73,7 @@ impl std::fmt::Display for Format {
             Format::Raw => "raw",
             Format::Qcow2 => "qcow2",
             Format::Vmdk => "vmdk",
+            Format::Luks => "luks",
         })
     }
 }

@@ -17,7 +17,7 @@ use poll_engine::engine::queue::{Queue, Request};
 use poll_engine::engine::reactor::Io;
 use poll_engine::ring::chain::ChainView;
 
-use self::slot::{Phase, Slot, data, fill_bounce, is_misaligned};
+use self::slot::{Phase, Slot, Through, data, fill_bounce, is_misaligned, is_within};
 use super::bounce::Pool;
 use super::formatted::errand::{Answer, Errand, Inbox, WANTS_DATA, What};
 use super::layout::{Layout, Place};
@@ -31,6 +31,12 @@ use crate::share::{Share, weight_of};
 
 /// Most iovecs of one operation (`UIO_MAXIOV`); longer requests go in several.
 const MAX_IOVECS: usize = 1024;
+/// Buffers of a queue that pieces of requests pass through.
+const BOUNCES: usize = 8;
+/// The same where all of them do, and are enciphered on the way: few long ones, which bounds for how long neighbours wait.
+const LONG_PIECES: usize = 4;
+/// And requests that are no longer than a buffer of so many pages, in numbers that storage is kept busy with.
+const SHORT: (usize, usize) = (4, 128);
 /// The tag of the wait for answers of workers; the ring has no slot of this number.
 const ANSWERS: u32 = u32::MAX;
 
@@ -45,6 +51,8 @@ pub struct UringBackend<L> {
     slots: Vec<Slot>,
     free: Vec<u32>,
     bounces: Pool,
+    /// Those of short requests, with a cipher.
+    short: Pool,
 }
 
 /// What to do with a slot after a step.
@@ -73,7 +81,8 @@ impl<L: Layout> UringBackend<L> {
             cache,
             slots: std::iter::repeat_with(Slot::default).take(size as usize).collect(),
             free: (0..size).rev().collect(),
-            bounces: Pool::new(L::BOUNCE_PAGES),
+            bounces: Pool::new(L::BOUNCE_PAGES, if L::CIPHERS { LONG_PIECES } else { BOUNCES }),
+            short: Pool::new(SHORT.0, SHORT.1),
         }
     }
 
@@ -112,7 +121,10 @@ impl<L: Layout> UringBackend<L> {
         let slot = &mut self.slots[tag as usize];
         let Some(chain) = slot.held.view() else { return lost() };
         let mut bytes = vec![0; len as usize];
-        data(&chain, Access::Write, slot.done, len).read(&mut bytes);
+        match &slot.bounce {
+            Some(buffer) if slot.bounced => bytes.copy_from_slice(&buffer.bytes()[..len as usize]),
+            _ => drop(data(&chain, Access::Write, slot.done, len).read(&mut bytes)),
+        }
         slot.logged = log.begin(fd.0, Change::Write { offset, bytes: &bytes, durable });
     }
 
@@ -123,8 +135,8 @@ impl<L: Layout> UringBackend<L> {
             let (at, left) = (offset + u64::from(slot.done), len - slot.done);
             match (self.layout.place(access, at, left), access) {
                 (Place::File { fd, offset, len }, _) => {
-                    return if slot.needs_bounce {
-                        self.transfer_bounced(io, tag, access, (fd, offset, len))
+                    return if slot.through.is_some() {
+                        self.transfer_bounced(io, tag, access, at, (fd, offset, len))
                     } else {
                         self.transfer_at(io, tag, access, (fd, offset, len))
                     };
@@ -188,19 +200,23 @@ impl<L: Layout> UringBackend<L> {
         Step::Going
     }
 
-    /// As `transfer_at`, through a buffer that is aligned where the guest's memory is not.
+    /// As `transfer_at`, through a buffer: one that is aligned where the guest's memory is not, or one for a cipher to work
+    /// in. On the disk, it is the part from `offset` on.
     fn transfer_bounced(
         &mut self,
         io: &mut Io<'_>,
         tag: u32,
         access: Access,
+        offset: u64,
         (fd, at, len): (RawFd, u64, u32),
     ) -> Step {
         let flags = self.rw_flags(access);
         let fd = types::Fd(fd);
         let slot = &mut self.slots[tag as usize];
-        let n = len.min(self.bounces.size());
-        if !fill_bounce(slot, &mut self.bounces, tag, access, n) {
+        let short = slot.through == Some(Through::Short);
+        let pool = if short { &mut self.short } else { &mut self.bounces };
+        let n = len.min(pool.size());
+        if !fill_bounce(slot, pool, &mut self.layout, tag, (access, offset, n)) {
             return Step::Going;
         }
         if access == Access::Write {
@@ -226,7 +242,7 @@ impl<L: Layout> UringBackend<L> {
             return Step::Going;
         }
         let len = len.min(self.bounces.size());
-        if !fill_bounce(slot, &mut self.bounces, tag, access, len) {
+        if !fill_bounce(slot, &mut self.bounces, &mut self.layout, tag, (access, offset, len)) {
             return Step::Going;
         }
         let Some(buffer) = slot.bounce.take() else { return lost() };
@@ -256,6 +272,7 @@ impl<L: Layout> UringBackend<L> {
 
     /// Acts on the result of the slot's operation.
     fn step(&mut self, io: &mut Io<'_>, tag: u32, result: i32) -> Step {
+        let whole = self.whole(result);
         let slot = &mut self.slots[tag as usize];
         let (Some(operation), Some(phase)) = (slot.operation, slot.phase) else { return lost() };
         if let Some(log) = self.layout.write_log() {
@@ -272,24 +289,17 @@ impl<L: Layout> UringBackend<L> {
         }
         if failed && matches!(-result, libc::EINTR | libc::EAGAIN) {
             // Not begun; again.
-            return match phase {
-                Phase::Main => self.main(io, tag),
-                Phase::Room => lost(),
-                Phase::Range(i, done) => self.range(io, tag, i, done),
-                Phase::Zeros(i, done) => self.write_zeros(io, tag, i, done),
-                Phase::Sync => self.sync(io, tag),
-                Phase::Over => Step::Over(Outcome::Done),
-            };
+            return self.again(io, tag, phase);
         }
         match (phase, operation) {
-            (Phase::Main, Operation::Read { len, .. } | Operation::Write { len, .. }) => {
+            (Phase::Main, Operation::Read { offset, len } | Operation::Write { offset, len }) => {
                 let access =
                     if matches!(operation, Operation::Read { .. }) { Access::Read } else { Access::Write };
                 let what = if access == Access::Read { "read" } else { "write" };
                 if failed {
                     return fail(what, error());
                 }
-                let n = result as u32;
+                let n = whole;
                 // Zero bytes is the end of a file that has shrunk; an odd count in direct mode is too.
                 if n == 0
                     || !u64::from(n).is_multiple_of(u64::from(self.traits.offset_align)) && self.traits.direct
@@ -297,9 +307,15 @@ impl<L: Layout> UringBackend<L> {
                     return fail(what, io::ErrorKind::UnexpectedEof.into());
                 }
                 if let (Access::Read, true, Some(buffer), Some(chain)) =
-                    (access, slot.bounced, &slot.bounce, slot.held.view())
+                    (access, slot.bounced, &mut slot.bounce, slot.held.view())
                 {
-                    data(&chain, access, slot.done, n).write(&buffer.bytes()[..n as usize]);
+                    let (data, bytes) =
+                        (data(&chain, access, slot.done, n), &mut buffer.bytes_mut()[..n as usize]);
+                    if L::CIPHERS {
+                        self.layout.decipher(offset + u64::from(slot.done), bytes, data);
+                    } else {
+                        data.write(bytes);
+                    }
                 }
                 (slot.bounced, slot.brings_data) = (false, false);
                 slot.done += n;
@@ -334,8 +350,28 @@ impl<L: Layout> UringBackend<L> {
             },
             (Phase::Range(..), _) => fail("fallocate", error()),
             (Phase::Zeros(..), _) if failed => fail("writing zeros", error()),
-            (Phase::Zeros(..), _) if result == 0 => fail("writing zeros", io::ErrorKind::WriteZero.into()),
-            (Phase::Zeros(i, done), _) => self.write_zeros(io, tag, i, done + result as u64),
+            (Phase::Zeros(i, done), _) => match whole {
+                0 => fail("writing zeros", io::ErrorKind::WriteZero.into()),
+                n => self.write_zeros(io, tag, i, done + u64::from(n)),
+            },
+        }
+    }
+
+    /// How many of the bytes that were read or written count: with a cipher, whole sectors do.
+    fn whole(&self, result: i32) -> u32 {
+        let n = result as u32;
+        if L::CIPHERS { n - n % self.disk.granularity() } else { n }
+    }
+
+    /// Goes on with what had to wait, or was not begun.
+    fn again(&mut self, io: &mut Io<'_>, tag: u32, phase: Phase) -> Step {
+        match phase {
+            Phase::Main => self.main(io, tag),
+            Phase::Room => lost(),
+            Phase::Range(i, done) => self.range(io, tag, i, done),
+            Phase::Zeros(i, done) => self.write_zeros(io, tag, i, done),
+            Phase::Sync => self.sync(io, tag),
+            Phase::Over => Step::Over(Outcome::Done),
         }
     }
 
@@ -361,13 +397,20 @@ impl<L: Layout> UringBackend<L> {
 
     /// Gives a slot's bounce buffer to whoever waits for one.
     fn pass_bounce_on(&mut self, io: &mut Io<'_>, tag: u32) {
-        let Some(buffer) = self.slots[tag as usize].bounce.take() else { return };
-        self.bounces.give_back(buffer);
+        let slot = &mut self.slots[tag as usize];
+        let is_short = slot.through == Some(Through::Short);
+        let Some(buffer) = slot.bounce.take() else { return };
+        self.pool(is_short).give_back(buffer);
         // One that waited may find that it needs none any more.
-        while let Some(next) = self.bounces.woken() {
-            let step = self.main(io, next);
+        while let Some(next) = self.pool(is_short).woken() {
+            let phase = self.slots[next as usize].phase.unwrap_or_else(lost);
+            let step = self.again(io, next, phase);
             self.settle(next, step);
         }
+    }
+
+    fn pool(&mut self, is_short: bool) -> &mut Pool {
+        if is_short { &mut self.short } else { &mut self.bounces }
     }
 
     /// Acts on the result of an operation of the request of `tag`.
@@ -459,8 +502,13 @@ impl<L: Layout> Backend for UringBackend<L> {
         slot.done = 0;
         slot.synced = 0;
         (slot.bounced, slot.brings_data) = (false, false);
-        slot.needs_bounce =
-            self.traits.direct && is_misaligned(&queue.chain(), operation, self.traits.mem_align);
+        slot.through = if L::CIPHERS {
+            Some(if is_within(operation, self.short.size()) { Through::Short } else { Through::Pieces })
+        } else {
+            let direct = self.traits.direct;
+            (direct && is_misaligned(&queue.chain(), operation, self.traits.mem_align))
+                .then_some(Through::Pieces)
+        };
         queue.hold_chain(&mut slot.held);
         let step = match operation {
             Operation::Discard { .. } | Operation::WriteZeroes { .. } => self.range(io, tag, 0, 0),
@@ -496,7 +544,7 @@ impl<L: Layout> Backend for UringBackend<L> {
     }
 
     fn uses_fixed_buffers(&self) -> bool {
-        self.traits.direct
+        self.traits.direct && !L::CIPHERS
     }
 }
 

@@ -42,6 +42,10 @@ impl<L: Layout> UringBackend<L> {
             }
             slot.phase = Some(Phase::Range(i, done));
             let discards = matches!(slot.operation, Some(Operation::Discard { .. }));
+            if L::CIPHERS && !discards {
+                // What reads as zeros is none in the file.
+                return self.write_zeros(io, tag, i, done);
+            }
             let left = (range.len - done).min(u64::from(!(ZEROS as u32 - 1))) as u32;
             match self.layout.place(Access::Write, range.offset + done, left) {
                 Place::File { fd, offset, len } => {
@@ -74,13 +78,31 @@ impl<L: Layout> UringBackend<L> {
     pub(super) fn write_zeros(&mut self, io: &mut Io<'_>, tag: u32, i: usize, done: u64) -> Step {
         let slot = &mut self.slots[tag as usize];
         let range = slot.ranges[i];
-        let n = (range.len - done.min(range.len)).min(ZEROS as u64) as u32;
+        let most = if L::CIPHERS { self.bounces.size() } else { ZEROS as u32 };
+        let n = (range.len - done.min(range.len)).min(most.into()) as u32;
         let place =
             if n == 0 { Place::Zeros(0) } else { self.layout.place(Access::Write, range.offset + done, n) };
         let Place::File { fd, offset, len } = place else { return self.range(io, tag, i, done) };
         slot.phase = Some(Phase::Zeros(i, done));
-        let entry = opcode::Write::new(types::Fd(fd), ZERO.0.as_ptr(), len).offset(offset).build();
-        self.log(tag, types::Fd(fd), Change::Zero { offset, len: len.into() });
+        let fd = types::Fd(fd);
+        let (from, change);
+        if L::CIPHERS {
+            if slot.bounce.is_none() {
+                slot.bounce = self.bounces.take(tag);
+            }
+            let Some(buffer) = &mut slot.bounce else { return Step::Going };
+            let bytes = &mut buffer.bytes_mut()[..len as usize];
+            self.layout.encipher_zeros(range.offset + done, bytes);
+            from = bytes.as_ptr();
+            change = Change::Write { offset, bytes, durable: false };
+        } else {
+            from = ZERO.0.as_ptr();
+            change = Change::Zero { offset, len: len.into() };
+        }
+        if let Some(log) = self.layout.write_log() {
+            slot.logged = log.begin(fd.0, change);
+        }
+        let entry = opcode::Write::new(fd, from, len).offset(offset).build();
         Self::push(io, tag, entry);
         Step::Going
     }

@@ -5,6 +5,7 @@ use poll_engine::engine::queue::Request;
 use poll_engine::ring::chain::{ChainView, HeldChain, Slices};
 
 use crate::backend::bounce::{Bounce, Pool};
+use crate::backend::layout::Layout;
 use crate::disk::Access;
 use crate::request::{HEADER, Operation, Range};
 
@@ -25,6 +26,15 @@ pub(super) enum Phase {
     Over,
 }
 
+/// Which buffers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Through {
+    /// Those for pieces of requests.
+    Pieces,
+    /// Those for whole short requests.
+    Short,
+}
+
 /// A request, and what it holds until it is over.
 #[derive(Default)]
 pub(super) struct Slot {
@@ -35,7 +45,8 @@ pub(super) struct Slot {
     /// Bytes transferred.
     pub done: u32,
     pub iovecs: Vec<libc::iovec>,
-    pub needs_bounce: bool,
+    /// Which buffers its data pass through, if they do.
+    pub through: Option<Through>,
     pub bounce: Option<Bounce>,
     /// Whether the transfer under way is from or to the bounce buffer.
     pub bounced: bool,
@@ -73,14 +84,31 @@ pub(super) fn is_misaligned(chain: &ChainView<'_>, operation: Operation, align: 
     slices.any(|s| (s.host_addr().addr() | s.len()) & (align as usize - 1) != 0)
 }
 
-/// Has a slot hold a bounce buffer, with the `len` bytes to be written in it; false if it has to wait for one.
-pub(super) fn fill_bounce(slot: &mut Slot, bounces: &mut Pool, tag: u32, access: Access, len: u32) -> bool {
+/// Whether a transfer has no more bytes than this.
+pub(super) fn is_within(operation: Operation, bytes: u32) -> bool {
+    matches!(operation, Operation::Read { len, .. } | Operation::Write { len, .. } if len <= bytes)
+}
+
+/// Has a slot hold a bounce buffer, with the `len` bytes in it that are to be written at `offset` of the disk; false if it has
+/// to wait for one.
+pub(super) fn fill_bounce<L: Layout>(
+    slot: &mut Slot,
+    bounces: &mut Pool,
+    layout: &mut L,
+    tag: u32,
+    (access, offset, len): (Access, u64, u32),
+) -> bool {
     if slot.bounce.is_none() {
         slot.bounce = bounces.take(tag);
     }
     let (Some(buffer), Some(chain)) = (&mut slot.bounce, slot.held.view()) else { return false };
     if access == Access::Write {
-        data(&chain, access, slot.done, len).read(buffer.bytes_mut());
+        let data = data(&chain, access, slot.done, len);
+        if L::CIPHERS {
+            layout.encipher(offset, data, &mut buffer.bytes_mut()[..len as usize]);
+        } else {
+            data.read(buffer.bytes_mut());
+        }
     }
     slot.bounced = true;
     true
