@@ -1,6 +1,6 @@
 # Thin by intent: what a target does is in scripts/.
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo demo-kvm test soak bench lint deb deb-test
+.PHONY: help setup build demo demo-kvm test soak bench lint deb deb-test rbd-test
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,6 +25,9 @@ soak: ## Kills, migrations, upgrades, random sessions by count, wake-ups and ran
 
 bench: ## Rates and latencies of the engine on this machine
 	@scripts/bench.sh
+
+rbd-test: ## Images of a Ceph cluster of one node, which it starts (needs ceph-mon, ceph-osd, librbd-dev)
+	@scripts/rbd-test.sh
 
 lint: ## Formatting, clippy, dependency policy
 	@scripts/lint.sh

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{Builder, JoinHandle};
 
 use crossbeam::channel::bounded;
@@ -17,16 +18,30 @@ pub enum Role {
     Writer,
     /// Reads and writes images that are open, where reactors would have to wait.
     Worker,
+    /// Of a library that speaks with a storage cluster, and starts further threads for that: it keeps nobody's rights but
+    /// all system calls, which nobody can list.
+    Cluster,
 }
 
 type Confine = dyn Fn(Role) -> io::Result<()> + Send + Sync;
 
+static SEALED: AtomicBool = AtomicBool::new(false);
 static CONFINE: OnceLock<Box<Confine>> = OnceLock::new();
 
 /// Has threads that begin from now on call `confine` for themselves, before they do anything for others. What a thread
 /// gives up is the process's to say, so there is one for the process: later calls change nothing, and return false.
 pub fn threads_with(confine: impl Fn(Role) -> io::Result<()> + Send + Sync + 'static) -> bool {
     CONFINE.set(Box::new(confine)).is_ok()
+}
+
+/// Nobody starts threads with more from here on.
+pub fn seal() {
+    SEALED.store(true, Ordering::Release);
+}
+
+/// Whether threads that begin now have what the program's first one has left at most.
+pub fn is_sealed() -> bool {
+    SEALED.load(Ordering::Acquire)
 }
 
 /// The calling thread is of this kind. It must not go on if this fails.

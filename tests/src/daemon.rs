@@ -51,6 +51,8 @@ impl Kind {
 pub enum Medium<'a> {
     /// An image.
     Image(&'a Image),
+    /// An image that is no file, by its name.
+    Named(&'a str),
     /// Memory of this many bytes.
     Ram(u64),
     /// Nothing, said to be of this many bytes.
@@ -68,6 +70,7 @@ impl Medium<'_> {
     fn vhost_blk_key(self) -> String {
         match self {
             Self::Image(image) => format!("blk-file={}", image.path().display()),
+            Self::Named(name) => format!("blk-file={name}"),
             Self::Ram(bytes) => format!("backend=ram:{bytes}"),
             Self::Null(bytes) => format!("backend=null:{bytes}"),
         }
@@ -76,7 +79,7 @@ impl Medium<'_> {
     fn takes_direct_io(self) -> bool {
         match self {
             Self::Image(image) => image.takes_direct_io(),
-            Self::Ram(_) | Self::Null(_) => true,
+            Self::Named(_) | Self::Ram(_) | Self::Null(_) => true,
         }
     }
 }
@@ -229,6 +232,7 @@ impl Options {
                 ),
                 Medium::Null(bytes) => format!("driver=null-co,node-name=f{i},size={bytes}"),
                 Medium::Ram(_) => bail!("qemu-storage-daemon has no disks of memory"),
+                Medium::Named(name) => bail!("{name} is for vhost-blk only"),
             };
             let export = format!(
                 "type=vhost-user-blk,id=e{i},node-name=f{i},addr.type=unix,addr.path={},writable={writable},\

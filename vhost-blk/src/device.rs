@@ -16,6 +16,7 @@ use crate::backend::luks::Ciphered;
 use crate::backend::null::Null;
 use crate::backend::nvme::NvmeBackend;
 use crate::backend::ram::RamBackend;
+use crate::backend::rbd::RbdBackend;
 use crate::backend::sync::SyncBackend;
 use crate::backend::uring::UringBackend;
 use crate::disk::{Disk, Storage};
@@ -139,7 +140,7 @@ impl Device for BlkDevice {
         match self.disk.storage() {
             Storage::Null | Storage::Ram(_) => true,
             Storage::File(_, traits) => traits.in_memory,
-            Storage::Image(_) | Storage::Luks(_) | Storage::Nvme(..) => false,
+            Storage::Image(_) | Storage::Luks(_) | Storage::Nvme(..) | Storage::Rbd(_) => false,
         }
     }
 
@@ -194,7 +195,8 @@ impl Device for BlkDevice {
             return Err(format!("{what} differs"));
         }
         let sectors = u64::from_le_bytes(std::array::from_fn(|i| theirs[i]));
-        if self.disk.storage().file().is_none() && sectors != self.disk.capacity() / 512 {
+        let is_fixed = matches!(self.disk.storage(), Storage::Ram(_) | Storage::Null);
+        if is_fixed && sectors != self.disk.capacity() / 512 {
             return Err("the size of --backend differs".into());
         }
         self.disk.adopt(sectors * 512, theirs[CONFIG_WRITEBACK as usize] == 1);
@@ -249,6 +251,9 @@ impl Device for BlkDevice {
         let start = Start { disk: Arc::clone(&disk), index, ring_size, cache, tap };
         Ok(match disk.storage() {
             Storage::Null => start.on(Null),
+            Storage::Rbd(image) => {
+                start.on(RbdBackend::new(Arc::clone(image), Arc::clone(&disk), ring_size)?)
+            }
             Storage::Ram(ram) => start.on(RamBackend::new(Arc::clone(ram), Arc::clone(&disk))),
             // What is done at once is not what a log is for.
             Storage::File(file, traits) if traits.in_memory && disk.write_log().is_none() => {

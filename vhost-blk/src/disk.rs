@@ -14,6 +14,7 @@ use poll_engine::memory::Ram;
 use crate::backend::formatted::{ChainError, Formatted};
 use crate::backend::luks::Volume;
 use crate::backend::nvme::Namespace;
+use crate::backend::rbd::RbdImage;
 use crate::backend::write_log::WriteLog;
 use crate::faults::Faults;
 use crate::lock::{LockError, lock, outlast, release};
@@ -59,6 +60,8 @@ pub enum Storage {
     Image(Arc<Formatted>),
     /// A file whose data are enciphered.
     Luks(Arc<Volume>),
+    /// An image in a Ceph cluster.
+    Rbd(Arc<RbdImage>),
     /// Memory, shared by all queues.
     Ram(Arc<Ram>),
     /// Nowhere: writes vanish, reads leave the guest's buffer as it is.
@@ -120,7 +123,7 @@ impl Storage {
             Storage::File(file, traits) | Storage::Nvme(_, file, traits) => Some((file, *traits)),
             Storage::Image(image) => Some((image.file(), image.traits())),
             Storage::Luks(volume) => Some((volume.file(), volume.traits())),
-            Storage::Ram(_) | Storage::Null => None,
+            Storage::Rbd(_) | Storage::Ram(_) | Storage::Null => None,
         }
     }
 
@@ -138,9 +141,12 @@ impl Storage {
     pub fn least_block(&self) -> u32 {
         match self {
             Storage::Luks(volume) => volume.sector(),
-            Storage::File(..) | Storage::Nvme(..) | Storage::Image(_) | Storage::Ram(_) | Storage::Null => {
-                512
-            }
+            Storage::File(..)
+            | Storage::Nvme(..)
+            | Storage::Image(_)
+            | Storage::Rbd(_)
+            | Storage::Ram(_)
+            | Storage::Null => 512,
         }
     }
 
@@ -148,9 +154,12 @@ impl Storage {
     pub fn discards(&self) -> bool {
         match self {
             Storage::Luks(volume) => volume.discards(),
-            Storage::File(..) | Storage::Nvme(..) | Storage::Image(_) | Storage::Ram(_) | Storage::Null => {
-                true
-            }
+            Storage::File(..)
+            | Storage::Nvme(..)
+            | Storage::Image(_)
+            | Storage::Rbd(_)
+            | Storage::Ram(_)
+            | Storage::Null => true,
         }
     }
 }
@@ -173,13 +182,13 @@ impl Disk {
             Storage::File(_, traits) | Storage::Nvme(_, _, traits) => u64::from(traits.offset_align),
             Storage::Image(image) => u64::from(image.traits().offset_align),
             Storage::Luks(volume) => u64::from(volume.traits().offset_align.max(volume.sector())),
-            Storage::Ram(_) | Storage::Null => 512,
+            Storage::Rbd(_) | Storage::Ram(_) | Storage::Null => 512,
         };
         // In memory, ranges are zeroed on the reactor: small ones, so that neighbours do not wait. For other files the
         // kernel does it, elsewhere.
         let on_reactor = match &storage {
             Storage::File(_, traits) => traits.in_memory,
-            Storage::Image(_) | Storage::Luks(_) | Storage::Nvme(..) => false,
+            Storage::Image(_) | Storage::Luks(_) | Storage::Nvme(..) | Storage::Rbd(_) => false,
             Storage::Ram(_) | Storage::Null => true,
         };
         let max_range_sectors = if on_reactor { 1 << 13 } else { 1 << 22 };
@@ -238,8 +247,11 @@ impl Disk {
     /// Makes the image ours before its first queue runs, if it is not yet: it may have been another daemon's until now.
     pub fn acquire(&self) -> Result<(), AcquireError> {
         self.acquire_file()?;
-        if let Storage::Image(image) = &self.storage {
-            image.run()?;
+        match &self.storage {
+            Storage::Image(image) => drop(image.run()?),
+            // From here on the program hears signals.
+            Storage::Rbd(image) => image.watch(),
+            _ => {}
         }
         Ok(())
     }
@@ -279,6 +291,10 @@ impl Disk {
     /// Makes everything written visible to whoever takes the image over, and gives up its lock. Where the former fails
     /// the lock stays, so that nobody goes on with less than was written.
     pub fn hand_over(&self) {
+        if let Storage::Rbd(image) = &self.storage {
+            // Its lock goes to whoever writes next, by way of the cluster.
+            return image.flush().unwrap_or_else(|e| warn!("{}: {e}", self.path.display()));
+        }
         let Some((file, _)) = self.storage.file() else { return };
         let mut locked = self.locked.lock().unwrap_or_else(PoisonError::into_inner);
         if !*locked {
@@ -310,6 +326,11 @@ impl Disk {
     /// The storage device that it shares with others of a reactor, if it does.
     pub fn device(&self) -> Option<Device> {
         self.device
+    }
+
+    /// Requests that wait for a cluster of other machines, and how often it has not answered for long; if it is in one.
+    pub fn waits(&self) -> Option<(u64, u64)> {
+        if let Storage::Rbd(image) = &self.storage { Some(image.waits()) } else { None }
     }
 
     /// Where the bytes are.
@@ -432,6 +453,7 @@ impl Disk {
         let size = match &self.storage {
             Storage::File(file, _) | Storage::Nvme(_, file, _) => crate::open::size_of(file.as_fd())?,
             Storage::Luks(volume) => volume.size()?,
+            Storage::Rbd(image) => image.size()?,
             Storage::Image(_) | Storage::Ram(_) | Storage::Null => return Ok(None),
         };
         let size = size - size % u64::from(self.block_size);

@@ -219,9 +219,12 @@ impl Served {
     pub fn image(&self) -> Option<&Formatted> {
         match self.disk.storage() {
             Storage::Image(image) => Some(image),
-            Storage::File(..) | Storage::Luks(_) | Storage::Nvme(..) | Storage::Ram(_) | Storage::Null => {
-                None
-            }
+            Storage::File(..)
+            | Storage::Luks(_)
+            | Storage::Nvme(..)
+            | Storage::Rbd(_)
+            | Storage::Ram(_)
+            | Storage::Null => None,
         }
     }
 
@@ -233,7 +236,10 @@ impl Served {
 
     fn report(&self) -> String {
         let record = locked(&self.recorder).as_ref().map(|r| r.line() + "\n").unwrap_or_default();
-        report(&self.name, self.disk.capacity(), &self.stats) + &record
+        let waits = self.disk.waits().map(|(waiting, stalls)| {
+            format!("cluster {waiting} requests waiting, {stalls} times without an answer\n")
+        });
+        report(&self.name, self.disk.capacity(), &self.stats) + &waits.unwrap_or_default() + &record
     }
 
     /// Looks whether the image has grown, and tells the guest.
@@ -397,8 +403,9 @@ impl Exports {
         let _change = self.changes.begin()?;
         let served = self.find(key)?;
         let (file, before) = match served.disk.storage() {
-            Storage::File(file, _) | Storage::Nvme(_, file, _) => (file, 0),
-            Storage::Luks(volume) => (volume.file(), volume.offset()),
+            Storage::File(file, _) | Storage::Nvme(_, file, _) => (Some(file), 0),
+            Storage::Luks(volume) => (Some(volume.file()), volume.offset()),
+            Storage::Rbd(_) => (None, 0),
             Storage::Image(image) => {
                 return Err(Refused::Conflict(format!(
                     "{key} is a {} image, which stays as large as it is while it is served; remove it, resize the image \
@@ -421,13 +428,13 @@ impl Exports {
             }
             // As large as the disk is to be, with what is before its data.
             let len = size.saturating_add(before);
-            let is_file = file.metadata().is_ok_and(|meta| meta.is_file());
-            if !is_file || served.is_read_only {
+            let file = file.filter(|file| file.metadata().is_ok_and(|meta| meta.is_file()));
+            let Some(file) = file.filter(|_| !served.is_read_only) else {
                 let why = format!(
                     "{key} is no file that may be written; resize it yourself, and call without a size"
                 );
                 return Err(Refused::Conflict(why));
-            }
+            };
             let grown =
                 file.metadata().and_then(|meta| if meta.len() < len { file.set_len(len) } else { Ok(()) });
             grown.map_err(|e| Refused::Conflict(format!("{key} cannot be made {size} bytes large: {e}")))?;

@@ -13,6 +13,7 @@ use tracing::{info, warn};
 use crate::backend::formatted::{Format, Formatted};
 use crate::backend::luks::{KeySource, Volume};
 use crate::backend::nvme::{self, NoCommands};
+use crate::backend::rbd::{RbdImage, is_address};
 use crate::backend::write_log::WriteLog;
 use crate::cli::{CacheMode, DeviceOptions, Synthetic};
 use crate::disk::{Disk, DiskConfig, Storage};
@@ -136,6 +137,18 @@ impl Image<'_> {
             bail!("a key goes with format luks");
         }
         let (storage, capacity) = match (self.file, self.synthetic) {
+            (Some(path), _) if is_address(path) => {
+                if self.format != Format::Raw {
+                    bail!(
+                        "{}: what is in a cluster is raw; leave --format {} out",
+                        path.display(),
+                        self.format
+                    );
+                }
+                let image = RbdImage::open(path, self.read_only)?;
+                let size = image.size().with_context(|| path.display().to_string())?;
+                (Storage::Rbd(Arc::new(image)), size)
+            }
             (Some(path), _) => {
                 let beside = self.beside.take().map(File::from);
                 let direct = options.direct == Switch::On;

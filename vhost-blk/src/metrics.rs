@@ -15,6 +15,18 @@ pub fn text(exports: &Exports) -> String {
     let gauges = vec![
         ("capacity", "Size of the disk", Some(Unit::Bytes), each(|s| s.disk.capacity())),
         ("attached", "Whether a front end is connected", None, each(|s| s.server.is_attached().into())),
+        (
+            "cluster_waiting",
+            "Requests that wait for a storage cluster",
+            None,
+            each(|s| s.disk.waits().unwrap_or_default().0),
+        ),
+        (
+            "cluster_stalls",
+            "Times that a storage cluster has not answered for 5 s",
+            None,
+            each(|s| s.disk.waits().unwrap_or_default().1),
+        ),
         ("paused", "Whether queues take no requests", None, each(|s| s.server.is_paused().into())),
     ];
     let queues = disks.iter().map(|s| (s.key.clone(), s.stats.clone())).collect();

@@ -10,6 +10,7 @@ use utoipa::ToSchema;
 
 use crate::backend::formatted::Format;
 use crate::backend::luks::KeySource;
+use crate::backend::rbd::is_address;
 use crate::cli::{CacheMode, DeviceOptions, Synthetic, block_size, cache_mode, num_queues, serial};
 use crate::clone::Base;
 use crate::faults::Faults;
@@ -177,6 +178,7 @@ impl DiskSpec {
     /// What it is made of, if that is said.
     pub fn medium(&self) -> Option<Medium> {
         match (&self.blk_file, self.backend) {
+            (Some(path), _) if is_address(path) => Some(Medium::Rbd),
             (Some(_), _) if self.format() == Format::Raw => Some(Medium::File),
             (Some(_), _) => Some(Medium::Image(self.format())),
             (None, Some(Synthetic::Ram(size))) => Some(Medium::Ram(size)),

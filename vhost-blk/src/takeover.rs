@@ -22,6 +22,8 @@ pub enum Medium {
     File,
     /// A file that holds a disk in this format; its descriptor comes with it, locked.
     Image(Format),
+    /// An image in a Ceph cluster.
+    Rbd,
     /// Memory; its descriptor comes with it.
     Ram(u64),
     /// Nothing.
@@ -52,6 +54,7 @@ impl About {
             Storage::Luks(volume) => {
                 (Medium::Image(Format::Luks), Some(volume.file().as_fd().try_clone_to_owned()?))
             }
+            Storage::Rbd(_) => (Medium::Rbd, None),
             Storage::Ram(ram) => (Medium::Ram(disk.capacity()), Some(ram.fd().try_clone_to_owned()?)),
             Storage::Null => (Medium::Null, None),
         };
@@ -61,6 +64,7 @@ impl About {
     fn words(self) -> String {
         let what = match self.medium {
             Medium::File => "an image".into(),
+            Medium::Rbd => "an RBD image".into(),
             Medium::Image(format) => format!("a {format} image"),
             Medium::Ram(size) => format!("ram:{size}"),
             Medium::Null => "null".into(),

@@ -9,6 +9,7 @@ pub mod null;
 pub mod nvme;
 pub mod power_cut;
 pub mod ram;
+pub mod rbd;
 pub mod sync;
 pub mod uring;
 pub mod write_log;

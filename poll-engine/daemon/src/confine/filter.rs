@@ -285,6 +285,8 @@ fn allowed(who: Who) -> Result<Rules, seccompiler::BackendError> {
             add(&mut rules, REACTOR);
             return Ok(rules);
         }
+        // Held to no list.
+        Who::Thread(Role::Cluster) => {}
         Who::Thread(Role::Session) => add(&mut rules, SESSION),
         Who::Main => {
             add(&mut rules, SESSION);
@@ -378,6 +380,7 @@ fn deadly(who: Who) -> Result<Rules, seccompiler::BackendError> {
         }
         // Its sockets are accepted.
         Who::Thread(Role::Session) => add(&mut rules, &[libc::SYS_socket, libc::SYS_connect, libc::SYS_bind]),
+        Who::Thread(Role::Cluster) => {}
         Who::Thread(Role::Reactor | Role::Writer | Role::Worker) => add(
             &mut rules,
             &[

@@ -7,6 +7,7 @@
 //! | session | as much, and what comes with messages; further threads | its socket, to move and remove it |
 //! | writer of a capture | writing | none |
 //! | worker of an image | reading, writing, giving up space | none |
+//! | of Ceph's library | all | all that its user may |
 //! | main, and what it starts later | opening, local sockets | the [`Places`] it is given |
 
 mod files;
@@ -168,6 +169,9 @@ impl Confinement {
             apply(filters.as_ref(), rules).context("cannot be confined (see --sandbox)")?;
         }
         plan.sealed.store(true, Ordering::Release);
+        if plan.mode != Mode::Off {
+            poll_engine::confine::seal();
+        }
         hijack("main");
         match plan.mode {
             Mode::Off => warn!("not confined, by --sandbox off"),

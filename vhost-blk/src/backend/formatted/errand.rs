@@ -116,6 +116,11 @@ impl Inbox {
         self.answers.pop()
     }
 
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.answers.is_empty()
+    }
+
     /// Puts an answer in.
     pub fn put(&self, answer: Answer) {
         let room = self.answers.push(answer);
