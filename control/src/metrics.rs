@@ -20,11 +20,12 @@ const BOUNDS: usize = 25;
 
 /// Of each queue.
 type Count = (&'static str, &'static str, fn(&QueueStats) -> u64);
-const COUNTS: [Count; 8] = [
+const COUNTS: [Count; 9] = [
     ("requests", "Requests completed", |q| q.requests.get()),
     ("polls", "Times the ring was looked at", |q| q.polls.get()),
     ("empty_polls", "Times the ring had nothing", |q| q.empty_polls.get()),
     ("kicks", "Notifications taken from the guest", |q| q.kicks.get()),
+    ("kicks_dormant", "Notifications of rings that were left to them", |q| q.kicks_dormant.get()),
     ("signals", "Interrupts sent to the guest", |q| q.signals.get()),
     ("signals_suppressed", "Completions for which the guest wanted no interrupt", |q| {
         q.signals_suppressed.get()
@@ -163,6 +164,13 @@ impl Collector for Reactors {
         for r in &self.0 {
             let labels = [("reactor", r.number.to_string())];
             ConstGauge::new(r.queues as u64).encode(metric.encode_family(&labels)?)?;
+        }
+        let help = "Queues of it that have had nothing for a while and are left to their kicks";
+        let mut metric =
+            encoder.encode_descriptor("reactor_queues_dormant", help, None, MetricType::Gauge)?;
+        for r in &self.0 {
+            let labels = [("reactor", r.number.to_string())];
+            ConstGauge::new(r.dormant as u64).encode(metric.encode_family(&labels)?)?;
         }
         let help = "Time of reactors by what they did";
         let mut metric =

@@ -79,6 +79,8 @@ pub struct QueueStats {
     pub empty_polls: Counter,
     /// Notifications taken from the driver.
     pub kicks: Counter,
+    /// How many of these had the reactor look at the ring again, which it had left to its kick.
+    pub kicks_dormant: Counter,
     /// Interrupts sent to the driver.
     pub signals: Counter,
     /// Publishes after which the driver wanted no interrupt.

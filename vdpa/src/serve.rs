@@ -32,7 +32,7 @@ use crate::vduse::node::{ID_BLOCK, ID_NET};
 /// Starts the reactors.
 pub(crate) fn engine(common: &Common, fixed: FixedBuffers) -> Result<Arc<Engine>> {
     let cpus = common.cpus.clone().unwrap_or_default();
-    let config = EngineConfig { cpus, pacing: common.poll, fixed_buffers: fixed, count_cycles: false };
+    let config = EngineConfig { cpus, pacing: common.poll, fixed_buffers: fixed, ..EngineConfig::default() };
     Ok(Arc::new(Engine::start(&config)?))
 }
 

@@ -156,6 +156,6 @@ fn engine_config(options: &Options) -> EngineConfig {
         cpus: options.cpus.clone().unwrap_or_default(),
         pacing: options.poll,
         fixed_buffers: options.device.fixed_buffers.into(),
-        count_cycles: false,
+        ..EngineConfig::default()
     }
 }

@@ -1,4 +1,4 @@
-//! How a queue goes to sleep, and how a driver wakes it: an outline of `ring::split`, `ring::packed`, `engine::reactor`
+//! How a queue goes to sleep, with its reactor or left alone by it, and how a driver wakes it: an outline of `ring::split`, `ring::packed`, `engine::reactor`
 //! and `vring::driver` with the same atomics and orderings, in every order that the memory model allows. The same steps
 //! the other way round are those of interrupts: the driver sleeps and the device wakes it.
 //!

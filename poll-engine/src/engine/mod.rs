@@ -30,7 +30,7 @@ use mailbox::{Postbox, mailbox};
 use pacing::Pacing;
 use placement::{CpuList, pin_to, usable_cpus};
 use queue::{MapChange, Queue};
-pub use reactor::ReactorStats;
+pub use reactor::{Dormancy, ReactorStats};
 use reactor::{Message, NotifierChange, QueueId, Reactor};
 use station::{Station, Waker};
 pub use times::Spent;
@@ -47,6 +47,8 @@ pub struct EngineConfig {
     pub fixed_buffers: FixedBuffers,
     /// Whether reactors count the cycles of their rounds.
     pub count_cycles: bool,
+    /// When rings that have nothing are left to their kicks.
+    pub dormancy: Dormancy,
 }
 
 /// Why an engine does not start.
@@ -85,6 +87,8 @@ pub struct ReactorInfo {
     pub cpu: Option<usize>,
     /// How many queues run on it.
     pub queues: usize,
+    /// How many of these have had nothing for a while, and are left to their kicks.
+    pub dormant: usize,
     /// What it has spent its time on.
     pub spent: Spent,
 }
@@ -148,9 +152,9 @@ impl Engine {
         let stats = Arc::new(ReactorStats::default());
         let times = Arc::new(Times::new());
         let own_times = Arc::clone(&times);
-        let cycles = config.count_cycles.then(|| Arc::clone(&stats));
+        let (own_config, own_stats) = (config.clone(), Arc::clone(&stats));
         let name: Arc<str> = cpu.map_or("reactor".into(), |cpu| format!("reactor-{cpu}").into());
-        let (pacing, fixed) = (config.pacing, config.fixed_buffers);
+        let pacing = config.pacing;
         let (ready_tx, ready) = bounded(1);
         let thread = std::thread::Builder::new().name(name.to_string()).spawn(move || {
             let _guard = AbortOnPanic;
@@ -158,7 +162,7 @@ impl Engine {
             let made = cpu.map_or(Ok(()), |cpu| pin_to(cpu).map_err(io::Error::from));
             match made
                 .and_then(|()| {
-                    Reactor::new(Arc::clone(&name), index, (mail, own), pacing, fixed, own_times, cycles)
+                    Reactor::new(Arc::clone(&name), index, (mail, own), &own_config, own_times, own_stats)
                 })
                 .and_then(|reactor| confine::begin(Role::Reactor).map(|()| reactor))
             {
@@ -209,6 +213,7 @@ impl Engine {
             number: r.number,
             cpu: r.cpu,
             queues: r.queues.load(Ordering::Relaxed),
+            dormant: r.stats.dormant.load(Ordering::Relaxed),
             spent: r.times.spent(),
         };
         self.all().iter().map(info).collect()

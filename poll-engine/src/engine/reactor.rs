@@ -1,14 +1,21 @@
 //! A reactor: one thread, one io_uring, any number of queues. It polls, submits, reaps, publishes, and sleeps when
 //! its pacing says so. Nothing else ever touches a ring that runs here.
 
-use std::os::fd::{AsFd, BorrowedFd};
+mod dormant;
+
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
 use std::time::Duration;
 
 use crossbeam::channel::Sender;
 use crossbeam::sync::WaitGroup;
 use tracing::{debug, warn};
 
+pub use dormant::Dormancy;
+use dormant::Sweep;
+
+use super::EngineConfig;
 use super::mailbox::Mailbox;
 use super::pacing::{Pacer, Pacing};
 use super::queue::{MapChange, Queue};
@@ -178,6 +185,8 @@ pub(super) struct Task {
     reaped: bool,
     /// A station has had its hands on the queue in this round.
     touched: bool,
+    /// Had something since the last search for those that have not.
+    worked: bool,
     /// A station waits for chains of this queue.
     pub(super) wanted: bool,
 }
@@ -228,13 +237,15 @@ fn io(uring: &mut Uring, purpose: Purpose, id: QueueId, reactor: usize) -> Io<'_
     Io { uring, id, purpose, reactor }
 }
 
-/// What a reactor has done, if it was to count that.
+/// What a reactor has done.
 #[derive(Debug, Default)]
 pub struct ReactorStats {
-    /// Rounds in which there was work.
+    /// Rounds in which there was work, if that was to be counted.
     pub busy_rounds: Counter,
     /// Cycles of the time-stamp counter that these took, each from the look at the rings that found it.
     pub busy_cycles: Counter,
+    /// How many of its queues are left to their kicks now.
+    pub(super) dormant: AtomicUsize,
 }
 
 struct Stationed {
@@ -252,7 +263,10 @@ pub(super) struct Reactor {
     stations: Vec<Stationed>,
     uring: Uring,
     mailbox: Mailbox<Message>,
+    /// The first `polled` are looked at in every round, the others are dormant.
     tasks: Vec<Task>,
+    polled: usize,
+    sweep: Sweep,
     /// Slot of the id to position in `tasks`.
     places: Vec<Option<usize>>,
     generation: u16,
@@ -264,7 +278,8 @@ pub(super) struct Reactor {
     held_back: u32,
     /// Memory faults caught, as last looked at.
     seen_faults: usize,
-    cycles: Option<(Clock, Arc<ReactorStats>)>,
+    stats: Arc<ReactorStats>,
+    cycles: Option<Clock>,
     /// When the last look at the rings began, of that clock.
     looked: u64,
     quitting: bool,
@@ -277,10 +292,9 @@ impl Reactor {
         name: Arc<str>,
         index: usize,
         (mailbox, waker): (Mailbox<Message>, Waker),
-        pacing: Pacing,
-        fixed: FixedBuffers,
+        config: &EngineConfig,
         times: Arc<Times>,
-        cycles: Option<Arc<ReactorStats>>,
+        stats: Arc<ReactorStats>,
     ) -> std::io::Result<Reactor> {
         Ok(Reactor {
             name,
@@ -290,15 +304,18 @@ impl Reactor {
             uring: Uring::new(URING_ENTRIES)?,
             mailbox,
             tasks: Vec::new(),
+            polled: 0,
+            sweep: Sweep::new(config.dormancy),
             places: Vec::new(),
             generation: 0,
-            pacer: Pacer::new(pacing, times),
-            fixed,
+            pacer: Pacer::new(config.pacing, times),
+            fixed: config.fixed_buffers,
             completions: Vec::with_capacity(4 * URING_ENTRIES as usize),
             watching_bell: false,
             held_back: 0,
             seen_faults: 0,
-            cycles: cycles.map(|stats| (Clock::new(), stats)),
+            stats,
+            cycles: config.count_cycles.then(Clock::new),
             looked: 0,
             quitting: false,
             awaited: 0,
@@ -328,14 +345,14 @@ impl Reactor {
 
     fn counted_round(&mut self) -> usize {
         let worked = self.round();
-        if let (Some((clock, stats)), true) = (&self.cycles, worked > 0) {
-            stats.busy_rounds.add(1);
-            stats.busy_cycles.add(clock.raw().wrapping_sub(self.looked));
+        if let (Some(clock), true) = (&self.cycles, worked > 0) {
+            self.stats.busy_rounds.add(1);
+            self.stats.busy_cycles.add(clock.raw().wrapping_sub(self.looked));
         }
         worked
     }
 
-    /// One round: every ring, one submit, every completion once.
+    /// One round: every ring that is looked at, one submit, every completion once.
     #[inline]
     fn round(&mut self) -> usize {
         // With nothing to come from the kernel, rings are all there is to look at.
@@ -343,7 +360,7 @@ impl Reactor {
         let mut worked = 0;
         for _ in 0..looks {
             // Looks that find nothing are no work.
-            if let Some((clock, _)) = &self.cycles {
+            if let Some(clock) = &self.cycles {
                 self.looked = clock.raw();
             }
             let (found, in_flight) = self.poll_rings();
@@ -364,6 +381,8 @@ impl Reactor {
         if self.awaited > 0 {
             self.park();
             self.retire();
+        } else if self.sweep.is_wanted(self.polled) {
+            self.sweep();
         }
         if self.seen_faults != faults() {
             self.seen_faults = faults();
@@ -372,11 +391,12 @@ impl Reactor {
             for task in &mut self.tasks {
                 task.queue.check_memory();
             }
+            self.rouse_those(|task| task.queue.is_broken());
         }
         worked
     }
 
-    /// Looks at every ring once: how much was found, and whether any request is in flight.
+    /// Looks once at every ring that is not dormant: how much was found, and whether any request is in flight.
     #[inline]
     fn poll_rings(&mut self) -> (usize, bool) {
         let mut worked = 0;
@@ -384,7 +404,7 @@ impl Reactor {
         for at in 0..self.stations.len() {
             worked += self.on_station(at, |station, queues, io| station.poll(queues, io));
         }
-        for task in &mut self.tasks {
+        for task in &mut self.tasks[..self.polled] {
             let io = &mut io(&mut self.uring, Purpose::Handler, task.id, self.index);
             let n = if task.polls() {
                 task.handler.poll(&mut task.queue, io)
@@ -399,6 +419,7 @@ impl Reactor {
                 worked += n;
                 busy |= task.queue.publish();
                 task.queue.disable_notification();
+                task.worked = true;
             }
             if task.queue.is_signal_due(!busy) {
                 task.queue.signal(io);
@@ -420,8 +441,14 @@ impl Reactor {
         act: impl FnOnce(&mut dyn Station, &mut Queues<'_>, &mut Io<'_>) -> T,
     ) -> T {
         let Stationed { station, id, .. } = &mut self.stations[at];
-        let queues = &mut Queues { tasks: &mut self.tasks, places: &self.places };
-        act(station.as_mut(), queues, &mut io(&mut self.uring, Purpose::Station, *id, self.index))
+        let (tasks, places) = (&mut self.tasks, &self.places);
+        let mut queues = Queues { tasks, places, polled: self.polled, stirred: false };
+        let io = &mut io(&mut self.uring, Purpose::Station, *id, self.index);
+        let done = act(station.as_mut(), &mut queues, io);
+        if queues.stirred {
+            self.rouse_those(|task| task.touched || task.wanted);
+        }
+        done
     }
 
     #[inline]
@@ -438,8 +465,9 @@ impl Reactor {
         }
         self.completions = completions;
         self.completions.clear();
-        for task in &mut self.tasks {
+        for task in &mut self.tasks[..self.polled] {
             if std::mem::take(&mut task.reaped) || task.touched {
+                task.worked = true;
                 task.queue.publish();
             }
         }
@@ -458,9 +486,11 @@ impl Reactor {
             }
             return;
         }
-        let place = self.places.get(usize::from(id.slot)).copied().flatten();
         // A completion of a queue that has left (its watch being cancelled) finds nobody.
-        let Some(task) = place.and_then(|p| self.tasks.get_mut(p)).filter(|t| t.id == id) else { return };
+        let Some(place) = self.place(id) else { return };
+        let was_dormant = place >= self.polled;
+        let place = self.rouse(place);
+        let task = &mut self.tasks[place];
         if purpose == Purpose::Handler as u8 {
             if !task.reaped {
                 task.reaped = true;
@@ -473,6 +503,7 @@ impl Reactor {
             if c.result >= 0 {
                 probes::kick(&*task.queue);
                 task.queue.stats().kicks.add(1);
+                task.queue.stats().kicks_dormant.add(was_dormant.into());
             } else {
                 // Without its kick the queue can only be polled.
                 task.queue.notifier.kick = None;
@@ -490,7 +521,9 @@ impl Reactor {
 
     /// A queue without a kick descriptor can wake nobody, so somebody has to look.
     fn is_polled(&self) -> bool {
-        self.tasks.iter().any(|t| t.polls() && t.waits_for_chains() && t.queue.notifier.kick.is_none())
+        self.tasks[..self.polled]
+            .iter()
+            .any(|t| t.polls() && t.waits_for_chains() && t.queue.notifier.kick.is_none())
     }
 
     /// Sleeps until there is a completion: a kick, the bell, or I/O; or for a nap. Never with work at hand: each ring is looked at
@@ -502,7 +535,7 @@ impl Reactor {
         for at in 0..self.stations.len() {
             work |= self.on_station(at, |station, queues, io| station.prepare_sleep(queues, io));
         }
-        for task in &mut self.tasks {
+        for task in &mut self.tasks[..self.polled] {
             work |= task.polls() && task.waits_for_chains() && task.queue.enable_notification();
             let io = &mut io(&mut self.uring, Purpose::Handler, task.id, self.index);
             work |= task.handler.prepare_sleep(io);
@@ -511,14 +544,17 @@ impl Reactor {
             self.held_back = 0;
             let nap = self.is_polled().then_some(NAP);
             let stations = self.stations.iter().filter_map(|s| s.station.longest_sleep());
-            let handlers = self.tasks.iter().filter(|t| t.polls()).filter_map(|t| t.handler.longest_sleep());
+            let handlers = self.tasks[..self.polled]
+                .iter()
+                .filter(|t| t.polls())
+                .filter_map(|t| t.handler.longest_sleep());
             let limit = stations.chain(handlers).chain(nap).min();
             self.pacer.asleep(|| self.uring.wait(limit));
             // A nap that brought nothing is followed by the next one after a look at the rings.
             work = self.reap() > 0 || limit.is_none();
         }
         self.waker.get_up();
-        for task in &mut self.tasks {
+        for task in &mut self.tasks[..self.polled] {
             task.wanted = false;
             task.queue.disable_notification();
         }
@@ -532,11 +568,8 @@ impl Reactor {
             self.watching_bell = true;
             self.uring.watch(self.mailbox.bell().fd(), label(Purpose::Bell, NOBODY, 0));
         }
-        for task in &mut self.tasks {
-            if let (false, Some(kick)) = (task.watching_kick, &task.queue.notifier.kick) {
-                task.watching_kick = true;
-                self.uring.watch(kick.as_fd(), label(Purpose::Kick, task.id, 0));
-            }
+        for task in &mut self.tasks[..self.polled] {
+            Reactor::watch_kick(task, &mut self.uring);
         }
     }
 
@@ -633,9 +666,16 @@ impl Reactor {
         }
     }
 
-    fn find(&mut self, id: QueueId) -> Option<&mut Task> {
+    fn place(&self, id: QueueId) -> Option<usize> {
         let place = self.places.get(usize::from(id.slot)).copied().flatten()?;
-        self.tasks.get_mut(place).filter(|t| t.id == id)
+        (self.tasks.get(place)?.id == id).then_some(place)
+    }
+
+    /// The queue, which is looked at from now on.
+    fn find(&mut self, id: QueueId) -> Option<&mut Task> {
+        let place = self.place(id)?;
+        let place = self.rouse(place);
+        self.tasks.get_mut(place)
     }
 
     fn start(&mut self, queue: Box<Queue>, mut handler: Box<dyn QueueHandler>, paused: bool) -> QueueId {
@@ -646,8 +686,7 @@ impl Reactor {
         let id = QueueId { slot: slot as u16, generation: self.next_generation() };
         handler.attach(&mut io(&mut self.uring, Purpose::Handler, id, self.index));
         probes::start(&*queue, queue.name());
-        self.places[slot] = Some(self.tasks.len());
-        self.tasks.push(Task {
+        self.insert(Task {
             id,
             queue,
             handler,
@@ -660,6 +699,7 @@ impl Reactor {
             reported: false,
             reaped: false,
             touched: false,
+            worked: true,
             wanted: false,
         });
         self.sync_buffers();
@@ -694,7 +734,7 @@ impl Reactor {
     /// that were to be left alone are.
     #[cold]
     fn park(&mut self) {
-        for task in &mut self.tasks {
+        for task in &mut self.tasks[..self.polled] {
             self.awaited -= task.queue.release_revoked();
             if task.parking.is_some() && task.queue.in_flight() == 0 {
                 task.queue.publish();
@@ -719,15 +759,11 @@ impl Reactor {
         let all = self.stations.len();
         self.stations.retain(|s| s.leaving.is_none() || s.station.in_flight() > 0);
         self.awaited -= all - self.stations.len();
-        for task in self.tasks.iter_mut().filter(|t| t.waits_idly()) {
+        for task in self.tasks[..self.polled].iter_mut().filter(|t| t.waits_idly()) {
             task.queue.return_resubmits();
         }
-        while let Some(place) = self.tasks.iter().position(Task::is_done) {
-            let mut task = self.tasks.swap_remove(place);
-            self.places[usize::from(task.id.slot)] = None;
-            if let Some(moved) = self.tasks.get(place) {
-                self.places[usize::from(moved.id.slot)] = Some(place);
-            }
+        while let Some(place) = self.tasks[..self.polled].iter().position(Task::is_done) {
+            let mut task = self.remove(place);
             let io = &mut io(&mut self.uring, Purpose::Handler, task.id, self.index);
             task.queue.publish();
             task.queue.signal(io);

@@ -44,12 +44,17 @@ pub trait Station: Send {
 pub struct Queues<'a> {
     pub(super) tasks: &'a mut [Task],
     pub(super) places: &'a [Option<usize>],
+    /// Those from this place on are dormant.
+    pub(super) polled: usize,
+    /// One of these was asked for.
+    pub(super) stirred: bool,
 }
 
 impl Queues<'_> {
     #[inline]
-    fn position(&self, id: QueueId) -> Option<usize> {
+    fn position(&mut self, id: QueueId) -> Option<usize> {
         let place = self.places.get(usize::from(id.slot)).copied().flatten()?;
+        self.stirred |= place >= self.polled;
         (self.tasks.get(place)?.id == id).then_some(place)
     }
 

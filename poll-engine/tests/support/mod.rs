@@ -13,7 +13,7 @@ use poll_engine::device::{ConfigRefused, Device, QueueHandler, StateRefused};
 use poll_engine::engine::pacing::Pacing;
 use poll_engine::engine::queue::{Queue, Request};
 use poll_engine::engine::reactor::Io;
-use poll_engine::engine::{Engine, EngineConfig};
+use poll_engine::engine::{Dormancy, Engine, EngineConfig};
 use poll_engine::memory::{Ram, RegionSpec};
 use poll_engine::ring::RingConfig;
 use poll_engine::ring::chain::HeldChain;
@@ -166,17 +166,27 @@ pub struct Back {
     pub socket: PathBuf,
     pub server: Server,
     pub engine: Arc<Engine>,
+    dormancy: Dormancy,
     dir: Arc<tempfile::TempDir>,
 }
 
 impl Back {
     pub fn start(pacing: Pacing) -> Back {
-        let dir = Arc::new(tempfile::tempdir().unwrap());
-        let listener = Listener::bind(&dir.path().join("s")).unwrap();
-        Back::make(pacing, dir, |export| Server::start(export, listener, || {}).unwrap())
+        Back::start_with(pacing, Dormancy::default())
     }
 
-    fn make(pacing: Pacing, dir: Arc<tempfile::TempDir>, serve: impl FnOnce(Export) -> Server) -> Back {
+    /// That leaves rings to their kicks by this.
+    pub fn start_with(pacing: Pacing, dormancy: Dormancy) -> Back {
+        let dir = Arc::new(tempfile::tempdir().unwrap());
+        let listener = Listener::bind(&dir.path().join("s")).unwrap();
+        Back::make((pacing, dormancy), dir, |export| Server::start(export, listener, || {}).unwrap())
+    }
+
+    fn make(
+        (pacing, dormancy): (Pacing, Dormancy),
+        dir: Arc<tempfile::TempDir>,
+        serve: impl FnOnce(Export) -> Server,
+    ) -> Back {
         let socket = dir.path().join("s");
         let mut config = [0; 64];
         (0..).zip(&mut config).for_each(|(i, byte)| *byte = i);
@@ -191,12 +201,13 @@ impl Back {
             gate: eventfd(),
         });
         let stats: Vec<Arc<QueueStats>> = (0..QUEUES).map(|_| Arc::default()).collect();
-        let engine = Arc::new(Engine::start(&EngineConfig { pacing, ..EngineConfig::default() }).unwrap());
+        let engine =
+            Arc::new(Engine::start(&EngineConfig { pacing, dormancy, ..EngineConfig::default() }).unwrap());
         let device = Arc::new(Shared(Arc::clone(&echo)));
         let export =
             Export { name: "echo".into(), device, stats: stats.clone(), engine: Arc::clone(&engine) };
         let server = serve(export);
-        Back { echo, stats, socket, server, engine, dir }
+        Back { echo, stats, socket, server, engine, dormancy, dir }
     }
 
     /// As a live upgrade does: another back end goes on with the session, and this one has left. What goes from the one to
@@ -210,7 +221,7 @@ impl Back {
         let partial = state.session.as_ref().map_or(0, |session| session.partial.len());
         let said = serde_json::to_vec(&state).unwrap();
         let snapshot = Snapshot::received(serde_json::from_slice(&said).unwrap(), fds);
-        let next = Back::make(pacing, Arc::clone(&self.dir), |export| {
+        let next = Back::make((pacing, self.dormancy), Arc::clone(&self.dir), |export| {
             let prepared = Server::resume(export, snapshot, || {}).unwrap();
             prepared.wait_ready(until).unwrap();
             prepared.go()
