@@ -2,8 +2,9 @@
 # What a busy guest costs its neighbours: disks of one daemon on one CPU, all driven by one thread of vbench on another.
 #
 #   scripts/neighbours.sh null|ram|file   nine guests with one request each, alone and beside a tenth with DEEP (256) of DEEP_BS (4k)
-#   scripts/neighbours.sh crowd           twenty guests with one request each, beside 980 disks without guests ("alone") and
-#                                         beside 980 whose guests are idle; BENCH_CROWD (1000): how many disks there are
+#   scripts/neighbours.sh crowd           a thousand disks added over the API: how long that takes and what is resident; then
+#                                         twenty guests with one request each, beside 980 disks without guests ("alone") and
+#                                         beside 980 with guests that are idle; BENCH_CROWD (1000): how many disks there are
 #   BENCH_ROUNDS (7) of BENCH_SECONDS (1) each way; BENCH_POLL (adaptive); BENCH_DISK: where images are made (/var/tmp)
 #   BENCH_BIN: where programs are that are built already
 #
@@ -19,7 +20,11 @@ if [ -z "$bin" ]; then
 fi
 tmp=$(mktemp -d -p "${BENCH_DISK:-/var/tmp}")
 pids=()
-end() { [ ${#pids[@]} = 0 ] || { kill "${pids[@]}" 2>/dev/null || true; wait "${pids[@]}" 2>/dev/null || true; }; rm -rf "$tmp"; }
+end() {
+    [ ! -s "$tmp/idler" ] || kill -KILL "$(cat "$tmp/idler")" 2>/dev/null || true
+    [ ${#pids[@]} = 0 ] || { kill "${pids[@]}" 2>/dev/null || true; wait "${pids[@]}" 2>/dev/null || true; }
+    rm -rf "$tmp"
+}
 trap end EXIT
 read -r device driver _ < <(taskset -cp $$ | sed 's/.*: //' | tr ',' '\n' |
     awk -F- '{ for (i = $1; i <= ($2 == "" ? $1 : $2); i++) printf "%d ", i } END { print "" }')
@@ -30,7 +35,8 @@ guests=9 disks=10
 args=(--poll "${BENCH_POLL:-adaptive}" --cpus "$device" --log error)
 for ((i = 0; i < disks; i++)); do
     case $kind in
-    null | crowd) what=backend=null:1G ;;
+    crowd) continue ;;
+    null) what=backend=null:1G ;;
     ram) what=backend=ram:16M ;;
     file) # Of 256 MiB each, written: holes would be read without the disk.
         dd if=/dev/urandom of="$tmp/$i.img" bs=1M count=256 status=none
@@ -40,7 +46,28 @@ for ((i = 0; i < disks; i++)); do
     args+=(--disk "socket-path=$tmp/$i.sock,$what")
 done
 sync
+[ "$kind" != crowd ] || args+=(--api "$tmp/api")
 "$bin/vhost-blk" "${args[@]}" & pids+=($!)
+if [ "$kind" = crowd ]; then
+    until [ -S "$tmp/api" ]; do sleep 0.05; done
+    python3 - "$tmp" "$disks" <<'END'
+import http.client, json, socket, sys, time
+tmp, disks = sys.argv[1], int(sys.argv[2])
+api = http.client.HTTPConnection("vhost-blk")
+api.sock = socket.socket(socket.AF_UNIX)
+api.sock.connect(tmp + "/api")
+begun = time.monotonic()
+for i in range(disks):
+    disk = {"name": f"d{i}", "socket-path": f"{tmp}/{i}.sock", "backend": "null:1G"}
+    api.request("POST", "/v1/disks", json.dumps(disk), {"Content-Type": "application/json"})
+    answer = api.getresponse()
+    said = answer.read()
+    assert answer.status == 201, said
+print(f"{disks} disks added in {time.monotonic() - begun:.2f} s")
+END
+fi
+resident() { awk -v when="$1" '/^VmRSS/ { printf "%.0f MiB resident %s\n", $2 / 1024, when }' "/proc/${pids[0]}/status"; }
+[ "$kind" != crowd ] || resident "without guests"
 until [ -S "$tmp/$((disks - 1)).sock" ]; do sleep 0.05; done
 
 jobs() { # FIRST LAST DEPTH BS
@@ -75,23 +102,30 @@ run() {
         }
         END { printf "%s %.1f %.1f %d\n", way, median(a, na) / 1000, median(b, nb) / 1000, deep }'
 }
-idle() { # Connects the rest, each with its queue running; they ask for nothing more, and are stopped themselves.
+idle() { # Connects the rest, each with its queue running; they ask for nothing more, and are stopped themselves: in idler.
     { echo "${head/cpus_allowed=$driver/completion=interrupt}"; jobs $guests $((disks - 1)) 1 4k; } |
         sed -e '/one_thread/d' -e 's/^runtime=.*/runtime=600\nrate_iops=1/' >"$tmp/idle.fio"
-    "$bin/vbench" run "$tmp/idle.fio" >/dev/null 2>&1 & pids+=($!)
-    local idler=$!
+    "$bin/vbench" run "$tmp/idle.fio" >/dev/null 2>&1 &
+    idler=$!
+    echo $idler >"$tmp/idler"
     until [ "$(ls /proc/$idler/task | wc -l)" -gt $((disks - guests)) ]; do sleep 0.1; done
     sleep 2
     kill -STOP $idler
 }
+leave() { # They go, and their queues with them.
+    kill -KILL $idler
+    wait $idler 2>/dev/null || true
+    rm "$tmp/idler"
+    sleep 1
+}
 if [ "$kind" = crowd ]; then
-    # The idle ones stay once they are there: in two halves, and not by turns.
-    for ((r = 0; r < rounds; r++)); do run alone; done | tee "$tmp/out"
-    if [ "$disks" -gt $guests ]; then
+    for ((r = 0; r < rounds; r++)); do
+        run alone
         idle
-        for ((r = 0; r < rounds; r++)); do run beside; done | tee -a "$tmp/out"
-        kill -CONT "${pids[1]}"
-    fi
+        run beside
+        [ $r -gt 0 ] || resident "with all guests" >&2
+        leave
+    done | tee "$tmp/out"
 else
     for ((r = 0; r < rounds; r++)); do run alone; run beside; done | tee "$tmp/out"
 fi

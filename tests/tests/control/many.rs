@@ -4,8 +4,11 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use kickless_tests::wait;
+use serde_json::json;
+
 use crate::front::{End, Front};
-use crate::rig::Rig;
+use crate::rig::{LIMIT, Rig};
 
 /// As many as the machine lets one process have, by their descriptors.
 const DISKS: usize = 1000;
@@ -22,6 +25,9 @@ fn resident(rig: &Rig) -> u64 {
 #[test]
 fn a_thousand_disks_of_which_twenty_are_loaded() {
     let mut rig = Rig::start("poll = 'adaptive'\n", &[]);
+    rig.add("first", "backend=ram:1M");
+    rig.does(204, "DELETE", "/v1/disks/first", None);
+    let before = rig.counts();
     let begun = Instant::now();
     for i in 0..DISKS {
         // Those that are loaded hold what is written to them: as much as the guests' disks have.
@@ -57,5 +63,17 @@ fn a_thousand_disks_of_which_twenty_are_loaded() {
     );
     assert!(loaded < ENOUGH, "{loaded} KiB are resident");
     assert_eq!(rig.does(200, "GET", "/v1/disks", None).as_array().unwrap().len(), DISKS);
+    let begun = Instant::now();
+    for i in 0..DISKS {
+        rig.does(204, "DELETE", &format!("/v1/disks/d{i}?force=true"), None);
+    }
+    println!("removed in {:.2?}, {} KiB resident", begun.elapsed(), resident(&rig));
+    assert_eq!(rig.does(200, "GET", "/v1/disks", None), json!([]));
+    // Threads and descriptors of the API's connections come and go.
+    wait::until("what they had to be given back", LIMIT, || {
+        let now = rig.counts();
+        Ok((now.0 <= before.0 + 4 && now.1 <= before.1 + 2).then_some(()))
+    })
+    .unwrap_or_else(|e| panic!("{e}: {before:?} at first, {:?} now", rig.counts()));
     rig.end();
 }
