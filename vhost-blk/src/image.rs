@@ -63,6 +63,9 @@ impl Image<'_> {
             Owner::Us => image.run()?.size(),
             Owner::Beside(_) | Owner::Another => image.look()?,
         };
+        if size < u64::from(block_size) {
+            bail!("cannot use {}: its disk has {size} bytes, which is less than a block", path.display());
+        }
         Ok((Storage::Image(Arc::new(image)), size - size % u64::from(block_size)))
     }
 

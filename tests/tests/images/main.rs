@@ -7,6 +7,8 @@ mod clones;
 mod damage;
 mod disk;
 mod elsewhere;
+mod malformed;
+mod mutations;
 mod refusals;
 mod room;
 
@@ -208,6 +210,11 @@ const TESTS: &[(&str, Body)] = &[
     ("what_is_allocated_ahead_is_zeros", room::zeros),
     ("what_is_allocated_ahead_is_not_below", room::over_a_base),
     ("damaged_images_do_no_harm", damage::damaged),
+    ("malformed_qcow2_does_no_harm", malformed::qcow2),
+    ("malformed_vmdk_does_no_harm", malformed::vmdk),
+    ("enormous_disks_take_no_memory", malformed::enormous),
+    ("tables_are_not_written_over", malformed::overlapping),
+    ("only_files_are_backing_files", malformed::named),
 ];
 
 fn main() -> std::process::ExitCode {

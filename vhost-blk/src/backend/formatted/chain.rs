@@ -156,6 +156,18 @@ pub fn backing_format(path: &Path, name: &str, header: &Header) -> Result<Format
     }
 }
 
+/// Why counts cannot be checked, or what is wrong with them.
+enum Counts {
+    Io(io::Error),
+    Refused(Refused),
+}
+
+impl From<Refused> for Counts {
+    fn from(refused: Refused) -> Counts {
+        Counts::Refused(refused)
+    }
+}
+
 impl Opening<'_> {
     fn layer(
         &mut self,
@@ -196,6 +208,14 @@ impl Opening<'_> {
         let [l1, reftable] = tables;
         let metadata =
             header.check_tables(&l1.map_err(io)?, &reftable.map_err(io)?, file.len()).map_err(refused)?;
+        if writable {
+            header.check_counts(&metadata, |range| file.bytes(range).map_err(Counts::Io)).map_err(
+                |e| match e {
+                    Counts::Io(e) => io(e),
+                    Counts::Refused(e) => refused(e),
+                },
+            )?;
+        }
         let (data, backing) = self.named(&path, &header, writable)?;
         let backing = match backing {
             Some((below, format)) => Some(self.layer(below, format, false)?.0),

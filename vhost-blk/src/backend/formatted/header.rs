@@ -11,7 +11,7 @@ const V2_LEN: usize = 72;
 const V3_LEN: usize = 104;
 /// Sizes of the tables, bytes.
 const MAX_L1: u64 = 32 << 20;
-const MAX_REFTABLE: u64 = 8 << 20;
+pub const MAX_REFTABLE: u64 = 8 << 20;
 /// No disk is larger.
 const MAX_SIZE: u64 = 1 << 60;
 const MAX_NAME: usize = 1023;
@@ -257,6 +257,40 @@ impl Header {
             take(entry, 0x7f00_0000_0000_01ff)?;
         }
         Ok(Metadata { all, refblocks })
+    }
+
+    /// Checks that what holds tables is counted, so that nobody gives it out as free. `read` reads from the image.
+    pub fn check_counts<E: From<Refused>>(
+        &self,
+        metadata: &Metadata,
+        read: impl Fn(Range<u64>) -> Result<Vec<u8>, E>,
+    ) -> Result<(), E> {
+        let uncounted = || E::from(Damaged("a table is not counted"));
+        let mut clusters: Vec<_> = metadata.all.iter().map(|offset| offset / self.cluster()).collect();
+        clusters.sort_unstable();
+        let bits = self.cluster() * 8 / self.refblock_clusters;
+        for together in clusters.chunk_by(|a, b| a / self.refblock_clusters == b / self.refblock_clusters) {
+            let number = together[0] / self.refblock_clusters;
+            let block = usize::try_from(number).ok().and_then(|number| metadata.refblocks.get(number));
+            let block = block.copied().filter(|&block| block != 0).ok_or_else(uncounted)?;
+            // From the first that is needed to the last.
+            let first = together[0] % self.refblock_clusters * bits / 8;
+            let last = together[together.len() - 1] % self.refblock_clusters * bits;
+            let counts = read(block + first..block + (last + bits).div_ceil(8))?;
+            for cluster in together {
+                let bit = cluster % self.refblock_clusters * bits - first * 8;
+                let byte = (bit / 8) as usize;
+                let is_counted = if bits < 8 {
+                    counts[byte] >> (bit % 8) & ((1 << bits) - 1) != 0
+                } else {
+                    counts[byte..byte + bits as usize / 8].iter().any(|&b| b != 0)
+                };
+                if !is_counted {
+                    return Err(uncounted());
+                }
+            }
+        }
+        Ok(())
     }
 }
 

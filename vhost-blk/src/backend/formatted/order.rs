@@ -8,7 +8,7 @@ use std::collections::{HashMap, HashSet};
 use std::io;
 use std::ops::Range;
 
-use super::header::{Header, Metadata, OFFSET_MASK, entries};
+use super::header::{Header, MAX_REFTABLE, Metadata, OFFSET_MASK, entries};
 
 /// What is done to the file.
 pub trait Disk {
@@ -60,6 +60,15 @@ pub struct Order {
     frees: bool,
     reftable: HashMap<u64, HeldRefs>,
     l1: HashMap<u64, Vec<u8>>,
+}
+
+/// Where a part of the header says that the refcount table is, and how many clusters it has, if it says that.
+fn pointers(offset: u64, bytes: &[u8]) -> Option<(u64, u32)> {
+    let at = |field: u64, len: usize| {
+        let from = usize::try_from(field.checked_sub(offset)?).ok()?;
+        bytes.get(from..from + len)
+    };
+    Some((u64::from_be_bytes(at(48, 8)?.try_into().ok()?), u32::from_be_bytes(at(56, 4)?.try_into().ok()?)))
 }
 
 fn holds(table: &Range<u64>, offset: u64) -> bool {
@@ -167,6 +176,7 @@ impl Order {
                 return Ok(());
             }
             Kind::Header => {
+                self.expect_pointers(offset, bytes)?;
                 self.barrier(disk)?;
                 disk.write(offset, bytes)?;
                 disk.sync()?;
@@ -240,15 +250,24 @@ impl Order {
         Ok(())
     }
 
+    /// Fails if what is written to the header is none: in an image that does not count it, it is given out as free.
+    fn expect_pointers(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        match pointers(offset, bytes) {
+            Some((start, clusters))
+                if start == 0
+                    || !start.is_multiple_of(self.header.cluster())
+                    || clusters == 0
+                    || u64::from(clusters) * self.header.cluster() > MAX_REFTABLE =>
+            {
+                Err(io::Error::other("the image is damaged, its header is used for data; see qemu-img check"))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// The refcount table may have moved.
     fn adopt_pointers(&mut self, disk: &impl Disk, offset: u64, bytes: &[u8]) -> io::Result<()> {
-        let at = |field: u64, len: usize| {
-            let from = usize::try_from(field.checked_sub(offset)?).ok()?;
-            bytes.get(from..from + len)
-        };
-        let start = at(48, 8).and_then(|b| Some(u64::from_be_bytes(b.try_into().ok()?)));
-        let clusters = at(56, 4).and_then(|b| Some(u32::from_be_bytes(b.try_into().ok()?)));
-        let (Some(start), Some(clusters)) = (start, clusters) else { return Ok(()) };
+        let Some((start, clusters)) = pointers(offset, bytes) else { return Ok(()) };
         let cluster = self.header.cluster();
         let moved = start..start + u64::from(clusters) * cluster;
         if moved == self.header.reftable {
@@ -386,6 +405,15 @@ mod tests {
         order.write(&log, 4 * C, &[]).unwrap();
         assert_eq!(log.take(), "w65536 sync w1 sync w4");
         order.release(&log).unwrap();
+        assert_eq!(log.take(), "");
+    }
+
+    #[test]
+    fn data_are_no_header() {
+        let (log, mut order) = (Log::default(), order());
+        for bytes in [vec![0; 512], vec![0xff; 512]] {
+            assert!(order.write(&log, 0, &bytes).is_err());
+        }
         assert_eq!(log.take(), "");
     }
 

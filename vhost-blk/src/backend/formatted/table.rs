@@ -6,6 +6,7 @@
 //!
 //! There is memory for a fixed number of chunks; whoever needs another one takes the oldest. A reader that finds the word
 //! of the directory unchanged behind it has read an entry of the chunk that it meant.
+#![allow(unsafe_code)] // words that are atomic from now on
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
@@ -97,7 +98,7 @@ impl Table {
     fn with(clusters: u64, max_chunks: usize) -> Table {
         let places = clusters.div_ceil(CHUNK) as usize;
         Table {
-            directory: std::iter::repeat_with(AtomicU64::default).take(places).collect(),
+            directory: zeros(places),
             chunks: std::iter::repeat_with(OnceLock::new).take(places.min(max_chunks)).collect(),
             owners: Mutex::new(Owners { of: Vec::new(), oldest: 0, given: 0 }),
         }
@@ -153,6 +154,18 @@ impl Table {
         number
     }
 }
+
+/// So many zeros, which take no memory before they are written to: a directory is as large as a disk is said to be, and
+/// saying so costs nothing.
+fn zeros(len: usize) -> Box<[AtomicU64]> {
+    // The allocator gives out zeroed pages for this, untouched.
+    let words = Box::into_raw(vec![0u64; len].into_boxed_slice());
+    // SAFETY: the pointer is that of a box, which nobody else has. An `AtomicU64` has the size and the bit validity of a
+    // `u64`, and on targets that have one of the same alignment (checked below) a box of it has the same layout.
+    unsafe { Box::from_raw(words as *mut [AtomicU64]) }
+}
+
+const _: () = assert!(align_of::<AtomicU64>() == align_of::<u64>());
 
 #[cfg(test)]
 mod tests {
