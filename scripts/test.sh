@@ -151,6 +151,7 @@ soak() {
     local packets=${SOAK_PACKETS:-10000000}
     local upgrades=${SOAK_UPGRADES:-500} sessions=${SOAK_SESSIONS:-50000} attached=${SOAK_ATTACHED:-50}
     local changes=${SOAK_CHANGES:-120} configs=${SOAK_CONFIGS:-60} images=${SOAK_IMAGES:-500}
+    local cuts=${SOAK_CUTS:-1000}
     local limit=$((minutes * 60)) tests=(cargo test -p kickless-tests --test)
     export PROPTEST_CASES=${PROPTEST_CASES:-4096}
     {
@@ -160,8 +161,10 @@ soak() {
     # By count; 0 leaves a part out. One that fails does not keep the others from running.
     [ "$kills" = 0 ] || part "the daemon killed $kills times, half of them with packed rings" $((kills + 600)) \
         env KICKLESS_KILLS=$((kills / 2)) "${tests[@]}" kill -- --nocapture killed_at_random
-    [ "$images" = 0 ] || part "images of every kind, $images requests each, and $images damaged ones" $((images * 5 + 600)) \
-        env KICKLESS_IMAGE_REQUESTS="$images" KICKLESS_DAMAGES="$images" "${tests[@]}" images -- --nocapture
+    [ "$images" = 0 ] || part "images of every kind, $images requests each, and $images damaged ones, and as many hundred in one process" $((images * 6 + 600)) \
+        env KICKLESS_IMAGE_REQUESTS="$images" KICKLESS_DAMAGES="$images" KICKLESS_MALFORMED=$((images * 100)) "${tests[@]}" images -- --nocapture
+    [ "$cuts" = 0 ] || part "$cuts power cuts, with images of each kind" $((cuts + 600)) \
+        env KICKLESS_CUTS="$cuts" "${tests[@]}" power -- --nocapture
     [ "$moves" = 0 ] || part "a bare-metal guest moved $moves times in each way, under load" $((moves * 120 + 600)) \
         env KICKLESS_MIGRATIONS="$moves" "${tests[@]}" kvm -- --nocapture migrates
     [ "$moves" = 0 ] || part "Linux with fio moved $moves times in each way" $((moves * 120 + 600)) \

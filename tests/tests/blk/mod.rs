@@ -33,6 +33,9 @@ pub const GET_ID: u32 = 8;
 pub const DISCARD: u32 = 11;
 pub const WRITE_ZEROES: u32 = 13;
 
+/// `VIRTIO_BLK_F_CONFIG_WCE`.
+const CONFIG_WCE: u64 = 1 << 11;
+
 pub const OK: u8 = 0;
 pub const IOERR: u8 = 1;
 pub const UNSUPP: u8 = 2;
@@ -96,6 +99,9 @@ pub struct Front {
     pub queues: Vec<Lane>,
 }
 
+/// Where in its area a request has its status.
+const STATUS: u64 = 1024;
+
 /// One queue, and memory for one request.
 pub struct Lane {
     pub driver: DriverRing,
@@ -128,6 +134,17 @@ impl Front {
     pub fn with(socket: &Path, queues: usize, format: u64) -> Front {
         let ram = Ram::new(RAM_START, RAM_SIZE, false).unwrap();
         let mut front = Front::negotiate(socket, queues, format, ram);
+        let lanes = (0..queues).map(|i| Lane::start(&mut front, i));
+        front.queues = lanes.collect();
+        front
+    }
+
+    /// With a driver that takes the write cache as it is: it flushes.
+    pub fn flushing(socket: &Path, queues: usize) -> Front {
+        let ram = Ram::new(RAM_START, RAM_SIZE, false).unwrap();
+        let mut front = Front::negotiate(socket, queues, 0, ram);
+        front.features &= !CONFIG_WCE;
+        front.session.set_features(front.features).unwrap();
         let lanes = (0..queues).map(|i| Lane::start(&mut front, i));
         front.queues = lanes.collect();
         front
@@ -264,10 +281,29 @@ impl Lane {
 
     /// A request of `kind` for `sector`, its header and data cut as told: status and used length.
     pub fn request(&mut self, kind: u32, sector: u64, shape: &Shape<'_>) -> (u8, u32) {
+        let buffers = self.lay_out(kind, sector, shape);
+        let used = self.serve(&buffers);
+        (self.get(self.area + STATUS, 1)[0], used)
+    }
+
+    /// Begins such a request, of which [`over`](Self::over) tells when it is over.
+    pub fn begin(&mut self, kind: u32, sector: u64, shape: &Shape<'_>) {
+        let buffers = self.lay_out(kind, sector, shape);
+        self.driver.add(&buffers).unwrap();
+        self.publish();
+    }
+
+    /// The status of the request that was begun, if it is over.
+    pub fn over(&mut self) -> Option<u8> {
+        self.driver.collect()?;
+        Some(self.get(self.area + STATUS, 1)[0])
+    }
+
+    fn lay_out(&mut self, kind: u32, sector: u64, shape: &Shape<'_>) -> Vec<Buffer> {
         let mut header = [kind.to_le_bytes(), [0; 4]].concat();
         header.extend(sector.to_le_bytes());
         self.put(self.area, &header);
-        let status = self.area + 1024;
+        let status = self.area + STATUS;
         self.put(status, &[0xff]);
         let cut = |start: u64, lens: &[u32], writable: bool| {
             let mut addr = start;
@@ -281,8 +317,7 @@ impl Lane {
         buffers.extend(cut(shape.out_at.unwrap_or(self.area + 4096), shape.out, false));
         buffers.extend(cut(shape.into_at.unwrap_or(self.area + 4096), shape.into, true));
         buffers.push(Buffer { addr: status, len: 1, writable: true });
-        let used = self.serve(&buffers);
-        (self.get(status, 1)[0], used)
+        buffers
     }
 
     /// Writes a pattern to a sector and reads it back.

@@ -91,7 +91,7 @@ enum What {
     },
     Resize(u64),
     Sync,
-    /// Nothing: the kernel had not even begun.
+    /// Nothing: it was not begun, or is not possible there.
     Nothing,
 }
 
@@ -102,6 +102,8 @@ struct Done {
     what: What,
     begun: u64,
     ended: Option<u64>,
+    /// With an error.
+    failed: bool,
     /// Since when it is there whatever happens.
     durable: Option<u64>,
 }
@@ -175,13 +177,15 @@ impl Writes {
                 let at = usize::try_from(id).ok().and_then(|id| id.checked_sub(1));
                 let done =
                     at.and_then(|at| self.done.get_mut(at)).ok_or(damaged("an end without a beginning"))?;
-                if result == -i64::from(libc::EAGAIN) || result == -i64::from(libc::EINTR) {
-                    done.what = What::Nothing;
-                } else if result < 0 {
-                    // It may have been done all the same, now or later, and nothing makes that durable.
-                    done.durable = None;
+                done.ended = Some(self.len);
+                if result < 0 {
+                    // It may have been done all the same, and nothing makes that durable.
+                    (done.failed, done.durable) = (true, None);
+                    let errno = i32::try_from(-result).unwrap_or(libc::EIO);
+                    if matches!(errno, libc::EAGAIN | libc::EINTR | libc::EOPNOTSUPP) {
+                        done.what = What::Nothing;
+                    }
                 } else {
-                    done.ended = Some(self.len);
                     done.durable = done.durable.and(done.ended);
                     if let What::Write { bytes, .. } = &mut done.what {
                         bytes.truncate(result as usize);
@@ -199,16 +203,16 @@ impl Writes {
         }
         // Until its end is known: never.
         let durable = (kind == Kind::DurableWrite).then_some(u64::MAX);
-        self.done.push(Done { file, what, begun: self.len, ended: None, durable });
+        self.done.push(Done { file, what, begun: self.len, ended: None, failed: false, durable });
         Ok(())
     }
 
     /// Finds out what syncs have made durable.
     fn settle(&mut self) {
-        let is_sync = |done: &&Done| matches!(done.what, What::Sync);
+        let is_sync = |done: &&Done| matches!(done.what, What::Sync) && !done.failed;
         let syncs: Vec<_> =
             self.done.iter().filter(is_sync).filter_map(|s| Some((s.file, s.begun, s.ended?))).collect();
-        for done in &mut self.done {
+        for done in self.done.iter_mut().filter(|done| !done.failed) {
             let Some(ended) = done.ended else { continue };
             let of = syncs.iter().filter(|(file, begun, _)| *file == done.file && *begun > ended);
             let synced = of.map(|&(.., ended)| ended).min();
@@ -231,6 +235,42 @@ impl Writes {
         let mut moments: Vec<_> = self.done.iter().flat_map(|d| [Some(d.begun), d.ended]).flatten().collect();
         moments.sort_unstable();
         moments
+    }
+
+    /// Where the last write went that began a sector with these bytes: file and offset.
+    pub fn find(&self, bytes: &[u8]) -> Option<(usize, u64)> {
+        self.done.iter().rev().find_map(|done| match &done.what {
+            What::Write { offset, bytes: written } => {
+                let at = written.chunks(SECTOR as usize).position(|sector| sector.starts_with(bytes))?;
+                Some((done.file as usize, offset + at as u64 * SECTOR))
+            }
+            _ => None,
+        })
+    }
+
+    /// All that became of a sector, a line each.
+    pub fn history(&self, number: usize, at: u64) -> Vec<String> {
+        let touches = |offset: u64, len: u64| offset < at + SECTOR && at < offset + len;
+        let of = self.done.iter().filter(|done| done.file as usize == number);
+        of.filter_map(|done| {
+            let what = match &done.what {
+                What::Write { offset, bytes } if touches(*offset, bytes.len() as u64) => {
+                    let from = at.saturating_sub(*offset) as usize;
+                    format!(
+                        "write of {} bytes at {offset}, there {:?}",
+                        bytes.len(),
+                        bytes.get(from..from + 8)
+                    )
+                }
+                What::Zero { offset, len } if touches(*offset, *len) => {
+                    format!("zeros, {len} bytes at {offset}")
+                }
+                What::Resize(len) => format!("resized to {len}"),
+                _ => return None,
+            };
+            Some(format!("{} to {:?}, durable at {:?}: {what}", done.begun, done.ended, done.durable))
+        })
+        .collect()
     }
 
     /// Whether nothing was changed.
@@ -370,7 +410,9 @@ mod tests {
         let zero = log.begin(fd, Change::Zero { offset: 0, len: 512 });
         log.end(zero, 0);
         let failed = log.begin(fd, Change::Sync);
-        log.end(failed, -5);
+        log.end(failed, -i64::from(libc::EIO));
+        let impossible = log.begin(fd, Change::Zero { offset: 0, len: 2048 });
+        log.end(impossible, -i64::from(libc::EOPNOTSUPP));
         drop(log);
 
         let writes = Writes::read(&log_path).unwrap();
