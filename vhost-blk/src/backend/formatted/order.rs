@@ -1,7 +1,8 @@
 //! In which order the writes to a qcow2 image reach its storage, so that the image is sound at every moment in between: a
 //! cluster is counted before it is pointed to, holds its data before it is pointed to, and is no longer pointed to before it
 //! is uncounted. `imago` begins its writes in that order, but for two: entries of the top tables, which it writes at once.
-//! They are held back here until what they point to is there and counted. And where a power cut may undo what comes first
+//! They are held back here until what they point to is there and counted. A block of counts that has lower ones as well is
+//! written with what they were, and as it is when nothing points any more to what it uncounts. And where a power cut may undo what comes first
 //! and keep what comes second, the storage is flushed in between.
 
 use std::collections::{HashMap, HashSet};
@@ -60,6 +61,8 @@ pub struct Order {
     frees: bool,
     reftable: HashMap<u64, HeldRefs>,
     l1: HashMap<u64, Vec<u8>>,
+    /// Refcount blocks as they are to be once all tables are written.
+    lowered: HashMap<u64, Vec<u8>>,
 }
 
 /// Where a part of the header says that the refcount table is, and how many clusters it has, if it says that.
@@ -88,6 +91,7 @@ impl Order {
             frees: false,
             reftable: HashMap::new(),
             l1: HashMap::new(),
+            lowered: HashMap::new(),
         }
     }
 
@@ -145,10 +149,19 @@ impl Order {
         match self.kind(offset) {
             Kind::Data => self.before_data(disk)?,
             Kind::Counts => {
-                if self.frees && self.mappings {
-                    self.barrier(disk)?;
+                // What is shared with a snapshot is counted less when a table is copied, too.
+                if self.frees || self.header.snapshots > 0 || self.lowered.contains_key(&offset) {
+                    let before = disk.read(offset..offset + bytes.len() as u64)?;
+                    let highest = self.highest(&before, bytes);
+                    disk.write(offset, &highest)?;
+                    if highest == bytes {
+                        self.lowered.remove(&offset);
+                    } else {
+                        self.lowered.insert(offset, bytes.to_vec());
+                    }
+                } else {
+                    disk.write(offset, bytes)?;
                 }
-                disk.write(offset, bytes)?;
                 self.counts = true;
                 for held in self.reftable.values_mut() {
                     held.after.retain(|&block| block != offset);
@@ -235,10 +248,9 @@ impl Order {
     /// All tables have been written: what points to them may be.
     pub fn release(&mut self, disk: &impl Disk) -> io::Result<()> {
         self.release_reftable(disk, true)?;
-        if self.l1.is_empty() {
-            return Ok(());
+        if !self.l1.is_empty() {
+            self.barrier(disk)?;
         }
-        self.barrier(disk)?;
         let offsets: Vec<_> = self.l1.keys().copied().collect();
         for offset in offsets {
             if let Some(bytes) = self.l1.get(&offset) {
@@ -247,7 +259,30 @@ impl Order {
                 self.l1.remove(&offset);
             }
         }
+        if !self.lowered.is_empty() {
+            self.barrier(disk)?;
+        }
+        let offsets: Vec<_> = self.lowered.keys().copied().collect();
+        for offset in offsets {
+            if let Some(bytes) = self.lowered.get(&offset) {
+                disk.write(offset, bytes)?;
+                self.counts = true;
+                self.lowered.remove(&offset);
+            }
+        }
         Ok(())
+    }
+
+    /// Of two blocks of counts the higher ones.
+    fn highest(&self, a: &[u8], b: &[u8]) -> Vec<u8> {
+        let bits = (self.header.cluster() * 8 / self.header.refblock_clusters) as usize;
+        if bits >= 8 {
+            let pairs = a.chunks(bits / 8).zip(b.chunks(bits / 8));
+            return pairs.flat_map(|(a, b)| a.max(b)).copied().collect();
+        }
+        let mask = (1u8 << bits) - 1;
+        let of = |a: u8, b: u8| (0..8).step_by(bits).map(move |at| (a & mask << at).max(b & mask << at));
+        a.iter().zip(b).map(|(&a, &b)| of(a, b).fold(0, |all, one| all | one)).collect()
     }
 
     /// Fails if what is written to the header is none: in an image that does not count it, it is given out as free.
@@ -363,13 +398,31 @@ mod tests {
 
     #[test]
     fn what_is_used_again_is_not_pointed_to_any_more() {
-        for cluster in [2, 9] {
-            let (log, mut order) = (Log::default(), order());
-            order.may_free();
-            order.write(&log, 4 * C, &[]).unwrap();
-            order.write(&log, cluster * C, &[]).unwrap();
-            assert_eq!(log.take(), format!("w4 sync w{cluster}"));
-        }
+        let (log, mut order) = (Log::default(), order());
+        order.may_free();
+        order.write(&log, 4 * C, &[]).unwrap();
+        order.write(&log, 9 * C, &[]).unwrap();
+        assert_eq!(log.take(), "w4 sync w9");
+    }
+
+    #[test]
+    fn counts_are_lower_when_nothing_points_there_any_more() {
+        let log = Log { table: vec![0, 2, 0, 1, 1, 0], ..Log::default() };
+        let mut order = order();
+        order.may_free();
+        order.write(&log, 2 * C, &[0, 1, 0, 2, 0, 255]).unwrap();
+        order.write(&log, 3 * C, &table(&[7 * C])).unwrap();
+        order.write(&log, 4 * C, &[]).unwrap();
+        order.release(&log).unwrap();
+        order.release(&log).unwrap();
+        assert_eq!(log.take(), "w2 sync w4 sync w3 sync w2");
+        assert_eq!(order.highest(&log.table, &[0, 1, 0, 2, 0, 255]), [0, 2, 0, 2, 1, 0]);
+        // None is lower.
+        order.write(&log, 2 * C, &[0, 2, 0, 1, 1, 1]).unwrap();
+        order.release(&log).unwrap();
+        assert_eq!(log.take(), "w2");
+        order.header.refblock_clusters = C * 8 / 2;
+        assert_eq!(order.highest(&[0b11_00_10_01], &[0b01_01_11_00]), [0b11_01_11_01]);
     }
 
     #[test]
