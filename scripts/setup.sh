@@ -30,6 +30,7 @@ gcc links Rust programs
 libc6-dev links Rust programs
 make runs the Makefile
 valgrind counts the instructions of a request
+bpftrace looks at probes under load
 python3-prometheus-client reads metrics as Prometheus does
 chromium looks at the status page'
 
