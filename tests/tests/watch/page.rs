@@ -103,10 +103,8 @@ fn pixels(browser: &mut Browser, chart: &str, color: &str) -> Result<u64> {
     browser.value(&count)?.as_u64().context("a count of pixels")
 }
 
-pub fn is_seen(scene: &Scene) -> Result<Option<String>> {
-    let mut load = Load::start(&["web", "mail"])?;
-    load.rig.add("<b>archive", "backend=null:1G");
-    let relay = Relay::start(&load.rig)?;
+/// A browser that shows the page, with charts of some readings.
+fn charts(scene: &Scene, relay: &Relay) -> Result<Browser> {
     let mut browser = Browser::start(scene)?;
     browser.open(&relay.url)?;
     wait::until(
@@ -114,6 +112,14 @@ pub fn is_seen(scene: &Scene) -> Result<Option<String>> {
         LIMIT,
         || Ok((browser.value("history.length")?.as_u64() >= Some(5)).then_some(())),
     )?;
+    Ok(browser)
+}
+
+pub fn is_seen(scene: &Scene) -> Result<Option<String>> {
+    let mut load = Load::start(&["web", "mail"])?;
+    load.rig.add("<b>archive", "backend=null:1G");
+    let relay = Relay::start(&load.rig)?;
+    let mut browser = charts(scene, &relay)?;
     // Charts have what they say they have.
     for (chart, colors) in [("iops", &["a"][..]), ("bandwidth", &["a", "b"]), ("latency", &["a", "b", "c"])] {
         for color in colors {
@@ -215,13 +221,7 @@ pub fn shows_ports(scene: &Scene) -> Result<Option<String>> {
     load.limit("b", json!({ "rx-pps": 10 }));
     load.limit("a", json!({ "tx-pps": 500 }));
     let relay = Relay::start(&load.rig)?;
-    let mut browser = Browser::start(scene)?;
-    browser.open(&relay.url)?;
-    wait::until(
-        "charts",
-        LIMIT,
-        || Ok((browser.value("history.length")?.as_u64() >= Some(5)).then_some(())),
-    )?;
+    let mut browser = charts(scene, &relay)?;
     for (chart, colors) in [("iops", &["a"][..]), ("bandwidth", &["a", "b"]), ("latency", &["a"])] {
         for color in colors {
             let seen = pixels(&mut browser, chart, color)?;
