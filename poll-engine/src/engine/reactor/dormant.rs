@@ -85,7 +85,7 @@ impl Reactor {
         *left = end.saturating_sub(MAX_SWEPT);
         // From the end: what takes the place of one that goes has been looked at.
         for place in (self.sweep.left..end).rev() {
-            if self.tasks[place].is_idle() {
+            if self.sweep.is_wanted(self.polled) && self.tasks[place].is_idle() {
                 self.leave(place);
             }
         }
