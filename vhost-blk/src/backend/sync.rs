@@ -6,7 +6,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 
 use nix::fcntl::{FallocateFlags, fallocate};
@@ -21,24 +21,62 @@ use crate::request::{HEADER, Operation, Range, ranges};
 /// Most iovecs of one call; longer requests take several.
 const MAX_IOVECS: usize = 256;
 
+/// Reads and writes files that are memory.
+pub struct Copier {
+    iovecs: Vec<libc::iovec>,
+}
+
+// SAFETY: the iovecs are filled, used and cleared within one call; between calls they point to nothing.
+unsafe impl Send for Copier {}
+
 /// The back end of one queue.
 pub struct SyncBackend {
     file: File,
     disk: Arc<Disk>,
     ranges: Vec<Range>,
-    iovecs: Vec<libc::iovec>,
+    copier: Copier,
 }
-
-// SAFETY: the iovecs are filled, used and cleared within one call; between calls they point to nothing.
-unsafe impl Send for SyncBackend {}
 
 impl SyncBackend {
     /// On `file`.
     pub fn new(file: File, disk: Arc<Disk>) -> SyncBackend {
-        SyncBackend { file, disk, ranges: Vec::new(), iovecs: Vec::with_capacity(MAX_IOVECS) }
+        SyncBackend { file, disk, ranges: Vec::new(), copier: Copier::default() }
     }
 
-    fn transfer(&mut self, access: Access, mut offset: u64, mut slices: Slices<'_>) -> io::Result<()> {
+    /// Discards and zeroes. Space that must stay reserved is reserved anew.
+    fn clear(&mut self, operation: Operation, chain: &ChainView<'_>) -> Result<(), Failure> {
+        ranges(chain, &self.disk, operation, &mut self.ranges)?;
+        for range in &self.ranges {
+            let (offset, len) = (range.offset as i64, range.len as i64);
+            let keep = FallocateFlags::FALLOC_FL_KEEP_SIZE;
+            let punched = fallocate(&self.file, FallocateFlags::FALLOC_FL_PUNCH_HOLE | keep, offset, len);
+            let reserve = matches!(operation, Operation::WriteZeroes { .. }) && !range.unmap;
+            let done = if reserve {
+                punched.and_then(|()| fallocate(&self.file, keep, offset, len))
+            } else {
+                punched
+            };
+            done.map_err(|e| Failure::Io { what: "fallocate", error: e.into() })?;
+        }
+        Ok(())
+    }
+}
+
+impl Default for Copier {
+    fn default() -> Copier {
+        Copier { iovecs: Vec::with_capacity(MAX_IOVECS) }
+    }
+}
+
+impl Copier {
+    /// Between the file, from `offset` on, and guest memory.
+    pub fn transfer(
+        &mut self,
+        fd: RawFd,
+        access: Access,
+        mut offset: u64,
+        mut slices: Slices<'_>,
+    ) -> io::Result<()> {
         loop {
             let part = slices.by_ref().take(MAX_IOVECS);
             self.iovecs.clear();
@@ -51,7 +89,7 @@ impl SyncBackend {
             let mut first = 0;
             while left > 0 {
                 let iovecs = &self.iovecs[first..];
-                let (fd, count) = (self.file.as_raw_fd(), iovecs.len() as i32);
+                let count = iovecs.len() as i32;
                 let (at, one) = (offset as i64, iovecs[0]);
                 // SAFETY: the iovecs are guest slices of the chain at hand, whose map the queue holds during this call.
                 let n = unsafe {
@@ -77,24 +115,6 @@ impl SyncBackend {
             }
         }
     }
-
-    /// Discards and zeroes. Space that must stay reserved is reserved anew.
-    fn clear(&mut self, operation: Operation, chain: &ChainView<'_>) -> Result<(), Failure> {
-        ranges(chain, &self.disk, operation, &mut self.ranges)?;
-        for range in &self.ranges {
-            let (offset, len) = (range.offset as i64, range.len as i64);
-            let keep = FallocateFlags::FALLOC_FL_KEEP_SIZE;
-            let punched = fallocate(&self.file, FallocateFlags::FALLOC_FL_PUNCH_HOLE | keep, offset, len);
-            let reserve = matches!(operation, Operation::WriteZeroes { .. }) && !range.unmap;
-            let done = if reserve {
-                punched.and_then(|()| fallocate(&self.file, keep, offset, len))
-            } else {
-                punched
-            };
-            done.map_err(|e| Failure::Io { what: "fallocate", error: e.into() })?;
-        }
-        Ok(())
-    }
 }
 
 /// Moves iovecs on by `n` bytes; returns how many of them are done with.
@@ -118,14 +138,16 @@ impl Backend for SyncBackend {
         queue: &mut Queue,
         _io: &mut Io<'_>,
     ) -> Begun {
-        let chain = queue.chain();
+        let (chain, fd) = (queue.chain(), self.file.as_raw_fd());
         let failed = |what| move |error| Failure::Io { what, error };
         let done = match operation {
             Operation::Read { offset, len } => {
-                self.transfer(Access::Read, offset, chain.writable(0, len)).map_err(failed("read"))
+                let into = chain.writable(0, len);
+                self.copier.transfer(fd, Access::Read, offset, into).map_err(failed("read"))
             }
             Operation::Write { offset, len } => {
-                self.transfer(Access::Write, offset, chain.readable(HEADER, len)).map_err(failed("write"))
+                let from = chain.readable(HEADER, len);
+                self.copier.transfer(fd, Access::Write, offset, from).map_err(failed("write"))
             }
             Operation::Discard { .. } | Operation::WriteZeroes { .. } => self.clear(operation, &chain),
             // Nothing is more durable than memory on memory.

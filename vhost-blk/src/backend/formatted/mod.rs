@@ -251,12 +251,14 @@ const MAX_TOGETHER: u32 = 1024;
 pub struct Mapped {
     image: Arc<Running>,
     inbox: Arc<Inbox>,
+    in_memory: bool,
 }
 
 impl Mapped {
     /// For a queue with `ring_size` slots.
     pub fn new(image: Arc<Running>, ring_size: u16) -> std::io::Result<Mapped> {
-        Ok(Mapped { image, inbox: Arc::new(Inbox::new(ring_size)?) })
+        let in_memory = image.shared.files.iter().all(|file| file.traits().in_memory);
+        Ok(Mapped { image, inbox: Arc::new(Inbox::new(ring_size)?), in_memory })
     }
 }
 
@@ -317,6 +319,10 @@ impl Layout for Mapped {
 
     fn place(&self, access: Access, offset: u64, len: u32) -> Place {
         self.image.shared.place(access, offset, len)
+    }
+
+    fn is_in_memory(&self) -> bool {
+        self.in_memory
     }
 
     fn flush_fd(&self, index: usize) -> Option<RawFd> {

@@ -21,6 +21,7 @@ use self::slot::{Phase, Slot, Through, data, fill_bounce, is_misaligned, is_with
 use super::bounce::Pool;
 use super::formatted::errand::{Answer, Errand, Inbox, WANTS_DATA, What};
 use super::layout::{Layout, Place};
+use super::sync::Copier;
 use super::write_log::Change;
 use super::{Backend, Begun, Failure, Outcome};
 use crate::device::Cache;
@@ -53,6 +54,8 @@ pub struct UringBackend<L> {
     bounces: Pool,
     /// Those of short requests, with a cipher.
     short: Pool,
+    /// For a layout in memory.
+    copier: Option<Copier>,
 }
 
 /// What to do with a slot after a step.
@@ -74,6 +77,7 @@ impl<L: Layout> UringBackend<L> {
     ) -> UringBackend<L> {
         let size = u32::from(ring_size);
         UringBackend {
+            copier: layout.is_in_memory().then(Copier::default),
             layout,
             traits,
             disk,
@@ -126,6 +130,31 @@ impl<L: Layout> UringBackend<L> {
             _ => drop(data(&chain, Access::Write, slot.done, len).read(&mut bytes)),
         }
         slot.logged = log.begin(fd.0, Change::Write { offset, bytes: &bytes, durable });
+    }
+
+    /// Does what there is nothing to wait for: reads zeros, and reads and writes what is in memory. What does not lie
+    /// together goes the long way.
+    #[inline]
+    fn at_once(&mut self, operation: Operation, chain: &ChainView<'_>) -> Option<Outcome> {
+        let (access, what, offset, len) = match operation {
+            Operation::Read { offset, len } => (Access::Read, "read", offset, len),
+            Operation::Write { offset, len } if self.copier.is_some() => {
+                (Access::Write, "write", offset, len)
+            }
+            _ => return None,
+        };
+        match (self.layout.place(access, offset, len), &mut self.copier) {
+            (Place::Zeros(n), _) if n == len && access == Access::Read => {
+                chain.writable(0, len).for_each(|s| s.fill(0));
+                Some(Outcome::Done)
+            }
+            (Place::File { fd, offset, len: n }, Some(copier)) if n == len => {
+                let done = copier.transfer(fd, access, offset, data(chain, access, 0, len));
+                let failed = |error| Outcome::Failed(Failure::Io { what, error });
+                Some(done.map_or_else(failed, |()| Outcome::Done))
+            }
+            _ => None,
+        }
     }
 
     /// Submits the next transfer of a read or write.
@@ -474,11 +503,8 @@ impl<L: Layout> Backend for UringBackend<L> {
     }
 
     fn begin(&mut self, request: Request, operation: Operation, queue: &mut Queue, io: &mut Io<'_>) -> Begun {
-        if let Operation::Read { offset, len } = operation
-            && self.layout.place(Access::Read, offset, len) == Place::Zeros(len)
-        {
-            queue.chain().writable(0, len).for_each(|s| s.fill(0));
-            return Begun::Over(request, Outcome::Done);
+        if let Some(outcome) = self.at_once(operation, &queue.chain()) {
+            return Begun::Over(request, outcome);
         }
         // The ring lets no more chains be in flight than it has descriptors, and there is a slot for each.
         let Some(tag) = self.free.pop() else { unreachable!("more requests than ring slots") };
