@@ -137,8 +137,8 @@ pub trait Device: Send + Sync {
         None
     }
 
-    /// On the reactor of which number somebody wants a queue to run, if that one is there; asked for when the queue starts. It
-    /// says less than [`place`](Self::place): nothing depends on it.
+    /// On the reactor of which number somebody wants a queue to run; asked for when the queue starts. It says more than
+    /// [`place`](Self::place), as long as that reactor is there.
     fn reactor(&self, _index: u16) -> Option<usize> {
         None
     }

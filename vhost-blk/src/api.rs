@@ -10,6 +10,7 @@ use axum::extract::{FromRef, State};
 use axum::http::StatusCode;
 use control::body::{Json, Path, Query};
 use control::common::{self, Answer, Common, Fails, Force, Running, VERSION};
+use control::moving::Placed;
 use control::problem::Problem;
 use control::refused::Refused;
 use poll_engine::stats::{ERROR_KINDS, QueueStats, merge, percentile};
@@ -243,18 +244,6 @@ struct Record {
     file: PathBuf,
 }
 
-/// A place for queues.
-#[derive(Debug, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
-struct Placed {
-    /// The number of the reactor.
-    reactor: usize,
-    /// The queue; without it, all of the disk.
-    #[serde(default)]
-    #[schema(nullable = false)]
-    queue: Option<u16>,
-}
-
 /// All calls.
 pub fn router(exports: Arc<Exports>) -> Router {
     let (router, document) = calls();
@@ -390,6 +379,6 @@ async fn place(
     Path(name): Path<String>,
     Json(at): Json<Placed>,
 ) -> Answer<DiskDetail> {
-    let served = api.change(move |exports| exports.place(&name, at.queue, at.reactor)).await?;
+    let served = api.change(move |exports| exports.place(&name, at)).await?;
     Ok(Json((&*served).into()))
 }

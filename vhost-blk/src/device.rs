@@ -1,11 +1,11 @@
 //! The block device's face to the engine: features, configuration space, queues (virtio 1.3, 5.2.3 to 5.2.5).
 
-use std::collections::HashMap;
 use std::io;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use poll_engine::device::{ConfigRefused, Device, QueueHandler, StateRefused};
+use poll_engine::engine::wanted::WantedOn;
 use poll_engine::ring::inflight::Memento;
 
 use crate::backend::Backend;
@@ -59,8 +59,7 @@ pub struct BlkDevice {
     ring_size: u16,
     recorder: Mutex<Option<Arc<Recorder>>>,
     withheld: u64,
-    /// On which reactors queues are wanted, if somebody wants that.
-    wanted_on: Mutex<HashMap<u16, usize>>,
+    wanted_on: WantedOn,
     /// Where the mode is left to the next process.
     memento: Mutex<Option<Memento>>,
 }
@@ -73,15 +72,14 @@ impl BlkDevice {
         ring_size: u16,
         recorder: Option<Arc<Recorder>>,
     ) -> BlkDevice {
-        let (recorder, wanted_on) = (Mutex::new(recorder), Mutex::default());
+        let (recorder, wanted_on) = (Mutex::new(recorder), WantedOn::default());
         let memento = Mutex::default();
         BlkDevice { disk, num_queues, ring_size, recorder, withheld: 0, wanted_on, memento }
     }
 
     /// Has these queues on this reactor when they start next.
     pub fn want_on(&self, queues: Range<u16>, reactor: usize) {
-        let mut wanted = self.wanted_on.lock().unwrap_or_else(PoisonError::into_inner);
-        wanted.extend(queues.map(|queue| (queue, reactor)));
+        self.wanted_on.set(queues, reactor);
     }
 
     /// Has queues that start from now on captured by this one, or by none.
@@ -284,7 +282,7 @@ impl Device for BlkDevice {
     }
 
     fn reactor(&self, index: u16) -> Option<usize> {
-        self.wanted_on.lock().unwrap_or_else(PoisonError::into_inner).get(&index).copied()
+        self.wanted_on.of(index)
     }
 
     fn reset(&self) {

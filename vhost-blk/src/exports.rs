@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use control::common::Running;
+use control::moving::{Movable, Placed, move_away};
 use control::refused::{Changes, Refused};
 use daemon::takeover::{self, Inherited, Successor};
 use daemon::{Place, Switch, path_key};
@@ -18,7 +19,7 @@ use poll_engine::device::features;
 use poll_engine::engine::Engine;
 use poll_engine::engine::pacing::Pacing;
 use poll_engine::session::serve::Export;
-use poll_engine::session::server::{AskError, Server};
+use poll_engine::session::server::Server;
 use poll_engine::stats::QueueStats;
 use poll_engine::takeover::give::{Estate, Lot};
 use tracing::{info, warn};
@@ -452,24 +453,13 @@ impl Exports {
         Ok(served)
     }
 
-    /// Moves a queue, or all of them, to this reactor.
-    pub fn place(&self, key: &str, queue: Option<u16>, reactor: usize) -> Result<Arc<Served>, Refused> {
+    /// Moves a queue, or all of them, to a reactor.
+    pub fn place(&self, key: &str, at: Placed) -> Result<Arc<Served>, Refused> {
         let _change = self.changes.begin()?;
         let served = self.find(key)?;
-        if !self.engine.list().iter().any(|r| r.number == reactor) {
-            let why = format!("there is no reactor {reactor}; GET /v1/reactors lists those there are");
-            return Err(Refused::Wrong(Some("reactor"), why));
-        }
-        let count = served.stats.len() as u16;
-        if let Some(queue) = queue.filter(|queue| *queue >= count) {
-            return Err(Refused::Wrong(
-                Some("queue"),
-                format!("{key} has queues 0 to {}, and no {queue}", count - 1),
-            ));
-        }
-        let queues = queue.map_or(0..count, |queue| queue..queue + 1);
-        served.device.want_on(queues, reactor);
-        served.server.restart_queues()?;
+        let queues = at.queues(&self.engine, key, served.stats.len())?;
+        served.device.want_on(queues, at.reactor);
+        served.restart()?;
         Ok(served)
     }
 
@@ -518,6 +508,20 @@ impl Exports {
     }
 }
 
+impl Movable for Served {
+    fn key(&self) -> &str {
+        &self.key
+    }
+
+    fn stats(&self) -> &[Arc<QueueStats>] {
+        &self.stats
+    }
+
+    fn server(&self) -> &Server {
+        &self.server
+    }
+}
+
 impl Running for Exports {
     fn engine(&self) -> &Engine {
         &self.engine
@@ -531,29 +535,7 @@ impl Running for Exports {
 
     fn retire(&self, number: usize) -> Result<(), Refused> {
         let _change = self.changes.begin()?;
-        let retiring = self.engine.retire(number)?;
-        let until = Instant::now() + DRAIN;
-        while retiring.queues() > 0 {
-            for served in self.all() {
-                if served.stats.iter().any(|queue| queue.reactor() == Some(number)) {
-                    // One that has ended has no queues.
-                    if let Err(e @ (AskError::Refused(_) | AskError::Late(_))) =
-                        served.server.restart_queues()
-                    {
-                        self.engine.keep(retiring);
-                        return Err(Refused::Conflict(format!(
-                            "reactor {number} stays: {}: {e}",
-                            served.key
-                        )));
-                    }
-                }
-            }
-            if Instant::now() > until {
-                self.engine.keep(retiring);
-                return Err(Refused::Conflict(format!("reactor {number} stays: its queues do not leave it")));
-            }
-            std::thread::sleep(LOOK);
-        }
+        let retiring = move_away(&self.engine, self.engine.retire(number)?, || self.all())?;
         retiring.finish();
         Ok(())
     }

@@ -9,6 +9,7 @@ use axum::extract::{FromRef, State};
 use axum::http::StatusCode;
 use control::body::{Json, Path, Query};
 use control::common::{self, Answer, Common, Fails, Force, Running, VERSION};
+use control::moving::Placed;
 use control::problem::Problem;
 use control::refused::Refused;
 use poll_engine::stats::QueueStats;
@@ -81,6 +82,7 @@ struct Daemon {
 /// A port.
 #[derive(Debug, Serialize, ToSchema)]
 #[serde(rename_all = "kebab-case")]
+#[allow(clippy::struct_excessive_bools)] // each by itself
 struct Port {
     /// What it is known by: its name, or the path of its socket.
     name: String,
@@ -102,6 +104,8 @@ struct Port {
     up: bool,
     /// Whether a front end is connected.
     attached: bool,
+    /// Whether its queues are to take nothing.
+    paused: bool,
     /// Whether no front end can come any more.
     ended: bool,
     /// What its guest was given, or what has left by the uplink.
@@ -184,6 +188,7 @@ impl Port {
             mac: spec.mac.map(|mac| MacAddr(mac).to_string()),
             up: !spec.link_down,
             attached: s.server.is_attached(),
+            paused: s.server.is_paused(),
             ended: s.server.has_ended(),
             rx,
             tx,
@@ -200,6 +205,7 @@ impl Port {
             mac: None,
             up: ports.hub().outside.latest().0.up,
             attached: false,
+            paused: false,
             ended: false,
             rx: rx.into(),
             tx: tx.into(),
@@ -308,6 +314,9 @@ fn calls() -> (Router<Api>, OpenApi) {
         .routes(routes!(list, add))
         .routes(routes!(show, remove))
         .routes(routes!(set_link))
+        .routes(routes!(pause))
+        .routes(routes!(resume))
+        .routes(routes!(place))
         .routes(routes!(limits, set_limits))
         .routes(routes!(capture, begin_capture, end_capture))
         .routes(routes!(fdb));
@@ -378,6 +387,31 @@ async fn set_link(
     Json(link): Json<Link>,
 ) -> Answer<PortDetail> {
     let served = api.change(move |ports| ports.set_link(&name, link.up)).await?;
+    Ok(api.detail(&served))
+}
+
+/// Takes nothing from its guest for now and gives it nothing, as a guest that has no buffers
+#[utoipa::path(post, path = "/v1/ports/{name}/pause", params(("name" = String, Path)), responses((status = 200, body = PortDetail), Fails))]
+async fn pause(State(api): State<Api>, Path(name): Path<String>) -> Answer<PortDetail> {
+    let served = api.change(move |ports| ports.set_paused(&name, true)).await?;
+    Ok(api.detail(&served))
+}
+
+/// Goes on
+#[utoipa::path(post, path = "/v1/ports/{name}/resume", params(("name" = String, Path)), responses((status = 200, body = PortDetail), Fails))]
+async fn resume(State(api): State<Api>, Path(name): Path<String>) -> Answer<PortDetail> {
+    let served = api.change(move |ports| ports.set_paused(&name, false)).await?;
+    Ok(api.detail(&served))
+}
+
+/// Moves queues to a reactor, where they stay
+#[utoipa::path(put, path = "/v1/ports/{name}/reactor", params(("name" = String, Path)), request_body = Placed, responses((status = 200, body = PortDetail), Fails))]
+async fn place(
+    State(api): State<Api>,
+    Path(name): Path<String>,
+    Json(at): Json<Placed>,
+) -> Answer<PortDetail> {
+    let served = api.change(move |ports| ports.place(&name, at)).await?;
     Ok(api.detail(&served))
 }
 

@@ -92,7 +92,7 @@ impl Source {
             self.pause -= 1;
             return true;
         }
-        if queues.get(target).is_some_and(|rx| !rx.has_chain()) {
+        if queues.get(target).is_some_and(|rx| !rx.has_chain()) || queues.only_rests(target) {
             self.pause = PAUSE;
             return true;
         }

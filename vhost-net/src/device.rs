@@ -1,10 +1,12 @@
 //! The network device's face to the engine: features, configuration space, queues (virtio 1.3, 5.1.2 to 5.1.4).
 
 use std::io;
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use poll_engine::device::{ConfigRefused, Device, Network, QueueHandler, StateRefused};
+use poll_engine::engine::wanted::WantedOn;
 use poll_engine::ring::inflight::Memento;
 
 use crate::control;
@@ -77,6 +79,7 @@ pub struct NetDevice {
     told_link: AtomicBool,
     /// Features of the queues that were started last; 0: none was.
     started: AtomicU64,
+    wanted_on: WantedOn,
 }
 
 impl NetDevice {
@@ -90,12 +93,18 @@ impl NetDevice {
             _ => None,
         };
         let (told_link, started) = (AtomicBool::new(true), AtomicU64::new(0));
-        NetDevice { card, joined, controlled, on_change: OnceLock::new(), withheld, told_link, started }
+        let (on_change, wanted_on) = (OnceLock::new(), WantedOn::default());
+        NetDevice { card, joined, controlled, on_change, withheld, told_link, started, wanted_on }
     }
 
     /// Has the front end told by this that configuration space has changed. The first one given counts.
     pub fn on_change(&self, act: impl Fn() + Send + Sync + 'static) {
         let _ = self.on_change.set(Box::new(act));
+    }
+
+    /// Has these queues on this reactor when they start next.
+    pub fn want_on(&self, queues: Range<u16>, reactor: usize) {
+        self.wanted_on.set(queues, reactor);
     }
 
     /// Has what crosses a tap of its own noted there from now on, by queues that start.
@@ -242,6 +251,10 @@ impl Device for NetDevice {
     /// A pair stays together.
     fn place(&self, index: u16) -> Option<usize> {
         Some(usize::from(index / 2))
+    }
+
+    fn reactor(&self, index: u16) -> Option<usize> {
+        self.wanted_on.of(index)
     }
 
     fn network(&self) -> Option<&dyn Network> {

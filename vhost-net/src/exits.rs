@@ -229,7 +229,7 @@ impl Exits {
             },
         };
         let Some((tx, rx)) = queues.pair(from.id, target.id) else {
-            return self.stopping(queues, from, port, target.id);
+            return self.rests_or_stops(queues, from, port, target);
         };
         let chain = tx.burst(from.at);
         let read = |at: u32, into: &mut [u8]| _ = chain.readable(at, into.len() as u32).read(into);
@@ -282,10 +282,19 @@ impl Exits {
             .ok_or(Given::Away)
     }
 
-    /// What becomes of a packet for a queue that takes nothing any more: it is about to stop, or broken.
+    /// What becomes of a packet for a queue that takes nothing: for now, as one that has no buffers, or any more, as it is about
+    /// to stop, or broken.
     #[cold]
-    fn stopping(&self, queues: &mut Queues<'_>, from: Origin, port: usize, target: QueueId) -> Given {
-        if self.ports[port].waits && queues.finishing(target).is_some_and(|rx| !rx.is_broken()) {
+    fn rests_or_stops(&self, queues: &mut Queues<'_>, from: Origin, port: usize, target: Target) -> Given {
+        let port = &self.ports[port];
+        if queues.only_rests(target.id) {
+            if port.waits {
+                return Given::Waits(target.id);
+            }
+            port.pairs[target.pair].drop_rx(Drop::NoBuffers);
+            return Given::Away;
+        }
+        if port.waits && queues.finishing(target.id).is_some_and(|rx| !rx.is_broken()) {
             return Given::Absent;
         }
         self.stats_of(from).drop_tx(Drop::LinkDown);
@@ -345,7 +354,13 @@ impl Exits {
                 None => return true,
             },
         };
-        let Some(rx) = queues.get(target.id) else { return false };
+        let Some(rx) = queues.get(target.id) else {
+            let rests = queues.only_rests(target.id);
+            if rests {
+                self.ports[port].pairs[target.pair].drop_rx(Drop::NoBuffers);
+            }
+            return rests;
+        };
         let read = |at: u32, into: &mut [u8]| read_of(bytes, at, into);
         let own = (&mut self.piece, &mut self.spread, &mut self.witness);
         let outcome = fit(rx, (port, target), head, bytes, read, own);
@@ -356,8 +371,8 @@ impl Exits {
     /// A packet that could wait does not.
     #[cold]
     pub fn refuse(&self, port: usize, target: QueueId) {
-        if let Some(target) = self.targets[port].iter().find(|t| t.id == target) {
-            self.ports[port].pairs[target.pair].drop_rx(Drop::NoBuffers);
+        if let Some(pair) = self.receivers[port].pair_of(target) {
+            self.ports[port].pairs[pair].drop_rx(Drop::NoBuffers);
         }
     }
 

@@ -53,6 +53,8 @@ pub struct Port {
     pub(crate) places: AtomicU64,
     /// Queues that run.
     pub running: AtomicUsize,
+    /// They stop, to be started again at once: the switch is not to take its guest for gone.
+    returns: AtomicBool,
     /// The reactor that has, or last had, each receive queue of it.
     pub(crate) homes: Vec<AtomicUsize>,
     /// What its driver has asked for through the control queue.
@@ -80,6 +82,7 @@ impl Port {
             link: AtomicBool::new(true),
             places: AtomicU64::new(0),
             running: AtomicUsize::new(0),
+            returns: AtomicBool::new(false),
             waits,
             // As long as nobody has come.
             expected_until: AtomicU64::new(if waits { u64::MAX } else { 0 }),
@@ -334,6 +337,16 @@ impl Hub {
         self.look_at_link(port);
     }
 
+    /// Stops a port's queues and starts them again, which the switch is not to take for a guest that leaves.
+    pub fn while_restarting<T>(&self, port: usize, restart: impl FnOnce() -> T) -> T {
+        let own = self.port(port);
+        own.returns.store(true, Ordering::SeqCst);
+        let done = restart();
+        own.returns.store(false, Ordering::SeqCst);
+        self.look_at_link(port);
+        done
+    }
+
     /// Has a port of the switch be something else from now on.
     pub fn set_rules(&self, port: usize, config: PortConfig) {
         let Some(switch) = &self.switch else { return };
@@ -411,7 +424,8 @@ impl Hub {
     fn look_at_link(&self, at: usize) {
         let Some(switch) = &self.switch else { return };
         let (port, id) = (self.port(at), PortId(at as u16));
-        let is_there = || port.running.load(Ordering::SeqCst) > 0 || self.may_come(&port);
+        let runs = || port.running.load(Ordering::SeqCst) > 0 || port.returns.load(Ordering::SeqCst);
+        let is_there = || runs() || self.may_come(&port);
         let is_up = || port.link.load(Ordering::SeqCst) && is_there();
         // Another thread may have changed it while this one said what it was.
         loop {

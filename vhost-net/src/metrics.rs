@@ -34,16 +34,19 @@ pub fn text(ports: &Ports) -> String {
             },
             up: !s.spec().link_down,
             attached: s.server.is_attached(),
+            paused: s.server.is_paused(),
         })
         .collect();
     all.extend(ports.uplink().map(|(spec, number)| {
         let (flows, counters) = ports.uplink_counts(number);
         let limited = limited(&hub.port(number.into()).pairs);
-        One { name: spec.name(), flows, counters, limited, up: hub.outside.latest().0.up, attached: false }
+        let up = hub.outside.latest().0.up;
+        One { name: spec.name(), flows, counters, limited, up, attached: false, paused: false }
     }));
     let each = |of: fn(&One) -> bool| all.iter().map(|port| (port.name.clone(), of(port).into())).collect();
     let gauges = vec![
         ("attached", "Whether a front end is connected", None, each(|port| port.attached)),
+        ("paused", "Whether queues take nothing", None, each(|port| port.paused)),
         ("up", "Whether the link is up", None, each(|port| port.up)),
     ];
     let known = hub.switch.as_ref().map_or(0, |switch| switch.fdb().dump().count() as u64);
@@ -65,7 +68,7 @@ pub fn views(ports: &Ports) -> Vec<Export> {
     let export = |s: &Served| Export {
         name: s.name.clone(),
         attached: s.server.is_attached(),
-        paused: false,
+        paused: s.server.is_paused(),
         queues: (0..)
             .zip(&s.stats)
             .map(|(queue, stats)| counts(s, queue, QueueCounts::of(queue, stats)))
@@ -118,6 +121,7 @@ struct One {
     limited: [u64; 2],
     up: bool,
     attached: bool,
+    paused: bool,
 }
 
 /// What a limit has had a port's sender wait.

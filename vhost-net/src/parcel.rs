@@ -9,7 +9,7 @@ use crate::hub::Port;
 use crate::tx::Head;
 
 /// Most packets on their way to one reactor.
-const PARCELS: usize = 256;
+pub const PARCELS: usize = 256;
 
 /// One packet.
 #[derive(Debug, Default)]

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use control::common::Running;
+use control::moving::{Movable, Placed};
 use control::refused::{Changes, Refused};
 use daemon::Place;
 use daemon::file::Step;
@@ -16,7 +17,7 @@ use poll_engine::device::Device;
 use poll_engine::engine::Engine;
 use poll_engine::engine::pacing::Pacing;
 use poll_engine::session::serve::Export;
-use poll_engine::session::server::Server;
+use poll_engine::session::server::{AskError, Server};
 use poll_engine::stats::QueueStats;
 use poll_engine::takeover::give::{Estate, Lot};
 use tracing::{info, warn};
@@ -98,7 +99,8 @@ impl Wanted {
         let stats: Vec<_> = std::iter::repeat_with(Arc::default).take(device.num_queues().into()).collect();
         let (name, engine) = (self.name.clone(), Arc::clone(engine));
         let export = Export { name, device: Arc::clone(&device) as _, stats: stats.clone(), engine };
-        Ok((export, Ready { wanted: self, counted, stats, device }))
+        let hub = matches!(counted, Counted::Hub(..)).then(|| Arc::clone(hub));
+        Ok((export, Ready { wanted: self, counted, stats, device, hub }))
     }
 }
 
@@ -119,12 +121,13 @@ pub struct Ready {
     counted: Counted,
     stats: Vec<Arc<QueueStats>>,
     device: Arc<NetDevice>,
+    hub: Option<Arc<Hub>>,
 }
 
 impl Ready {
     /// It is, by this server.
     pub fn served(self, server: Arc<Server>) -> Served {
-        let Ready { wanted: Wanted { name, place, spec, card, .. }, counted, stats, device } = self;
+        let Ready { wanted: Wanted { name, place, spec, card, .. }, counted, stats, device, hub } = self;
         if let Counted::Tap(tap) = &counted {
             tap.on_change(server.config_notifier());
         }
@@ -133,7 +136,7 @@ impl Ready {
             server.set_link(false);
         }
         info!("serving {name}");
-        Served { name, place, card, counted, stats, server, device, spec: Mutex::new(spec) }
+        Served { name, place, card, counted, stats, server, device, hub, spec: Mutex::new(spec) }
     }
 }
 
@@ -153,7 +156,31 @@ pub struct Served {
     /// What serves it.
     pub server: Arc<Server>,
     device: Arc<NetDevice>,
+    /// What it is joined to other ports by, if not to a tap.
+    hub: Option<Arc<Hub>>,
     spec: Mutex<PortSpec>,
+}
+
+impl Movable for Served {
+    fn key(&self) -> &str {
+        &self.name
+    }
+
+    fn stats(&self) -> &[Arc<QueueStats>] {
+        &self.stats
+    }
+
+    fn server(&self) -> &Server {
+        &self.server
+    }
+
+    fn restart(&self) -> Result<(), AskError> {
+        let restart = || self.server.restart_queues();
+        match (&self.hub, self.number()) {
+            (Some(hub), Some(number)) => hub.while_restarting(number.into(), restart),
+            _ => restart(),
+        }
+    }
 }
 
 impl Served {
@@ -451,6 +478,25 @@ impl Ports {
         Ok(served)
     }
 
+    /// Has its queues take nothing and answer nothing, or go on.
+    pub fn set_paused(&self, name: &str, paused: bool) -> Result<Arc<Served>, Refused> {
+        let _change = self.changes.begin()?;
+        let served = self.find(name)?;
+        served.server.set_paused(paused)?;
+        info!("port {name} {}", if paused { "is paused" } else { "goes on" });
+        Ok(served)
+    }
+
+    /// Moves a queue, or all of them, to a reactor.
+    pub fn place(&self, name: &str, at: Placed) -> Result<Arc<Served>, Refused> {
+        let _change = self.changes.begin()?;
+        let served = self.find(name)?;
+        let queues = at.queues(self.engine(), name, served.stats.len())?;
+        served.device.want_on(queues, at.reactor);
+        served.restart()?;
+        Ok(served)
+    }
+
     /// The limits of a port, or of the uplink.
     pub fn limits(&self, name: &str) -> Result<PortLimits, Refused> {
         match self.uplink() {
@@ -648,6 +694,9 @@ impl Estate for HandedOver {
     fn with(&self, give: &mut dyn FnMut(&[Lot])) -> io::Result<()> {
         let _change = self.0.changes.wait();
         let about = About::from(self.0.hub().plan);
+        if let Some(paused) = self.0.all().iter().find(|s| s.server.is_paused()) {
+            return Err(io::Error::other(format!("{} is paused; resume it first", paused.name)));
+        }
         let lot = |s: &Arc<Served>| {
             takeover::lot(s.place.key(), &about, vec![], &s.server, Arc::clone(&s.device) as _)
         };

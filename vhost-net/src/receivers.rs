@@ -3,6 +3,8 @@
 
 use std::sync::Arc;
 
+use poll_engine::engine::reactor::QueueId;
+
 use crate::exits::Target;
 use crate::header::{HEADER, HashReport};
 use crate::steering::Steering;
@@ -38,6 +40,11 @@ impl Receivers {
     /// One has stopped.
     pub fn close(&mut self, pair: usize) {
         self.all.retain(|t| t.pair != pair);
+    }
+
+    /// Which pair's queue this is.
+    pub fn pair_of(&self, queue: QueueId) -> Option<usize> {
+        self.all.iter().find(|t| t.id == queue).map(|t| t.pair)
     }
 
     /// The driver wants this from now on.

@@ -13,7 +13,7 @@ use crate::features::MRG_RXBUF;
 use crate::header::{HashReport, header_len};
 use crate::hub::{Change, Hub, Plan, Port};
 use crate::outside::Outside;
-use crate::parcel::{Chute, Parcel};
+use crate::parcel::{Chute, PARCELS, Parcel};
 use crate::rx::Form;
 use crate::stats::Drop;
 use crate::switch::{self, PortId, Verdict};
@@ -71,8 +71,14 @@ impl Shard {
     }
 
     #[cold]
-    fn change(&mut self, changes: Vec<Change>) {
+    fn change(&mut self, changes: Vec<Change>, queues: &mut Queues<'_>) {
         self.next_look = self.hub.next_look();
+        // What a queue had sent from another reactor comes before what it sends from here.
+        if changes.iter().any(|change| matches!(change, Change::Up { .. })) {
+            for _ in 0..PARCELS.div_ceil(MAX_PARCELS) {
+                self.take_in(queues);
+            }
+        }
         for change in changes {
             match change {
                 Change::Up { port, index, id, features } => {
@@ -125,8 +131,11 @@ impl Shard {
             let rest = bytes.get(head.read() as usize..).unwrap_or_default();
             let read = |at: u32, into: &mut [u8]| read_of(bytes, at, into);
             if !exits.leave(*port, head, |outside, head| outside.send_copy(head, rest), &read) {
-                // Without a queue here, it has stopped since.
-                exits.hand_in(queues, *port, *pair, head, bytes);
+                // Without a queue here, it has left since. To send it after that could have it come behind later ones.
+                if !exits.hand_in(queues, *port, *pair, head, bytes) {
+                    let pairs = &exits.ports[*port].pairs;
+                    pairs[*pair % pairs.len()].miss_rx();
+                }
             }
             chute.give_back(parcel);
         }
@@ -207,7 +216,7 @@ impl Station for Shard {
 
     fn poll(&mut self, queues: &mut Queues<'_>, io: &mut Io<'_>) -> usize {
         if let Some(changes) = self.hub.inboxes[self.reactor].take() {
-            self.change(changes);
+            self.change(changes, queues);
         }
         if self.next_look.is_some_and(|at| self.hub.now() >= at) {
             self.hub.look_again();

@@ -1,5 +1,7 @@
 //! Counters of a port, from the point of view of the guest's network card: received is what the guest gets.
 
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use poll_engine::stats::Counter;
 
 use crate::tx::Glance;
@@ -84,6 +86,8 @@ pub struct PairStats {
     pub tx_groups: Groups,
     /// Packets for the guest that it did not get.
     rx_drops: [Counter; DROPS.len()],
+    /// Packets for the guest that came to a reactor which its queue had left.
+    missed: AtomicU64,
     /// Packets of the guest that went nowhere.
     tx_drops: [Counter; DROPS.len()],
     /// Times a packet of the guest had to wait for buffers of its receiver.
@@ -100,6 +104,13 @@ impl PairStats {
         self.rx_drops[why as usize].add(1);
     }
 
+    /// Counts a packet for the guest that came to where its queue was and is no more: anybody may, as counters of the pair
+    /// are another reactor's by now.
+    #[cold]
+    pub fn miss_rx(&self) {
+        self.missed.fetch_add(1, Ordering::Relaxed);
+    }
+
     /// Counts a packet of the guest that went nowhere.
     pub fn drop_tx(&self, why: Drop) {
         self.tx_drops[why as usize].add(1);
@@ -107,7 +118,8 @@ impl PairStats {
 
     /// Packets for the guest that it did not get, for this reason.
     pub fn rx_drops(&self, why: Drop) -> u64 {
-        self.rx_drops[why as usize].get()
+        let missed = if why == Drop::LinkDown { self.missed.load(Ordering::Relaxed) } else { 0 };
+        self.rx_drops[why as usize].get() + missed
     }
 
     /// Packets of the guest that went nowhere, for this reason.

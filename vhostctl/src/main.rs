@@ -96,14 +96,14 @@ enum Command {
         /// Make the image's file this large first, such as 20G
         size: Option<String>,
     },
-    /// Take no requests of a disk for now
+    /// Take no requests of a disk for now, or nothing from and for the guest of a port
     Pause {
-        /// Name of the disk
+        /// Its name
         name: String,
     },
-    /// Take requests again
+    /// Go on with a disk or port
     Resume {
-        /// Name of the disk
+        /// Its name
         name: String,
     },
     /// Record the requests of a disk to a new file, or no more
@@ -143,9 +143,9 @@ enum Command {
         #[arg(value_name = "KEY=VALUE")]
         keys: Vec<String>,
     },
-    /// Move queues of a disk to another reactor
+    /// Move queues of a disk or port to another reactor
     Move {
-        /// Name of the disk
+        /// Its name
         name: String,
         /// Number of the reactor
         reactor: usize,

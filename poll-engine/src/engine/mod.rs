@@ -9,6 +9,7 @@ pub mod reactor;
 pub mod station;
 mod times;
 mod waker;
+pub mod wanted;
 
 use std::io;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -96,10 +97,11 @@ pub struct ReactorInfo {
 /// Where a queue is to run, and how it begins.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct At {
-    /// On which reactor, counted round those there are. A device that has places for its queues says so.
-    pub place: Option<usize>,
-    /// Else on that of this number, if it is there still. Else on the one that has the fewest queues.
+    /// On the reactor of this number, if it is there still: somebody wants it there.
     pub reactor: Option<usize>,
+    /// Else on this one, counted round those there are, which a device says that has places for its queues. Else on the one
+    /// that has the fewest queues.
+    pub place: Option<usize>,
     /// It takes nothing before [`RunningQueue::resume`].
     pub paused: bool,
 }
@@ -301,10 +303,10 @@ impl Engine {
         let reactor = {
             // Counted under the lock: one that retires knows of all queues that may still come.
             let all = self.reactors.read().unwrap_or_else(PoisonError::into_inner);
-            let placed = place.map(|place| &all[place % all.len()]);
-            let wished = || all.iter().find(|r| Some(r.number) == reactor);
+            let wished = all.iter().find(|r| Some(r.number) == reactor);
+            let placed = || place.map(|place| &all[place % all.len()]);
             let idlest = || all.iter().min_by_key(|r| r.queues.load(Ordering::Relaxed));
-            let chosen = placed.or_else(wished).or_else(idlest).ok_or_else(gone)?;
+            let chosen = wished.or_else(placed).or_else(idlest).ok_or_else(gone)?;
             chosen.queues.fetch_add(1, Ordering::Relaxed);
             Arc::clone(chosen)
         };

@@ -224,6 +224,11 @@ impl Task {
         takes && !self.rests && self.queue.is_running()
     }
 
+    /// Takes nothing for now, and will again.
+    pub(super) fn only_rests(&self) -> bool {
+        self.rests && self.stopping.is_none() && self.queue.is_running()
+    }
+
     /// To be called when it was told to stop, to park, to pause, or to go on.
     fn settle(&mut self) {
         self.rests = self.parking.is_some() || self.paused && self.stopping.is_none();

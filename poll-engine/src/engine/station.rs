@@ -66,6 +66,12 @@ impl Queues<'_> {
         self.tasks.get_mut(place)?.touch(true)
     }
 
+    /// Whether a queue takes nothing for now, and will again: somebody has it pause, or its ring is about to be found anew. Its
+    /// reactor is woken when it goes on.
+    pub fn only_rests(&mut self, id: QueueId) -> bool {
+        self.position(id).is_some_and(|place| self.tasks[place].only_rests())
+    }
+
     /// A queue that may have to stop: requests taken earlier can be completed.
     #[inline]
     pub fn finishing(&mut self, id: QueueId) -> Option<&mut Queue> {

@@ -459,7 +459,8 @@ impl<'a> Served<'a> {
         match ask {
             Ask::Pause => {
                 let paused = WaitGroup::new();
-                for (queue, _) in self.slots.iter().filter_map(|slot| slot.running.as_ref()) {
+                // From the last one on: what a network card's transmit queue takes can still go to its receive queue.
+                for (queue, _) in self.slots.iter().rev().filter_map(|slot| slot.running.as_ref()) {
                     if self.orders.is_paused() { queue.pause(paused.clone()) } else { queue.resume() }
                 }
                 paused.wait();

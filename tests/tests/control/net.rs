@@ -127,6 +127,42 @@ fn links_limits_and_captures_change_and_are_saved() {
 }
 
 #[test]
+fn ports_pause_and_move() {
+    let mut rig = Rig::start_net(&format!("cpus = '0-1'\n{SWITCH}"), &["--control=CONTROL"]);
+    rig.add_port("a", "");
+    for (call, paused) in [("pause", true), ("pause", true), ("resume", false), ("resume", false)] {
+        let port = rig.does(200, "POST", &format!("/v1/ports/a/{call}"), None);
+        assert_eq!(port["paused"], paused);
+        let metric = format!("vhost_net_paused{{port=\"a\"}} {}", u8::from(paused));
+        let text = String::from_utf8(rig.call("GET", "/metrics", None).body).unwrap();
+        assert!(text.lines().any(|line| line == metric), "{text}");
+        assert_eq!(rig.does(200, "GET", "/v1/stats", None)["exports"][0]["paused"], paused);
+    }
+    assert!(rig.refuses(404, "POST", "/v1/ports/x/pause", None).contains("there is no port x"));
+    for body in [json!({ "reactor": 1 }), json!({ "reactor": 0, "queue": 2 })] {
+        rig.does(200, "PUT", "/v1/ports/a/reactor", Some(body));
+    }
+    let call = |body| rig.call("PUT", "/v1/ports/a/reactor", Some(body)).json().unwrap();
+    for (body, key, said) in [
+        (json!({ "reactor": 7 }), "reactor", "there is no reactor 7"),
+        (json!({ "reactor": 0, "queue": 3 }), "queue", "a has queues 0 to 2, and no 3"),
+    ] {
+        let problem = call(body);
+        assert_eq!((&problem["status"], &problem["key"]), (&json!(400), &json!(key)), "{problem}");
+        assert!(problem["detail"].as_str().unwrap().contains(said), "{problem}");
+    }
+    let nowhere = Some(json!({ "reactor": 0 }));
+    assert!(rig.refuses(404, "PUT", "/v1/ports/x/reactor", nowhere).contains("there is no port x"));
+    // What waits for a paused port would wait for ever elsewhere.
+    rig.does(200, "POST", "/v1/ports/a/pause", None);
+    rig.does(200, "POST", "/v1/save", None);
+    let mut heir = rig.spawn_heir();
+    assert!(!heir.wait_exit(LIMIT).unwrap().success());
+    assert!(heir.stderr().contains("a is paused"), "{}", heir.stderr());
+    rig.end();
+}
+
+#[test]
 fn a_newer_daemon_takes_over_with_ports_that_were_added() {
     let mut rig = Rig::start_net(SWITCH, &["--control=CONTROL"]);
     rig.add_port("a", "");
@@ -157,6 +193,10 @@ fn everything_can_be_asked_for_on_a_command_line() {
         (&["list"], "NAME"),
         (&["show", "a"], "QUEUE"),
         (&["link", "a", "down"], "no"),
+        (&["pause", "a"], "paused"),
+        (&["resume", "a"], "paused"),
+        (&["move", "a", "0"], "QUEUE"),
+        (&["move", "a", "0", "--queue=1"], "QUEUE"),
         (&["limit", "a", "tx-bps=1M"], "1000000"),
         (&["limit", "a"], "tx-bps"),
         (&["capture", &rig.path("capture"), "--filter=arp", "--snaplen=96"], "capture"),

@@ -1,5 +1,6 @@
 //! A switch with sockets, and guests behind them: each with memory of its own, filled with a secret of its own.
 
+use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -45,6 +46,7 @@ pub struct Back {
     pub hub: Arc<Hub>,
     pub switch: Arc<Switch>,
     servers: Vec<Option<Server>>,
+    devices: Vec<Arc<NetDevice>>,
     stats: Vec<Vec<Arc<QueueStats>>>,
     pairs: u16,
     stations: Vec<RunningStation>,
@@ -128,7 +130,8 @@ impl Back {
         });
         let stations = stations.collect();
         let dir = tempfile::tempdir().unwrap();
-        let mut back = Back { hub, switch, servers: vec![], stats: vec![], pairs, stations, engine, dir };
+        let (servers, devices, stats) = (vec![], vec![], vec![]);
+        let mut back = Back { hub, switch, servers, devices, stats, pairs, stations, engine, dir };
         (0..ports.len()).for_each(|at| back.serve(at));
         back
     }
@@ -148,9 +151,10 @@ impl Back {
         device.on_change(server.config_notifier());
         if at == self.servers.len() {
             self.servers.push(Some(server));
+            self.devices.push(device);
             self.stats.push(stats);
         } else {
-            (self.servers[at], self.stats[at]) = (Some(server), stats);
+            (self.servers[at], self.devices[at], self.stats[at]) = (Some(server), device, stats);
         }
     }
 
@@ -199,6 +203,15 @@ impl Back {
     /// What serves a port.
     pub fn server(&self, at: usize) -> &Server {
         self.servers[at].as_ref().unwrap()
+    }
+
+    /// Moves queues of a port to a reactor.
+    pub fn move_queues(&self, at: usize, queues: Range<u16>, reactor: usize) {
+        self.devices[at].want_on(queues.clone(), reactor);
+        self.hub.while_restarting(at, || self.server(at).restart_queues()).unwrap();
+        for queue in queues {
+            assert_eq!(self.stats[at][usize::from(queue)].reactor(), Some(reactor));
+        }
     }
 
     /// Where it does.

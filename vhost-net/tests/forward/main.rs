@@ -10,6 +10,7 @@ mod guest;
 mod kept;
 mod live;
 mod loopback;
+mod moving;
 mod offload;
 mod patience;
 
