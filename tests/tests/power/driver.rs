@@ -11,6 +11,8 @@ use crate::blk::{DISCARD, FLUSH, Front, LIMIT, Lane, OK, Shape, WRITE, WRITE_ZER
 
 pub const SECTOR: usize = 512;
 pub const QUEUES: usize = 4;
+/// `VIRTIO_BLK_F_DISCARD`.
+const F_DISCARD: u64 = 1 << 13;
 /// Sectors of a request, at most.
 const MOST: usize = 300;
 
@@ -46,6 +48,8 @@ fn content(sector: usize, write: u64) -> [u8; SECTOR] {
 pub struct Model {
     /// At the beginning.
     first: Vec<u8>,
+    /// Where space was given up; zeros unless this says otherwise.
+    given_up: Option<Vec<u8>>,
     /// Since.
     versions: Vec<Vec<Version>>,
     /// From when to when.
@@ -55,9 +59,17 @@ pub struct Model {
 }
 
 impl Model {
-    pub fn new(first: Vec<u8>, write_through: bool) -> Model {
+    pub fn new(first: Vec<u8>, given_up: Option<Vec<u8>>, write_through: bool) -> Model {
         let versions = vec![Vec::new(); first.len() / SECTOR];
-        Model { first, versions, flushes: Vec::new(), write_through }
+        Model { first, given_up, versions, flushes: Vec::new(), write_through }
+    }
+
+    /// What a sector holds by this version of it.
+    fn content(&self, sector: usize, version: &Version) -> Vec<u8> {
+        match &self.given_up {
+            Some(bytes) if version.may_stay => bytes[sector * SECTOR..][..SECTOR].to_vec(),
+            _ => content(sector, version.write).to_vec(),
+        }
     }
 
     /// Checks what is there after a power cut, whose sectors that may hold one thing only are counted.
@@ -76,7 +88,7 @@ impl Model {
             let oldest = versions.iter().rposition(|v| is_durable(v) && !v.may_stay);
             let later = &versions[oldest.map_or(0, |at| at)..];
             let later = later.iter().filter(|v| v.begun.time < time || is_durable(v));
-            let mut may_be: Vec<_> = later.map(|v| content(sector, v.write).to_vec()).collect();
+            let mut may_be: Vec<_> = later.map(|v| self.content(sector, v)).collect();
             if oldest.is_none() {
                 may_be.push(first.to_vec());
             }
@@ -111,13 +123,18 @@ pub struct Guest<'a> {
     log: PathBuf,
     steps: u64,
     writes: u64,
+    discards: bool,
+    /// Sectors that are written together.
+    block: usize,
 }
 
 impl Guest<'_> {
-    pub fn new<'a>(socket: &Path, log: &Path, model: &'a mut Model, seed: u64) -> Guest<'a> {
+    pub fn new<'a>(socket: &Path, log: &Path, model: &'a mut Model, block: usize, seed: u64) -> Guest<'a> {
         let front = Front::flushing(socket, QUEUES);
+        let discards = front.features & F_DISCARD != 0;
         let doing = (0..QUEUES).map(|_| None).collect();
-        Guest { front, doing, model, random: Random(seed), log: log.to_owned(), steps: 0, writes: 0 }
+        let (random, log) = (Random(seed), log.to_owned());
+        Guest { front, doing, model, random, log, steps: 0, writes: 0, discards, block }
     }
 
     fn now(&mut self) -> Result<Moment> {
@@ -150,12 +167,10 @@ impl Guest<'_> {
         let random = &mut self.random;
         let sectors = self.model.versions.len();
         let most = [1, 8, 40, MOST][random.below(4)].min(sectors);
-        let len = 1 + random.below(most);
+        let len = (1 + random.below(most)).next_multiple_of(self.block);
         let within = if random.below(2) == 0 { sectors / 4 } else { sectors };
         let mut first = random.below(within.max(len) - len + 1);
-        if random.below(3) == 0 {
-            first &= !7;
-        }
+        first -= first % if random.below(3) == 0 { 8 } else { self.block };
         let range = first..first + len;
         let meets = |doing: &Option<Doing>| match doing {
             Some(Doing::Change(other)) => other.start < range.end && range.start < other.end,
@@ -176,14 +191,14 @@ impl Guest<'_> {
         let begun = self.now()?;
         let lane = &mut self.front.queues[queue];
         let (write, may_stay) = match what {
-            3 | 4 => {
+            5 if self.discards => {
+                clear(lane, DISCARD, &range, 0);
+                (0, true)
+            }
+            3..=5 => {
                 let flags = self.random.below(2) as u32;
                 clear(lane, WRITE_ZEROES, &range, flags);
                 (0, false)
-            }
-            5 => {
-                clear(lane, DISCARD, &range, 0);
-                (0, true)
             }
             _ => {
                 self.writes += 1;
@@ -232,7 +247,7 @@ pub fn self_test() -> Result<()> {
     let moment = |n: u64| Moment { time: 10 * n, step: n };
     let version =
         |write, at, may_stay| Version { write, begun: moment(at), ended: Some(moment(at + 1)), may_stay };
-    let mut model = Model::new(vec![7; SECTOR], false);
+    let mut model = Model::new(vec![7; SECTOR], None, false);
     model.versions[0] = vec![version(1, 1, false), version(2, 5, false), version(0, 9, true)];
     model.flushes = vec![(moment(3), moment(4)), (moment(7), moment(8))];
     let check = |model: &Model, time, bytes: &[u8]| model.check(time, bytes, |_| String::new()).is_ok();
@@ -253,6 +268,9 @@ pub fn self_test() -> Result<()> {
             ensure!(is_right == may_be.contains(&bytes), "at {time}: {:?}", &bytes[..4]);
         }
     }
+    let noise = vec![9; SECTOR];
+    model.given_up = Some(noise.clone());
+    ensure!([&two, &noise].iter().all(|bytes| check(&model, 200, bytes)) && !check(&model, 200, &zeros));
     model.write_through = true;
     ensure!(check(&model, 65, &two) && !check(&model, 65, &one));
     Ok(())

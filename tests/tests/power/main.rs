@@ -17,6 +17,7 @@ use anyhow::{Context, Result, ensure};
 use blk::Served;
 use driver::{Guest, Model, SECTOR};
 use fastrand::Rng;
+use kickless_tests::cryptsetup::{self, Cipher, Volume};
 use kickless_tests::qemu_img;
 use kickless_tests::random::Random;
 use kickless_tests::runner::{self, Test};
@@ -32,7 +33,7 @@ const CUTS_OF_A_LIFE: usize = 10;
 
 /// How often the power is cut.
 fn cuts() -> usize {
-    std::env::var("KICKLESS_CUTS").ok().and_then(|n| n.parse().ok()).unwrap_or(80)
+    std::env::var("KICKLESS_CUTS").ok().and_then(|n| n.parse().ok()).unwrap_or(110)
 }
 
 fn seed() -> u64 {
@@ -44,11 +45,25 @@ fn seed() -> u64 {
 struct Disk {
     path: PathBuf,
     args: Vec<String>,
+    luks: Option<Luks>,
+}
+
+/// A disk that is enciphered.
+struct Luks {
+    cipher: Cipher,
+    /// What zeros in the file are to the guest.
+    given_up: Vec<u8>,
+    /// Sectors of the guest that are enciphered together.
+    block: usize,
 }
 
 impl Disk {
+    fn raw(path: PathBuf) -> Disk {
+        Disk { path, args: Vec::new(), luks: None }
+    }
+
     fn qcow2(path: PathBuf) -> Disk {
-        Disk { path, args: vec!["--format=qcow2".into()] }
+        Disk::raw(path).with("--format=qcow2")
     }
 
     fn with(mut self, arg: &str) -> Disk {
@@ -62,6 +77,11 @@ impl Disk {
 
     /// What is on the disk, by somebody else.
     fn content(&self) -> Result<Vec<u8>> {
+        if let Some(luks) = &self.luks {
+            let mut data = fs::read(&self.path)?.split_off(cryptsetup::OFFSET as usize);
+            luks.cipher.decipher(&mut data);
+            return Ok(data);
+        }
         if self.is_raw() {
             return Ok(fs::read(&self.path)?);
         }
@@ -88,7 +108,11 @@ fn life(scene: &Scene, disk: &Disk, random: &mut Rng, lost: &mut Lost) -> Result
     let mut args = vec![&*image, &*fault, "--num-queues=4"];
     args.extend(disk.args.iter().map(String::as_str));
     let write_through = disk.args.iter().any(|arg| arg == "--cache=writethrough");
-    let mut model = Model::new(disk.content()?, write_through);
+    let (given_up, block) = match &disk.luks {
+        Some(luks) => (Some(luks.given_up.clone()), luks.block),
+        None => (None, 1),
+    };
+    let mut model = Model::new(disk.content()?, given_up, write_through);
     // What the files hold now, before anybody opens them: by name, since their numbers are not known yet.
     let mut before: Vec<(PathBuf, Vec<u8>)> = Vec::new();
     let directory = disk.path.parent().context("a directory")?;
@@ -96,7 +120,7 @@ fn life(scene: &Scene, disk: &Disk, random: &mut Rng, lost: &mut Lost) -> Result
         before.push((file.path(), fs::read(file.path())?));
     }
     let served = Served::start(scene, &args);
-    Guest::new(&served.socket, &log, &mut model, random.u64(..)).work(REQUESTS)?;
+    Guest::new(&served.socket, &log, &mut model, block, random.u64(..)).work(REQUESTS)?;
     served.terminate();
 
     let writes = Writes::read(&log)?;
@@ -177,7 +201,7 @@ fn content(seed: u64) -> Vec<u8> {
 fn raw(at: &Path) -> Result<Disk> {
     let path = at.join("disk.raw");
     fs::write(&path, content(1))?;
-    Ok(Disk { path, args: Vec::new() })
+    Ok(Disk::raw(path))
 }
 
 fn write_through(at: &Path) -> Result<Disk> {
@@ -227,6 +251,30 @@ fn clone(at: &Path) -> Result<Disk> {
     Ok(Disk::qcow2(path))
 }
 
+/// A volume, of whose sectors a guest writes whole ones only. The larger ones are torn as others are, between sectors of
+/// the storage.
+fn enciphered(at: &Path, sector: usize) -> Result<Disk> {
+    let volume = Volume::format(at, "volume", SIZE, &[&format!("--sector-size={sector}")])?;
+    let cipher = volume.cipher(sector)?;
+    // What is in a file that nobody has written to.
+    let mut given_up = vec![0; SIZE as usize];
+    cipher.decipher(&mut given_up);
+    let luks = Some(Luks { cipher, given_up, block: sector / SECTOR });
+    Ok(Disk { args: volume.args().to_vec(), luks, ..Disk::raw(volume.path) })
+}
+
+fn luks(at: &Path) -> Result<Disk> {
+    Ok(enciphered(at, 512)?.with("--allow-discards"))
+}
+
+fn luks_large(at: &Path) -> Result<Disk> {
+    enciphered(at, 4096)
+}
+
+fn luks_durable(at: &Path) -> Result<Disk> {
+    Ok(enciphered(at, 4096)?.with("--cache=writethrough").with("--allow-discards"))
+}
+
 type Make = fn(&Path) -> Result<Disk>;
 
 const KINDS: &[(&str, Make)] = &[
@@ -238,6 +286,9 @@ const KINDS: &[(&str, Make)] = &[
     ("qcow2_data_file", elsewhere),
     ("qcow2_shared_and_packed_clusters", shared),
     ("qcow2_clone", clone),
+    ("luks", luks),
+    ("luks_large_sectors", luks_large),
+    ("luks_written_through", luks_durable),
 ];
 
 fn main() -> std::process::ExitCode {
@@ -248,7 +299,7 @@ fn main() -> std::process::ExitCode {
     };
     let test = |&(name, make): &(&str, Make)| Test {
         name: name.to_owned(),
-        needs: Box::new(qemu_img::missing),
+        needs: Box::new(if name.starts_with("luks") { cryptsetup::missing } else { qemu_img::missing }),
         run: Box::new(move |scene| {
             let memory = quick(scene)?;
             cut(scene, &make(memory.path())?).map(|()| None)

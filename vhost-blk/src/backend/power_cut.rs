@@ -15,7 +15,8 @@ use nix::fcntl::{FallocateFlags, fallocate};
 
 use super::write_log::{HEAD_LEN, Head, Kind, MAGIC};
 
-/// Bytes that are written whole or not at all.
+/// Bytes that are written whole or not at all: a sector of the storage. What a volume enciphers together may be more, and is
+/// torn all the same: as XTS ciphers every 16 bytes by their place, what is deciphered is then torn at the same bytes.
 const SECTOR: u64 = 512;
 /// Bytes that a file system gives up or zeroes at once.
 const BLOCK: u64 = 4096;

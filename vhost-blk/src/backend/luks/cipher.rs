@@ -98,3 +98,27 @@ impl Cipher {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What a power cut may leave of a write of a sector that the storage has as several.
+    #[test]
+    fn a_torn_sector_is_torn_at_the_same_bytes_when_it_is_deciphered() {
+        let key: Vec<u8> = (0..KEY as u8).collect();
+        let mut cipher = Cipher::new(&key, 4096, 0).unwrap();
+        let number = cipher.number(3 * 4096);
+        let (old, new) = ([0x11; 4096], [0x22; 4096]);
+        let (mut torn, mut written) = (old, new);
+        cipher.encipher.in_place(number, &mut torn);
+        cipher.encipher.in_place(number, &mut written);
+        torn[512..1024].copy_from_slice(&written[512..1024]);
+        torn[4080..].copy_from_slice(&written[4080..]);
+        cipher.decipher.in_place(number, &mut torn);
+        let mut wanted = old;
+        wanted[512..1024].fill(0x22);
+        wanted[4080..].fill(0x22);
+        assert_eq!(torn, wanted);
+    }
+}
