@@ -8,6 +8,7 @@ mod faults;
 mod front;
 mod handover;
 mod images;
+mod luks;
 mod model;
 
 use std::time::{Duration, Instant};
@@ -84,23 +85,35 @@ fn kill_once(
 
 /// Kills daemons while they come up, recover, are checked, and work.
 fn killed_at_random(scene: &Scene, packed: bool, kills: usize, args: &[&str]) -> Result<()> {
-    let seed = seed();
     let image = Image::create(scene, "disk.img", (BLOCKS * BLOCK) as u64)?;
+    killed_with(scene, &image, packed, kills, args, || image.read(0, BLOCKS * BLOCK))
+}
+
+/// The same on an image that holds zeros; in the end, that has this `content`.
+fn killed_with(
+    scene: &Scene,
+    image: &Image,
+    packed: bool,
+    kills: usize,
+    args: &[&str],
+    content: impl FnOnce() -> Result<Vec<u8>>,
+) -> Result<()> {
+    let seed = seed();
     let mut front = Front::new(seed, packed);
     front.model.may_tear = args.contains(&"--direct=off");
     let mut random = Random(seed ^ 0x6b69_6c6c);
     let mut tally = Tally::default();
     let begun = Instant::now();
     for kill in 0..kills {
-        kill_once(scene, &image, &mut front, &mut random, args, &mut tally)
+        kill_once(scene, image, &mut front, &mut random, args, &mut tally)
             .with_context(|| format!("after {kill} kills, seed {seed}"))?;
     }
     let Tally { checked, left, mut pauses } = tally;
-    let mut daemon = Daemon::start(scene, &image, args)?;
+    let mut daemon = Daemon::start(scene, image, args)?;
     ensure!(daemon.connect(&mut front)?);
     ensure!(front.load(|| true)? == End::Done);
     ensure!(front.check()? == End::Done);
-    front.check_image(&image.read(0, BLOCKS * BLOCK)?)?;
+    front.check_image(&content()?)?;
     pauses.sort();
     let (fastest, median, slowest) = (pauses.first(), pauses.get(pauses.len() / 2), pauses.last());
     let (p90, late) = (
@@ -154,8 +167,10 @@ fn main() -> std::process::ExitCode {
     };
     let all = TESTS.iter().map(|t| test(t, || None));
     let images = images::TESTS.iter().map(|t| test(t, kickless_tests::qemu_img::missing));
+    let volumes = luks::TESTS.iter().map(|t| test(t, kickless_tests::cryptsetup::missing));
     runner::run(
         all.chain(images)
+            .chain(volumes)
             .chain(FAULTS.iter().map(|t| test(t, kickless_tests::process::no_fault_points)))
             .collect(),
         "KICKLESS_REQUIRE_FAULTS",
