@@ -157,27 +157,16 @@ impl Engine {
         let (own_config, own_stats) = (config.clone(), Arc::clone(&stats));
         let name: Arc<str> = cpu.map_or("reactor".into(), |cpu| format!("reactor-{cpu}").into());
         let pacing = config.pacing;
-        let (ready_tx, ready) = bounded(1);
-        let thread = std::thread::Builder::new().name(name.to_string()).spawn(move || {
-            let _guard = AbortOnPanic;
-            // The ring belongs to the thread that made it, so it is made here.
-            let made = cpu.map_or(Ok(()), |cpu| pin_to(cpu).map_err(io::Error::from));
-            match made
-                .and_then(|()| {
-                    Reactor::new(Arc::clone(&name), index, (mail, own), &own_config, own_times, own_stats)
-                })
-                .and_then(|reactor| confine::begin(Role::Reactor).map(|()| reactor))
-            {
-                Ok(mut reactor) => {
-                    let _ = ready_tx.send(Ok(()));
-                    reactor.run();
-                }
-                Err(e) => {
-                    let _ = ready_tx.send(Err(e));
-                }
-            }
-        })?;
-        ready.recv().map_err(|_| io::Error::other("the reactor's thread ended"))??;
+        let builder = std::thread::Builder::new().name(name.to_string());
+        // The ring belongs to the thread that made it, so it is made there.
+        let make = move || {
+            let guard = AbortOnPanic;
+            cpu.map_or(Ok(()), |cpu| pin_to(cpu).map_err(io::Error::from))?;
+            let reactor = Reactor::new(name, index, (mail, own), &own_config, own_times, own_stats)?;
+            Ok((guard, reactor))
+        };
+        let thread =
+            confine::spawn_with(builder, Role::Reactor, make, |(_guard, mut reactor)| reactor.run())?;
         info!("reactor on {}, {pacing:?}", cpu.map_or("any CPU".into(), |cpu| format!("CPU {cpu}")));
         let handle = ReactorHandle {
             number: index,

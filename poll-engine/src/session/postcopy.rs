@@ -17,6 +17,7 @@ use tracing::{info, warn};
 
 use super::serve::{ActionError, Served};
 use super::server::Orders;
+use crate::confine::{self, Role};
 use crate::engine::pacing::Pacing;
 use crate::engine::{Engine, EngineConfig, EngineError};
 use crate::memory::map::MemoryError;
@@ -123,7 +124,7 @@ impl Watcher {
         let over = Arc::new(Bell::new()?);
         let bell = Arc::clone(&over);
         let builder = std::thread::Builder::new().name("post-copy".into()).stack_size(64 << 10);
-        let thread = builder.spawn(move || {
+        let thread = confine::spawn(builder, Role::Session, move || {
             if !all_comes(&stream, &bell, &orders) {
                 late.give_up();
             }

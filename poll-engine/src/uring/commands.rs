@@ -13,6 +13,7 @@ use io_uring::{EnterFlags, IoUring, opcode};
 
 use super::buffers::Buffers;
 use super::{Completion, FixedBuffers, REGISTER_BUFFERS_UPDATE};
+use crate::confine;
 use crate::memory::map::MemoryMap;
 use crate::memory::slice::GuestSlice;
 
@@ -30,6 +31,11 @@ impl CommandRing {
     /// Sets a ring up that carries out commands and nothing else, for one thread at a time. Completions of a `polled` one
     /// (`IORING_SETUP_IOPOLL`) interrupt nobody: somebody has to look for them.
     pub fn new(entries: u32, polled: bool) -> io::Result<CommandRing> {
+        // Who adds a disk to a running daemon may make none.
+        confine::make(move || CommandRing::set_up(entries, polled))?
+    }
+
+    fn set_up(entries: u32, polled: bool) -> io::Result<CommandRing> {
         let mut builder = IoUring::builder();
         builder.setup_r_disabled().dontfork();
         if polled {

@@ -160,13 +160,9 @@ const REACTOR: &[i64] = &[
     libc::SYS_ioctl,
 ];
 
-/// Sockets that are open, memory that comes with descriptors, socket files that come and go, and reactors and watchers for
-/// guests that come before their memory.
+/// Sockets that are open, memory that comes with descriptors, socket files that come and go, and watchers for guests that
+/// come before their memory.
 const SESSION: &[i64] = &[
-    // Of the reactor for a guest that comes before its memory, which inherits what its session may do.
-    libc::SYS_io_uring_setup,
-    libc::SYS_io_uring_enter,
-    libc::SYS_io_uring_register,
     libc::SYS_userfaultfd,
     libc::SYS_ioctl,
     libc::SYS_accept4,
@@ -211,8 +207,12 @@ const SESSION: &[i64] = &[
     #[cfg(target_arch = "x86_64")]
     libc::SYS_rename,
     libc::SYS_sched_getaffinity,
+];
+
+/// Of threads that begin: a reactor's ring, its CPU, and giving up still more.
+const STARTER: &[i64] = &[
+    libc::SYS_io_uring_setup,
     libc::SYS_sched_setaffinity,
-    // Giving up still more, as threads do that begin.
     libc::SYS_seccomp,
     libc::SYS_landlock_restrict_self,
     libc::SYS_capget,
@@ -288,6 +288,14 @@ fn allowed(who: Who) -> Result<Rules, seccompiler::BackendError> {
         // Held to no list.
         Who::Thread(Role::Cluster) => {}
         Who::Thread(Role::Session) => add(&mut rules, SESSION),
+        Who::Thread(Role::Starter) => {
+            // All that those may do whom it starts.
+            add(&mut rules, &[SESSION, REACTOR, STARTER].concat());
+            let reductions =
+                [libc::PR_SET_NO_NEW_PRIVS, libc::PR_CAPBSET_READ, libc::PR_CAPBSET_DROP, libc::PR_CAP_AMBIENT];
+            let reductions = reductions.map(|option| option as u64);
+            add_if_one_of(&mut rules, libc::SYS_prctl, 0, &[&names[..], &reductions].concat())?;
+        }
         Who::Main => {
             add(&mut rules, SESSION);
             add(&mut rules, MAIN);
@@ -297,10 +305,6 @@ fn allowed(who: Who) -> Result<Rules, seccompiler::BackendError> {
     // Threads are made by clone where there is no clone3, whose flags no filter can see.
     let thread = libc::CLONE_THREAD as u64;
     add_if_bits(&mut rules, libc::SYS_clone, 0, (thread, thread))?;
-    let reductions =
-        [libc::PR_SET_NO_NEW_PRIVS, libc::PR_CAPBSET_READ, libc::PR_CAPBSET_DROP, libc::PR_CAP_AMBIENT];
-    let reductions = reductions.map(|option| option as u64);
-    add_if_one_of(&mut rules, libc::SYS_prctl, 0, &[&names[..], &reductions].concat())?;
     Ok(rules)
 }
 
@@ -377,9 +381,14 @@ fn deadly(who: Who) -> Result<Rules, seccompiler::BackendError> {
         Who::Main => {
             let local = SeccompCondition::new(0, Width::Dword, Op::Ne, libc::AF_UNIX as u64)?;
             rules.insert(libc::SYS_socket, vec![SeccompRule::new(vec![local])?]);
+            // Reactors that are added are started elsewhere.
+            add(&mut rules, &[libc::SYS_io_uring_setup]);
         }
-        // Its sockets are accepted.
-        Who::Thread(Role::Session) => add(&mut rules, &[libc::SYS_socket, libc::SYS_connect, libc::SYS_bind]),
+        // Its sockets are accepted. A ring would open others, such as of UDP, which Landlock does not see either.
+        Who::Thread(Role::Session) => {
+            add(&mut rules, &[libc::SYS_socket, libc::SYS_connect, libc::SYS_bind, libc::SYS_io_uring_setup]);
+        }
+        Who::Thread(Role::Starter) => add(&mut rules, &[libc::SYS_socket, libc::SYS_connect, libc::SYS_bind]),
         Who::Thread(Role::Cluster) => {}
         Who::Thread(Role::Reactor | Role::Writer | Role::Worker) => add(
             &mut rules,

@@ -4,10 +4,11 @@
 //! | Thread | System calls | Files by name |
 //! |---|---|---|
 //! | reactor | its io_uring (of 12 operations), memory, descriptors that are open | none |
-//! | session | as much, and what comes with messages; further threads | its socket, to move and remove it |
+//! | session | as much, and what comes with messages; further sessions | its socket, to move and remove it |
 //! | writer of a capture | writing | none |
 //! | worker of an image | reading, writing, giving up space | none |
 //! | of Ceph's library | all | all that its user may |
+//! | starter | what those need that it starts: rings of reactors, giving up still more | as sessions |
 //! | main, and what it starts later | opening, local sockets | the [`Places`] it is given |
 
 mod files;
@@ -23,7 +24,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 use nix::sys::resource::{Resource, setrlimit};
-use poll_engine::confine::{Role, threads_with};
+use poll_engine::confine::{self, Role};
 use poll_engine::fault_point::hijack;
 use tracing::{info, warn};
 
@@ -69,13 +70,14 @@ pub struct Options {
 struct Plan {
     mode: Mode,
     identity: Option<Identity>,
+    /// Of the first thread. The others have none.
     keep: CapabilitySet,
     /// Of each kind of thread.
     threads: Vec<(Role, Option<Filters>, Rules)>,
     main: Option<(Option<Filters>, Rules)>,
     /// For the log. Asking is among what is given up.
     telling: String,
-    /// Whether the threads that begin now have been started by one that is nobody any more.
+    /// Whether the threads that begin now are started by one that is nobody any more.
     sealed: AtomicBool,
 }
 
@@ -120,7 +122,7 @@ impl Options {
     }
 
     /// Has threads that begin from now on give up what their kind does not need. `places` is what the first thread still
-    /// does by name once it is sealed.
+    /// does by name once it is sealed, `keep` the capabilities that are left to it alone.
     pub fn threads(
         &self,
         identity: Option<Identity>,
@@ -144,8 +146,9 @@ impl Options {
         if self.sandbox != Mode::Off {
             keep_locking()?;
             forgo_new().context("no_new_privs")?;
-            for role in [Role::Reactor, Role::Session, Role::Writer, Role::Worker] {
-                let places = if role == Role::Session { places.of_sockets() } else { Places::default() };
+            for role in [Role::Reactor, Role::Session, Role::Writer, Role::Worker, Role::Starter] {
+                let moves_sockets = matches!(role, Role::Session | Role::Starter);
+                let places = if moves_sockets { places.of_sockets() } else { Places::default() };
                 let (filters, rules) = of(Who::Thread(role), &places)?;
                 plan.threads.push((role, filters, rules));
             }
@@ -153,7 +156,8 @@ impl Options {
         }
         let plan = Arc::new(plan);
         let of_threads = Arc::clone(&plan);
-        if !threads_with(move |role| of_threads.begin(role)) {
+        let first = confine::threads_with(move |role| of_threads.begin(role));
+        if !first.context("cannot start a thread")? {
             bail!("this process is confined already");
         }
         Ok(Confinement(plan))
@@ -164,14 +168,13 @@ impl Confinement {
     /// Gives up, for the calling thread and all that it starts from now on, what nobody needs any more.
     pub fn seal(&self) -> Result<()> {
         let plan = &self.0;
-        plan.reduce().context("cannot give up rights")?;
+        let limits_calls = plan.mode != Mode::Off;
+        confine::seal(limits_calls).context("the thread that starts others cannot be confined (see --sandbox)")?;
+        plan.reduce(plan.keep).context("cannot give up rights")?;
         if let Some((filters, rules)) = &plan.main {
             apply(filters.as_ref(), rules).context("cannot be confined (see --sandbox)")?;
         }
         plan.sealed.store(true, Ordering::Release);
-        if plan.mode != Mode::Off {
-            poll_engine::confine::seal();
-        }
         hijack("main");
         match plan.mode {
             Mode::Off => warn!("not confined, by --sandbox off"),
@@ -185,17 +188,17 @@ impl Plan {
     fn begin(&self, role: Role) -> io::Result<()> {
         // What the thread that started it has given up is given up.
         if !self.sealed.load(Ordering::Acquire) {
-            self.reduce()?;
+            self.reduce(CapabilitySet::empty())?;
         }
         let of_role = self.threads.iter().find(|(r, ..)| *r == role);
         of_role.map_or(Ok(()), |(_, filters, rules)| apply(filters.as_ref(), rules))
     }
 
-    fn reduce(&self) -> io::Result<()> {
+    fn reduce(&self, keep: CapabilitySet) -> io::Result<()> {
         if self.mode == Mode::Off && self.identity.is_none() {
             return Ok(());
         }
-        reduce(self.identity.as_ref(), self.keep)
+        reduce(self.identity.as_ref(), keep)
     }
 }
 
