@@ -220,7 +220,7 @@ fi
 # The end-to-end tests start the daemon that is built here.
 step "build" cargo build --workspace --bins
 # And one of them beside it that can be had to die between any two steps of a request.
-step "build with fault points" cargo build -p vhost-blk -p vhost-net --profile fault-points --features fault-points
+step "build with fault points" cargo build -p vhost-blk -p vhost-net -p vdpa --profile fault-points --features fault-points
 step "first day" scripts/first-day.sh
 if command -v apt-get >/dev/null; then
     step "guest image" scripts/guest-image.sh

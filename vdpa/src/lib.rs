@@ -6,6 +6,7 @@
 //! [`switch`] and [`detach`] are what the program `vdpactl` does, with the command lines of [`cli`]; [`served`] is one device.
 
 pub mod cli;
+mod confine;
 pub mod detach;
 pub mod netlink;
 pub mod serve;

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::{Context, Result, bail};
 use daemon::Switch;
+use daemon::confine::Confinement;
 use poll_engine::device::features;
 use poll_engine::engine::{Engine, EngineConfig};
 use poll_engine::uring::FixedBuffers;
@@ -23,6 +24,7 @@ use vhost_net::port::tap::card::TapCard;
 use vhost_net::report::tap_report;
 
 use crate::cli::{Attach, Common, ServeBlk, ServeNet, name_of};
+use crate::confine;
 use crate::netlink::Bus;
 use crate::served::{Served, Wanted};
 use crate::switch;
@@ -69,6 +71,7 @@ fn blk(
     common: &Common,
 ) -> Result<()> {
     daemon::log::init(&common.log)?;
+    let confinement = confine::threads(common, driver, vec![])?;
     let image = Image { serial: options.serial.as_str(), read_only: options.read_only, ..image };
     let disk = Arc::new(image.open(options)?);
     let device = BlkDevice::new(Arc::clone(&disk), options.num_queues, options.queue_size, None);
@@ -81,7 +84,7 @@ fn blk(
         common,
         engine: engine(common, options.fixed_buffers.into())?,
     };
-    serve(vec![wanted], driver, &*disk)
+    serve(vec![wanted], driver, &*disk, Some(&confinement))
 }
 
 impl Service for Disk {
@@ -110,6 +113,7 @@ pub fn serve_net(cli: &ServeNet) -> Result<()> {
     let Some(tap) = &cli.tap else { return switch::serve_net(cli) };
     // A tap's own card has no control queue, and without one there is no choosing among pairs of queues.
     let tap = Tap::open(tap, 1, cli.mtu)?;
+    confine::seal_coarsely(&cli.common)?;
     let card = Card { mac: cli.mac, mtu: cli.mtu, pairs: 1, ring_size: cli.queue_size };
     let joined = Joined::Tap(TapCard::new(Arc::clone(&tap), None));
     let wanted = Wanted {
@@ -120,7 +124,7 @@ pub fn serve_net(cli: &ServeNet) -> Result<()> {
         common: &cli.common,
         engine: engine(&cli.common, FixedBuffers::Off)?,
     };
-    serve(vec![wanted], cli.driver, &*tap)
+    serve(vec![wanted], cli.driver, &*tap, None)
 }
 
 impl Service for Tap {
@@ -148,7 +152,12 @@ pub(crate) trait Service {
 }
 
 /// Serves all of `devices` until told to stop, or until the kernel has given all of them up.
-pub(crate) fn serve(devices: Vec<Wanted<'_>>, driver: Option<Driver>, service: &dyn Service) -> Result<()> {
+pub(crate) fn serve(
+    devices: Vec<Wanted<'_>>,
+    driver: Option<Driver>,
+    service: &dyn Service,
+    confinement: Option<&Confinement>,
+) -> Result<()> {
     // The driver first: its absence is found out before anything is made.
     let mut bus = driver.map(|_| Bus::open()).transpose()?;
     let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP, SIGUSR1]).context("cannot handle signals")?;
@@ -169,7 +178,8 @@ pub(crate) fn serve(devices: Vec<Wanted<'_>>, driver: Option<Driver>, service: &
         })
         .and_then(|()| {
             service.begun(&served);
-            served.iter_mut().try_for_each(|device| go(device, bus.as_mut().zip(driver)))
+            served.iter_mut().try_for_each(|device| go(device, bus.as_mut().zip(driver)))?;
+            confinement.map_or(Ok(()), Confinement::seal)
         });
     if outcome.is_ok() {
         let _ = sd_notify::notify(&[NotifyState::Ready]);

@@ -1,10 +1,11 @@
 //! `vdpactl serve net` without a tap of the card's own: cards of the host's on the switch of `vhost-net`, with those of
 //! virtual machines, and an uplink.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
+use daemon::confine::Places;
 use poll_engine::device::Device;
 use poll_engine::engine::Engine;
 use poll_engine::session::serve::Export;
@@ -24,6 +25,7 @@ use vhost_net::spec::PortSpec;
 use vhost_net::switch::PortId;
 
 use crate::cli::ServeNet;
+use crate::confine;
 use crate::serve::{Service, engine, serve};
 use crate::served::{Served, Wanted};
 use crate::vduse::node::{DIRECTORY, ID_NET};
@@ -66,6 +68,12 @@ fn options(cli: &ServeNet) -> Result<Options> {
         }
         _ => Ok(options),
     }
+}
+
+/// Where the sockets are, of cards that virtual machines use.
+fn sockets(options: &Options) -> Vec<PathBuf> {
+    let ports = options.port.iter().filter(|port| name_on_bus(port).is_none());
+    ports.filter_map(|port| port.socket_path.as_deref()).map(Places::directory_of).collect()
 }
 
 /// The name on the bus, of a card that is there.
@@ -112,9 +120,15 @@ impl Service for Switched {
 /// `vdpactl serve net` on a switch.
 pub(crate) fn serve_net(cli: &ServeNet) -> Result<()> {
     let options = options(cli)?;
-    let engine = engine(&cli.common, FixedBuffers::Off)?;
     let told = options.port.iter().filter_map(|port| port.mtu).max();
     let mut uplink = options.uplink.as_ref().map(|spec| join::open_uplink(spec, told)).transpose()?;
+    let confinement = if uplink.is_some() {
+        confine::seal_coarsely(&cli.common)?;
+        None
+    } else {
+        Some(confine::threads(&cli.common, cli.driver, sockets(&options))?)
+    };
+    let engine = engine(&cli.common, FixedBuffers::Off)?;
     let guests: Vec<_> = options.port.iter().map(|port| (port, cli.num_queue_pairs)).collect();
     let uplink_mtu = uplink.as_mut().map(|u| u.link().mtu);
     let hub = Arc::new(join::hub(&options, &guests, uplink_mtu, engine.reactors()));
@@ -157,7 +171,7 @@ pub(crate) fn serve_net(cli: &ServeNet) -> Result<()> {
             servers.push(server);
         }
     }
-    let outcome = serve(on_bus, cli.driver, &switched);
+    let outcome = serve(on_bus, cli.driver, &switched, confinement.as_ref());
     servers.iter().for_each(Server::begin_stop);
     drop(servers);
     drop(shards);

@@ -6,6 +6,7 @@ use kickless_tests::scene::Scene;
 use serde_json::Value;
 use std::time::Duration;
 
+use crate::confined;
 use crate::guest::{LIMIT, compare_with_iproute2, gone, guest, prepare, refused, said, serve, signal};
 use crate::nested::{self, virtual_machine};
 
@@ -31,7 +32,9 @@ pub fn disks(scene: &Scene) -> Result<Option<String>> {
     let node = serve(&mut vm, "image", ATTACH)?;
     ensure!(node == "/dev/vdb", "it is {node}");
     compare_with_iproute2(&mut vm, "image")?;
+    confined::expect(&mut vm, "image")?;
     by_either(&mut vm)?;
+    confined::hijacked_threads_reach_nothing(&mut vm)?;
     let queues = vm.check("vdpactl list --json")?;
     ensure!(queues.contains("\"max_vqs\":4") && queues.contains("\"max_vq_size\":128"), "{queues}");
     let features = vm.check("cat /sys/bus/vdpa/devices/image/virtio*/features")?;

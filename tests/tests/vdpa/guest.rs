@@ -19,15 +19,18 @@ pub const LIMIT: Duration = Duration::from_secs(60);
 const PROGRAMS: [&str; 2] = ["vdpactl", "vbench"];
 
 pub fn missing_program() -> Option<String> {
-    let missing = PROGRAMS.iter().find(|name| process::built(name).is_none())?;
-    Some(format!("no {missing}: run cargo build, or set KICKLESS_BIN_DIR"))
+    if let Some(missing) = PROGRAMS.iter().find(|name| process::built(name).is_none()) {
+        return Some(format!("no {missing}: run cargo build, or set KICKLESS_BIN_DIR"));
+    }
+    process::no_fault_points()
 }
 
 /// A guest with our programs, as small as they can be: they are unpacked into its memory.
 pub fn guest(scene: &Scene) -> Result<VmBuilder> {
     let overlay = Overlay::new(scene, "overlay")?;
     let programs = PROGRAMS.iter().filter_map(|name| Some((*name, process::built(name)?)));
-    for (name, path) in programs.chain([("client", std::env::current_exe()?)]) {
+    let hijacked = process::faulty("vdpactl").map(|path| ("vdpactl-hijacked", path));
+    for (name, path) in programs.chain(hijacked).chain([("client", std::env::current_exe()?)]) {
         let stripped = scene.path(name);
         let status = Command::new("strip").arg("-o").arg(&stripped).arg(path).status().context("strip")?;
         ensure!(status.success(), "strip: {status}");

@@ -5,6 +5,7 @@
 
 mod block;
 mod client;
+mod confined;
 mod datagrams;
 mod guest;
 mod nested;

@@ -8,8 +8,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use crossbeam::channel::{Receiver, Sender, unbounded};
+use crossbeam::channel::{Receiver, Sender, bounded, unbounded};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use poll_engine::confine::{self, Role};
+use poll_engine::fault_point::hijack;
 use poll_engine::session::serve::Export;
 use poll_engine::sync::Bell;
 use tracing::warn;
@@ -40,7 +42,9 @@ struct Shared {
 #[derive(Debug)]
 pub struct Server {
     shared: Arc<Shared>,
-    session: Option<JoinHandle<State>>,
+    session: Option<JoinHandle<()>>,
+    /// Where the session leaves the directory of its device.
+    left: Receiver<State>,
     answers: Option<JoinHandle<()>>,
 }
 
@@ -82,11 +86,15 @@ impl Server {
         }
         let (ask, asked) = unbounded();
         let (answer, answered) = unbounded();
+        let (leave, left) = bounded(1);
         let mine = Arc::clone(&shared);
-        let spawn = |name: &str| std::thread::Builder::new().name(name.into());
-        let session = spawn("vduse").spawn(move || serve(session, &mine, &asked, &answer))?;
+        let builder = |name: &str| std::thread::Builder::new().name(name.into());
+        let session = confine::spawn(builder("vduse"), Role::Session, move || {
+            hijack("session");
+            let _ = leave.send(serve(session, &mine, &asked, &answer));
+        })?;
         let mine = Arc::clone(&shared);
-        let answers = spawn("vduse-answers").spawn(move || {
+        let answers = confine::spawn(builder("vduse-answers"), Role::Session, move || {
             let answers = Answers { node, pending: vec![], patience, name, ask, answered };
             if let Err(e) = answers.run(&mine) {
                 warn!("{e}");
@@ -94,7 +102,7 @@ impl Server {
                 ended();
             }
         })?;
-        Ok(Server { shared, session: Some(session), answers: Some(answers) })
+        Ok(Server { shared, session: Some(session), left, answers: Some(answers) })
     }
 
     /// Shows the driver that configuration space has changed. It never waits.
@@ -125,12 +133,11 @@ impl Server {
 
     fn join(&mut self) -> Option<State> {
         self.begin_stop();
-        let state = self.session.take().and_then(|thread| thread.join().ok());
-        if let Some(thread) = self.answers.take() {
+        for thread in [self.session.take(), self.answers.take()].into_iter().flatten() {
             // A panic there has been printed.
             let _ = thread.join();
         }
-        state
+        self.left.try_recv().ok()
     }
 }
 

@@ -74,6 +74,8 @@ pub struct About {
 pub struct State {
     name: String,
     directory: PathBuf,
+    /// The record of requests in flight. Whoever wants it later may open nothing by name any more.
+    inflight: File,
     /// Locked while we are there. POSIX forgets such a lock when any descriptor of the file is closed: there is one.
     _lock: File,
 }
@@ -108,10 +110,13 @@ impl State {
         let fail = |e: io::Error| StateError::Io(directory.clone(), e);
         fs::create_dir_all(&directory).map_err(fail)?;
         let mut options = OpenOptions::new();
-        let lock = options.read(true).write(true).create(true).truncate(false).open(directory.join("lock"));
-        let lock = lock.map_err(fail)?;
+        options.read(true).write(true).create(true).truncate(false);
+        let lock = options.open(directory.join("lock")).map_err(fail)?;
         match fcntl(&lock, FcntlArg::F_SETLK(&lock_record(libc::F_WRLCK))) {
-            Ok(_) => Ok(State { name: name.into(), directory, _lock: lock }),
+            Ok(_) => {
+                let inflight = options.open(directory.join("inflight")).map_err(fail)?;
+                Ok(State { name: name.into(), directory, inflight, _lock: lock })
+            }
             Err(nix::Error::EAGAIN | nix::Error::EACCES) => {
                 // Not by `owner`: closing its descriptor would be harmless here, for the lock is not ours.
                 Err(StateError::Served { name: name.into(), pid: owner(root, name).unwrap_or(0) })
@@ -125,8 +130,8 @@ impl State {
         let fail = |e: io::Error| StateError::Io(self.directory.clone(), e);
         let bytes =
             [RingFormat::Split, RingFormat::Packed].map(|format| Self::spec(about).sized(format).mmap_size);
-        let file = File::create(self.inflight()).map_err(fail)?;
-        file.set_len(bytes[0].max(bytes[1])).map_err(fail)?;
+        let cleared = self.inflight.set_len(0);
+        cleared.and_then(|()| self.inflight.set_len(bytes[0].max(bytes[1]))).map_err(fail)?;
         // Last: with it the rest is there.
         let about = serde_json::to_vec(about).map_err(|e| fail(e.into()))?;
         let new = self.directory.join("about.new");
@@ -152,8 +157,7 @@ impl State {
     /// The record of requests in flight, for rings of this format.
     pub fn record(&self, about: &About, format: RingFormat) -> Result<InflightMemory, StateError> {
         let fail = |why: String| StateError::Record(self.name.clone(), why);
-        let file = OpenOptions::new().read(true).write(true).open(self.inflight());
-        let file = file.map_err(|e| fail(e.to_string()))?;
+        let file = self.inflight.try_clone().map_err(|e| fail(e.to_string()))?;
         InflightMemory::map(Self::spec(about).sized(format), OwnedFd::from(file))
             .map_err(|e| fail(e.to_string()))
     }
@@ -166,10 +170,6 @@ impl State {
     fn spec(about: &About) -> InflightSpec {
         let About { num_queues, queue_size, .. } = *about;
         InflightSpec { num_queues, queue_size, ..InflightSpec::default() }
-    }
-
-    fn inflight(&self) -> PathBuf {
-        self.directory.join("inflight")
     }
 
     fn about_path(&self) -> PathBuf {

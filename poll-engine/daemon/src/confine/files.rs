@@ -24,6 +24,8 @@ pub struct Places {
     pub read: Vec<PathBuf>,
     /// Files are made, opened, replaced and removed.
     pub write: Vec<PathBuf>,
+    /// Directories are removed with what is in them.
+    pub remove: Vec<PathBuf>,
 }
 
 impl Places {
@@ -68,13 +70,15 @@ impl Rules {
         let read = AccessFs::ReadFile | AccessFs::ReadDir;
         let make = AccessFs::MakeReg | AccessFs::Refer;
         let write = read | sockets | make | AccessFs::WriteFile | AccessFs::Truncate;
+        let remove = AccessFs::ReadDir | AccessFs::RemoveFile | AccessFs::RemoveDir;
         let created = Ruleset::default()
             .set_compatibility(CompatLevel::BestEffort)
             .handle_access(AccessFs::from_all(KNOWN))?
             .handle_access(AccessNet::from_all(KNOWN))?
             .scope(scopes())?
             .create()?;
-        let rules = [(&places.sockets, sockets), (&places.read, read), (&places.write, write)];
+        let Places { sockets: s, read: r, write: w, remove: gone } = places;
+        let rules = [(s, sockets), (r, read), (w, write), (gone, remove)];
         let created = rules.into_iter().try_fold(created, |created, (paths, access)| {
             // What is not there will be told of by whoever wants to open something in it.
             paths.iter().filter(|path| path.exists()).try_fold(created, |created, path| {
