@@ -1,6 +1,6 @@
 # Thin by intent: what a target does is in scripts/.
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo demo-kvm test soak bench lint deb deb-test rbd-test
+.PHONY: help setup build demo demo-kvm test soak bench lint install deb deb-test rbd-test
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,6 +31,9 @@ rbd-test: ## Images of a Ceph cluster of one node, which it starts (needs ceph-m
 
 lint: ## Formatting, clippy, dependency policy
 	@scripts/lint.sh
+
+install: ## What `make build` has built into DESTDIR (/), with units, manual pages and completions
+	@scripts/install.sh "$(or $(DESTDIR),/)"
 
 deb: ## The Debian package, into target/debian (needs cargo-deb)
 	@scripts/deb.sh

@@ -12,7 +12,7 @@ if ! command -v cargo-deb >/dev/null; then
     echo "deb: cargo-deb is missing: cargo install --locked cargo-deb" >&2
     exit 1
 fi
-cargo build --profile "$profile" -p vhost-blk -p vhost-net -p vdpa -p sriov-tools -p packaging --bins
+cargo build --profile "$profile" -p vhost-blk -p vhost-net -p vdpa -p sriov-tools -p vhostctl -p vbench -p packaging --bins
 rm -rf "$target/pages"
 "$target/$dir/packaging" "$target/pages"
 # Pages are packed, as Debian wants them.

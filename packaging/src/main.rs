@@ -23,6 +23,8 @@ fn main() -> Result<()> {
         vhost_net::cli::Cli::command(),
         vdpa::cli::Cli::command(),
         sriov_tools::cli::Cli::command(),
+        vhostctl::command(),
+        vbench::command(),
     ];
     programs.into_iter().try_for_each(|program| make(program, &dir))
 }

@@ -91,26 +91,24 @@ fn packaging() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../packaging")
 }
 
-/// What of the package is there without it being built, as it would lie on a host.
+/// Everything as it would lie on a host.
 fn lay_out(root: &Path) -> Result<()> {
-    let copy = |from: &str, to: &str| -> Result<()> {
-        let to = root.join(to);
-        std::fs::create_dir_all(to.parent().context("a root")?)?;
-        std::fs::copy(packaging().join(from), &to).with_context(|| from.to_owned())?;
-        Ok(())
-    };
-    copy("conf/sysusers.conf", "usr/lib/sysusers.d/kickless.conf")?;
-    copy("conf/tmpfiles.conf", "usr/lib/tmpfiles.d/kickless.conf")?;
-    for unit in std::fs::read_dir(packaging().join("systemd"))? {
-        let name = unit?.file_name().into_string().unwrap();
-        copy(&format!("systemd/{name}"), &format!("usr/lib/systemd/system/{name}"))?;
-    }
-    for program in ["vhost-blk", "vhost-net", "sriov"] {
-        let from = built(program).with_context(|| format!("{program} is not built"))?;
-        std::fs::create_dir_all(root.join("usr/bin"))?;
-        std::os::unix::fs::symlink(from, root.join("usr/bin").join(program))?;
-    }
+    let script = packaging().join("../scripts/install.sh");
+    let profile = built("packaging").context("packaging is not built")?;
+    let dir = profile.parent().and_then(Path::file_name).context("a profile")?.to_string_lossy();
+    let profile = if dir == "debug" { "dev" } else { &dir };
+    let (code, said) = run(script.to_str().unwrap(), &[root.to_str().unwrap(), profile])?;
+    ensure!(code == 0, "{said}");
     Ok(())
+}
+
+/// Names of what is in a directory, in their order.
+fn names(dir: &Path) -> Result<Vec<String>> {
+    let entries = std::fs::read_dir(dir).with_context(|| dir.display().to_string())?;
+    let mut names =
+        entries.map(|e| Ok(e?.file_name().to_string_lossy().into_owned())).collect::<Result<Vec<_>>>()?;
+    names.sort();
+    Ok(names)
 }
 
 fn no_systemd() -> Option<String> {
@@ -185,9 +183,20 @@ fn pages_and_completions_are_made(scene: &Scene) -> Result<Option<String>> {
     let dir = scene.path("made");
     let (code, said) = run(program.to_str().unwrap(), &[dir.to_str().unwrap()])?;
     ensure!(code == 0, "{said}");
-    for (name, option) in
-        [("vhost-blk", "sandbox"), ("vhost-net", "uplink"), ("vdpactl", "driver"), ("sriov", "json")]
-    {
+    // Of every program that is installed.
+    let root = scene.path("root");
+    lay_out(&root)?;
+    let programs = names(&root.join("usr/bin"))?;
+    let known = [
+        ("sriov", "json"),
+        ("vbench", "iodepth"),
+        ("vdpactl", "sandbox"),
+        ("vhost-blk", "sandbox"),
+        ("vhost-net", "uplink"),
+        ("vhostctl", "watch"),
+    ];
+    ensure!(programs == known.map(|(name, _)| name), "{programs:?}");
+    for (name, option) in known {
         for file in [
             format!("completions/{name}.bash"),
             format!("completions/_{name}"),
@@ -198,7 +207,16 @@ fn pages_and_completions_are_made(scene: &Scene) -> Result<Option<String>> {
         }
         let page = std::fs::read_to_string(dir.join(format!("man/{name}.1")))?;
         ensure!(page.contains(".TH"), "{name}.1: {page}");
+        ensure!(root.join(format!("usr/share/man/man1/{name}.1.gz")).exists(), "{name}.1 is not installed");
     }
+    // All completions have their place, and so has each page of a subcommand.
+    let share = root.join("usr/share");
+    let places = ["bash-completion/completions", "zsh/vendor-completions", "fish/vendor_completions.d"];
+    let mut installed = places.iter().map(|place| names(&share.join(place))).collect::<Result<Vec<_>>>()?.concat();
+    installed.sort();
+    ensure!(installed == names(&dir.join("completions"))?, "{installed:?}");
+    let pages: Vec<_> = names(&dir.join("man"))?.iter().map(|page| format!("{page}.gz")).collect();
+    ensure!(names(&share.join("man/man1"))? == pages, "{pages:?}");
     let page = std::fs::read_to_string(dir.join("man/vhost-blk.1"))?;
     ensure!(page.contains("blk\\-file") && page.contains("sandbox"), "{page}");
     Ok(None)

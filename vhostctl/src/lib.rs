@@ -293,8 +293,14 @@ fn spec(keys: &[String]) -> Result<Value> {
     Ok(Value::Object(spec))
 }
 
-fn main() -> ExitCode {
+/// The program.
+pub fn main() -> ExitCode {
     daemon::main(run)
+}
+
+/// Its command line, for manual pages and completions.
+pub fn command() -> clap::Command {
+    Cli::command()
 }
 
 fn run(cli: &Cli) -> Result<()> {

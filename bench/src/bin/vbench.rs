@@ -1,0 +1,5 @@
+//! The program `vbench`.
+
+fn main() -> std::process::ExitCode {
+    vbench::main()
+}

@@ -1,0 +1,5 @@
+//! The program `vhostctl`.
+
+fn main() -> std::process::ExitCode {
+    vhostctl::main()
+}
