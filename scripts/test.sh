@@ -177,11 +177,8 @@ soak() {
         env KICKLESS_VDPA_ROUNDS="$attached" "${tests[@]}" vdpa -- --nocapture disks
     [ "$changes" = 0 ] || part "disks, reactors and ports changed at random for $changes s under load, and 20,000 calls of any kind" $((changes + 1200)) \
         env KICKLESS_CONTROL_SECONDS="$changes" KICKLESS_CONTROL_CALLS=20000 "${tests[@]}" control -- --nocapture
-    # shellcheck disable=SC2016 # for the shell that runs it
-    [ "$configs" = 0 ] || part "configuration files changed at random for $configs s" $((configs + 600)) \
-        env PROPTEST_CASES=20000 bash -c 'until [ $SECONDS -ge "$1" ]; do
-            cargo test -q -p vhost-blk -p vhost-net --test config read_or_refused || exit 1
-        done' - "$configs"
+    [ "$configs" = 0 ] || part "configuration files made at random for $configs s" $((configs + 600)) \
+        env KICKLESS_CONFIG_SECONDS="$configs" "${tests[@]}" configs -- --nocapture
     # Others each time; a failure says which, to be repeated.
     [ "$sessions" = 0 ] || part "$sessions random sessions (KICKLESS_FUZZ_SEED=$seed)" $((sessions / 20 + 600)) \
         env KICKLESS_FUZZ_SEED=$seed KICKLESS_FUZZ_SESSIONS="$sessions" "${tests[@]}" hostile_front_end random
