@@ -218,7 +218,6 @@ fi
 step "build" cargo build --workspace --bins
 # And one of them beside it that can be had to die between any two steps of a request.
 step "build with fault points" cargo build -p vhost-blk -p vhost-net -p vdpa --profile fault-points --features fault-points
-step "first day" scripts/first-day.sh
 if command -v apt-get >/dev/null; then
     step "guest image" scripts/guest-image.sh
     # A newer kernel and emulator, for what Debian 12 is too old for.
@@ -227,6 +226,8 @@ if command -v apt-get >/dev/null; then
 else
     note "skipped guest image: made of Debian packages, and there is no apt-get here"
 fi
+# After the image: its machines are Linux then.
+step "first day" scripts/first-day.sh
 # Counts of one compiler repeat exactly; with another one, or without valgrind, there is nothing to compare.
 if ! command -v valgrind >/dev/null; then
     note "skipped instructions of a request: valgrind is not installed (scripts/setup.sh)"
