@@ -33,6 +33,7 @@ use crate::disk::{Disk, Storage};
 use crate::image::Image;
 use crate::limits::Limits;
 use crate::metrics;
+use crate::open::passed;
 use crate::pool::Pools;
 use crate::record::Recorder;
 use crate::report::report;
@@ -343,6 +344,12 @@ impl Exports {
             return Err(Refused::Wrong(
                 Some("key-fd"),
                 "a running daemon inherits nothing; give a key-file or a key-credential".into(),
+            ));
+        }
+        if spec.blk_file.as_deref().is_some_and(|path| passed(path).is_some()) {
+            return Err(Refused::Wrong(
+                Some("blk-file"),
+                "a running daemon inherits nothing; give an image by its name".into(),
             ));
         }
         let image = spec.blk_file.clone();

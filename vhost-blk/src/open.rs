@@ -6,7 +6,8 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, StatxFlags, statx};
+use rustix::fs::{AtFlags, OFlags, StatxFlags, statx};
+use rustix::process::{PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 
 use crate::lock::{LockError, lock, lock_beside};
 
@@ -109,7 +110,10 @@ pub fn open(
     block_size: u32,
     owner: Owner<'_>,
 ) -> Result<(File, FileTraits, u64), OpenError> {
-    let (file, traits) = open_file(path, read_only, direct)?;
+    let (file, traits) = match passed(path) {
+        Some(number) => open_by(path, read_only, direct, |flags| adopt(number, read_only, flags))?,
+        None => open_file(path, read_only, direct)?,
+    };
     let size = size_of(file.as_fd())?;
     if !size.is_multiple_of(u64::from(block_size)) {
         return Err(OpenError::Size { path: path.to_owned(), size, block_size });
@@ -142,9 +146,38 @@ pub fn own_too(path: &Path, file: &File, read_only: bool, owner: Owner<'_>) -> R
     .map_err(|error| OpenError::Lock { path: path.to_owned(), error })
 }
 
+/// The number of a descriptor that this process was started with, if that is what `path` names: `/dev/fd/N`.
+pub fn passed(path: &Path) -> Option<i32> {
+    path.to_str()?.strip_prefix("/dev/fd/")?.parse().ok()
+}
+
+/// An inherited descriptor, as opening its file with these flags would have it. Nothing is opened.
+fn adopt(number: i32, read_only: bool, flags: i32) -> io::Result<File> {
+    let own = pidfd_open(rustix::process::getpid(), PidfdFlags::empty())?;
+    let file = File::from(pidfd_getfd(own, number, PidfdGetfdFlags::empty())?);
+    let has = rustix::fs::fcntl_getfl(&file)?;
+    let wanted = if read_only { OFlags::RDONLY } else { OFlags::RDWR };
+    let mode = has & OFlags::RWMODE;
+    if mode != OFlags::RDWR && mode != wanted {
+        return Err(io::Error::from_raw_os_error(libc::EACCES));
+    }
+    rustix::fs::fcntl_setfl(&file, has | OFlags::from_bits_retain(flags as u32))?;
+    Ok(file)
+}
+
 /// Opens a file or block device that holds a disk or a part of one; it is not locked.
 pub fn open_file(path: &Path, read_only: bool, direct: bool) -> Result<(File, FileTraits), OpenError> {
-    let with = |flags: i32| OpenOptions::new().read(true).write(!read_only).custom_flags(flags).open(path);
+    open_by(path, read_only, direct, |flags| {
+        OpenOptions::new().read(true).write(!read_only).custom_flags(flags).open(path)
+    })
+}
+
+fn open_by(
+    path: &Path,
+    read_only: bool,
+    direct: bool,
+    with: impl Fn(i32) -> io::Result<File>,
+) -> Result<(File, FileTraits), OpenError> {
     // O_NONBLOCK keeps a named pipe from holding us up; files and block devices do not care.
     let file = with(libc::O_NONBLOCK).map_err(|error| {
         let denied = matches!(error.raw_os_error(), Some(libc::EACCES | libc::EROFS | libc::EPERM));
@@ -163,7 +196,7 @@ pub fn open_file(path: &Path, read_only: bool, direct: bool) -> Result<(File, Fi
         kind.is_file() && rustix::fs::fstatfs(&file).map_err(io::Error::from)?.f_type == TMPFS_MAGIC;
     if in_memory {
         // A time that nobody asks for costs a read of it with each request. Only its owner may leave it alone.
-        let _ = rustix::fs::fcntl_setfl(&file, rustix::fs::OFlags::NOATIME | rustix::fs::OFlags::NONBLOCK);
+        let _ = rustix::fs::fcntl_setfl(&file, OFlags::NOATIME | OFlags::NONBLOCK);
     }
     let buffered = FileTraits { direct: false, in_memory, mem_align: 1, offset_align: 512 };
     let (file, traits) = match (direct && !in_memory).then(|| with(libc::O_DIRECT)) {

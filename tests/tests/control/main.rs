@@ -66,6 +66,7 @@ fn disks_come_and_go() {
             "no multiple",
         ),
         (json!({ "fd": 3, "backend": "null:512" }), Some("fd"), "inherits nothing"),
+        (json!({ "socket-path": "/x", "blk-file": "/dev/fd/3" }), Some("blk-file"), "inherits nothing"),
         (json!([]), None, "socket-path is missing"),
     ] {
         rig.finds_fault("/v1/disks", &body, key, said);
