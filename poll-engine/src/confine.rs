@@ -9,6 +9,7 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 use std::thread::{Builder, JoinHandle};
 
 use crossbeam::channel::{Sender, bounded, unbounded};
+use tracing::warn;
 
 use crate::fault_point::hijack;
 
@@ -26,6 +27,8 @@ pub enum Role {
     /// Of a library that speaks with a storage cluster, and starts further threads for that: it keeps nobody's rights but
     /// all system calls, which nobody can list.
     Cluster,
+    /// Opens interfaces of the host's, again when they come back, or later.
+    Opener,
     /// Starts threads of these kinds.
     Starter,
 }
@@ -42,11 +45,13 @@ impl Hands {
         (Hands(jobs), move || to_do.iter().for_each(|job| job()))
     }
 
+    fn post(&self, job: impl FnOnce() + Send + 'static) {
+        let _ = self.0.send(Box::new(job));
+    }
+
     fn run<T: Send + 'static>(&self, job: impl FnOnce() -> T + Send + 'static) -> io::Result<T> {
         let (tell, done) = bounded(1);
-        // Whoever has asked waits.
-        let job = move || drop(tell.send(job()));
-        let _ = self.0.send(Box::new(job));
+        self.post(move || drop(tell.send(job())));
         done.recv().map_err(|_| io::Error::other("the thread that starts others has ended"))
     }
 }
@@ -132,6 +137,31 @@ pub fn spawn_with<T>(
     };
     begun.recv().unwrap_or_else(|_| Err(io::Error::other("the thread has ended")))?;
     Ok(thread)
+}
+
+/// Has a thread of this kind do something. Does not even wait for its beginning, as no reactor may.
+pub fn post(name: &str, role: Role, act: impl FnOnce() + Send + 'static) -> io::Result<()> {
+    let builder = Builder::new().name(name.into());
+    let failed = |e: io::Error| warn!("a thread that was to open something does not begin: {e}");
+    let thread = move || begin(role).map_or_else(failed, |()| act());
+    match PROCESS.get() {
+        Some(process) => process.starter.post(move || builder.spawn(thread).map_or_else(failed, drop)),
+        None => drop(builder.spawn(thread)?),
+    }
+    Ok(())
+}
+
+/// Has a thread of this kind do something, and waits for it. The calling thread does it where none is confined.
+pub fn have<T: Send + 'static>(role: Role, act: impl FnOnce() -> T + Send + 'static) -> io::Result<T> {
+    if PROCESS.get().is_none() {
+        return Ok(act());
+    }
+    let (tell, done) = bounded(1);
+    let thread = spawn(Builder::new().name("opener".into()), role, move || drop(tell.send(act())))?;
+    let done = done.recv().map_err(|_| io::Error::other("the thread has ended"));
+    // A panic there has been printed.
+    let _ = thread.join();
+    done
 }
 
 impl Process {

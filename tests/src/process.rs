@@ -134,7 +134,8 @@ pub fn faulty(program: &str) -> Option<PathBuf> {
 /// Why there is no such program.
 pub fn no_fault_points() -> Option<String> {
     let how = "cargo build -p vhost-blk -p vhost-net -p vdpa --profile fault-points --features fault-points";
-    let are_there = ["vhost-blk", "vhost-net", "vdpactl"].into_iter().all(|program| faulty(program).is_some());
+    let are_there =
+        ["vhost-blk", "vhost-net", "vdpactl"].into_iter().all(|program| faulty(program).is_some());
     (!are_there).then(|| format!("no daemon with fault points: {how}"))
 }
 

@@ -1,16 +1,23 @@
 //! What is left of its rights to a daemon that serves: nothing that whoever has got into one of its threads could use. A
 //! build with fault points has a thread of it try.
 
+use std::fs::Permissions;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixListener;
 use std::os::unix::process::ExitStatusExt;
+use std::path::Path;
 use std::process::{Command, ExitCode, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use kickless_tests::daemon::{Daemon, Medium, Options};
-use kickless_tests::process::{Process, built, faulty, no_fault_points};
+use kickless_tests::netns::Netns;
+use kickless_tests::process::{Process, built, faulty, no_fault_points, run};
 use kickless_tests::runner::{self, Test};
 use kickless_tests::scene::Scene;
 use kickless_tests::wait;
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::libc::{EACCES, ENOSYS, SIGSYS};
 use nix::unistd::geteuid;
 
@@ -72,20 +79,26 @@ const DISK: Serving = ("vhost-blk", &["--backend=null:1M"]);
 const CARD: Serving = ("vhost-net", &["--switch", "--poll=event"]);
 
 /// Starts a daemon of which `thread` tries `what`.
-fn attempt(
+fn attempt(scene: &Scene, serving: Serving, thread: &str, what: &str, args: &[&str]) -> Result<Outcome> {
+    let program = Command::new(faulty(serving.0).context("no daemon with fault points")?);
+    attempt_by(scene, program, serving.1, thread, what, args)
+}
+
+/// As [`attempt`], by a command to which the daemon's options are added.
+fn attempt_by(
     scene: &Scene,
-    (program, serving): Serving,
+    mut program: Command,
+    serving: &[&str],
     thread: &str,
     what: &str,
     args: &[&str],
 ) -> Result<Outcome> {
-    let program = faulty(program).context("no daemon with fault points")?;
     let log = scene.path("hijacked.log");
     // Its sockets are in a directory of their own.
     let socket = scene.path("sockets/s");
     std::fs::create_dir_all(scene.path("sockets"))?;
     std::fs::write(scene.path("victim"), "to be removed")?;
-    let mut child = Command::new(program)
+    let mut child = program
         .args(serving)
         .arg(format!("--socket-path={}", socket.display()))
         .args(args)
@@ -143,6 +156,97 @@ fn hijacked_threads_reach_nothing(scene: &Scene) -> Result<Option<String>> {
     ensure!(wrong.is_empty(), "{}", wrong.join("\n"));
     let missing = (!has_landlock).then(|| "files by name: no Landlock on this kernel".to_owned());
     Ok(missing)
+}
+
+/// What joins a switch to the host, by interfaces that are there in a network namespace; what makes such an interface
+/// again; and what the daemon says once it has it.
+const UPLINKS: &[(&str, &str, &str)] = &[
+    ("tap=up0", "ip tuntap add up0 mode tap vnet_hdr && ip link set up0 up", "is there again"),
+    (
+        "af-packet=up0",
+        "ip link add up0 type veth peer up1 && ip link set up1 up && ip link set up0 up",
+        "is back",
+    ),
+    (
+        "af-xdp=up0,queue=0",
+        "ip link add up0 type veth peer up1 && ip link set up1 up && ip link set up0 up",
+        "AF_XDP on queue 0",
+    ),
+];
+
+/// Interfaces of the host's are opened by threads that do nothing else, and again when they come back. Whoever has got into
+/// another one has no more of it than where there are none.
+fn so_they_do_where_interfaces_are_opened_again(scene: &Scene) -> Result<Option<String>> {
+    let has_landlock = has_landlock(scene)?;
+    let mut wrong = Vec::new();
+    for &(uplink, make, back) in UPLINKS {
+        let netns = Netns::new(scene, "netns")?;
+        // Another one for each daemon: the kernel lets go of a dead one's when it comes to it.
+        let fresh = || netns.check(&format!("ip link delete up0 2>/dev/null; {make}"));
+        let option = format!("--uplink={uplink}");
+        let serving = ["--switch", "--poll=event", &option];
+        let inside = |program: &Path| {
+            let [enter, rest @ ..] = netns.enter();
+            let mut command = Command::new(enter);
+            command.args(rest).arg(program);
+            command
+        };
+        for &(thread, what, expected) in ATTEMPTS {
+            if thread == "starter" || expected == Refused(EACCES) && thread != "reactor" && !has_landlock {
+                continue;
+            }
+            let faulty = faulty("vhost-net").context("no daemon with fault points")?;
+            fresh()?;
+            let outcome = attempt_by(scene, inside(&faulty), &serving, thread, what, &[])?;
+            if outcome != expected {
+                wrong.push(format!("{uplink}: {thread}, {what}: {outcome:?}, not {expected:?}"));
+            }
+        }
+        for (what, expected) in [("program", Killed), ("process", Killed), ("user", Killed), ("code", Killed)]
+        {
+            let faulty = faulty("vhost-net").context("no daemon with fault points")?;
+            fresh()?;
+            let outcome = attempt_by(scene, inside(&faulty), &serving, "starter", what, &[])?;
+            if outcome != expected {
+                wrong.push(format!("{uplink}: starter, {what}: {outcome:?}, not {expected:?}"));
+            }
+        }
+        fresh()?;
+        comes_back(scene, &netns, &serving, (make, back)).with_context(|| uplink.to_owned())?;
+    }
+    ensure!(wrong.is_empty(), "{}", wrong.join("\n"));
+    Ok((!has_landlock).then(|| "files by name: no Landlock on this kernel".to_owned()))
+}
+
+/// A daemon that is confined goes on with an interface that was deleted and is made again.
+fn comes_back(scene: &Scene, netns: &Netns, serving: &[&str], (make, back): (&str, &str)) -> Result<()> {
+    let program = built("vhost-net").context("no daemon")?;
+    let socket = scene.path("s");
+    let options = format!("{} --socket-path={}", serving.join(" "), socket.display());
+    let mut process = netns.start(scene, "uplink", &format!("{} {options}", program.display()))?;
+    let mut says = |what: &str, times: usize| {
+        wait::until(what, LIMIT, || {
+            if let Some(status) = process.poll_exit()? {
+                bail!("{status}: {}", process.stderr_tail());
+            }
+            Ok((process.stderr().matches(what).count() >= times).then_some(()))
+        })
+    };
+    says(" confined: seccomp, ", 1)?;
+    netns.check("ip link delete up0")?;
+    says("the link is down until", 1)?;
+    netns.check(make)?;
+    // One has said so at the start as well.
+    says(back, if back.contains("AF_XDP") { 2 } else { 1 })?;
+    // Capabilities are with those that open, and whoever starts them.
+    for (name, capabilities) in of_threads(process.pid(), "CapPrm")? {
+        let opens = ["starter", "tap-return", "uplink-return"].contains(&name.as_str());
+        ensure!(opens || capabilities == "0000000000000000", "{name}: {capabilities}");
+    }
+    process.signal(nix::sys::signal::Signal::SIGTERM)?;
+    let status = process.wait_exit(LIMIT)?;
+    ensure!(status.success(), "{status}: {}", process.stderr_tail());
+    Ok(())
 }
 
 /// The attempts are such that they come off where nothing is in their way. (To trace the test is not tried.)
@@ -310,6 +414,60 @@ fn root_becomes_the_user(scene: &Scene) -> Result<Option<String>> {
     Ok(None)
 }
 
+/// Socket and image are passed as descriptors to a user that may reach neither by a name.
+fn nothing_is_opened_where_all_is_passed(scene: &Scene) -> Result<Option<String>> {
+    if !geteuid().is_root() {
+        return Ok(Some("only root has what another user may not open".into()));
+    }
+    let dir = scene.path("own");
+    std::fs::create_dir(&dir)?;
+    let image = dir.join("disk.img");
+    std::fs::File::create(&image)?.set_len(8 << 20)?;
+    std::fs::set_permissions(&image, Permissions::from_mode(0o600))?;
+    std::fs::set_permissions(&dir, Permissions::from_mode(0o700))?;
+    // It can be executed by that user, where what is built perhaps cannot be reached.
+    let program = scene.path("vhost-blk");
+    std::fs::copy(built("vhost-blk").context("no daemon")?, &program)?;
+    std::fs::set_permissions(scene.path(""), Permissions::from_mode(0o711))?;
+    let socket = dir.join("s");
+    let listener = UnixListener::bind(&socket)?;
+    fcntl(&listener, FcntlArg::F_SETFD(FdFlag::empty()))?;
+    let number = listener.as_raw_fd();
+    for (mode, direct, read_only) in
+        [("<>", "on", false), ("<>", "off", false), ("<", "off", true), ("<", "off", false)]
+    {
+        let flag = if read_only { "--read-only" } else { "" };
+        let command = format!(
+            "exec 9{mode}{}; exec setpriv --reuid=65534 --regid=65534 --clear-groups -- {} --fd={number} \
+             --blk-file=/dev/fd/9 --direct={direct} {flag}",
+            image.display(),
+            program.display()
+        );
+        let args = ["-c".to_owned(), command];
+        let mut process = Process::spawn(scene, "passed", Path::new("/bin/sh"), &args)?;
+        if mode == "<" && !read_only {
+            let status = process.wait_exit(LIMIT)?;
+            let said = process.stderr_tail();
+            ensure!(!status.success() && said.contains("use --read-only"), "{status}: {said}");
+            continue;
+        }
+        let load: &[&str] =
+            if read_only { &["--rw=randread"] } else { &["--rw=randwrite", "--verify=crc32c"] };
+        let at = format!("--socket-path={}", socket.display());
+        let vbench = built("vbench").context("no vbench")?;
+        let (code, said) = run(
+            vbench.to_str().context("a path")?,
+            &[&["run", &at, "--bs=4k", "--iodepth=8", "--size=8M"], load].concat(),
+        )?;
+        ensure!(code == 0, "{said}: {}", process.stderr_tail());
+        expect_all(process.pid(), "Uid", "65534\t65534\t65534\t65534")?;
+        process.signal(nix::sys::signal::Signal::SIGTERM)?;
+        let status = process.wait_exit(LIMIT)?;
+        ensure!(status.success(), "{status}: {}", process.stderr_tail());
+    }
+    Ok(None)
+}
+
 /// All paths are below the new root.
 fn the_root_can_be_another_directory(scene: &Scene) -> Result<Option<String>> {
     if !geteuid().is_root() {
@@ -345,10 +503,16 @@ fn main() -> ExitCode {
             without_a_sandbox_they_reach_everything,
             no_fault_points,
         ),
+        Test::new(
+            "so_they_do_where_interfaces_are_opened_again",
+            so_they_do_where_interfaces_are_opened_again,
+            || no_fault_points().or_else(Netns::missing_needs),
+        ),
         Test::new("every_thread_has_given_up_its_rights", every_thread_has_given_up_its_rights, || None),
         Test::new("so_has_every_thread_of_a_switch", so_has_every_thread_of_a_switch, || None),
         Test::new("the_api_reaches_what_it_is_allowed", the_api_reaches_what_it_is_allowed, || None),
         Test::new("root_becomes_the_user", root_becomes_the_user, || None),
+        Test::new("nothing_is_opened_where_all_is_passed", nothing_is_opened_where_all_is_passed, || None),
         Test::new("the_root_can_be_another_directory", the_root_can_be_another_directory, || None),
     ];
     runner::run(tests, "KICKLESS_REQUIRE_FAULTS")

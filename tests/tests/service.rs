@@ -212,7 +212,8 @@ fn pages_and_completions_are_made(scene: &Scene) -> Result<Option<String>> {
     // All completions have their place, and so has each page of a subcommand.
     let share = root.join("usr/share");
     let places = ["bash-completion/completions", "zsh/vendor-completions", "fish/vendor_completions.d"];
-    let mut installed = places.iter().map(|place| names(&share.join(place))).collect::<Result<Vec<_>>>()?.concat();
+    let mut installed =
+        places.iter().map(|place| names(&share.join(place))).collect::<Result<Vec<_>>>()?.concat();
     installed.sort();
     ensure!(installed == names(&dir.join("completions"))?, "{installed:?}");
     let pages: Vec<_> = names(&dir.join("man"))?.iter().map(|page| format!("{page}.gz")).collect();

@@ -8,28 +8,26 @@ use daemon::confine::{CapabilitySet, Confinement, Options, Places};
 use crate::cli::Common;
 use crate::sysfs::Driver;
 
-fn options(common: &Common) -> Options {
-    Options { sandbox: common.sandbox, ..Options::default() }
-}
-
-/// Has threads that begin from now on be confined, and the first one once it is sealed. Sockets are in these directories.
+/// Has threads that begin from now on be confined, and the first one once it is sealed. Sockets are in these directories;
+/// an interface of the host's may have to be opened again.
 pub(crate) fn threads(
     common: &Common,
     driver: Option<Driver>,
     sockets: Vec<PathBuf>,
+    opens: bool,
 ) -> Result<Confinement> {
     let state = &common.state_dir;
     std::fs::create_dir_all(state).with_context(|| format!("{} (see --state-dir)", state.display()))?;
-    // Whether a disk is in use is asked by opening it, and a device is forgotten in the end.
-    let places =
-        Places { sockets, read: vec![PathBuf::from("/dev")], remove: vec![state.clone()], ..Places::default() };
+    let places = Places {
+        sockets,
+        // Whether a disk is in use is asked by opening it.
+        read: vec![PathBuf::from("/dev")],
+        devices: opens.then(|| PathBuf::from("/dev/net")).into_iter().collect(),
+        // A device is forgotten in the end.
+        remove: vec![state.clone()],
+        ..Places::default()
+    };
     // Whoever has put it on the bus takes it away from there.
     let keep = driver.map_or(CapabilitySet::empty(), |_| CapabilitySet::NET_ADMIN);
-    options(common).threads(None, &places, keep)
-}
-
-/// Has this thread, and all that it starts from now on, be confined as far as those can be that open an interface of the
-/// host's again when it comes back.
-pub(crate) fn seal_coarsely(common: &Common) -> Result<()> {
-    options(common).seal_coarsely(None, CapabilitySet::NET_ADMIN | CapabilitySet::NET_RAW)
+    Options { sandbox: common.sandbox, ..Options::default() }.threads(None, &places, keep)
 }

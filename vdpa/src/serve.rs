@@ -71,7 +71,7 @@ fn blk(
     common: &Common,
 ) -> Result<()> {
     daemon::log::init(&common.log)?;
-    let confinement = confine::threads(common, driver, vec![])?;
+    let confinement = confine::threads(common, driver, vec![], false)?;
     let image = Image { serial: options.serial.as_str(), read_only: options.read_only, ..image };
     let disk = Arc::new(image.open(options)?);
     let device = BlkDevice::new(Arc::clone(&disk), options.num_queues, options.queue_size, None);
@@ -84,7 +84,7 @@ fn blk(
         common,
         engine: engine(common, options.fixed_buffers.into())?,
     };
-    serve(vec![wanted], driver, &*disk, Some(&confinement))
+    serve(vec![wanted], driver, &*disk, &confinement)
 }
 
 impl Service for Disk {
@@ -113,7 +113,7 @@ pub fn serve_net(cli: &ServeNet) -> Result<()> {
     let Some(tap) = &cli.tap else { return switch::serve_net(cli) };
     // A tap's own card has no control queue, and without one there is no choosing among pairs of queues.
     let tap = Tap::open(tap, 1, cli.mtu)?;
-    confine::seal_coarsely(&cli.common)?;
+    let confinement = confine::threads(&cli.common, cli.driver, vec![], true)?;
     let card = Card { mac: cli.mac, mtu: cli.mtu, pairs: 1, ring_size: cli.queue_size };
     let joined = Joined::Tap(TapCard::new(Arc::clone(&tap), None));
     let wanted = Wanted {
@@ -124,7 +124,7 @@ pub fn serve_net(cli: &ServeNet) -> Result<()> {
         common: &cli.common,
         engine: engine(&cli.common, FixedBuffers::Off)?,
     };
-    serve(vec![wanted], cli.driver, &*tap, None)
+    serve(vec![wanted], cli.driver, &*tap, &confinement)
 }
 
 impl Service for Tap {
@@ -156,7 +156,7 @@ pub(crate) fn serve(
     devices: Vec<Wanted<'_>>,
     driver: Option<Driver>,
     service: &dyn Service,
-    confinement: Option<&Confinement>,
+    confinement: &Confinement,
 ) -> Result<()> {
     // The driver first: its absence is found out before anything is made.
     let mut bus = driver.map(|_| Bus::open()).transpose()?;
@@ -179,7 +179,7 @@ pub(crate) fn serve(
         .and_then(|()| {
             service.begun(&served);
             served.iter_mut().try_for_each(|device| go(device, bus.as_mut().zip(driver)))?;
-            confinement.map_or(Ok(()), Confinement::seal)
+            confinement.seal()
         });
     if outcome.is_ok() {
         let _ = sd_notify::notify(&[NotifyState::Ready]);

@@ -122,12 +122,7 @@ pub(crate) fn serve_net(cli: &ServeNet) -> Result<()> {
     let options = options(cli)?;
     let told = options.port.iter().filter_map(|port| port.mtu).max();
     let mut uplink = options.uplink.as_ref().map(|spec| join::open_uplink(spec, told)).transpose()?;
-    let confinement = if uplink.is_some() {
-        confine::seal_coarsely(&cli.common)?;
-        None
-    } else {
-        Some(confine::threads(&cli.common, cli.driver, sockets(&options))?)
-    };
+    let confinement = confine::threads(&cli.common, cli.driver, sockets(&options), uplink.is_some())?;
     let engine = engine(&cli.common, FixedBuffers::Off)?;
     let guests: Vec<_> = options.port.iter().map(|port| (port, cli.num_queue_pairs)).collect();
     let uplink_mtu = uplink.as_mut().map(|u| u.link().mtu);
@@ -171,7 +166,7 @@ pub(crate) fn serve_net(cli: &ServeNet) -> Result<()> {
             servers.push(server);
         }
     }
-    let outcome = serve(on_bus, cli.driver, &switched, confinement.as_ref());
+    let outcome = serve(on_bus, cli.driver, &switched, &confinement);
     servers.iter().for_each(Server::begin_stop);
     drop(servers);
     drop(shards);

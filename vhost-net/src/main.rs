@@ -1,5 +1,6 @@
 //! `vhost-net`: joins ports, starts reactors, serves sockets, obeys signals.
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -71,11 +72,9 @@ fn serve(
     heir: &mut Heir,
     inherited: impl Iterator<Item = Option<usize>>,
 ) -> Result<()> {
-    // Interfaces that were gone are opened again, by reactors and in ways that take rights. Others need none.
-    let opens = options.uplink.is_some() || wanted.iter().any(|w| w.tap.is_some());
-    let confine =
-        || cli.confine.threads(identity.cloned(), &places(&wanted, cli, options), CapabilitySet::empty());
-    let confinement = (!opens).then(confine).transpose()?;
+    let opens = opens(&wanted, options);
+    let places = places(&wanted, cli, options);
+    let confinement = cli.confine.threads(identity.cloned(), &places, CapabilitySet::empty())?;
     let mut uplink = open_uplink(options, &wanted)?;
     let captured = capture(options, &wanted)?;
     // Before the sockets: whoever sees one may send signals.
@@ -84,10 +83,6 @@ fn serve(
     let sources = sources.collect::<Result<Vec<_>, _>>()?;
     let control = heir.listen()?;
     let api = options.api.as_deref().map(|path| bind(path, options.api_mode, heir.is_one())).transpose()?;
-    if opens {
-        let keep = CapabilitySet::NET_ADMIN | CapabilitySet::NET_RAW;
-        cli.confine.seal_coarsely(identity, keep)?;
-    }
     let config = EngineConfig {
         cpus: options.cpus.clone().unwrap_or_default(),
         pacing: options.poll,
@@ -110,9 +105,7 @@ fn serve(
         engine.add_station(reactor, Box::new(shard)).context("cannot start a shard")
     });
     let shards = shards.collect::<Result<Vec<_>>>()?;
-    if let Some(confinement) = &confinement {
-        confinement.seal()?;
-    }
+    confinement.seal()?;
 
     heir.ask()?;
     let left = Arc::new(AtomicUsize::new(wanted.len()));
@@ -177,11 +170,19 @@ fn serve(
     successor.outcome()
 }
 
+/// Whether it is joined to an interface of the host's: one that was gone is opened again.
+fn opens(wanted: &[Wanted], options: &Options) -> bool {
+    options.uplink.is_some() || wanted.iter().any(|w| w.tap.is_some())
+}
+
 /// Where something is done by name once all is open.
 fn places(wanted: &[Wanted], cli: &Cli, options: &Options) -> Places {
     let sockets = wanted.iter().filter_map(|w| w.place.path()).chain(cli.upgrade.control.as_deref());
     let own = sockets.chain(options.api.as_deref()).chain(options.pcap.as_deref());
     let mut places = Places { sockets: own.map(Places::directory_of).collect(), ..Places::default() };
+    if opens(wanted, options) {
+        places.devices.push(PathBuf::from("/dev/net"));
+    }
     // It is read again.
     places.read.extend(cli.config.as_deref().map(Places::directory_of));
     if options.api.is_some() {

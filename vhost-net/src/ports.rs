@@ -13,6 +13,7 @@ use control::refused::{Changes, Refused};
 use daemon::Place;
 use daemon::file::Step;
 use daemon::takeover::{self, Successor};
+use poll_engine::confine::{self, Role};
 use poll_engine::device::Device;
 use poll_engine::engine::Engine;
 use poll_engine::engine::pacing::Pacing;
@@ -64,7 +65,11 @@ impl Wanted {
     /// Opens what a port is joined to. A card that is joined to a tap has its MTU and as many pairs of queues.
     pub fn open(spec: PortSpec, options: &Options) -> Result<Wanted> {
         let tap = match (&spec.tap, spec.tap_fds.as_slice()) {
-            (Some(name), _) => Some(Tap::open(name, options.num_queue_pairs, spec.mtu)?),
+            (Some(name), _) => {
+                // Over the API by a thread that may.
+                let (name, pairs, mtu) = (name.clone(), options.num_queue_pairs, spec.mtu);
+                Some(confine::have(Role::Opener, move || Tap::open(&name, pairs, mtu))??)
+            }
             (None, []) => None,
             (None, numbers) => Some(Tap::inherit_numbers(numbers, spec.mtu)?),
         };

@@ -27,7 +27,8 @@ pub fn expect(vm: &mut Vm, name: &str) -> Result<()> {
     ))?;
     ensure!(threads.lines().count() >= 5, "{threads}");
     for thread in threads.lines() {
-        let rights = if thread.starts_with("vdpactl ") { "0000000000001000 1 2" } else { "0000000000000000 1 2" };
+        let rights =
+            if thread.starts_with("vdpactl ") { "0000000000001000 1 2" } else { "0000000000000000 1 2" };
         ensure!(thread.ends_with(rights), "{thread}, of {threads}");
     }
     Ok(())

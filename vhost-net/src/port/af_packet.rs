@@ -17,8 +17,10 @@ use std::mem::{self, MaybeUninit};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::ptr;
 
+use crossbeam::channel::{Receiver, TryRecvError, bounded};
 use libc::{c_int, iovec, mmsghdr, msghdr, sockaddr_ll, tpacket_auxdata};
 use nix::errno::Errno;
+use poll_engine::confine::{self, Role};
 use poll_engine::memory::slice::GuestSlice;
 use tracing::{info, warn};
 
@@ -52,6 +54,8 @@ pub struct AfPacket {
     socket: OwnedFd,
     interface: Interface,
     index: Option<u32>,
+    /// An interface that is back, and whether the socket is bound to it again.
+    rebound: Option<(u32, Receiver<Result<(), Errno>>)>,
     received: Vec<u8>,
     staged: Staged,
     counters: Counters,
@@ -71,16 +75,17 @@ impl AfPacket {
         // SAFETY: it was just opened, and nobody else has it.
         let socket = unsafe { OwnedFd::from_raw_fd(socket) };
         let index = interface.index_up()?;
-        let mut port = AfPacket {
+        let port = AfPacket {
             socket,
             interface,
-            index: None,
+            index: Some(index),
+            rebound: None,
             received: vec![0; BATCH * BUFFER],
             staged: Staged::new(BATCH),
             counters: Counters::default(),
         };
         port.prepare().map_err(|e| of_open(name, "prepare a packet socket", e))?;
-        port.bind(index).map_err(|e| of_open(name, "bind a packet socket", e))?;
+        bind(port.socket.as_fd(), index).map_err(|e| of_open(name, "bind a packet socket", e))?;
         let link = port.interface.link();
         info!(
             "uplink {name}: packet socket, MTU {}, {}",
@@ -106,24 +111,32 @@ impl AfPacket {
         Ok(())
     }
 
-    /// Receives from an interface, all that comes by there.
-    fn bind(&mut self, index: u32) -> Result<(), Errno> {
-        let address = sockaddr_ll {
-            sll_family: libc::AF_PACKET as u16,
-            sll_protocol: (libc::ETH_P_ALL as u16).to_be(),
-            sll_ifindex: index as c_int,
-            sll_hatype: 0,
-            sll_pkttype: 0,
-            sll_halen: 0,
-            sll_addr: [0; 8],
-        };
-        let len = size_of::<sockaddr_ll>() as libc::socklen_t;
-        // SAFETY: the address is a whole `sockaddr_ll` of that length.
-        let bound = unsafe { libc::bind(self.socket.as_raw_fd(), (&raw const address).cast(), len) };
-        Errno::result(bound)?;
-        join_promiscuous(self.socket.as_fd(), index)?;
-        self.index = Some(index);
+    /// Has the socket bound to an interface that is back, by a thread that may.
+    fn rebind(&mut self, index: u32) -> io::Result<()> {
+        let socket = self.socket.try_clone()?;
+        let (tell, told) = bounded(1);
+        confine::post("uplink-return", Role::Opener, move || {
+            let _ = tell.send(bind(socket.as_fd(), index));
+        })?;
+        self.rebound = Some((index, told));
         Ok(())
+    }
+
+    /// What has become of that, if anything has.
+    fn hear(&mut self) {
+        let Some((index, told)) = &self.rebound else { return };
+        let name = self.interface.name();
+        match told.try_recv() {
+            Err(TryRecvError::Empty) => return,
+            Ok(Ok(())) => {
+                info!("uplink {name}: the interface is back");
+                self.index = Some(*index);
+            }
+            Ok(Err(why)) => warn!("uplink {name}: cannot be bound again: {why}"),
+            // Which that thread has said.
+            Err(TryRecvError::Disconnected) => {}
+        }
+        self.rebound = None;
     }
 
     fn set<T>(&self, level: c_int, option: c_int, value: &T) -> Result<(), Errno> {
@@ -308,16 +321,21 @@ impl Uplink for AfPacket {
     }
 
     fn link(&mut self) -> Link {
+        self.hear();
         let index = self.interface.index();
-        if index != self.index {
-            self.index = None;
-            let name = self.interface.name();
+        if index != self.index && self.rebound.is_none() {
+            let was_there = self.index.take().is_some();
             match index {
-                None => warn!("uplink {name}: the interface is gone; the link is down until it is back"),
-                Some(index) => match self.bind(index) {
-                    Ok(()) => info!("uplink {}: the interface is back", self.interface.name()),
-                    Err(why) => warn!("uplink {}: cannot be bound again: {why}", self.interface.name()),
-                },
+                None if was_there => {
+                    let name = self.interface.name();
+                    warn!("uplink {name}: the interface is gone; the link is down until it is back");
+                }
+                None => {}
+                Some(index) => {
+                    if let Err(e) = self.rebind(index) {
+                        warn!("uplink {}: cannot be bound again: {e}", self.interface.name());
+                    }
+                }
             }
         }
         let mut link = self.interface.link();
@@ -345,6 +363,24 @@ impl Uplink for AfPacket {
         }
         self.counters
     }
+}
+
+/// Has a socket receive from an interface, all that comes by there.
+fn bind(socket: BorrowedFd<'_>, index: u32) -> Result<(), Errno> {
+    let address = sockaddr_ll {
+        sll_family: libc::AF_PACKET as u16,
+        sll_protocol: (libc::ETH_P_ALL as u16).to_be(),
+        sll_ifindex: index as c_int,
+        sll_hatype: 0,
+        sll_pkttype: 0,
+        sll_halen: 0,
+        sll_addr: [0; 8],
+    };
+    let len = size_of::<sockaddr_ll>() as libc::socklen_t;
+    // SAFETY: the address is a whole `sockaddr_ll` of that length.
+    let bound = unsafe { libc::bind(socket.as_raw_fd(), (&raw const address).cast(), len) };
+    Errno::result(bound)?;
+    join_promiscuous(socket, index)
 }
 
 /// The VLAN tag that the kernel took out of a frame: TPID and TCI.

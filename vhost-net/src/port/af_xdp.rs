@@ -11,7 +11,9 @@
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::ptr;
 
+use crossbeam::channel::{Receiver, TryRecvError, bounded};
 use nix::errno::Errno;
+use poll_engine::confine::{self, Role};
 use poll_engine::memory::slice::GuestSlice;
 use tracing::{info, warn};
 use xdp::error::SocketError;
@@ -59,6 +61,10 @@ pub struct AfXdp {
     /// Frames taken from those to be received into that have not been put back.
     owed: usize,
     gone: bool,
+    /// The one in its place, when the interface is back.
+    next: Option<Receiver<Result<AfXdp, UplinkError>>>,
+    /// It was said why that cannot be used.
+    told: bool,
     zero_copy: bool,
     counters: Counters,
     /// Drops that the kernel had counted for this socket before.
@@ -105,6 +111,8 @@ impl AfXdp {
             under_way: 0,
             owed: RECEIVE as usize,
             gone: false,
+            next: None,
+            told: false,
             zero_copy,
             counters: Counters::default(),
             missed: 0,
@@ -260,11 +268,22 @@ impl Uplink for AfXdp {
                 self.gone = true;
                 warn!("uplink {name}: the interface is gone; the link is down until it is back");
             }
-            if index.is_some()
-                && let Ok(new) = AfXdp::open(&name, self.queue)
-            {
-                let counters = self.counters;
-                *self = AfXdp { counters, ..new };
+            match self.next.as_ref().map(Receiver::try_recv) {
+                Some(Err(TryRecvError::Empty)) => {}
+                Some(Ok(Ok(new))) => {
+                    let counters = self.counters;
+                    *self = AfXdp { counters, ..new };
+                }
+                outcome => {
+                    // One that is there and not up yet will be.
+                    if let Some(Ok(Err(why))) = outcome
+                        && !matches!(why, UplinkError::Missing(_) | UplinkError::Down(_))
+                        && !std::mem::replace(&mut self.told, true)
+                    {
+                        warn!("uplink {name} is there again and cannot be used: {why}; trying on");
+                    }
+                    self.next = index.and_then(|_| reopen(name, self.queue));
+                }
             }
         }
         let mut link = self.interface.link();
@@ -281,6 +300,13 @@ impl Uplink for AfXdp {
         }
         self.counters
     }
+}
+
+/// Has a thread that may open an interface do so.
+fn reopen(name: String, queue: u32) -> Option<Receiver<Result<AfXdp, UplinkError>>> {
+    let (tell, told) = bounded(1);
+    let open = move || drop(tell.send(AfXdp::open(&name, queue)));
+    confine::post("uplink-return", Role::Opener, open).ok().map(|()| told)
 }
 
 /// A slab that takes only so many more.

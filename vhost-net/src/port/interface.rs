@@ -19,6 +19,7 @@ mod ioctl {
     nix::ioctl_read_bad!(mtu, libc::SIOCGIFMTU, ifreq);
     nix::ioctl_write_ptr_bad!(set_mtu, libc::SIOCSIFMTU, ifreq);
     nix::ioctl_read_bad!(hardware_address, libc::SIOCGIFHWADDR, ifreq);
+    nix::ioctl_read_bad!(index, libc::SIOCGIFINDEX, ifreq);
 }
 
 /// Has an interface receive what is for others as well, until the packet socket is closed.
@@ -103,7 +104,12 @@ impl Interface {
 
     /// Its index; another one if it was gone in between.
     pub fn index(&self) -> Option<u32> {
-        if_nametoindex(self.name.as_str()).ok()
+        // By the socket that is open: who asks may be a thread that opens none.
+        let mut request = request(&self.name).ok()?;
+        // SAFETY: the request has a name, and is there to be filled in.
+        unsafe { ioctl::index(self.fd(), &raw mut request) }.ok()?;
+        // SAFETY: SIOCGIFINDEX fills this member in.
+        u32::try_from(unsafe { request.ifr_ifru.ifru_ifindex }).ok()
     }
 
     /// Its link.

@@ -24,6 +24,8 @@ pub struct Places {
     pub read: Vec<PathBuf>,
     /// Files are made, opened, replaced and removed.
     pub write: Vec<PathBuf>,
+    /// Devices are opened and told things, by those that open interfaces of the host's again.
+    pub devices: Vec<PathBuf>,
     /// Directories are removed with what is in them.
     pub remove: Vec<PathBuf>,
 }
@@ -54,6 +56,12 @@ impl Places {
     pub fn of_sockets(&self) -> Places {
         Places { sockets: self.sockets.clone(), ..Places::default() }
     }
+
+    /// What of these an opener does: nothing but devices.
+    #[must_use]
+    pub fn of_devices(&self) -> Places {
+        Places { devices: self.devices.clone(), ..Places::default() }
+    }
 }
 
 /// Rules, ready for any number of threads. `None` is a kernel without Landlock.
@@ -77,8 +85,9 @@ impl Rules {
             .handle_access(AccessNet::from_all(KNOWN))?
             .scope(scopes())?
             .create()?;
-        let Places { sockets: s, read: r, write: w, remove: gone } = places;
-        let rules = [(s, sockets), (r, read), (w, write), (gone, remove)];
+        let tell = AccessFs::ReadFile | AccessFs::WriteFile | AccessFs::IoctlDev;
+        let Places { sockets: s, read: r, write: w, devices: d, remove: gone } = places;
+        let rules = [(s, sockets), (r, read), (w, write), (d, tell), (gone, remove)];
         let created = rules.into_iter().try_fold(created, |created, (paths, access)| {
             // What is not there will be told of by whoever wants to open something in it.
             paths.iter().filter(|path| path.exists()).try_fold(created, |created, path| {

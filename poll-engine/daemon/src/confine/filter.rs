@@ -33,8 +33,8 @@ pub enum Who {
 /// The filters of one kind of thread.
 #[derive(Debug)]
 pub struct Filters {
-    /// What may be done.
-    pub allow: BpfProgram,
+    /// What may be done; without, all that is not deadly.
+    pub allow: Option<BpfProgram>,
     /// What ends the process.
     pub kill: BpfProgram,
 }
@@ -55,19 +55,13 @@ pub fn filters(who: Who, verdict: Verdict) -> Result<Filters, seccompiler::Backe
         Verdict::Enforce => (SeccompAction::Errno(libc::ENOSYS as u32), SeccompAction::KillProcess),
         Verdict::Log => (SeccompAction::Log, SeccompAction::Log),
     };
-    let allow = SeccompFilter::new(allowed(who)?, refuse, SeccompAction::Allow, arch)?.try_into()?;
+    let allow = match who {
+        // It opens what the kernel and its drivers have, in ways of theirs.
+        Who::Thread(Role::Opener) => None,
+        _ => Some(SeccompFilter::new(allowed(who)?, refuse, SeccompAction::Allow, arch)?.try_into()?),
+    };
     let kill = SeccompFilter::new(deadly(who)?, SeccompAction::Allow, kill, arch)?.try_into()?;
     Ok(Filters { allow, kill })
-}
-
-/// What ends the process, whichever thread tries it, in a program whose threads open interfaces again while they run.
-pub fn deadly_to_all(verdict: Verdict) -> Result<BpfProgram, seccompiler::BackendError> {
-    let arch = TargetArch::try_from(std::env::consts::ARCH)?;
-    let kill = if verdict == Verdict::Log { SeccompAction::Log } else { SeccompAction::KillProcess };
-    let mut rules = deadly_always()?;
-    // Of packet sockets, whose programs go with them.
-    rules.remove(&libc::SYS_bpf);
-    SeccompFilter::new(rules, SeccompAction::Allow, kill, arch)?.try_into()
 }
 
 fn add(rules: &mut Rules, calls: &[i64]) {
@@ -155,6 +149,8 @@ const REACTOR: &[i64] = &[
     libc::SYS_sendmsg,
     libc::SYS_recvfrom,
     libc::SYS_recvmsg,
+    libc::SYS_sendmmsg,
+    libc::SYS_recvmmsg,
     libc::SYS_getsockopt,
     // Of taps and packet sockets that are open.
     libc::SYS_ioctl,
@@ -277,7 +273,7 @@ fn allowed(who: Who) -> Result<Rules, seccompiler::BackendError> {
     add_if_one_of(&mut rules, libc::SYS_prctl, 0, &names)?;
     match who {
         Who::Thread(Role::Writer) => return Ok(rules),
-        Who::Thread(Role::Worker) => {
+        Who::Thread(Role::Worker | Role::Opener) => {
             add(&mut rules, &[libc::SYS_fallocate]);
             return Ok(rules);
         }
@@ -291,8 +287,12 @@ fn allowed(who: Who) -> Result<Rules, seccompiler::BackendError> {
         Who::Thread(Role::Starter) => {
             // All that those may do whom it starts.
             add(&mut rules, &[SESSION, REACTOR, STARTER].concat());
-            let reductions =
-                [libc::PR_SET_NO_NEW_PRIVS, libc::PR_CAPBSET_READ, libc::PR_CAPBSET_DROP, libc::PR_CAP_AMBIENT];
+            let reductions = [
+                libc::PR_SET_NO_NEW_PRIVS,
+                libc::PR_CAPBSET_READ,
+                libc::PR_CAPBSET_DROP,
+                libc::PR_CAP_AMBIENT,
+            ];
             let reductions = reductions.map(|option| option as u64);
             add_if_one_of(&mut rules, libc::SYS_prctl, 0, &[&names[..], &reductions].concat())?;
         }
@@ -390,6 +390,8 @@ fn deadly(who: Who) -> Result<Rules, seccompiler::BackendError> {
         }
         Who::Thread(Role::Starter) => add(&mut rules, &[libc::SYS_socket, libc::SYS_connect, libc::SYS_bind]),
         Who::Thread(Role::Cluster) => {}
+        // Of packet sockets, whose programs go with them.
+        Who::Thread(Role::Opener) => drop(rules.remove(&libc::SYS_bpf)),
         Who::Thread(Role::Reactor | Role::Writer | Role::Worker) => add(
             &mut rules,
             &[

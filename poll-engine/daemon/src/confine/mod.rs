@@ -8,6 +8,7 @@
 //! | writer of a capture | writing | none |
 //! | worker of an image | reading, writing, giving up space | none |
 //! | of Ceph's library | all | all that its user may |
+//! | opener of interfaces, where there are any | all but what ends the process | devices |
 //! | starter | what those need that it starts: rings of reactors, giving up still more | as sessions |
 //! | main, and what it starts later | opening, local sockets | the [`Places`] it is given |
 
@@ -30,7 +31,7 @@ use tracing::{info, warn};
 
 pub use files::Places;
 use files::{Rules, support};
-use filter::{Filters, Verdict, Who, deadly_to_all, filters};
+use filter::{Filters, Verdict, Who, filters};
 use install::{has_seccomp, install};
 pub use rights::Identity;
 use rights::{forgo_new, reduce};
@@ -70,8 +71,9 @@ pub struct Options {
 struct Plan {
     mode: Mode,
     identity: Option<Identity>,
-    /// Of the first thread. The others have none.
+    /// Of the first thread. The others have none, but those that open interfaces, and whoever starts them.
     keep: CapabilitySet,
+    opens: bool,
     /// Of each kind of thread.
     threads: Vec<(Role, Option<Filters>, Rules)>,
     main: Option<(Option<Filters>, Rules)>,
@@ -98,31 +100,9 @@ impl Options {
         Ok(identity)
     }
 
-    /// Has the calling thread, and all that it starts from now on, give up what no program here needs once interfaces and
-    /// images are open: programs, processes, other users, code that is made, capabilities but `keep`. Less than
-    /// [`threads`](Self::threads), for programs whose threads open interfaces again while they run.
-    pub fn seal_coarsely(&self, identity: Option<&Identity>, keep: CapabilitySet) -> Result<()> {
-        if self.sandbox == Mode::Off {
-            warn!("not confined, by --sandbox off");
-            let Some(_) = identity else { return Ok(()) };
-        }
-        keep_locking()?;
-        reduce(identity, keep).context("cannot give up rights")?;
-        if self.sandbox == Mode::Off {
-            return Ok(());
-        }
-        forgo_new().context("no_new_privs")?;
-        if has_seccomp() {
-            let verdict = if self.sandbox == Mode::Log { Verdict::Log } else { Verdict::Enforce };
-            let program = deadly_to_all(verdict).context("--sandbox")?;
-            install(&program).context("cannot be confined (see --sandbox)")?;
-        }
-        info!("{}", telling(self.sandbox, keep, false));
-        Ok(())
-    }
-
     /// Has threads that begin from now on give up what their kind does not need. `places` is what the first thread still
-    /// does by name once it is sealed, `keep` the capabilities that are left to it alone.
+    /// does by name once it is sealed, and openers do with devices; without such there is nobody who opens interfaces.
+    /// `keep` are the capabilities that are left to the first thread alone.
     pub fn threads(
         &self,
         identity: Option<Identity>,
@@ -138,22 +118,33 @@ impl Options {
             mode: self.sandbox,
             identity,
             keep,
+            opens: !places.devices.is_empty(),
             threads: Vec::new(),
             main: None,
-            telling: telling(self.sandbox, keep, true),
+            telling: String::new(),
             sealed: AtomicBool::new(false),
         };
         if self.sandbox != Mode::Off {
             keep_locking()?;
             forgo_new().context("no_new_privs")?;
-            for role in [Role::Reactor, Role::Session, Role::Writer, Role::Worker, Role::Starter] {
-                let moves_sockets = matches!(role, Role::Session | Role::Starter);
-                let places = if moves_sockets { places.of_sockets() } else { Places::default() };
-                let (filters, rules) = of(Who::Thread(role), &places)?;
+            for role in
+                [Role::Reactor, Role::Session, Role::Writer, Role::Worker, Role::Opener, Role::Starter]
+            {
+                let (who, places) = match role {
+                    Role::Opener => (role, places.of_devices()),
+                    // Nobody can do more than who has started him.
+                    Role::Starter if plan.opens => {
+                        (Role::Opener, Places { sockets: places.sockets.clone(), ..places.of_devices() })
+                    }
+                    Role::Session | Role::Starter => (role, places.of_sockets()),
+                    _ => (role, Places::default()),
+                };
+                let (filters, rules) = of(Who::Thread(who), &places)?;
                 plan.threads.push((role, filters, rules));
             }
             plan.main = Some(of(Who::Main, places)?);
         }
+        plan.telling = plan.telling();
         let plan = Arc::new(plan);
         let of_threads = Arc::clone(&plan);
         let first = confine::threads_with(move |role| of_threads.begin(role));
@@ -169,8 +160,9 @@ impl Confinement {
     pub fn seal(&self) -> Result<()> {
         let plan = &self.0;
         let limits_calls = plan.mode != Mode::Off;
-        confine::seal(limits_calls).context("the thread that starts others cannot be confined (see --sandbox)")?;
-        plan.reduce(plan.keep).context("cannot give up rights")?;
+        confine::seal(limits_calls)
+            .context("the thread that starts others cannot be confined (see --sandbox)")?;
+        plan.reduce(plan.identity.as_ref(), plan.keep).context("cannot give up rights")?;
         if let Some((filters, rules)) = &plan.main {
             apply(filters.as_ref(), rules).context("cannot be confined (see --sandbox)")?;
         }
@@ -184,21 +176,57 @@ impl Confinement {
     }
 }
 
+/// What opening an interface takes: a tap, a packet socket, one of AF_XDP with its program and memory that is locked.
+const OPENING: CapabilitySet = CapabilitySet::NET_ADMIN
+    .union(CapabilitySet::NET_RAW)
+    .union(CapabilitySet::BPF)
+    .union(CapabilitySet::IPC_LOCK);
+
 impl Plan {
     fn begin(&self, role: Role) -> io::Result<()> {
-        // What the thread that started it has given up is given up.
-        if !self.sealed.load(Ordering::Acquire) {
-            self.reduce(CapabilitySet::empty())?;
+        // What the thread that starts it has given up is given up.
+        let is_somebody = !self.sealed.load(Ordering::Acquire);
+        if is_somebody || self.opens {
+            let opens = self.opens && matches!(role, Role::Opener | Role::Starter);
+            let keep = if opens { OPENING } else { CapabilitySet::empty() };
+            self.reduce(self.identity.as_ref().filter(|_| is_somebody), keep)?;
         }
         let of_role = self.threads.iter().find(|(r, ..)| *r == role);
         of_role.map_or(Ok(()), |(_, filters, rules)| apply(filters.as_ref(), rules))
     }
 
-    fn reduce(&self, keep: CapabilitySet) -> io::Result<()> {
+    fn reduce(&self, identity: Option<&Identity>, keep: CapabilitySet) -> io::Result<()> {
         if self.mode == Mode::Off && self.identity.is_none() {
             return Ok(());
         }
-        reduce(self.identity.as_ref(), keep)
+        reduce(identity, keep)
+    }
+
+    /// One line: what is going to be in force, and what the kernel lacks for more.
+    fn telling(&self) -> String {
+        let seccomp = match (has_seccomp(), self.mode) {
+            (true, Mode::Log) => (Some("seccomp (which only logs)".to_owned()), None),
+            (true, _) => (Some("seccomp".to_owned()), None),
+            (false, _) => (None, Some("seccomp (CONFIG_SECCOMP_FILTER)")),
+        };
+        let (on, lacks): (Vec<_>, Vec<_>) = [seccomp, support()].into_iter().unzip();
+        let on: String = on.into_iter().flatten().map(|part| part + ", ").collect();
+        let lacks: Vec<_> = lacks.into_iter().flatten().collect();
+        let names = |set: CapabilitySet| {
+            set.iter_names().map(|(name, _)| format!("CAP_{name}")).collect::<Vec<_>>().join(", ")
+        };
+        let kept = if self.keep.is_empty() { String::new() } else { format!(" but {}", names(self.keep)) };
+        let opens = if self.opens {
+            format!(" (for opening interfaces again {})", names(OPENING))
+        } else {
+            String::new()
+        };
+        let lacks = if lacks.is_empty() {
+            String::new()
+        } else {
+            format!("; this kernel lacks {}", lacks.join(" and "))
+        };
+        format!("confined: {on}no capabilities{kept}{opens}, no_new_privs{lacks}")
     }
 }
 
@@ -210,32 +238,10 @@ fn keep_locking() -> io::Result<()> {
     Ok(())
 }
 
-/// One line: what is going to be in force, and what the kernel lacks for more.
-fn telling(mode: Mode, keep: CapabilitySet, files: bool) -> String {
-    let seccomp = match (has_seccomp(), mode) {
-        (true, Mode::Log) => (Some("seccomp (which only logs)".to_owned()), None),
-        (true, _) => (Some("seccomp".to_owned()), None),
-        (false, _) => (None, Some("seccomp (CONFIG_SECCOMP_FILTER)")),
-    };
-    let (on, lacks): (Vec<_>, Vec<_>) =
-        [seccomp, if files { support() } else { (None, None) }].into_iter().unzip();
-    let on: String = on.into_iter().flatten().map(|part| part + ", ").collect();
-    let lacks: Vec<_> = lacks.into_iter().flatten().collect();
-    let capabilities = if keep.is_empty() {
-        "no capabilities".to_owned()
-    } else {
-        let names = keep.iter_names().map(|(name, _)| format!("CAP_{name}"));
-        format!("no capabilities but {}", names.collect::<Vec<_>>().join(" and "))
-    };
-    let lacks =
-        if lacks.is_empty() { String::new() } else { format!("; this kernel lacks {}", lacks.join(" and ")) };
-    format!("confined: {on}{capabilities}, no_new_privs{lacks}")
-}
-
 /// What is allowed comes last: changing what is in force is not.
 fn apply(filters: Option<&Filters>, rules: &Rules) -> io::Result<()> {
     rules.hold()?;
     let Some(Filters { allow, kill }) = filters else { return Ok(()) };
     install(kill)?;
-    install(allow)
+    allow.as_deref().map_or(Ok(()), install)
 }

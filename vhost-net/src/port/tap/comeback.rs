@@ -6,6 +6,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{PoisonError, Weak};
 use std::time::Duration;
 
+use poll_engine::confine::{self, Role};
 use tracing::{info, warn};
 
 use super::{Tap, flags, offload, sys};
@@ -35,7 +36,7 @@ pub(super) fn wait(tap: Weak<Tap>) -> io::Result<()> {
             }
         }
     };
-    std::thread::Builder::new().name("tap-return".into()).spawn(look).map(drop)
+    confine::post("tap-return", Role::Opener, look)
 }
 
 impl Tap {

@@ -18,6 +18,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 
+use poll_engine::confine::{self, Role};
 use tracing::{info, warn};
 
 use self::counters::{ReceiveDrop, TransmitDrop, Way};
@@ -105,6 +106,7 @@ struct Pair {
 pub struct Tap {
     name: String,
     pairs: Vec<Pair>,
+    interface: Interface,
     mtu: u32,
     has_uso: bool,
     /// What the driver has agreed on last, and whether its end of the link is up.
@@ -220,6 +222,7 @@ impl Tap {
         Ok(Arc::new_cyclic(|own| Tap {
             name,
             pairs: tuns.into_iter().map(pair).collect(),
+            interface,
             mtu: has,
             has_uso,
             features: AtomicU64::new(0),
@@ -275,7 +278,8 @@ impl Tap {
         match done {
             // The latter is what a queue says that was out of use.
             Err(e)
-                if matches!(e.raw_os_error(), Some(libc::EBADFD | libc::EINVAL)) && !exists(&self.name) =>
+                if matches!(e.raw_os_error(), Some(libc::EBADFD | libc::EINVAL))
+                    && self.interface.index().is_none() =>
             {
                 self.has_gone();
                 Ok(())
@@ -436,7 +440,7 @@ impl Drop for Running {
         }
         // Taking a queue out of use waits for whoever changes interfaces just now, which no reactor may.
         let (tap, pair) = (Arc::clone(&self.tap), self.pair);
-        let begun = std::thread::Builder::new().name("tap-queue".into()).spawn(move || tap.stopped(pair));
+        let begun = confine::post("tap-queue", Role::Opener, move || tap.stopped(pair));
         if let Err(e) = begun {
             warn!("tap {}: queue {pair} stays in use: {e}", self.tap.name);
         }
