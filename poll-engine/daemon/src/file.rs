@@ -60,12 +60,13 @@ impl File {
         let unknown = document.get_ref().keys().find(|key| !known.iter().any(|k| k == key.get_ref()));
         let Some(key) = unknown else { return Ok(()) };
         let known = known.iter().map(|k| format!("`{k}`")).collect::<Vec<_>>().join(", ");
-        bail!("{}: unknown field `{}`, expected one of {known}", self.line(key.span().start), key.get_ref())
+        let said = in_a_line(&format!("unknown field `{}`, expected one of {known}", key.get_ref()));
+        bail!("{}: {said}", self.line(key.span().start))
     }
 
     /// The error of what is wrong in it.
     pub fn error(&self, wrong: &Wrong) -> anyhow::Error {
-        anyhow!("{}: {wrong}", self.place(&wrong.at))
+        anyhow!("{}: {}", self.place(&wrong.at), in_a_line(&wrong.why))
     }
 
     /// What it says. What is wrong with it is one line, with the place and the key.
@@ -76,8 +77,8 @@ impl File {
             let key = document.as_ref().and_then(|table| key_at(table.get_ref(), at));
             let what = e.message().lines().collect::<Vec<_>>().join(", ");
             match key.filter(|key| !what.contains(&format!("`{key}`"))) {
-                Some(key) => anyhow!("{}: {key}: {what}", self.line(at)),
-                None => anyhow!("{}: {what}", self.line(at)),
+                Some(key) => anyhow!("{}: {}", self.line(at), in_a_line(&format!("{key}: {what}"))),
+                None => anyhow!("{}: {}", self.line(at), in_a_line(&what)),
             }
         })
     }
@@ -111,6 +112,12 @@ impl File {
         let line = self.text.get(..at).map_or(1, |before| before.matches('\n').count() + 1);
         format!("{}:{line}", self.path.display())
     }
+}
+
+/// A name in a file may have line ends in it, and whatever else a terminal or a log would act upon.
+fn in_a_line(said: &str) -> String {
+    let escape = |c: char| if c.is_control() { c.escape_default().to_string() } else { c.to_string() };
+    said.chars().map(escape).collect()
 }
 
 /// The innermost key that byte `at` is of.
@@ -175,6 +182,15 @@ mod tests {
             let e = file(text).parse::<Zoo>().unwrap_err().to_string();
             assert!(e.starts_with(said) && !e.contains('\n'), "{text}: {e}");
         }
+    }
+
+    #[test]
+    fn a_name_with_a_line_end_in_it_is_said_in_a_line() {
+        let f = file("'a\\nb' = 1\n\"c\\nd\" = 1\n");
+        let said = f.expect_keys(&["x".into()]).unwrap_err().to_string();
+        assert!(!said.contains('\n'), "{said}");
+        let wrong = Wrong::new(&[], "disk /run/\n\x1b[2J: no image");
+        assert!(f.error(&wrong).to_string().ends_with("disk /run/\\n\\u{1b}[2J: no image"));
     }
 
     #[test]
