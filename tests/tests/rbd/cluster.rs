@@ -50,11 +50,15 @@ impl Cluster {
 
     /// What `rbd` says.
     pub fn rbd(&self, args: &str) -> Result<Vec<u8>> {
+        self.rbd_with(&args.split(' ').collect::<Vec<_>>())
+    }
+
+    /// The same, by arguments that may have spaces in them.
+    pub fn rbd_with(&self, args: &[&str]) -> Result<Vec<u8>> {
         let conf = self.directory.join("ceph.conf");
         let mut rbd = Command::new("timeout");
-        let said =
-            rbd.args(["60", "rbd", "--conf"]).arg(conf).args(args.split(' ')).output().context("rbd")?;
-        ensure!(said.status.success(), "rbd {args}: {}", String::from_utf8_lossy(&said.stderr));
+        let said = rbd.args(["60", "rbd", "--conf"]).arg(conf).args(args).output().context("rbd")?;
+        ensure!(said.status.success(), "rbd {}: {}", args.join(" "), String::from_utf8_lossy(&said.stderr));
         Ok(said.stdout)
     }
 

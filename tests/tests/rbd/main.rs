@@ -6,6 +6,7 @@
 mod blk;
 mod cluster;
 mod linux;
+mod lock;
 mod requests;
 
 use std::process::ExitCode;
@@ -16,6 +17,7 @@ use kickless_tests::runner::{self, Test};
 fn main() -> ExitCode {
     let tests = vec![
         Test::new("requests", requests::requests, cluster::missing),
+        Test::new("lock", lock::lock, cluster::missing),
         Test::new("linux", linux::linux, || cluster::missing().or_else(qemu::missing_needs)),
     ];
     runner::run(tests, "KICKLESS_REQUIRE_RBD")
