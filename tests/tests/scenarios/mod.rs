@@ -1,5 +1,6 @@
 //! The scenarios, by what they are about.
 
+mod clones;
 mod data;
 mod features;
 mod iommu;
@@ -48,6 +49,7 @@ pub const ALL: &[(&str, Scenario)] = &[
     ("memory_plugged_and_unplugged_under_load", memory::hotplug),
     ("memory_in_many_regions", memory::many_regions),
     ("guest_migrates_under_load", migration::every_way),
+    ("eight_guests_on_clones_of_one_image", clones::eight),
 ];
 
 /// Those that are run with packed rings, too.
