@@ -31,6 +31,7 @@ libc6-dev links Rust programs
 make runs the Makefile
 valgrind counts the instructions of a request
 bpftrace looks at probes under load
+python3-venv schemathesis, which calls the API by its description
 python3-prometheus-client reads metrics as Prometheus does
 chromium looks at the status page'
 

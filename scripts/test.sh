@@ -151,7 +151,7 @@ soak() {
     local packets=${SOAK_PACKETS:-10000000}
     local upgrades=${SOAK_UPGRADES:-500} sessions=${SOAK_SESSIONS:-50000} attached=${SOAK_ATTACHED:-50}
     local changes=${SOAK_CHANGES:-120} configs=${SOAK_CONFIGS:-60} images=${SOAK_IMAGES:-500}
-    local cuts=${SOAK_CUTS:-1000}
+    local cuts=${SOAK_CUTS:-1000} calls=${SOAK_CALLS:-100}
     local limit=$((minutes * 60)) tests=(cargo test -p kickless-tests --test)
     export PROPTEST_CASES=${PROPTEST_CASES:-4096}
     {
@@ -179,6 +179,10 @@ soak() {
         env KICKLESS_CONTROL_SECONDS="$changes" KICKLESS_CONTROL_CALLS=20000 "${tests[@]}" control -- --nocapture
     [ "$configs" = 0 ] || part "configuration files made at random for $configs s" $((configs + 600)) \
         env KICKLESS_CONFIG_SECONDS="$configs" "${tests[@]}" configs -- --nocapture
+    if [ "$calls" != 0 ] && scripts/schemathesis.sh; then
+        part "the API of each daemon called by its description, up to $calls cases of each call" $((calls * 10 + 600)) \
+            env KICKLESS_SCHEMATHESIS_EXAMPLES="$calls" "${tests[@]}" schemathesis -- --nocapture
+    fi
     # Others each time; a failure says which, to be repeated.
     [ "$sessions" = 0 ] || part "$sessions random sessions (KICKLESS_FUZZ_SEED=$seed)" $((sessions / 20 + 600)) \
         env KICKLESS_FUZZ_SEED=$seed KICKLESS_FUZZ_SESSIONS="$sessions" "${tests[@]}" hostile_front_end random
@@ -228,6 +232,8 @@ else
 fi
 # After the image: its machines are Linux then.
 step "first day" scripts/first-day.sh
+# Where it cannot be had, its tests are skipped, and say so.
+scripts/schemathesis.sh || true
 # Counts of one compiler repeat exactly; with another one, or without valgrind, there is nothing to compare.
 if ! command -v valgrind >/dev/null; then
     note "skipped instructions of a request: valgrind is not installed (scripts/setup.sh)"

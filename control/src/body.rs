@@ -2,6 +2,7 @@
 
 use axum::extract::rejection::{PathRejection, QueryRejection};
 use axum::extract::{FromRequest, FromRequestParts, Request};
+use axum::http::Method;
 use axum::http::request::Parts;
 use axum::response::{IntoResponse, Response};
 use http_body_util::{BodyExt, Limited};
@@ -21,10 +22,11 @@ impl<S: Sync, T: DeserializeOwned> FromRequest<S> for Json<T> {
     type Rejection = Problem;
 
     async fn from_request(request: Request, _: &S) -> Result<Json<T>, Problem> {
+        // Calls that need not say anything may come without one; not what takes the place of something.
+        let may_be_empty = request.method() == Method::POST;
         let body = Limited::new(request.into_body(), MAX_BODY).collect().await;
         let body = body.map_err(|e| Problem::bad(format!("the body cannot be read: {e}")))?.to_bytes();
-        // Calls that need not say anything may come without one.
-        let body: &[u8] = if body.is_empty() { b"{}" } else { &body };
+        let body: &[u8] = if body.is_empty() && may_be_empty { b"{}" } else { &body };
         let mut json = serde_json::Deserializer::from_slice(body);
         let read = serde_path_to_error::deserialize(&mut json);
         let value = read.map_err(|e| {

@@ -142,7 +142,6 @@ pub struct Reactor {
 #[serde(default, deny_unknown_fields)]
 pub struct NewReactor {
     /// The CPU to pin it to; without it, it runs where the kernel puts it.
-    #[schema(nullable = false)]
     cpu: Option<usize>,
 }
 
@@ -232,7 +231,7 @@ async fn reactors(State(common): State<Common>) -> Json<Vec<Reactor>> {
 }
 
 /// Starts a reactor more: all there are then
-#[utoipa::path(post, path = "/v1/reactors", request_body = NewReactor, responses((status = 201, body = Vec<Reactor>), Fails))]
+#[utoipa::path(post, path = "/v1/reactors", request_body = Option<NewReactor>, responses((status = 201, body = Vec<Reactor>), Fails))]
 async fn add_reactor(
     State(common): State<Common>,
     Json(new): Json<NewReactor>,

@@ -25,7 +25,7 @@ pub struct Placed {
     pub reactor: usize,
     /// The queue; without it, all of them.
     #[serde(default)]
-    #[schema(nullable = false)]
+    #[schema(maximum = 65535)]
     pub queue: Option<u16>,
 }
 

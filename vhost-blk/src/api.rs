@@ -231,7 +231,7 @@ impl From<&Served> for DiskDetail {
 #[serde(default, deny_unknown_fields)]
 struct Grow {
     /// Make the file this large first, in bytes, also with K, M, G or T behind. Without it the image is looked at only.
-    #[schema(nullable = false, example = "20G", pattern = "^[0-9]+[KMGTkmgt]?$")]
+    #[schema(example = "20G", pattern = "^[0-9]+[KMGTkmgt]?$")]
     size: Option<String>,
 }
 
@@ -317,7 +317,7 @@ async fn remove(
 }
 
 /// Looks whether the image has grown, or makes it larger, and tells the guest
-#[utoipa::path(post, path = "/v1/disks/{name}/grow", params(("name" = String, Path)), request_body = Grow, responses((status = 200, body = DiskDetail), Fails))]
+#[utoipa::path(post, path = "/v1/disks/{name}/grow", params(("name" = String, Path)), request_body = Option<Grow>, responses((status = 200, body = DiskDetail), Fails))]
 async fn grow(State(api): State<Api>, Path(name): Path<String>, Json(to): Json<Grow>) -> Answer<DiskDetail> {
     let served = api.change(move |exports| exports.grow(&name, to.size.as_deref())).await?;
     Ok(Json((&*served).into()))
@@ -356,13 +356,13 @@ async fn end_record(State(api): State<Api>, Path(name): Path<String>) -> Answer<
 }
 
 /// The limits of a disk
-#[utoipa::path(get, path = "/v1/disks/{name}/limits", params(("name" = String, Path)), responses((status = 200, body = HashMap<String, u64>), Fails))]
+#[utoipa::path(get, path = "/v1/disks/{name}/limits", params(("name" = String, Path)), responses((status = 200, body = Limits), Fails))]
 async fn limits(State(api): State<Api>, Path(name): Path<String>) -> Answer<Limits> {
     Ok(Json(api.exports.find(&name)?.disk.throttle().limits()))
 }
 
 /// Keeps a disk to these limits from now on, by their keys in the configuration file; what is not named has none
-#[utoipa::path(put, path = "/v1/disks/{name}/limits", params(("name" = String, Path)), request_body = HashMap<String, u64>, responses((status = 200, body = HashMap<String, u64>), Fails))]
+#[utoipa::path(put, path = "/v1/disks/{name}/limits", params(("name" = String, Path)), request_body = Limits, responses((status = 200, body = Limits), Fails))]
 async fn set_limits(
     State(api): State<Api>,
     Path(name): Path<String>,

@@ -10,6 +10,9 @@ use daemon::said;
 use serde::de::{Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
 use serde::ser::{Serialize, SerializeMap, Serializer};
 use serde::{Deserialize, de};
+use utoipa::openapi::RefOr;
+use utoipa::openapi::schema::{AdditionalProperties, ObjectBuilder, Schema, SchemaType, Type};
+use utoipa::{PartialSchema, ToSchema};
 
 /// What is counted, and of which requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -96,6 +99,33 @@ impl Display for Limits {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let pairs: Vec<_> = self.pairs().map(|(key, value)| format!("{key}={value}")).collect();
         f.write_str(&pairs.join(","))
+    }
+}
+
+impl ToSchema for Limits {}
+
+impl PartialSchema for Limits {
+    /// A table of the keys.
+    fn schema() -> RefOr<Schema> {
+        let amount = |about: String, pattern: &str| {
+            ObjectBuilder::new()
+                .schema_type(SchemaType::from_iter([Type::Integer, Type::String]))
+                .minimum(Some(0))
+                .pattern(Some(pattern))
+                .description(Some(about))
+        };
+        let limits = KINDS.into_iter().fold(ObjectBuilder::new(), |limits, (_, key)| {
+            let what = if key.starts_with("bps") { "Bytes" } else { "Requests" };
+            let number = "^[0-9]+[KMGTkmgt]?$";
+            let length = amount("For at most so many seconds".into(), "^[1-9][0-9]*$")
+                .minimum(Some(1))
+                .maximum(Some(MAX_LENGTH as f64));
+            limits
+                .property(key, amount(format!("{what} in a second; 0 is no limit"), number))
+                .property(format!("{key}-max"), amount(format!("{what} in a second, after less"), number))
+                .property(format!("{key}-max-length"), length)
+        });
+        limits.additional_properties(Some(AdditionalProperties::FreeForm(false))).into()
     }
 }
 

@@ -265,11 +265,10 @@ struct NewCapture {
     file: PathBuf,
     /// Bytes of each frame, at most.
     #[serde(default)]
-    #[schema(nullable = false, minimum = 14)]
+    #[schema(minimum = 14)]
     snaplen: Option<u32>,
     /// Which frames, such as "tcp port 80 or arp"; without it, all.
     #[serde(default)]
-    #[schema(nullable = false)]
     filter: Option<String>,
 }
 

@@ -31,7 +31,6 @@ pub struct PortSpec {
     #[schema(value_type = i32)]
     pub fd: Option<i32>,
     /// For people.
-    #[schema(nullable = false)]
     pub name: Option<String>,
     /// The card's address.
     #[serde(deserialize_with = "some_mac")]
@@ -49,17 +48,14 @@ pub struct PortSpec {
     #[schema(value_type = String, pattern = "^(up|down)$")]
     pub link_down: bool,
     /// The tap that it is joined to, or that the uplink is.
-    #[schema(nullable = false)]
     pub tap: Option<String>,
     /// Or the queues of one that are inherited.
     #[serde(deserialize_with = "numbers")]
     pub tap_fds: Vec<i32>,
 
     /// An uplink by packet sockets: any interface.
-    #[schema(nullable = false)]
     pub af_packet: Option<String>,
     /// An uplink around the kernel's stack.
-    #[schema(nullable = false)]
     pub af_xdp: Option<String>,
     /// Which queue of that.
     #[serde(deserialize_with = "some_queue")]

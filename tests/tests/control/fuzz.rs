@@ -74,7 +74,8 @@ impl Fuzz<'_> {
     }
 
     fn value(&mut self, key: &str, schema: &Value) -> Value {
-        match schema["type"].as_str() {
+        // Of several types, the first.
+        match schema["type"].as_str().or_else(|| schema["type"][0].as_str()) {
             Some("boolean") => json!(self.random.below(2) == 0),
             Some("integer") => {
                 let (least, most) = (schema["minimum"].as_u64().unwrap_or(0), schema["maximum"].as_u64());
