@@ -411,6 +411,33 @@ fn root_becomes_the_user(scene: &Scene) -> Result<Option<String>> {
         expect_all(daemon.pid(), "CapPrm", "0000000000000000")?;
         daemon.terminate()?;
     }
+    // A file says it, too; and less than the command line.
+    let file = scene.path("blk.toml");
+    let socket = scene.path("of-file.sock");
+    let text = format!(
+        "user = 'root'\nsandbox = 'off'\nbackend = 'null:1M'\nsocket-path = '{}'\n",
+        socket.display()
+    );
+    for (text, options, is_confined) in [
+        (text.replace("'root'", "'nobody'"), &[][..], false),
+        (text.replace("'root'", "65534").replace("'off'", "true"), &[], true),
+        (text, &["--user=nobody", "--sandbox=on"], true),
+    ] {
+        std::fs::write(&file, text)?;
+        let options = options.iter().map(|&option: &&str| option.to_owned());
+        let args: Vec<_> = std::iter::once(format!("--config={}", file.display())).chain(options).collect();
+        let program = built("vhost-blk").context("no daemon")?;
+        let mut process = Process::spawn(scene, "of-file", &program, &args)?;
+        wait::until("the socket", LIMIT, || Ok(socket.exists().then_some(())))?;
+        wait::until("to be nobody", LIMIT, || {
+            Ok(expect_all(process.pid(), "Uid", &["65534"; 4].join("\t")).ok())
+        })?;
+        let seccomp = if is_confined { "2" } else { "0" };
+        wait::until("to be confined", LIMIT, || Ok(expect_all(process.pid(), "Seccomp", seccomp).ok()))?;
+        process.signal(nix::sys::signal::Signal::SIGTERM)?;
+        let status = process.wait_exit(LIMIT)?;
+        ensure!(status.success(), "{status}: {}", process.stderr_tail());
+    }
     Ok(None)
 }
 

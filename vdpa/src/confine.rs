@@ -29,5 +29,5 @@ pub(crate) fn threads(
     };
     // Whoever has put it on the bus takes it away from there.
     let keep = driver.map_or(CapabilitySet::empty(), |_| CapabilitySet::NET_ADMIN);
-    Options { sandbox: common.sandbox, ..Options::default() }.threads(None, &places, keep)
+    Options { sandbox: Some(common.sandbox), ..Options::default() }.threads(None, &places, keep)
 }

@@ -6,8 +6,9 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use anyhow::Result;
-use clap::{ArgGroup, Args, Parser, ValueEnum};
+use clap::{Args, CommandFactory, Id, Parser, ValueEnum};
 use daemon::file::File;
+use daemon::process::ProcessOptions;
 use daemon::{Fixed, Switch, from_text, ring_size, said};
 use poll_engine::engine::pacing::Pacing;
 use poll_engine::engine::placement::CpuList;
@@ -30,11 +31,12 @@ use crate::spec::DiskSpec;
 ///
 /// SIGTERM finishes what is in flight and exits; SIGHUP looks whether images have grown and tells the guests; SIGUSR1
 /// prints statistics.
-#[derive(Debug, Parser)]
+#[derive(Clone, Debug, Parser)]
 #[command(name = "vhost-blk", version, max_term_width = 110)]
+#[command(mut_arg("config", |config| config.conflicts_with_all(instead_of_a_file())))]
 pub struct Cli {
     /// Read all that follows from a file instead (TOML): options by their long names, further disks as [[disk]]
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["Options", "DeviceOptions"])]
+    #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
 
     /// Say whether the options, or the file, are right, and exit
@@ -45,48 +47,24 @@ pub struct Cli {
     #[arg(long)]
     pub print_capabilities: bool,
 
-    /// Live upgrade.
+    /// What becomes of the process.
     #[command(flatten)]
-    pub upgrade: daemon::takeover::Options,
-
-    /// Confinement.
-    #[command(flatten)]
-    pub confine: daemon::confine::Options,
+    pub process: ProcessOptions,
 
     /// All else.
     #[command(flatten)]
     pub options: Options,
 }
 
-/// The options that are not [`DeviceOptions`].
-const OWN: [&str; 20] = [
-    "socket_path",
-    "fd",
-    "blk_file",
-    "format",
-    "key_file",
-    "key_fd",
-    "key_credential",
-    "allow_discards",
-    "clone_of",
-    "pool",
-    "backend",
-    "disk",
-    "incoming",
-    "record",
-    "cpus",
-    "poll",
-    "api",
-    "api_mode",
-    "allow",
-    "log",
-];
+/// The options that cannot be beside a file.
+fn instead_of_a_file() -> Vec<Id> {
+    let options = Options::augment_args(clap::Command::new(""));
+    options.get_arguments().map(|arg| arg.get_id().clone()).collect()
+}
 
 /// What is served and how, on the command line or in a file.
 #[derive(Clone, Debug, Args, Deserialize)]
-// clap leaves the group of one that has another flattened into it empty.
 #[group(skip)]
-#[command(group = ArgGroup::new("Options").multiple(true).args(OWN))]
 #[serde(default, rename_all = "kebab-case")]
 pub struct Options {
     /// Unix socket to listen on; a stale one is replaced
@@ -185,6 +163,11 @@ pub struct Options {
     /// What to log: error, warn, info, debug or trace, also by module (poll_engine=debug); with json: as JSON (json,warn)
     #[arg(long, value_name = "FILTER", default_value = "info")]
     pub log: String,
+
+    /// What a file says of the process.
+    #[arg(skip)]
+    #[serde(skip)] // a type of its own
+    pub process: ProcessOptions,
 }
 
 /// What a disk is, whichever way it is served.
@@ -346,6 +329,12 @@ from_text! {
 }
 
 impl Cli {
+    /// This, with what the file says of the process as far as this does not.
+    #[must_use]
+    pub fn completed(&self, options: &Options) -> Cli {
+        Cli { process: self.process.or(&options.process), ..self.clone() }
+    }
+
     /// What is asked for, which goes together.
     pub fn options(&self) -> Result<Options> {
         if let Some(path) = &self.config {
@@ -383,10 +372,8 @@ impl Options {
 
     /// As [`read`](Self::read), of a file that was read.
     pub fn of(file: &File) -> Result<Options> {
-        let command = Options::augment_args(clap::Command::new(""));
-        let known: Vec<_> = command.get_arguments().filter_map(|a| a.get_long().map(str::to_owned)).collect();
-        file.expect_keys(&known)?;
-        let options = Options { device: file.parse()?, ..file.parse()? };
+        file.expect_options(&Cli::command())?;
+        let options = Options { device: file.parse()?, process: ProcessOptions::of(file)?, ..file.parse()? };
         check(&options).map_err(|e| file.error(&e))?;
         Ok(options)
     }
@@ -467,7 +454,9 @@ pub(crate) fn serial(s: &str) -> Result<String, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::CommandFactory;
+    use std::collections::BTreeSet;
+
+    use daemon::file::said_by_files;
 
     #[test]
     fn the_command_line_is_sound() {
@@ -485,14 +474,23 @@ mod tests {
 
     #[test]
     fn a_file_takes_the_place_of_options() {
-        assert!(Cli::try_parse_from(["", "--config=x", "--check", "--control=/c"]).is_ok());
+        for (option, _) in PROCESS {
+            assert!(Cli::try_parse_from(["", "--config=x", "--check", option]).is_ok(), "{option}");
+        }
         for (option, _) in EACH {
             assert!(Cli::try_parse_from(["", "--config=x", option]).is_err(), "{option}");
         }
     }
 
+    /// Of each option of the process some value, on the command line and in a file.
+    const PROCESS: [(&str, &str); 3] = [
+        ("--control=/c", "control = '/c'"),
+        ("--sandbox=off", "sandbox = false"),
+        ("--user=107", "user = 107"),
+    ];
+
     /// Of each option some value, on the command line and in a file.
-    const EACH: [(&str, &str); 32] = [
+    const EACH: &[(&str, &str)] = &[
         ("--socket-path=/s", "socket-path = '/s'"),
         ("--fd=3", "fd = 3"),
         ("--blk-file=/f", "blk-file = '/f'"),
@@ -532,19 +530,19 @@ mod tests {
 
     fn unchecked(text: &str) -> Result<Options> {
         let file = File::new(Path::new("f"), text.into());
-        Ok(Options { device: file.parse()?, ..file.parse()? })
+        Ok(Options { device: file.parse()?, process: ProcessOptions::of(&file)?, ..file.parse()? })
     }
 
     #[test]
     fn a_file_says_all_that_the_command_line_does() {
-        let options = Cli::command().get_arguments().filter(|a| a.get_long().is_some()).count();
-        // Those that are not for a file.
-        let others =
-            ["config", "check", "print-capabilities", "control", "takeover", "sandbox", "user", "chroot"]
-                .len();
-        assert_eq!(EACH.len(), options - others, "an option is missing here");
-        for (arg, line) in EACH {
-            let said = Cli::parse_from(["", arg]).options;
+        let program = Cli::command();
+        let options: BTreeSet<_> = said_by_files(&program).filter_map(|arg| arg.get_long()).collect();
+        let tried =
+            EACH.iter().chain(&PROCESS).filter_map(|(arg, _)| arg.trim_start_matches('-').split('=').next());
+        assert_eq!(options, tried.collect(), "tried here, or in NOT_IN_A_FILE with a reason");
+        for (arg, line) in EACH.iter().chain(&PROCESS) {
+            let cli = Cli::parse_from(["", arg]);
+            let said = Options { process: cli.process, ..cli.options };
             let written = unchecked(line).unwrap();
             assert_eq!(format!("{said:?}"), format!("{written:?}"), "{line}");
             assert_ne!(format!("{written:?}"), format!("{:?}", Options::default()), "{line}");
@@ -570,6 +568,8 @@ mod tests {
             "cpus = 'x'",
             "poll = 'often'",
             "disk = 'socket-path=/a'",
+            "sandbox = 'some'",
+            "control = 1",
         ] {
             assert!(unchecked(line).is_err(), "{line}");
         }

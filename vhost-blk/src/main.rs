@@ -34,19 +34,21 @@ fn run(cli: &Cli) -> Result<()> {
         daemon::print_capabilities("block", &["read-only", "blk-file"]);
         return Ok(());
     }
-    let identity = cli.confine.enter()?;
+    let named = cli.process.confine.enter()?;
     let options = &cli.options()?;
     let disks = options.disks();
     if cli.check {
         daemon::print(&format!("nothing is wrong, {} disks", disks.len()));
         return Ok(());
     }
+    let cli = &cli.completed(options);
+    let identity = cli.process.identity(named)?;
     daemon::log::init(&options.log)?;
     daemon::raise_descriptor_limit();
     let wanted =
         disks.into_iter().map(|spec| Wanted::new(spec, &options.device)).collect::<Result<Vec<_>>>()?;
     let keys: Vec<_> = wanted.iter().map(|w| w.place.key()).collect();
-    takeover::run(&cli.upgrade, PROGRAM, &keys, |heir, inherited| {
+    takeover::run(&cli.process.upgrade, PROGRAM, &keys, |heir, inherited| {
         serve((cli, options), wanted, identity, heir, inherited)
     })
 }
@@ -60,9 +62,9 @@ fn serve(
     heir: &mut Heir,
     mut inherited: Vec<Option<Inherited>>,
 ) -> Result<()> {
-    let is_heir = cli.upgrade.takeover.is_some();
+    let is_heir = cli.process.upgrade.takeover.is_some();
     let confinement =
-        cli.confine.threads(identity, &places(&wanted, cli, options), CapabilitySet::empty())?;
+        cli.process.confine.threads(identity, &places(&wanted, cli, options), CapabilitySet::empty())?;
     if options.api.is_some() {
         // Volumes may come later, when code is loaded no more.
         luks::prepare();
@@ -139,7 +141,7 @@ fn serve(
 
 /// Where something is done by name once all is open.
 fn places(wanted: &[Wanted], cli: &Cli, options: &Options) -> Places {
-    let sockets = wanted.iter().filter_map(|w| w.place.path()).chain(cli.upgrade.control.as_deref());
+    let sockets = wanted.iter().filter_map(|w| w.place.path()).chain(cli.process.upgrade.control.as_deref());
     let records = wanted.iter().filter_map(|w| w.record_path());
     let all = sockets.chain(records).chain(options.api.as_deref());
     let mut places = Places { sockets: all.map(Places::directory_of).collect(), ..Places::default() };

@@ -38,7 +38,7 @@ fn mistakes_are_one_line_with_file_line_and_key() {
     for (text, said) in [
         ("num-queues = 4\nblock-size = 100\n", ":2: block-size: a block size is a power of two"),
         ("num-queues = 4\n[[disk]]\nsocket-path = 'SOCK'\nimage = 'x'\n", ":4: unknown field `image`"),
-        ("queues = 4\n", ":1: unknown field `queues`, expected one of `socket-path`"),
+        ("queues = 4\n", ":1: unknown field `queues`, expected one of `control`"),
         ("[[disk]]\nsocket-path = 'SOCK'\n", ":1: disk SOCK: blk-file or backend is missing"),
         (
             "[[disk]]\nsocket-path = 'SOCK'\n\nbackend = 'null:512'\nblock-size = 4096\n",

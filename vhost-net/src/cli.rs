@@ -4,8 +4,9 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
-use clap::{Args, Parser};
+use clap::{Args, CommandFactory, Parser};
 use daemon::file::File;
+use daemon::process::ProcessOptions;
 use daemon::{Place, Switch, from_text, ring_size, said};
 use poll_engine::engine::pacing::Pacing;
 use poll_engine::engine::placement::CpuList;
@@ -24,7 +25,7 @@ use crate::spec::{PortSpec, mac, mtu};
 ///
 /// SIGTERM finishes what is in flight and exits; SIGHUP has --config read again, and does what can be done while guests run;
 /// SIGUSR1 prints statistics. With --api, ports come and go while it runs.
-#[derive(Debug, Parser)]
+#[derive(Clone, Debug, Parser)]
 #[command(name = "vhost-net", version, max_term_width = 110)]
 pub struct Cli {
     /// Read all that follows from a file instead (TOML): options by their long names, ports as [[port]] and [uplink]
@@ -39,13 +40,9 @@ pub struct Cli {
     #[arg(long)]
     pub print_capabilities: bool,
 
-    /// Live upgrade.
+    /// What becomes of the process.
     #[command(flatten)]
-    pub upgrade: daemon::takeover::Options,
-
-    /// Confinement.
-    #[command(flatten)]
-    pub confine: daemon::confine::Options,
+    pub process: ProcessOptions,
 
     /// All else.
     #[command(flatten)]
@@ -55,7 +52,7 @@ pub struct Cli {
 /// What is served and how, on the command line or in a file.
 #[allow(clippy::struct_excessive_bools)] // options, each by itself
 #[derive(Clone, Debug, Args, Deserialize)]
-#[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
+#[serde(default, rename_all = "kebab-case")]
 pub struct Options {
     /// Unix socket to listen on; a stale one is replaced
     #[arg(long, value_name = "PATH")]
@@ -173,6 +170,11 @@ pub struct Options {
     /// What to log: error, warn, info, debug or trace, also by module (poll_engine=debug); with json: as JSON (json,warn)
     #[arg(long, value_name = "FILTER", default_value = "info")]
     pub log: String,
+
+    /// What a file says of the process.
+    #[arg(skip)]
+    #[serde(skip)] // a type of its own
+    pub process: ProcessOptions,
 }
 
 from_text! {
@@ -191,6 +193,12 @@ from_text! {
 }
 
 impl Cli {
+    /// This, with what the file says of the process as far as this does not.
+    #[must_use]
+    pub fn completed(&self, options: &Options) -> Cli {
+        Cli { process: self.process.or(&options.process), ..self.clone() }
+    }
+
     /// What is asked for, which goes together.
     pub fn options(&self) -> Result<Options> {
         if let Some(path) = &self.config {
@@ -216,7 +224,8 @@ impl Options {
 
     /// As [`read`](Self::read), of a file that was read.
     pub fn of(file: &File) -> Result<Options> {
-        let options = file.parse()?;
+        file.expect_options(&Cli::command())?;
+        let options = Options { process: ProcessOptions::of(file)?, ..file.parse()? };
         check(&options).map_err(|e| file.error(&e))?;
         Ok(options)
     }
@@ -280,7 +289,9 @@ pub fn pairs(s: &str) -> Result<u16, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::CommandFactory;
+    use std::collections::BTreeSet;
+
+    use daemon::file::said_by_files;
 
     #[test]
     fn the_command_line_is_sound() {
@@ -289,12 +300,23 @@ mod tests {
 
     #[test]
     fn a_file_takes_the_place_of_options() {
-        assert!(Cli::try_parse_from(["", "--config=x", "--check"]).is_ok());
-        assert!(Cli::try_parse_from(["", "--config=x", "--switch"]).is_err());
+        for (option, _) in PROCESS {
+            assert!(Cli::try_parse_from(["", "--config=x", "--check", option]).is_ok(), "{option}");
+        }
+        for (option, _) in EACH {
+            assert!(Cli::try_parse_from(["", "--config=x", option]).is_err(), "{option}");
+        }
     }
 
+    /// Of each option of the process some value, on the command line and in a file.
+    const PROCESS: [(&str, &str); 3] = [
+        ("--control=/c", "control = '/c'"),
+        ("--sandbox=off", "sandbox = false"),
+        ("--user=107", "user = 107"),
+    ];
+
     /// Of each option some value, on the command line and in a file.
-    const EACH: [(&str, &str); 24] = [
+    const EACH: &[(&str, &str)] = &[
         ("--socket-path=/s", "socket-path = '/s'"),
         ("--fd=3", "fd = 3"),
         ("--tap=t", "tap = 't'"),
@@ -318,33 +340,27 @@ mod tests {
         ("--api=/a", "api = '/a'"),
         ("--api-mode=660", "api-mode = 660"),
         ("--allow=/d", "allow = ['/d']"),
-        ("--log=debug", "log = 'debug'\nrecord-core-cycles = true"),
+        ("--log=debug", "log = 'debug'"),
+        ("--record-core-cycles", "record-core-cycles = true"),
     ];
+
+    fn unchecked(text: &str) -> Result<Options> {
+        let file = File::new(Path::new("f"), text.into());
+        file.expect_options(&Cli::command())?;
+        Ok(Options { process: ProcessOptions::of(&file)?, ..file.parse()? })
+    }
 
     #[test]
     fn a_file_says_all_that_the_command_line_does() {
-        let options = Cli::command().get_arguments().filter(|a| a.get_long().is_some()).count();
-        // Those that are not for a file; and one that shares its line above.
-        let others = [
-            "config",
-            "check",
-            "print-capabilities",
-            "record-core-cycles",
-            "control",
-            "takeover",
-            "sandbox",
-            "user",
-            "chroot",
-        ]
-        .len();
-        assert_eq!(EACH.len(), options - others, "an option is missing here");
-        for (arg, line) in EACH {
-            let mut args = vec!["", arg];
-            if line.contains("record-core-cycles") {
-                args.push("--record-core-cycles");
-            }
-            let said = Cli::parse_from(args).options;
-            let written: Options = toml::from_str(line).unwrap();
+        let program = Cli::command();
+        let options: BTreeSet<_> = said_by_files(&program).filter_map(|arg| arg.get_long()).collect();
+        let tried =
+            EACH.iter().chain(&PROCESS).filter_map(|(arg, _)| arg.trim_start_matches('-').split('=').next());
+        assert_eq!(options, tried.collect(), "tried here, or in NOT_IN_A_FILE with a reason");
+        for (arg, line) in EACH.iter().chain(&PROCESS) {
+            let cli = Cli::parse_from(["", arg]);
+            let said = Options { process: cli.process, ..cli.options };
+            let written = unchecked(line).unwrap();
             assert_eq!(format!("{said:?}"), format!("{written:?}"), "{line}");
             assert_ne!(format!("{written:?}"), format!("{:?}", Options::default()), "{line}");
         }
@@ -366,8 +382,10 @@ mod tests {
             "poll = 'often'",
             "config = 'x'",
             "uplink = 'e'",
+            "sandbox = 'some'",
+            "control = 1",
         ] {
-            assert!(toml::from_str::<Options>(line).is_err(), "{line}");
+            assert!(unchecked(line).is_err(), "{line}");
         }
     }
 }

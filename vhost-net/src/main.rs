@@ -36,26 +36,28 @@ fn run(cli: &Cli) -> Result<()> {
         daemon::print_capabilities("net", &[]);
         return Ok(());
     }
-    let identity = cli.confine.enter()?;
+    let named = cli.process.confine.enter()?;
     let options = &cli.options()?;
     if cli.check {
         daemon::print(&format!("nothing is wrong, {} ports", options.ports().len()));
         return Ok(());
     }
+    let cli = &cli.completed(options);
+    let identity = cli.process.identity(named)?;
     daemon::log::init(&options.log)?;
     let wanted =
         options.ports().into_iter().map(|spec| Wanted::open(spec, options)).collect::<Result<Vec<_>>>()?;
     let plan = join::plan(options);
-    if let (Some(_), Some(w)) = (&cli.upgrade.control, wanted.iter().find(|w| w.tap.is_some())) {
+    if let (Some(_), Some(w)) = (&cli.process.upgrade.control, wanted.iter().find(|w| w.tap.is_some())) {
         bail!("{}: a port that is joined to a tap cannot be handed over; leave --control out", w.name);
     }
     let uplink = options.uplink.as_ref().and_then(|uplink| uplink.tap.as_ref());
-    if let (Some(_), Some(tap)) = (&cli.upgrade.control, uplink) {
+    if let (Some(_), Some(tap)) = (&cli.process.upgrade.control, uplink) {
         bail!("uplink {tap}: a tap cannot be handed over; leave --control out, or use af-packet");
     }
     daemon::raise_descriptor_limit();
     let keys: Vec<_> = wanted.iter().map(|w| w.place.key()).collect();
-    takeover::run(&cli.upgrade, PROGRAM, &keys, |heir, inherited| {
+    takeover::run(&cli.process.upgrade, PROGRAM, &keys, |heir, inherited| {
         for (key, other) in keys.iter().zip(&inherited) {
             other.as_ref().map_or(Ok(()), |other: &Inherited<About>| other.about.expect(key, plan.into()))?;
         }
@@ -74,7 +76,7 @@ fn serve(
 ) -> Result<()> {
     let opens = opens(&wanted, options);
     let places = places(&wanted, cli, options);
-    let confinement = cli.confine.threads(identity.cloned(), &places, CapabilitySet::empty())?;
+    let confinement = cli.process.confine.threads(identity.cloned(), &places, CapabilitySet::empty())?;
     let mut uplink = open_uplink(options, &wanted)?;
     let captured = capture(options, &wanted)?;
     // Before the sockets: whoever sees one may send signals.
@@ -138,7 +140,7 @@ fn serve(
         withheld,
         file: cli.config.clone(),
         successor: successor.clone(),
-        opens: opens || cli.confine.sandbox == Mode::Off,
+        opens: opens || cli.process.confine.mode() == Mode::Off,
     };
     let ports = Arc::new(Ports::new(setting, options.clone(), served, captured));
     let api = api.map(|listener| Api::start(listener, router(Arc::clone(&ports)))).transpose();
@@ -177,7 +179,7 @@ fn opens(wanted: &[Wanted], options: &Options) -> bool {
 
 /// Where something is done by name once all is open.
 fn places(wanted: &[Wanted], cli: &Cli, options: &Options) -> Places {
-    let sockets = wanted.iter().filter_map(|w| w.place.path()).chain(cli.upgrade.control.as_deref());
+    let sockets = wanted.iter().filter_map(|w| w.place.path()).chain(cli.process.upgrade.control.as_deref());
     let own = sockets.chain(options.api.as_deref()).chain(options.pcap.as_deref());
     let mut places = Places { sockets: own.map(Places::directory_of).collect(), ..Places::default() };
     if opens(wanted, options) {

@@ -29,6 +29,8 @@ pub fn reload(now: &Options, wanted: &Options) -> Result<Reload, String> {
         socket_path fd tap tap_fds pcap pcap_snaplen pcap_filter loopback wire switch mac_ageing mac mtu num_queue_pairs
         queue_size packed cpus poll record_core_cycles api api_mode allow log
     )
+    .chain(differing!(now.process.upgrade, wanted.process.upgrade, control))
+    .chain(differing!(now.process.confine, wanted.process.confine, sandbox user))
     .map(|key| format!("{key} cannot change while it runs"))
     .collect();
     let mut options = now.clone();

@@ -3,8 +3,24 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail};
+use clap::Command;
 use serde::de::DeserializeOwned;
 use toml::de::{DeTable, DeValue};
+
+/// Options that no file says, and why.
+pub const NOT_IN_A_FILE: [(&str, &str); 5] = [
+    ("config", "it names the file"),
+    ("check", "it asks whether the file is right"),
+    ("print-capabilities", "it asks about the program"),
+    ("takeover", "it is for one start, and the file is for the next one, too"),
+    ("chroot", "the file itself is below it"),
+];
+
+/// Options that a file may say, of those of a program: by their long names.
+pub fn said_by_files(program: &Command) -> impl Iterator<Item = &clap::Arg> {
+    let is_said = |long: &str| NOT_IN_A_FILE.iter().all(|(other, _)| *other != long);
+    program.get_arguments().filter(move |arg| arg.get_long().is_some_and(is_said))
+}
 
 /// A step into a file's tables: the value of a key, or an item of a list.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,16 +68,20 @@ impl File {
         File { path: path.to_owned(), text }
     }
 
-    /// Fails if it has a key at the top that is not among these. For what is parsed into several types, none of which knows
-    /// the keys of the others.
-    pub fn expect_keys(&self, known: &[String]) -> Result<()> {
+    /// Fails if it has a key at the top that is no option of this program which a file may say. What it says is parsed into
+    /// several types, none of which knows the keys of the others.
+    pub fn expect_options(&self, program: &Command) -> Result<()> {
         // What is no TOML at all is said when it is parsed.
         let Ok(document) = DeTable::parse(&self.text) else { return Ok(()) };
-        let unknown = document.get_ref().keys().find(|key| !known.iter().any(|k| k == key.get_ref()));
+        let known: Vec<_> = said_by_files(program).filter_map(|arg| arg.get_long()).collect();
+        let unknown = document.get_ref().keys().find(|key| !known.contains(&key.get_ref().as_ref()));
         let Some(key) = unknown else { return Ok(()) };
+        let (line, key) = (self.line(key.span().start), key.get_ref());
+        if let Some((_, why)) = NOT_IN_A_FILE.iter().find(|(option, _)| option == key) {
+            bail!("{line}: `{key}` is for the command line alone: {why}");
+        }
         let known = known.iter().map(|k| format!("`{k}`")).collect::<Vec<_>>().join(", ");
-        let said = in_a_line(&format!("unknown field `{}`, expected one of {known}", key.get_ref()));
-        bail!("{}: {said}", self.line(key.span().start))
+        bail!("{line}: {}", in_a_line(&format!("unknown field `{key}`, expected one of {known}")))
     }
 
     /// The error of what is wrong in it.
@@ -140,6 +160,7 @@ fn key_at(table: &DeTable<'_>, at: usize) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use clap::Arg;
     use serde::Deserialize;
 
     #[derive(Debug, Default, Deserialize)]
@@ -163,11 +184,16 @@ mod tests {
 
     #[test]
     fn keys_that_nobody_knows_are_said_with_their_line() {
-        let known = ["name".to_owned(), "pet".to_owned()];
-        assert!(file("name = 'a'\n[[pet]]\nlegs = 4\n").expect_keys(&known).is_ok());
-        let e = file("name = 'a'\nwings = 2\n").expect_keys(&known).unwrap_err().to_string();
-        assert_eq!(e, "f:2: unknown field `wings`, expected one of `name`, `pet`");
-        assert!(file("no toml").expect_keys(&known).is_ok(), "that is for the parser to say");
+        let program =
+            Command::new("zoo").args(["name", "pet", "chroot"].map(|name| Arg::new(name).long(name)));
+        assert!(file("name = 'a'\n[[pet]]\nlegs = 4\n").expect_options(&program).is_ok());
+        for (text, said) in [
+            ("name = 'a'\nwings = 2\n", "f:2: unknown field `wings`, expected one of `name`, `pet`"),
+            ("chroot = '/'\n", "f:1: `chroot` is for the command line alone: the file itself is below it"),
+        ] {
+            assert_eq!(file(text).expect_options(&program).unwrap_err().to_string(), said);
+        }
+        assert!(file("no toml").expect_options(&program).is_ok(), "that is for the parser to say");
     }
 
     #[test]
@@ -187,7 +213,7 @@ mod tests {
     #[test]
     fn a_name_with_a_line_end_in_it_is_said_in_a_line() {
         let f = file("'a\\nb' = 1\n\"c\\nd\" = 1\n");
-        let said = f.expect_keys(&["x".into()]).unwrap_err().to_string();
+        let said = f.expect_options(&Command::new("")).unwrap_err().to_string();
         assert!(!said.contains('\n'), "{said}");
         let wrong = Wrong::new(&[], "disk /run/\n\x1b[2J: no image");
         assert!(f.error(&wrong).to_string().ends_with("disk /run/\\n\\u{1b}[2J: no image"));

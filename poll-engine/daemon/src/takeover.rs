@@ -19,8 +19,8 @@ use poll_engine::takeover::baton::Baton;
 use poll_engine::takeover::give::{Estate, Giver, Lot, Program};
 use poll_engine::takeover::take::{Offered, Taker};
 use sd_notify::NotifyState;
-use serde::Serialize;
 use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
 use tracing::warn;
 
 use crate::{Place, path_key};
@@ -29,8 +29,9 @@ use crate::{Place, path_key};
 const READY: Duration = Duration::from_secs(4);
 
 /// The options.
-#[derive(Args, Clone, Debug, Default)]
+#[derive(Args, Clone, Debug, Default, Deserialize)]
 #[group(id = "upgrade")] // programs have options of their own that are called so
+#[serde(default, rename_all = "kebab-case")]
 pub struct Options {
     /// Unix socket on which a newer version of this program can take over from this one (see --takeover)
     #[arg(long, value_name = "PATH")]
@@ -39,6 +40,7 @@ pub struct Options {
     /// Take over from the running program of this name whose --control is PATH, while its guests run: serves the same
     /// sockets, sessions and devices. If this one cannot start, the running one goes on
     #[arg(long, value_name = "PATH")]
+    #[serde(skip)]
     pub takeover: Option<PathBuf>,
 }
 

@@ -196,7 +196,7 @@ fn who_may_not_use_the_socket_is_told_so() {
 
 #[test]
 fn a_newer_daemon_takes_over_with_all_that_was_added_and_the_socket_of_the_api() {
-    let mut rig = Rig::start("poll = 'event'\n", &["--control=CONTROL"]);
+    let mut rig = Rig::start("poll = 'event'\ncontrol = 'CONTROL'\n", &[]);
     rig.add("a", "backend=ram:1M");
     rig.add("b", "backend=ram:1M");
     rig.does(200, "POST", "/v1/disks/b/pause", None);

@@ -23,7 +23,7 @@ pub struct Rig {
 }
 
 impl Rig {
-    /// With a configuration file that has this in it, and these options; `CONTROL` stands for a socket.
+    /// With a configuration file that has this in it, and these options; in both, `CONTROL` stands for a socket.
     pub fn start(file: &str, options: &[&str]) -> Rig {
         Rig::start_in(Scene::new().unwrap(), file, options)
     }
@@ -31,6 +31,7 @@ impl Rig {
     /// The same, in this place.
     pub fn start_in(scene: Scene, file: &str, options: &[&str]) -> Rig {
         let path = scene.path("blk.toml");
+        let file = file.replace("CONTROL", &scene.path("control").display().to_string());
         std::fs::write(&path, format!("{file}api = '{}'\n", scene.path("api").display())).unwrap();
         Rig::configured(scene, "vhost-blk", &path, options)
     }

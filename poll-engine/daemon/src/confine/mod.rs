@@ -27,6 +27,7 @@ use clap::{Args, ValueEnum};
 use nix::sys::resource::{Resource, setrlimit};
 use poll_engine::confine::{self, Role};
 use poll_engine::fault_point::hijack;
+use serde::Deserialize;
 use tracing::{info, warn};
 
 pub use files::Places;
@@ -36,6 +37,8 @@ use install::{has_seccomp, install};
 pub use rights::Identity;
 use rights::{forgo_new, reduce};
 pub use rustix::thread::CapabilitySet;
+
+use crate::from_text;
 
 /// Whether a daemon confines itself.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -50,21 +53,30 @@ pub enum Mode {
 }
 
 /// The options.
-#[derive(Args, Clone, Debug, Default)]
+#[derive(Args, Clone, Debug, Default, Deserialize)]
 #[group(id = "confine")]
+#[serde(default, rename_all = "kebab-case")]
 pub struct Options {
     /// Once ready, give up all rights that serving does not need: on; log (do not refuse system calls, but have the
-    /// kernel's audit log tell of them); or off
-    #[arg(long, value_enum, default_value_t = Mode::On, value_name = "MODE")]
-    pub sandbox: Mode,
+    /// kernel's audit log tell of them); or off [default: on]
+    #[arg(long, value_enum, value_name = "MODE")]
+    #[serde(deserialize_with = "mode")]
+    pub sandbox: Option<Mode>,
 
     /// Once everything is open, be this user (name or number) instead of root
     #[arg(long, value_name = "USER")]
+    #[serde(deserialize_with = "user")]
     pub user: Option<String>,
 
     /// Before anything is opened, make this directory the root: all paths are below it
     #[arg(long, value_name = "DIR")]
+    #[serde(skip)]
     pub chroot: Option<PathBuf>,
+}
+
+from_text! {
+    mode: Option<Mode> = |s| Mode::from_str(s, false).map(Some).map_err(|_| format!("'{s}' is none of on, log, off"));
+    user: Option<String> = |s| Ok::<_, String>(Some(s.to_owned()));
 }
 
 /// What is to be given up, and by whom.
@@ -89,13 +101,24 @@ pub struct Confinement(Arc<Plan>);
 impl Options {
     /// Changes the root, if that is asked for, and finds out who to become. Before anything is opened.
     pub fn enter(&self) -> Result<Option<Identity>> {
-        let identity = self.user.as_deref().map(Identity::of).transpose()?;
-        if identity.is_some() && !nix::unistd::geteuid().is_root() {
-            bail!("--user: only root can become somebody else; start the program as that user instead");
-        }
+        let identity = self.identity()?;
         if let Some(root) = &self.chroot {
             let done = nix::unistd::chroot(root).and_then(|()| nix::unistd::chdir("/"));
             done.with_context(|| format!("--chroot {}", root.display()))?;
+        }
+        Ok(identity)
+    }
+
+    /// Whether the program confines itself.
+    pub fn mode(&self) -> Mode {
+        self.sandbox.unwrap_or_default()
+    }
+
+    /// Who to become.
+    pub fn identity(&self) -> Result<Option<Identity>> {
+        let identity = self.user.as_deref().map(Identity::of).transpose()?;
+        if identity.is_some() && !nix::unistd::geteuid().is_root() {
+            bail!("--user: only root can become somebody else; start the program as that user instead");
         }
         Ok(identity)
     }
@@ -109,13 +132,14 @@ impl Options {
         places: &Places,
         keep: CapabilitySet,
     ) -> Result<Confinement> {
-        let verdict = if self.sandbox == Mode::Log { Verdict::Log } else { Verdict::Enforce };
+        let mode = self.mode();
+        let verdict = if mode == Mode::Log { Verdict::Log } else { Verdict::Enforce };
         let of = |who, places: &Places| {
             let filters = has_seccomp().then(|| filters(who, verdict)).transpose().context("--sandbox")?;
             anyhow::Ok((filters, Rules::new(places).context("--sandbox")?))
         };
         let mut plan = Plan {
-            mode: self.sandbox,
+            mode,
             identity,
             keep,
             opens: !places.devices.is_empty(),
@@ -124,7 +148,7 @@ impl Options {
             telling: String::new(),
             sealed: AtomicBool::new(false),
         };
-        if self.sandbox != Mode::Off {
+        if mode != Mode::Off {
             keep_locking()?;
             forgo_new().context("no_new_privs")?;
             for role in
