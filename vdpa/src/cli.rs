@@ -3,7 +3,6 @@
 use std::path::{Path, PathBuf};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use daemon::confine::Mode;
 use daemon::{Switch, ring_size};
 use poll_engine::engine::pacing::Pacing;
 use poll_engine::engine::placement::CpuList;
@@ -225,10 +224,9 @@ pub struct Common {
     #[arg(long, value_name = "DIR", default_value = ROOT)]
     pub state_dir: PathBuf,
 
-    /// Once ready, give up all rights that serving does not need: on; log (do not refuse system calls, but have the
-    /// kernel's audit log tell of them); or off
-    #[arg(long, value_enum, default_value_t = Mode::On, value_name = "MODE")]
-    pub sandbox: Mode,
+    /// Confinement.
+    #[command(flatten)]
+    pub confine: daemon::confine::Options,
 
     /// What to log: error, warn, info, debug or trace, also by module (poll_engine=debug); with json: as JSON (json,warn)
     #[arg(long, value_name = "FILTER", default_value = "info")]

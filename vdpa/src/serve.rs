@@ -5,7 +5,6 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::{Context, Result, bail};
 use daemon::Switch;
-use daemon::confine::Confinement;
 use poll_engine::device::features;
 use poll_engine::engine::{Engine, EngineConfig};
 use poll_engine::uring::FixedBuffers;
@@ -24,7 +23,7 @@ use vhost_net::port::tap::card::TapCard;
 use vhost_net::report::tap_report;
 
 use crate::cli::{Attach, Common, ServeBlk, ServeNet, name_of};
-use crate::confine;
+use crate::confine::{self, Confined};
 use crate::netlink::Bus;
 use crate::served::{Served, Wanted};
 use crate::switch;
@@ -70,8 +69,9 @@ fn blk(
     options: &DeviceOptions,
     common: &Common,
 ) -> Result<()> {
+    let identity = common.confine.enter()?;
     daemon::log::init(&common.log)?;
-    let confinement = confine::threads(common, driver, vec![], false)?;
+    let confined = confine::threads(common, identity, driver, vec![], false)?;
     let image = Image { serial: options.serial.as_str(), read_only: options.read_only, ..image };
     let disk = Arc::new(image.open(options)?);
     let device = BlkDevice::new(Arc::clone(&disk), options.num_queues, options.queue_size, None);
@@ -84,7 +84,7 @@ fn blk(
         common,
         engine: engine(common, options.fixed_buffers.into())?,
     };
-    serve(vec![wanted], driver, &*disk, &confinement)
+    serve(vec![wanted], driver, &*disk, &confined)
 }
 
 impl Service for Disk {
@@ -109,11 +109,12 @@ impl Service for Disk {
 
 /// `vdpactl serve net`.
 pub fn serve_net(cli: &ServeNet) -> Result<()> {
+    let identity = cli.common.confine.enter()?;
     daemon::log::init(&cli.common.log)?;
-    let Some(tap) = &cli.tap else { return switch::serve_net(cli) };
+    let Some(tap) = &cli.tap else { return switch::serve_net(cli, identity) };
     // A tap's own card has no control queue, and without one there is no choosing among pairs of queues.
     let tap = Tap::open(tap, 1, cli.mtu)?;
-    let confinement = confine::threads(&cli.common, cli.driver, vec![], true)?;
+    let confined = confine::threads(&cli.common, identity, cli.driver, vec![], true)?;
     let card = Card { mac: cli.mac, mtu: cli.mtu, pairs: 1, ring_size: cli.queue_size };
     let joined = Joined::Tap(TapCard::new(Arc::clone(&tap), None));
     let wanted = Wanted {
@@ -124,7 +125,7 @@ pub fn serve_net(cli: &ServeNet) -> Result<()> {
         common: &cli.common,
         engine: engine(&cli.common, FixedBuffers::Off)?,
     };
-    serve(vec![wanted], cli.driver, &*tap, &confinement)
+    serve(vec![wanted], cli.driver, &*tap, &confined)
 }
 
 impl Service for Tap {
@@ -156,7 +157,7 @@ pub(crate) fn serve(
     devices: Vec<Wanted<'_>>,
     driver: Option<Driver>,
     service: &dyn Service,
-    confinement: &Confinement,
+    confined: &Confined,
 ) -> Result<()> {
     // The driver first: its absence is found out before anything is made.
     let mut bus = driver.map(|_| Bus::open()).transpose()?;
@@ -179,7 +180,7 @@ pub(crate) fn serve(
         .and_then(|()| {
             service.begun(&served);
             served.iter_mut().try_for_each(|device| go(device, bus.as_mut().zip(driver)))?;
-            confinement.seal()
+            confined.seal(served.iter().map(Served::name))
         });
     if outcome.is_ok() {
         let _ = sd_notify::notify(&[NotifyState::Ready]);

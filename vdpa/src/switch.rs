@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
-use daemon::confine::Places;
+use daemon::confine::{Identity, Places};
 use poll_engine::device::Device;
 use poll_engine::engine::Engine;
 use poll_engine::session::serve::Export;
@@ -118,11 +118,12 @@ impl Service for Switched {
 }
 
 /// `vdpactl serve net` on a switch.
-pub(crate) fn serve_net(cli: &ServeNet) -> Result<()> {
+pub(crate) fn serve_net(cli: &ServeNet, identity: Option<Identity>) -> Result<()> {
     let options = options(cli)?;
     let told = options.port.iter().filter_map(|port| port.mtu).max();
     let mut uplink = options.uplink.as_ref().map(|spec| join::open_uplink(spec, told)).transpose()?;
-    let confinement = confine::threads(&cli.common, cli.driver, sockets(&options), uplink.is_some())?;
+    let opens = uplink.is_some();
+    let confined = confine::threads(&cli.common, identity, cli.driver, sockets(&options), opens)?;
     let engine = engine(&cli.common, FixedBuffers::Off)?;
     let guests: Vec<_> = options.port.iter().map(|port| (port, cli.num_queue_pairs)).collect();
     let uplink_mtu = uplink.as_mut().map(|u| u.link().mtu);
@@ -166,7 +167,7 @@ pub(crate) fn serve_net(cli: &ServeNet) -> Result<()> {
             servers.push(server);
         }
     }
-    let outcome = serve(on_bus, cli.driver, &switched, &confinement);
+    let outcome = serve(on_bus, cli.driver, &switched, &confined);
     servers.iter().for_each(Server::begin_stop);
     drop(servers);
     drop(shards);

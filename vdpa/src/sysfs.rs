@@ -99,11 +99,12 @@ impl std::fmt::Display for Outcome {
 }
 
 impl Outcome {
-    /// Whether somebody uses it: a mounted file system, an open device. Of interfaces that cannot be said.
+    /// Whether somebody uses it: a mounted file system, an open device; and where we may not ask. Of interfaces that cannot be
+    /// said.
     pub fn is_in_use(&self) -> bool {
         let Outcome::Node(path) = self else { return false };
         let opened = OpenOptions::new().read(true).custom_flags(libc::O_EXCL | libc::O_NONBLOCK).open(path);
-        opened.is_err_and(|e| e.raw_os_error() == Some(libc::EBUSY))
+        opened.is_err_and(|e| matches!(e.raw_os_error(), Some(libc::EBUSY | libc::EACCES | libc::EPERM)))
     }
 }
 

@@ -62,6 +62,7 @@ pub fn disks(scene: &Scene) -> Result<Option<String>> {
         }
         vm.check("! test -e /dev/vdb && ! test -e /dev/vduse/image")?;
     }
+    confined::by_another_user(&mut vm)?;
     taken_away_as_it_is(&mut vm)?;
     formatted(&mut vm)?;
     own_memory(&mut vm)?;

@@ -3,6 +3,8 @@
 use anyhow::{Result, ensure};
 use kickless_tests::qemu::Vm;
 
+use crate::guest::{LIMIT, serve, signal};
+
 /// A thread, what it tries, and what becomes of it: refused with this errno, or `killed`.
 const ATTEMPTS: &[(&str, &str)] = &[
     ("reactor:open", "-38"),
@@ -31,6 +33,46 @@ pub fn expect(vm: &mut Vm, name: &str) -> Result<()> {
             if thread.starts_with("vdpactl ") { "0000000000001000 1 2" } else { "0000000000000000 1 2" };
         ensure!(thread.ends_with(rights), "{thread}, of {threads}");
     }
+    Ok(())
+}
+
+/// A disk and its first thread are another user's, who may ask whether somebody uses it, take it from the bus, and forget it;
+/// and what root has is looked for below another root.
+pub fn by_another_user(vm: &mut Vm) -> Result<()> {
+    vm.check(
+        "echo nobody:x:65534:65534::/:/bin/false >> /etc/passwd && mkdir -p /jail/dev /jail/sys && \
+         mount --bind /dev /jail/dev && mount --bind /sys /jail/sys && mkdir -p /jail/state && \
+         chown 65534 /jail/state && truncate -s 8M /jail/jailed.img && chmod 600 /jail/jailed.img",
+    )?;
+    let options = "attach /jailed.img --direct off --user nobody --chroot /jail --state-dir /state";
+    for mounted in [false, true] {
+        let node = serve(vm, "jailed", options)?;
+        let threads = vm.check(
+            "cd /proc/$(cat /tmp/jailed.pid)/task && for t in *; do \
+             echo $(cat $t/comm) $(sed -n 's/^\\(Uid\\|CapPrm\\|Seccomp\\):[[:space:]]*//p' $t/status); done",
+        )?;
+        ensure!(threads.lines().count() >= 5, "{threads}");
+        for thread in threads.lines() {
+            // CAP_NET_ADMIN and CAP_DAC_READ_SEARCH.
+            let rights = if thread.starts_with("vdpactl ") { "0000000000001004" } else { "0000000000000000" };
+            ensure!(
+                thread.ends_with(&format!(" 65534 65534 65534 65534 {rights} 2")),
+                "{thread}, of {threads}"
+            );
+        }
+        if mounted {
+            vm.check(&format!(
+                "mkfs.ext4 -q {node} && mount {node} /mnt && kill -TERM $(cat /tmp/jailed.pid)"
+            ))?;
+            vm.check_soon("grep -q 'is in use: unmount it' /tmp/jailed.log", LIMIT)?;
+            vm.check("umount /mnt")?;
+        }
+        signal(vm, "jailed", "TERM")?;
+        vm.check(&format!(
+            "! test -e {node} && ! test -e /dev/vduse/jailed && ! test -e /jail/state/jailed"
+        ))?;
+    }
+    vm.check("umount /jail/dev /jail/sys")?;
     Ok(())
 }
 

@@ -2,8 +2,9 @@
 //! that the device is, and the record of requests in flight. It need not outlive the machine.
 
 use std::fs::{self, File, OpenOptions};
-use std::io;
+use std::io::{self, Write};
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use nix::fcntl::{FcntlArg, fcntl};
@@ -110,7 +111,8 @@ impl State {
         let fail = |e: io::Error| StateError::Io(directory.clone(), e);
         fs::create_dir_all(&directory).map_err(fail)?;
         let mut options = OpenOptions::new();
-        options.read(true).write(true).create(true).truncate(false);
+        // It may be the directory of a user who must not lead us elsewhere.
+        options.read(true).write(true).create(true).truncate(false).custom_flags(libc::O_NOFOLLOW);
         let lock = options.open(directory.join("lock")).map_err(fail)?;
         match fcntl(&lock, FcntlArg::F_SETLK(&lock_record(libc::F_WRLCK))) {
             Ok(_) => {
@@ -135,7 +137,10 @@ impl State {
         // Last: with it the rest is there.
         let about = serde_json::to_vec(about).map_err(|e| fail(e.into()))?;
         let new = self.directory.join("about.new");
-        fs::write(&new, about).and_then(|()| fs::rename(&new, self.about_path())).map_err(fail)
+        let _ = fs::remove_file(&new);
+        let written =
+            OpenOptions::new().write(true).create_new(true).open(&new).and_then(|mut f| f.write_all(&about));
+        written.and_then(|()| fs::rename(&new, self.about_path())).map_err(fail)
     }
 
     /// Goes on with the device of an earlier process, which must be this one.

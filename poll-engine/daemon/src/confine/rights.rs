@@ -3,6 +3,8 @@
 
 use std::ffi::CString;
 use std::io;
+use std::os::unix::fs::{MetadataExt, lchown};
+use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use nix::unistd::{User, getgrouplist};
@@ -43,6 +45,16 @@ impl Identity {
             gid: gid(user.gid),
             groups: groups.into_iter().map(gid).collect(),
         })
+    }
+
+    /// Whether that user has this.
+    pub fn owns(&self, path: &Path) -> io::Result<bool> {
+        Ok(std::fs::metadata(path)?.uid() == self.uid.as_raw())
+    }
+
+    /// Has that user have it.
+    pub fn own(&self, path: &Path) -> io::Result<()> {
+        lchown(path, Some(self.uid.as_raw()), Some(self.gid.as_raw()))
     }
 
     fn assume(&self) -> io::Result<()> {
