@@ -15,6 +15,7 @@ mod net;
 mod net_random;
 mod outside;
 mod random;
+mod removal;
 mod rig;
 mod upgrade;
 

@@ -187,7 +187,7 @@ impl Front {
     }
 
     /// Makes as many requests available as there is room for.
-    fn submit(&mut self) {
+    pub fn submit(&mut self) {
         for lane in &mut self.lanes {
             for slot in 0..DEPTH {
                 if lane.slots[slot].request.is_none() {
@@ -212,7 +212,7 @@ impl Front {
     }
 
     /// Collects answers and checks them; how many.
-    fn collect(&mut self) -> Result<usize> {
+    pub fn collect(&mut self) -> Result<usize> {
         let mut count = 0;
         for (queue, lane) in self.lanes.iter_mut().enumerate() {
             while let Some((head, len)) = lane.driver.collect() {
