@@ -7,6 +7,7 @@
 #[allow(dead_code)] // what kills
 mod front;
 mod fuzz;
+mod images;
 mod many;
 #[path = "../kill/model.rs"]
 #[allow(dead_code)]
