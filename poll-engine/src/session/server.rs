@@ -87,6 +87,11 @@ impl Orders {
         self.paused.load(Ordering::Acquire)
     }
 
+    /// A front end is connected from here on; false if nobody is to be served any more.
+    fn attach(&self) -> bool {
+        self.turn(IDLE, ATTACHED) || self.phase.load(Ordering::Acquire) == ATTACHED
+    }
+
     /// Goes over to the next phase; false if it was another one.
     fn turn(&self, from: u8, to: u8) -> bool {
         self.phase.compare_exchange(from, to, Ordering::AcqRel, Ordering::Acquire).is_ok()
@@ -194,6 +199,10 @@ impl Server {
                     return;
                 }
             };
+            if restored.has_session() {
+                // Whoever asks as soon as this serves is told of it.
+                control.orders.attach();
+            }
             // Whoever has given up drops the other ends.
             let _ = tell.send(Ok(()));
             if may_go.recv().is_ok() {
@@ -366,7 +375,7 @@ fn serve<'a>(export: &'a Export, mut listener: Listener, mut served: Option<Serv
         }
         if let Some(session) = served.take() {
             // One that came with a hand-over, or that came while it was decided to stop.
-            if !control.orders.turn(IDLE, ATTACHED) {
+            if !control.orders.attach() {
                 return;
             }
             let ended = session.run(control, &listener);

@@ -208,6 +208,11 @@ impl<'a> Restored<'a> {
         Ok(Restored { listener, made, served })
     }
 
+    /// Whether a front end comes with it.
+    pub(in crate::session) fn has_session(&self) -> bool {
+        self.served.is_some()
+    }
+
     /// Serves, from here on.
     pub(in crate::session) fn activate(self) -> (Listener, Option<Served<'a>>) {
         let Restored { mut listener, made, served } = self;
