@@ -1,6 +1,6 @@
 #!/bin/bash
 # Installs the package that scripts/deb.sh has made into a clean root of Debian 12, looks whether all is there and works, and
-# removes it. Needs root, mmdebstrap and a Debian mirror; a minute.
+# removes it. Needs root, mmdebstrap, systemd-nspawn and a Debian mirror; two minutes.
 #
 #   scripts/deb-test.sh [PACKAGE.deb]
 set -euo pipefail
@@ -18,7 +18,7 @@ tmp=$(mktemp -d)
 root=$tmp/root
 trap 'umount -q "$root/proc" || true; rm -rf --one-file-system "$tmp"' EXIT
 # The mirror that this machine uses.
-mmdebstrap --quiet --mode=root --variant=apt --include=systemd,procps bookworm "$root" >/dev/null
+mmdebstrap --quiet --mode=root --variant=apt --include=systemd,systemd-sysv,procps bookworm "$root" >/dev/null
 mount -t proc proc "$root/proc"
 cp "$deb" "$root/kickless.deb"
 in_root() { env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin DEBIAN_FRONTEND=noninteractive chroot "$root" "$@"; }
@@ -50,6 +50,8 @@ kill "$daemon"
 wait "$daemon" || { cat "$tmp/log"; fail "it does not end well"; }
 grep -q ' confined: ' "$tmp/log" || { cat "$tmp/log"; fail "it is not confined"; }
 rm "$root/var/lib/kickless/data.img"
+scripts/units.sh "$root" || fail "the units do not run"
+rm -r "$root/var/lib/kickless/data.img" "$root"/etc/vhost-{blk,net}/*
 
 in_root apt-get -qq purge -y kickless >/dev/null
 (cd "$root" && find etc usr var/lib -xdev -not -path 'var/lib/dpkg/*' -not -path 'var/lib/apt/*' | sort) >"$tmp/after"

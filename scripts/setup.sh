@@ -23,6 +23,8 @@ librte-mempool-ring23 the packet buffers of testpmd
 e2fsprogs file systems in the guest, and checking them from outside
 util-linux setpriv, blkdiscard and blockdev
 systemd checks the units
+systemd-container runs the units, by a systemd of their own
+mmdebstrap makes the root they run in
 binutils prepares kernel modules and programs for the guest
 xz-utils unpacks kernels and their modules
 zstd unpacks kernels

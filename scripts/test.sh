@@ -232,6 +232,11 @@ else
 fi
 # After the image: its machines are Linux then.
 step "first day" scripts/first-day.sh
+if reason=$(scripts/units.sh --skipped); then
+    note "skipped units under systemd: $reason"
+else
+    step "units under systemd" scripts/units.sh
+fi
 # Where it cannot be had, its tests are skipped, and say so.
 scripts/schemathesis.sh || true
 # Counts of one compiler repeat exactly; with another one, or without valgrind, there is nothing to compare.
