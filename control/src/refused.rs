@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
 
-use poll_engine::engine::RetireError;
+use poll_engine::engine::{EngineError, RetireError};
 use poll_engine::session::server::AskError;
 
 use crate::problem::Problem;
@@ -31,6 +31,15 @@ impl From<AskError> for Refused {
 impl From<&anyhow::Error> for Refused {
     fn from(e: &anyhow::Error) -> Refused {
         Refused::Conflict(format!("{e:#}"))
+    }
+}
+
+impl From<EngineError> for Refused {
+    fn from(e: EngineError) -> Refused {
+        match e {
+            EngineError::NoCpu { .. } => Refused::Wrong(Some("cpu"), e.to_string()),
+            EngineError::Reactor(_) => Refused::Conflict(e.to_string()),
+        }
     }
 }
 

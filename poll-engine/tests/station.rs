@@ -241,3 +241,29 @@ fn a_station_that_leaves_is_gone_when_that_returns() {
     drop(station);
     assert_eq!(gone.load(Ordering::Acquire), 1);
 }
+
+#[test]
+fn a_reactor_that_comes_has_its_station_before_any_queue() {
+    let (engine, ends, mover, _) = set_up(Pacing::Event);
+    let gone = Arc::clone(&mover.gone);
+    let station = |number, _| {
+        assert_eq!((number, engine.reactors()), (1, 1), "queues could run there already");
+        Box::new(mover) as Box<dyn Station>
+    };
+    let (number, station) = engine.add_reactor_with(None, station).unwrap();
+    assert_eq!((number, engine.reactors()), (1, 2));
+    let retiring = engine.retire(0).unwrap();
+    assert!(retiring.turns(Duration::from_secs(60)));
+    retiring.finish();
+    let mut from = Side::start(&engine, &ends, 0, 0);
+    let mut to = Side::start(&engine, &ends, 1, 0);
+    to.offer(0, None);
+    from.offer(0, Some(b"packet"));
+    let len = to.collect();
+    assert_eq!((to.bytes(0, len).as_slice(), from.collect()), (&b"packet"[..], 0));
+    for side in [&mut from, &mut to] {
+        side.running.take().unwrap().stop().unwrap();
+    }
+    drop(station);
+    assert_eq!(gone.load(Ordering::Acquire), 1);
+}

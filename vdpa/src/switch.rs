@@ -127,7 +127,7 @@ pub(crate) fn serve_net(cli: &ServeNet, identity: Option<Identity>) -> Result<()
     let engine = engine(&cli.common, FixedBuffers::Off)?;
     let guests: Vec<_> = options.port.iter().map(|port| (port, cli.num_queue_pairs)).collect();
     let uplink_mtu = uplink.as_mut().map(|u| u.link().mtu);
-    let hub = Arc::new(join::hub(&options, &guests, uplink_mtu, engine.reactors()));
+    let hub = Arc::new(join::hub(&options, &guests, uplink_mtu, engine.reactors())?);
     hub.connect(&engine);
     let withheld = join::withheld(&options, uplink.as_deref());
     // The last port.

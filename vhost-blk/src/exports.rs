@@ -536,7 +536,7 @@ impl Running for Exports {
 
     fn add_reactor(&self, cpu: Option<usize>) -> Result<(), Refused> {
         let _change = self.changes.begin()?;
-        self.engine.add_reactor(cpu).map_err(|e| Refused::Wrong(Some("cpu"), e.to_string()))?;
+        self.engine.add_reactor(cpu)?;
         Ok(())
     }
 

@@ -30,9 +30,9 @@ pub fn announcement(mac: MacAddr) -> [u8; LEN] {
 impl Hub {
     /// Announces a station behind a port of the switch, as by a frame from there: by the same rules.
     pub fn announce(&self, port: usize, mac: MacAddr) {
-        let (Some(switch), Some(chutes)) = (&self.switch, self.chutes.get()) else { return };
+        let Some(switch) = &self.switch else { return };
         let _alone = self.announcing.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut shard = switch.shard(chutes.len());
+        let mut shard = switch.outsider();
         let (frame, now) = (announcement(mac), self.now());
         let mut head = Head::new();
         if head.take_frame(&VnetHdr::default(), &frame).is_err() {
@@ -40,12 +40,12 @@ impl Hub {
         }
         let verdict = shard.decide(PortId(port as u16), &Frame::whole(&frame, LEN as u32), now);
         let Verdict::Flood(flood) = verdict else { return };
-        let ports = self.ports();
+        let (ports, seats) = (self.ports(), self.seats());
         for (to, action) in shard.egress(flood, now) {
             let mut head = head.clone();
             head.retag(action);
             let Some(port) = ports.get(usize::from(to.0)) else { continue };
-            if let Some(chute) = self.chute_to(port) {
+            if let Some(chute) = seats.way_to(port) {
                 // When too many are on their way: QEMU says it several times.
                 chute.send_frame((to.0.into(), port), 0, &head, &frame);
             }

@@ -14,6 +14,7 @@ use crate::outside::Outside;
 use crate::parcel::Chute;
 use crate::receivers::{Place, Receivers};
 use crate::rx::{Form, Refused, Sent, Spread, copy, copy_chain, deliver};
+use crate::seats::Seats;
 use crate::stats::{Drop, PairStats};
 use crate::switch::PortId;
 use crate::tx::{Glance, Head};
@@ -78,7 +79,10 @@ pub enum Ran {
 /// The ways out.
 pub struct Exits {
     hub: Arc<Hub>,
-    reactor: usize,
+    /// The bit of its seat.
+    bit: usize,
+    /// The ways to the others, as last [heard](Self::look_round) of.
+    pub(crate) seats: Seats,
     /// The hub's, as last [adopted](Self::adopt).
     pub ports: Arc<[Arc<Port>]>,
     /// The receive queues here for packets of each pair, by port; none of a port whose packets have to be looked at.
@@ -95,14 +99,23 @@ pub struct Exits {
 }
 
 impl Exits {
-    /// Those of `hub` on this reactor: none yet.
-    pub fn new(hub: Arc<Hub>, reactor: usize) -> Exits {
+    /// Those of `hub` at this seat: none yet.
+    pub fn new(hub: Arc<Hub>, bit: usize) -> Exits {
         let (piece, spread, witness) = (Head::new(), Spread::new(), Witness::default());
-        let (ports, targets, receivers) = (Arc::default(), Vec::new(), Vec::new());
+        let (ports, targets, receivers, seats) = (Arc::default(), Vec::new(), Vec::new(), hub.seats());
         let mut exits =
-            Exits { hub, reactor, ports, targets, receivers, outside: None, piece, spread, witness };
+            Exits { hub, bit, seats, ports, targets, receivers, outside: None, piece, spread, witness };
         exits.adopt();
+        // What drivers have asked for before, which nobody says again.
+        for (receivers, port) in exits.receivers.iter_mut().zip(&*exits.ports) {
+            receivers.steer(port.steering());
+        }
         exits
+    }
+
+    /// Shards may sit elsewhere.
+    pub(crate) fn look_round(&mut self) {
+        self.seats = self.hub.seats();
     }
 
     /// There may be other ports, none of whose queues run yet.
@@ -122,7 +135,7 @@ impl Exits {
     /// A receive queue runs.
     pub fn open(&mut self, port: usize, target: Target) {
         if let Some(home) = self.ports[port].homes.get(target.pair) {
-            home.store(self.reactor, Ordering::Relaxed);
+            home.store(self.bit, Ordering::Relaxed);
         }
         self.receivers[port].open(target);
         self.sort_out(port);
@@ -146,7 +159,7 @@ impl Exits {
         let made = |id| before.iter().find(|t| t.id == id).map_or(0, |t| t.made);
         let plain = self.receivers[port].sort_out(self.ports[port].pairs.len()).into_iter();
         self.targets[port] = plain.map(|t| Target { made: made(t.id), ..t }).collect();
-        let (places, own) = (&self.ports[port].places, 1 << (self.reactor % 64));
+        let (places, own) = (&self.ports[port].places, 1 << self.bit);
         if self.targets[port].is_empty() && !self.receivers[port].is_steered() {
             if places.fetch_and(!own, Ordering::Relaxed) == own {
                 self.hub.miss(&self.ports[port]);
@@ -326,8 +339,7 @@ impl Exits {
         match place {
             Place::Nowhere(target) => drop(target, Drop::Filtered),
             Place::Here(target) => return Some(target),
-            Place::Pair(pair, instead) => match self.hub.chute_to_pair(&self.ports[port], pair, self.reactor)
-            {
+            Place::Pair(pair, instead) => match self.seats.way_to_pair(&self.ports[port], pair, self.bit) {
                 Some(chute) if send(chute, pair) => {}
                 Some(_) => drop(instead, Drop::NoBuffers),
                 None => return Some(instead),
@@ -388,7 +400,7 @@ impl Exits {
         }
         // The receiver's counters are another reactor's.
         let theirs = &self.ports[port];
-        match self.hub.chute_to(theirs) {
+        match self.seats.way_to(theirs) {
             Some(chute) if chute.send((port, theirs), from.pair, head, &chain) => {}
             Some(_) => self.stats_of(from).drop_tx(Drop::NoBuffers),
             None => self.stats_of(from).drop_tx(Drop::LinkDown),
@@ -448,20 +460,6 @@ impl Exits {
             }
         }
         made
-    }
-}
-
-impl Hub {
-    /// The way to a reactor that has a receive queue of a port.
-    pub(crate) fn chute_to(&self, port: &Port) -> Option<&Chute> {
-        let places = port.places.load(Ordering::Relaxed);
-        self.chutes.get().and_then(|chutes| chutes.get(places.trailing_zeros() as usize))
-    }
-
-    /// The way to the other reactor that has the receive queue of this pair.
-    fn chute_to_pair(&self, port: &Port, pair: usize, own: usize) -> Option<&Chute> {
-        let home = port.homes.get(pair)?.load(Ordering::Relaxed);
-        self.chutes.get().and_then(|chutes| chutes.get(home)).filter(|_| home != own)
     }
 }
 

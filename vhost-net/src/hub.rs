@@ -1,22 +1,21 @@
 //! What joins ports: the ports themselves, and the way to the shard on each reactor that moves their packets.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use poll_engine::clock::Clock;
 use poll_engine::device::QueueHandler;
 use poll_engine::engine::Engine;
 use poll_engine::engine::queue::Queue;
-use poll_engine::engine::reactor::{Io, QueueId};
+use poll_engine::engine::reactor::Io;
 
 use crate::outside::News;
-use crate::parcel::Chute;
+use crate::seats::{Change, MAX_REACTORS, Seats};
 use crate::stats::PairStats;
 use crate::steering::Steering;
 use crate::switch::fdb::MAX_PORTS;
 use crate::switch::{PortConfig, PortId, Switch};
-use crate::witness::Witness;
 
 /// For how long packets wait for a port that has them wait, while its receive queues have stopped or have not come yet: as
 /// long as its front end takes to come back (QEMU's `reconnect=1`).
@@ -49,13 +48,13 @@ pub struct Port {
     pub pairs: Vec<PairStats>,
     /// Whether the link is up, as the administrator has it.
     pub link: AtomicBool,
-    /// Reactors that have a receive queue of it, a bit each.
+    /// Reactors that have a receive queue of it, the bit of each one's seat.
     pub(crate) places: AtomicU64,
     /// Queues that run.
     pub running: AtomicUsize,
     /// They stop, to be started again at once: the switch is not to take its guest for gone.
     returns: AtomicBool,
-    /// The reactor that has, or last had, each receive queue of it.
+    /// The seat of the reactor that has, or last had, each receive queue of it.
     pub(crate) homes: Vec<AtomicUsize>,
     /// What its driver has asked for through the control queue.
     steering: Mutex<Arc<Steering>>,
@@ -89,65 +88,23 @@ impl Port {
         }
     }
 
+    /// Counts a packet of that pair of its sender's that came to a reactor which its queue had left.
+    pub(crate) fn miss_rx(&self, pair: usize) {
+        self.pairs[pair % self.pairs.len()].miss_rx();
+    }
+
     /// In which way packets go to its guest.
     pub(crate) fn steering(&self) -> Arc<Steering> {
         Arc::clone(&self.steering.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// That of an uplink on this reactor, down until it is seen to be up.
+    /// That of an uplink on the reactor at this seat, down until it is seen to be up.
     pub fn uplink(name: String, reactor: usize) -> Port {
         let port = Port::new(name, 1, false);
         port.link.store(false, Ordering::Relaxed);
         port.running.store(1, Ordering::Relaxed);
-        port.places.store(1 << (reactor % 64), Ordering::Relaxed);
+        port.places.store(1 << reactor, Ordering::Relaxed);
         port
-    }
-}
-
-/// Something has changed on a reactor.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Change {
-    /// A queue runs.
-    Up { port: usize, index: u16, id: QueueId, features: u64 },
-    /// A queue has stopped.
-    Down { port: usize, index: u16 },
-    /// The switch's ports are not what they were.
-    Rules,
-    /// There are other ports.
-    Ports,
-    /// Packets are noted by somebody else, who waits in the inbox, or by nobody.
-    Witness,
-    /// A port's driver has asked for something else.
-    Steering(usize),
-}
-
-/// The way to the shard on one reactor.
-#[derive(Debug, Default)]
-pub(crate) struct Inbox {
-    changes: Mutex<Vec<Change>>,
-    full: AtomicBool,
-    /// Who is to note packets from now on.
-    pub(crate) witness: Mutex<Witness>,
-}
-
-impl Inbox {
-    fn put(&self, change: Change) {
-        let mut changes = self.changes.lock().unwrap_or_else(PoisonError::into_inner);
-        // Much may be asked for while a reactor sleeps; what it does then is what is asked for last.
-        if matches!(change, Change::Up { .. } | Change::Down { .. }) || !changes.contains(&change) {
-            changes.push(change);
-        }
-        self.full.store(true, Ordering::Release);
-    }
-
-    /// What has changed: one load while that is nothing.
-    #[inline]
-    pub(crate) fn take(&self) -> Option<Vec<Change>> {
-        if !self.full.load(Ordering::Relaxed) {
-            return None;
-        }
-        self.full.store(false, Ordering::Relaxed);
-        Some(std::mem::take(&mut *self.changes.lock().unwrap_or_else(PoisonError::into_inner)))
     }
 }
 
@@ -160,19 +117,22 @@ struct Ports {
     free: Vec<usize>,
 }
 
-/// Why a port neither comes nor goes.
+/// Why a port, or a reactor, neither comes nor goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum HubError {
     /// There are as many as there can be.
     #[error("there are {MAX_PORTS} ports, and there is no room for more")]
     Full,
+    /// There are as many reactors as there can be.
+    #[error("there are {MAX_REACTORS} reactors, and ports are joined on no more than that")]
+    NoSeat,
     /// A reactor would not hear of it.
     #[error("a reactor does not turn; see what keeps it")]
     Stuck,
 }
 
 /// How long a reactor may take to hear of a port.
-const HEARING: Duration = Duration::from_secs(10);
+pub(crate) const HEARING: Duration = Duration::from_secs(10);
 
 /// Ports, what is done with their packets, and the shards that do it.
 #[derive(Debug)]
@@ -189,9 +149,7 @@ pub struct Hub {
     begun: AtomicBool,
     /// There may be ports that are [expected](Hub::expects).
     pub(crate) expecting: AtomicBool,
-    pub(crate) inboxes: Vec<Inbox>,
-    /// The way to each reactor, for packets that come from elsewhere.
-    pub(crate) chutes: OnceLock<Vec<Chute>>,
+    pub(crate) seats: Mutex<Seats>,
     /// Whoever announces a station, one at a time.
     pub(crate) announcing: Mutex<()>,
     /// Of the uplink, if there is one.
@@ -201,9 +159,8 @@ pub struct Hub {
 impl Hub {
     /// Joins `ports` as `plan` says, on so many reactors.
     pub fn new(plan: Plan, ports: Vec<Arc<Port>>, reactors: usize) -> Hub {
-        let inboxes = std::iter::repeat_with(Inbox::default).take(reactors).collect();
-        let clock = Clock::new();
-        let (chutes, announcing, outside) = (OnceLock::new(), Mutex::default(), News::default());
+        let (clock, seats) = (Clock::new(), Mutex::new(Seats::new(reactors)));
+        let (announcing, outside) = (Mutex::default(), News::default());
         let (start, patience, begun) = (clock.raw(), PATIENCE.as_nanos() as u64, AtomicBool::new(false));
         let expecting = AtomicBool::new(ports.iter().any(|port| port.waits));
         let ports = Mutex::new(Ports { all: ports.into(), free: Vec::new() });
@@ -216,8 +173,7 @@ impl Hub {
             patience,
             begun,
             expecting,
-            inboxes,
-            chutes,
+            seats,
             announcing,
             outside,
         }
@@ -300,29 +256,6 @@ impl Hub {
         }
         self.slots().free.push(at);
         Ok(())
-    }
-
-    /// Has packets on each reactor noted by these from now on. When it returns, nobody else notes any.
-    pub fn set_witnesses(
-        &self,
-        mut witness: impl FnMut() -> Witness,
-        engine: &Engine,
-    ) -> Result<(), HubError> {
-        for inbox in &self.inboxes {
-            *inbox.witness.lock().unwrap_or_else(PoisonError::into_inner) = witness();
-            inbox.put(Change::Witness);
-        }
-        // Twice: what is heard of in a round is done in the next one.
-        if (0..2).all(|_| engine.turns(HEARING)) { Ok(()) } else { Err(HubError::Stuck) }
-    }
-
-    fn tell_all(&self, change: Change) {
-        self.inboxes.iter().for_each(|inbox| inbox.put(change));
-    }
-
-    /// Lets packets go from one reactor to another.
-    pub fn connect(&self, engine: &Engine) {
-        self.chutes.get_or_init(|| (0..engine.reactors()).map(|at| Chute::new(engine.waker(at))).collect());
     }
 
     /// Nanoseconds since the ports were joined: the time of all shards.
@@ -451,7 +384,7 @@ impl QueueHandler for Member {
     fn attach(&mut self, io: &mut Io<'_>) {
         let Member { port, index, features, .. } = *self;
         self.hub.begin();
-        self.hub.inboxes[io.reactor()].put(Change::Up { port, index, id: io.id(), features });
+        self.hub.seat_on(io.reactor()).inbox.put(Change::Up { port, index, id: io.id(), features });
         if self.own.running.fetch_add(1, Ordering::SeqCst) == 0 {
             self.hub.look_at_link(port);
         }
@@ -465,7 +398,7 @@ impl QueueHandler for Member {
 
     fn detach(&mut self, io: &mut Io<'_>) {
         let Member { port, index, .. } = *self;
-        self.hub.inboxes[io.reactor()].put(Change::Down { port, index });
+        self.hub.seat_on(io.reactor()).inbox.put(Change::Down { port, index });
         if self.own.running.fetch_sub(1, Ordering::SeqCst) == 1 {
             self.hub.miss(&self.own);
             self.hub.look_at_link(port);

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use daemon::Switch;
 use poll_engine::device::features;
 use tracing::warn;
@@ -15,6 +15,7 @@ use crate::port::af_packet::AfPacket;
 use crate::port::af_xdp::AfXdp;
 use crate::port::interface::exists;
 use crate::port::tap::uplink::TapUplink;
+use crate::seats::MAX_REACTORS;
 use crate::spec::PortSpec;
 use crate::switch::fdb::FdbConfig;
 use crate::switch::{self, PortConfig};
@@ -50,15 +51,23 @@ pub fn open_uplink(spec: &PortSpec, told: Option<u16>) -> Result<Box<dyn Uplink>
 }
 
 /// Joins ports that have no tap, each with its pairs of queues, and an uplink with its MTU.
-pub fn hub(options: &Options, guests: &[(&PortSpec, u16)], uplink_mtu: Option<u32>, reactors: usize) -> Hub {
+pub fn hub(
+    options: &Options,
+    guests: &[(&PortSpec, u16)],
+    uplink_mtu: Option<u32>,
+    reactors: usize,
+) -> Result<Hub> {
+    if reactors > MAX_REACTORS {
+        bail!("ports are joined on at most {MAX_REACTORS} reactors, not {reactors}: give fewer --cpus");
+    }
     let ports = guests.iter().map(|(spec, pairs)| Port::new(spec.name(), *pairs, spec.wait));
     // The last port is the uplink's, on the first reactor.
     let ports = ports.chain(options.uplink.iter().map(|u| Port::uplink(u.name(), 0)));
     let ports = ports.map(Into::into).collect();
-    match plan(options) {
+    Ok(match plan(options) {
         Plan::Switch => Hub::switched(switch(options, guests, uplink_mtu, reactors).into(), ports, reactors),
         plan => Hub::new(plan, ports, reactors),
-    }
+    })
 }
 
 fn switch(

@@ -42,6 +42,7 @@ pub mod report;
 pub mod rss;
 pub mod rx;
 pub mod saved;
+pub mod seats;
 pub mod shard;
 pub mod spec;
 pub mod stats;

@@ -93,7 +93,7 @@ fn serve(
     };
     let engine = Arc::new(Engine::start(&config)?);
     let uplink_mtu = uplink.as_mut().map(|u| u.link().mtu);
-    let hub = Arc::new(join::hub(options, &guests(&wanted), uplink_mtu, engine.reactors()));
+    let hub = Arc::new(join::hub(options, &guests(&wanted), uplink_mtu, engine.reactors())?);
     // The last port.
     let out = uplink.as_ref().map(|_| hub.ports().len() - 1);
     hub.connect(&engine);
@@ -142,7 +142,7 @@ fn serve(
         successor: successor.clone(),
         opens: opens || cli.process.confine.mode() == Mode::Off,
     };
-    let ports = Arc::new(Ports::new(setting, options.clone(), served, captured));
+    let ports = Arc::new(Ports::new(setting, options.clone(), served, captured, shards));
     let api = api.map(|listener| Api::start(listener, router(Arc::clone(&ports)))).transpose();
     let mut api = api.context("cannot serve the API")?;
     if let (Some(api), Some(path), true) = (&mut api, &options.api, heir.is_one()) {
@@ -167,7 +167,6 @@ fn serve(
     ports.begin_stop();
     drop(api);
     drop(ports);
-    drop(shards);
     drop(engine);
     successor.outcome()
 }

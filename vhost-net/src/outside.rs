@@ -1,5 +1,6 @@
 //! The switch's port to the rest of the network: an uplink on one reactor, and what is known of it elsewhere.
 
+use std::fmt;
 use std::sync::{Mutex, PoisonError};
 
 use poll_engine::engine::reactor::Io;
@@ -65,6 +66,12 @@ pub struct Outside {
     joined: Vec<u8>,
 }
 
+impl fmt::Debug for Outside {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Outside").field("port", &self.port).finish_non_exhaustive()
+    }
+}
+
 impl Outside {
     /// Port number `port` of a hub.
     pub fn new(port: usize, uplink: Box<dyn Uplink>) -> Outside {
@@ -117,6 +124,11 @@ impl Outside {
     pub fn stop(&mut self, io: &mut Io<'_>) {
         self.stopping = true;
         self.unwatch(io);
+    }
+
+    /// Begins again, on another reactor or where it was.
+    pub fn go_on(&mut self) {
+        self.stopping = false;
     }
 
     fn unwatch(&mut self, io: &mut Io<'_>) {

@@ -1,5 +1,6 @@
 //! The ports that a daemon serves, and what can be changed of them while it runs.
 
+use std::collections::HashMap;
 use std::io;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
@@ -8,15 +9,16 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use control::common::Running;
-use control::moving::{Movable, Placed};
+use control::moving::{Movable, Placed, move_away};
 use control::refused::{Changes, Refused};
 use daemon::Place;
 use daemon::file::Step;
 use daemon::takeover::{self, Successor};
 use poll_engine::confine::{self, Role};
 use poll_engine::device::Device;
-use poll_engine::engine::Engine;
 use poll_engine::engine::pacing::Pacing;
+use poll_engine::engine::placement::CpuList;
+use poll_engine::engine::{Engine, RunningStation};
 use poll_engine::session::serve::Export;
 use poll_engine::session::server::{AskError, Server};
 use poll_engine::stats::QueueStats;
@@ -317,17 +319,26 @@ pub struct Ports {
     served: Mutex<Vec<Arc<Served>>>,
     captured: Mutex<Option<Captured>>,
     changes: Changes,
+    /// The hub's, by the numbers of their reactors. After what is served, whose queues they have.
+    shards: Mutex<HashMap<usize, RunningStation>>,
 }
 
 impl Ports {
-    /// These, by `options`.
-    pub fn new(setting: Setting, options: Options, served: Vec<Served>, captured: Option<Captured>) -> Ports {
+    /// These, by `options`, with a shard on each reactor.
+    pub fn new(
+        setting: Setting,
+        options: Options,
+        served: Vec<Served>,
+        captured: Option<Captured>,
+        shards: Vec<RunningStation>,
+    ) -> Ports {
         Ports {
             setting,
             options: Mutex::new(options),
             served: Mutex::new(served.into_iter().map(Arc::new).collect()),
             captured: Mutex::new(captured),
             changes: Changes::default(),
+            shards: Mutex::new(shards.into_iter().enumerate().collect()),
         }
     }
 
@@ -634,20 +645,36 @@ impl Running for Ports {
         &self.setting.engine
     }
 
-    fn add_reactor(&self, _: Option<usize>) -> Result<(), Refused> {
-        Err(Refused::Conflict(
-            "ports are joined on the reactors that there were at the start; start it with other --cpus, or have one with \
-             other --cpus take over (--takeover)"
-                .into(),
-        ))
+    fn add_reactor(&self, cpu: Option<usize>) -> Result<(), Refused> {
+        let _change = self.changes.begin()?;
+        let Setting { engine, hub, .. } = &self.setting;
+        let captured = locked(&self.captured);
+        let witness = captured.as_ref().map(Captured::one).unwrap_or_default();
+        let seat = hub.reserve(engine).map_err(|e| Refused::Conflict(e.to_string()))?;
+        let shard = |number, waker| Box::new(seat.shard(number, waker, witness)) as _;
+        let (number, shard) = engine.add_reactor_with(cpu, shard)?;
+        locked(&self.shards).insert(number, shard);
+        Ok(())
     }
 
     fn retire(&self, number: usize) -> Result<(), Refused> {
-        if self.setting.engine.list().iter().all(|r| r.number != number) {
-            let why = format!("there is no reactor {number}; GET /v1/reactors lists those there are");
-            return Err(Refused::Missing(why));
+        let _change = self.changes.begin()?;
+        let Setting { engine, hub, outer, .. } = &self.setting;
+        let retiring = move_away(engine, engine.retire(number)?, || self.all())?;
+        let uplink = outer.map(|outer| outer.number.into());
+        match hub.leave(&retiring, uplink, engine) {
+            Ok(left) => {
+                // Returns when the shard is gone.
+                drop(locked(&self.shards).remove(&number));
+                left.count(hub);
+                retiring.finish();
+                Ok(())
+            }
+            Err(e) => {
+                engine.keep(retiring);
+                Err(Refused::Conflict(format!("reactor {number} stays: {e}")))
+            }
         }
-        self.add_reactor(None)
     }
 
     fn set_pacing(&self, pacing: Pacing) -> Result<(), Refused> {
@@ -665,7 +692,15 @@ impl Running for Ports {
                 "there is no file to save to; start the daemon with --config".into(),
             ));
         };
-        saved(path, &locked(&self.options)).map_err(|e| conflict(&e))?;
+        let mut options = locked(&self.options);
+        let mut now = options.clone();
+        // One that is not pinned cannot be said beside others that are.
+        if let Some(mut cpus) = self.engine().list().iter().map(|r| r.cpu).collect::<Option<Vec<_>>>() {
+            cpus.sort_unstable();
+            now.cpus = Some(CpuList(cpus));
+        }
+        saved(path, &now).map_err(|e| conflict(&e))?;
+        *options = now;
         info!("what has changed is saved to {}", path.display());
         Ok(path.to_owned())
     }

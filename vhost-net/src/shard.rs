@@ -1,7 +1,8 @@
 //! A hub's station on one reactor: forwards what the transmit queues there have ([`burst`](crate::burst)), and what comes
 //! from the uplink and from other reactors.
 
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use poll_engine::engine::reactor::Io;
@@ -11,10 +12,11 @@ use crate::burst::{Burst, Source, described};
 use crate::exits::{Exits, Target, read_of};
 use crate::features::MRG_RXBUF;
 use crate::header::{HashReport, header_len};
-use crate::hub::{Change, Hub, Plan, Port};
+use crate::hub::{Hub, Plan, Port};
 use crate::outside::Outside;
 use crate::parcel::{Chute, PARCELS, Parcel};
 use crate::rx::Form;
+use crate::seats::{Change, Seat, locked};
 use crate::stats::Drop;
 use crate::switch::{self, PortId, Verdict};
 use crate::tx::{Head, MIN_PACKET};
@@ -32,7 +34,7 @@ const LONGEST_SLEEP: Duration = Duration::from_millis(100);
 /// The station.
 pub struct Shard {
     hub: Arc<Hub>,
-    reactor: usize,
+    seat: Arc<Seat>,
     /// Those of the exits.
     ports: Arc<[Arc<Port>]>,
     sources: Vec<Source>,
@@ -44,16 +46,22 @@ pub struct Shard {
     flooded: Head,
     /// When to look again whether ports that are expected have come.
     next_look: Option<u64>,
+    /// The uplink is to be laid at the seat once nothing of it is under way.
+    uplink_goes: bool,
 }
 
 impl Shard {
-    /// The one of `hub` on this reactor.
-    pub fn new(hub: Arc<Hub>, reactor: usize) -> Shard {
-        let exits = Exits::new(Arc::clone(&hub), reactor);
-        let switching = hub.switch.as_ref().map(|switch| switch.shard(reactor));
+    /// The one of `hub` at this seat, which is that of the reactor of this number, of those that there were at first.
+    ///
+    /// # Panics
+    /// If there is no such seat.
+    pub fn new(hub: Arc<Hub>, seat: usize) -> Shard {
+        let exits = Exits::new(Arc::clone(&hub), seat);
+        let switching = hub.switch.as_ref().map(|switch| switch.shard(seat));
+        let seat = Arc::clone(exits.seats.at(seat));
         let (burst, head, flooded) = (Burst::new(), Head::new(), Head::new());
-        let (sources, next_look, ports) = (Vec::new(), None, Arc::clone(&exits.ports));
-        Shard { hub, reactor, ports, sources, exits, switching, burst, head, flooded, next_look }
+        let (sources, next_look, ports, uplink_goes) = (Vec::new(), None, Arc::clone(&exits.ports), false);
+        Shard { hub, seat, ports, sources, exits, switching, burst, head, flooded, next_look, uplink_goes }
     }
 
     /// With the uplink, whose port is one of the hub's.
@@ -71,10 +79,10 @@ impl Shard {
     }
 
     #[cold]
-    fn change(&mut self, changes: Vec<Change>, queues: &mut Queues<'_>) {
+    fn change(&mut self, changes: Vec<Change>, queues: &mut Queues<'_>, io: &mut Io<'_>) {
         self.next_look = self.hub.next_look();
-        // What a queue had sent from another reactor comes before what it sends from here.
-        if changes.iter().any(|change| matches!(change, Change::Up { .. })) {
+        // What a queue, or the uplink, had sent from another reactor comes before what it sends from here.
+        if changes.iter().any(|change| matches!(change, Change::Up { .. } | Change::UplinkComes)) {
             for _ in 0..PARCELS.div_ceil(MAX_PARCELS) {
                 self.take_in(queues);
             }
@@ -97,11 +105,15 @@ impl Shard {
                     self.ports = Arc::clone(&self.exits.ports);
                     self.switching.iter_mut().for_each(switch::Shard::adopt);
                 }
-                Change::Witness => {
-                    let witness = &self.hub.inboxes[self.reactor].witness;
-                    let witness = &mut *witness.lock().unwrap_or_else(PoisonError::into_inner);
-                    self.exits.witness = std::mem::take(witness);
+                Change::Seats => self.exits.look_round(),
+                Change::Witness => self.exits.witness = std::mem::take(&mut *locked(&self.seat.witness)),
+                Change::UplinkGoes => {
+                    if let Some(outside) = &mut self.exits.outside {
+                        outside.stop(io);
+                        self.uplink_goes = true;
+                    }
                 }
+                Change::UplinkComes => self.welcome_uplink(),
                 Change::Steering(port) => self.exits.steer(port),
                 Change::Down { port, index } => {
                     let pair = usize::from(index / 2);
@@ -115,11 +127,31 @@ impl Shard {
         }
     }
 
+    /// Lays the uplink at the seat, if nothing of it is under way.
+    #[cold]
+    fn see_uplink_off(&mut self) {
+        let Some(outside) = self.exits.outside.take_if(|outside| outside.in_flight() == 0) else { return };
+        self.uplink_goes = false;
+        self.ports[outside.port].places.fetch_and(!self.seat.mask(), Ordering::SeqCst);
+        *locked(&self.seat.luggage) = Some(outside);
+    }
+
+    /// Takes the uplink from the seat, or keeps it if it was to go and has not.
+    #[cold]
+    fn welcome_uplink(&mut self) {
+        self.uplink_goes = false;
+        if let Some(outside) = locked(&self.seat.luggage).take() {
+            self.ports[outside.port].places.fetch_or(self.seat.mask(), Ordering::SeqCst);
+            self.exits.outside = Some(outside);
+        }
+        self.exits.outside.iter_mut().for_each(Outside::go_on);
+    }
+
     /// Takes in what other reactors have for ports here, a bounded amount of it.
     #[inline]
     fn take_in(&mut self, queues: &mut Queues<'_>) -> usize {
-        let Shard { hub, reactor, exits, .. } = self;
-        let Some(chute) = hub.chutes.get().and_then(|chutes| chutes.get(*reactor)) else { return 0 };
+        let Shard { seat, exits, .. } = self;
+        let Some(chute) = seat.chute.get() else { return 0 };
         for taken in 0..MAX_PARCELS {
             let Some(mut parcel) = chute.receive() else { return taken };
             let Parcel { head, bytes, port, pair, serial } = &mut parcel;
@@ -133,8 +165,7 @@ impl Shard {
             if !exits.leave(*port, head, |outside, head| outside.send_copy(head, rest), &read) {
                 // Without a queue here, it has left since. To send it after that could have it come behind later ones.
                 if !exits.hand_in(queues, *port, *pair, head, bytes) {
-                    let pairs = &exits.ports[*port].pairs;
-                    pairs[*pair % pairs.len()].miss_rx();
+                    exits.ports[*port].miss_rx(*pair);
                 }
             }
             chute.give_back(parcel);
@@ -158,7 +189,7 @@ impl Shard {
             if exits.hand_in(queues, to, pair, head, frame) {
                 return;
             }
-            match hub.chute_to(&ports[to]) {
+            match exits.seats.way_to(&ports[to]) {
                 Some(chute) if chute.send_frame((to, &ports[to]), pair, head, frame) => {}
                 Some(_) => own.drop_tx(Drop::NoBuffers),
                 None => own.drop_tx(Drop::LinkDown),
@@ -215,8 +246,11 @@ impl Station for Shard {
     }
 
     fn poll(&mut self, queues: &mut Queues<'_>, io: &mut Io<'_>) -> usize {
-        if let Some(changes) = self.hub.inboxes[self.reactor].take() {
-            self.change(changes, queues);
+        if let Some(changes) = self.seat.inbox.take() {
+            self.change(changes, queues, io);
+        }
+        if self.uplink_goes {
+            self.see_uplink_off();
         }
         if self.next_look.is_some_and(|at| self.hub.now() >= at) {
             self.hub.look_again();
@@ -265,8 +299,7 @@ impl Station for Shard {
             self.exits.targets.iter().flatten().for_each(|t| queues.wake_on(t.id));
         }
         let has_work = self.exits.outside.as_ref().is_some_and(|outside| outside.uplink.has_work());
-        let chute = self.hub.chutes.get().and_then(|chutes| chutes.get(self.reactor));
-        has_work || chute.is_some_and(Chute::has_parcel)
+        has_work || self.seat.chute.get().is_some_and(Chute::has_parcel)
     }
 
     fn longest_sleep(&self) -> Option<Duration> {

@@ -134,7 +134,7 @@ impl Engine {
         };
         let engine = Engine { reactors: RwLock::default(), next: Mutex::new((config.clone(), 0)) };
         for cpu in cpus {
-            engine.start_reactor(cpu)?;
+            engine.start_reactor(cpu, |_, _| None)?;
         }
         Ok(engine)
     }
@@ -142,10 +142,27 @@ impl Engine {
     /// Starts a reactor more, pinned to this CPU if one is named: its number. Queues that start from now on may run there.
     pub fn add_reactor(&self, cpu: Option<usize>) -> Result<usize, EngineError> {
         expect_usable(cpu.as_slice())?;
-        Ok(self.start_reactor(cpu)?)
+        Ok(self.start_reactor(cpu, |_, _| None)?.0)
     }
 
-    fn start_reactor(&self, cpu: Option<usize>) -> io::Result<usize> {
+    /// The same, with a station that is there before any queue: made of its number and what wakes it.
+    pub fn add_reactor_with(
+        &self,
+        cpu: Option<usize>,
+        station: impl FnOnce(usize, Waker) -> Box<dyn Station>,
+    ) -> Result<(usize, RunningStation), EngineError> {
+        expect_usable(cpu.as_slice())?;
+        match self.start_reactor(cpu, |number, waker| Some(station(number, waker)))? {
+            (number, Some(station)) => Ok((number, station)),
+            (_, None) => Err(gone().into()),
+        }
+    }
+
+    fn start_reactor(
+        &self,
+        cpu: Option<usize>,
+        station: impl FnOnce(usize, Waker) -> Option<Box<dyn Station>>,
+    ) -> io::Result<(usize, Option<RunningStation>)> {
         let (config, next) = &mut *self.next.lock().unwrap_or_else(PoisonError::into_inner);
         let index = *next;
         let (postbox, mail) = mailbox()?;
@@ -168,7 +185,7 @@ impl Engine {
         let thread =
             confine::spawn_with(builder, Role::Reactor, make, |(_guard, mut reactor)| reactor.run())?;
         info!("reactor on {}, {pacing:?}", cpu.map_or("any CPU".into(), |cpu| format!("CPU {cpu}")));
-        let handle = ReactorHandle {
+        let handle = Arc::new(ReactorHandle {
             number: index,
             cpu,
             thread: Mutex::new(Some(thread)),
@@ -177,10 +194,12 @@ impl Engine {
             queues: AtomicUsize::new(0),
             stats,
             times,
-        };
-        self.reactors.write().unwrap_or_else(PoisonError::into_inner).push(Arc::new(handle));
+        });
+        let station = station(index, handle.waker.clone()).map(|station| handle.run_station(station));
+        let station = station.transpose()?;
+        self.reactors.write().unwrap_or_else(PoisonError::into_inner).push(handle);
         *next += 1;
-        Ok(index)
+        Ok((index, station))
     }
 
     fn all(&self) -> Vec<Arc<ReactorHandle>> {
@@ -212,13 +231,7 @@ impl Engine {
 
     /// Whether every reactor gets round to its mailbox within `limit`. Wakes those that sleep.
     pub fn turns(&self, limit: Duration) -> bool {
-        let until = Instant::now() + limit;
-        let reactors = self.all();
-        let (tell, heard) = bounded(reactors.len());
-        for reactor in &reactors {
-            reactor.postbox.post(Message::Turn(tell.clone()));
-        }
-        reactors.iter().all(|_| heard.recv_deadline(until).is_ok())
+        turn(&self.all(), limit)
     }
 
     /// The counters of each reactor.
@@ -265,11 +278,7 @@ impl Engine {
 
     /// Puts a station on reactor number `reactor`, counted round those there are.
     pub fn add_station(&self, reactor: usize, station: Box<dyn Station>) -> io::Result<RunningStation> {
-        let reactor = self.at(reactor);
-        let (tx, rx) = bounded(1);
-        reactor.postbox.post(Message::AddStation { station, id: tx });
-        let id = rx.recv().map_err(|_| gone())?;
-        Ok(RunningStation { reactor, id })
+        self.at(reactor).run_station(station)
     }
 
     /// Moves a queue into reactor number `place`, counted round those there are, or the one that has the fewest.
@@ -320,7 +329,23 @@ impl Drop for Engine {
     }
 }
 
+fn turn(reactors: &[Arc<ReactorHandle>], limit: Duration) -> bool {
+    let until = Instant::now() + limit;
+    let (tell, heard) = bounded(reactors.len());
+    for reactor in reactors {
+        reactor.postbox.post(Message::Turn(tell.clone()));
+    }
+    reactors.iter().all(|_| heard.recv_deadline(until).is_ok())
+}
+
 impl ReactorHandle {
+    fn run_station(self: &Arc<Self>, station: Box<dyn Station>) -> io::Result<RunningStation> {
+        let (tx, rx) = bounded(1);
+        self.postbox.post(Message::AddStation { station, id: tx });
+        let id = rx.recv().map_err(|_| gone())?;
+        Ok(RunningStation { reactor: Arc::clone(self), id })
+    }
+
     /// Waits for its end, after it was told to quit.
     fn join(&self) {
         let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
@@ -345,7 +370,12 @@ impl Retiring {
         self.reactor.queues.load(Ordering::Relaxed)
     }
 
-    /// Ends it, once its queues are gone.
+    /// Whether it gets round to its mailbox within `limit`.
+    pub fn turns(&self, limit: Duration) -> bool {
+        turn(std::slice::from_ref(&self.reactor), limit)
+    }
+
+    /// Ends it, once its queues and stations are gone.
     pub fn finish(self) {
         self.reactor.postbox.post(Message::Quit);
         self.reactor.join();

@@ -6,6 +6,7 @@ use std::path::Path;
 use kickless_tests::wait;
 use serde_json::json;
 
+use crate::net_random;
 use crate::rig::{LIMIT, Rig};
 
 const SWITCH: &str = "switch = true\npoll = 'event'\n";
@@ -70,10 +71,6 @@ fn what_cannot_change_while_it_runs_is_said() {
     assert!(rig.refuses(409, "POST", "/v1/ports", Some(third)).contains("a wire has two ends"));
     let limits = json!({ "tx-pps": 5 });
     assert!(rig.refuses(409, "PUT", "/v1/ports/a/limits", Some(limits)).contains("no port of a switch"));
-    let said = rig.refuses(409, "POST", "/v1/reactors", Some(json!({})));
-    assert!(said.contains("--cpus") && said.contains("--takeover"), "{said}");
-    assert!(rig.refuses(409, "DELETE", "/v1/reactors/0", None).contains("--cpus"));
-    assert!(rig.refuses(404, "DELETE", "/v1/reactors/7", None).contains("there is no reactor 7"));
     rig.does(204, "DELETE", "/v1/ports/a", None);
     rig.add_port("c", "");
     rig.end();
@@ -163,6 +160,60 @@ fn ports_pause_and_move() {
 }
 
 #[test]
+fn reactors_come_and_go() {
+    let mut rig = Rig::start_net(&format!("cpus = '0'\n{SWITCH}"), &[]);
+    rig.add_port("a", "");
+    assert!(rig.refuses(409, "DELETE", "/v1/reactors/0", None).contains("it is the only reactor"));
+    assert!(rig.refuses(404, "DELETE", "/v1/reactors/7", None).contains("there is no reactor 7"));
+    let elsewhere = json!({ "cpu": 100_000 });
+    assert!(rig.refuses(400, "POST", "/v1/reactors", Some(elsewhere)).contains("CPU 100000"));
+    let reactors = rig.does(201, "POST", "/v1/reactors", Some(json!({ "cpu": 1 })));
+    assert_eq!(
+        reactors,
+        json!([{ "reactor": 0, "cpu": 0, "queues": 0 }, { "reactor": 1, "cpu": 1, "queues": 0 }])
+    );
+    rig.does(200, "PUT", "/v1/ports/a/reactor", Some(json!({ "reactor": 1 })));
+    rig.does(204, "DELETE", "/v1/reactors/0", None);
+    rig.does(200, "POST", "/v1/save", None);
+    rig.restart();
+    assert_eq!(rig.does(200, "GET", "/v1/reactors", None)[0]["cpu"], 1);
+    for _ in 1..5 {
+        rig.does(201, "POST", "/v1/reactors", Some(json!({})));
+    }
+    for number in 0..4 {
+        rig.does(204, "DELETE", &format!("/v1/reactors/{number}"), None);
+    }
+    assert!(rig.refuses(409, "DELETE", "/v1/reactors/4", None).contains("it is the only reactor"));
+    rig.end();
+}
+
+/// What a guest sends waits for its limit, which is counted.
+#[test]
+fn limits_that_are_hit_are_counted() {
+    let mut rig = Rig::start_net(SWITCH, &[]);
+    rig.add_port("a", "wait=on,tx-pps=1000,burst-ms=10");
+    rig.add_port("b", "wait=on");
+    let metric = |name: &str, port: &str| {
+        let text = String::from_utf8(rig.call("GET", "/metrics", None).body).unwrap();
+        let line = format!("vhost_net_{name}_total{{port=\"{port}\"}} ");
+        let value = text.lines().find_map(|l| l.strip_prefix(&line));
+        value.unwrap_or_else(|| panic!("no {line}in {text}")).parse::<f64>().unwrap()
+    };
+    assert_eq!((metric("limited", "a"), metric("limited_seconds", "a")), (0.0, 0.0));
+    let sent = net_random::load(&rig, 7, &["--packets=100"]);
+    assert!(sent >= 200, "{sent}");
+    assert!(metric("limited", "a") >= 1.0);
+    // 10 of the 100 may go at once.
+    let seconds = metric("limited_seconds", "a");
+    assert!((0.05..10.0).contains(&seconds), "{seconds}");
+    assert_eq!((metric("limited", "b"), metric("limited_seconds", "b")), (0.0, 0.0));
+    let stats = rig.does(200, "GET", "/v1/stats", None);
+    let queues = &stats["exports"][0]["queues"];
+    assert!(queues[1]["limited"].as_u64() >= Some(1) && queues[0]["limited"] == 0, "{queues}");
+    rig.end();
+}
+
+#[test]
 fn a_newer_daemon_takes_over_with_ports_that_were_added() {
     let mut rig = Rig::start_net(SWITCH, &["--control=CONTROL"]);
     rig.add_port("a", "");
@@ -205,6 +256,8 @@ fn everything_can_be_asked_for_on_a_command_line() {
         (&["fdb"], "52:54:00:00:00:01"),
         (&["poll", "busy"], "busy"),
         (&["reactors"], "REACTOR"),
+        (&["add-reactor"], "1"),
+        (&["retire", "1"], "done"),
         (&["save"], "net.toml"),
         (&["metrics"], "vhost_net_packets_total{port=\"a\",way=\"rx\",cast=\"unicast\"} 0"),
         (&["openapi"], "\"openapi\": \"3.1"),

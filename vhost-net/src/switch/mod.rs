@@ -18,7 +18,7 @@ pub mod guard;
 pub mod limit;
 pub mod vlan;
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::mac::MacAddr;
@@ -153,8 +153,8 @@ struct Port {
     ingress: Option<Arc<Limiter>>,
     egress: Option<Arc<Limiter>>,
     storm: Arc<Storm>,
-    /// Of each shard; the last are those of whoever is no reactor.
-    counters: Arc<[PortCounters]>,
+    /// Those of whoever is no reactor, and of each shard.
+    counters: Vec<Arc<PortCounters>>,
 }
 
 /// What all reactors share.
@@ -165,7 +165,7 @@ pub struct Switch {
     /// As they are asked for, and as shards are to have them.
     rules: Mutex<(Vec<PortConfig>, Arc<[Port]>)>,
     fdb: Fdb,
-    shards: usize,
+    shards: AtomicUsize,
 }
 
 impl Switch {
@@ -180,7 +180,7 @@ impl Switch {
             up: std::iter::repeat_with(|| AtomicBool::new(false)).take(MAX_PORTS).collect(),
             rules: Mutex::new((ports.to_vec(), ports.iter().map(|p| Port::new(p, shards)).collect())),
             fdb: Fdb::new(fdb, ports.iter().map(|p| p.max_addresses).chain(spare)),
-            shards,
+            shards: AtomicUsize::new(shards),
         };
         (0..).map(PortId).zip(ports).for_each(|(id, config)| switch.pin_guarded(id, config));
         switch
@@ -205,7 +205,7 @@ impl Switch {
         let mut rules = self.rules.lock().unwrap_or_else(PoisonError::into_inner);
         let (configs, ports) = &mut *rules;
         let mut changed = ports.to_vec();
-        let port = Port::new(&config, self.shards);
+        let port = Port::new(&config, self.shards.load(Ordering::Relaxed));
         if id.index() == changed.len() {
             changed.push(port);
             configs.push(config);
@@ -252,10 +252,31 @@ impl Switch {
         Arc::clone(&self.rules.lock().unwrap_or_else(PoisonError::into_inner).1)
     }
 
-    /// The decisions of reactor number `shard`, or behind the last one, of whoever is no reactor: one at a time may be in use.
+    /// Is for so many reactors, if it was for fewer.
+    pub fn grow(&self, shards: usize) {
+        let mut rules = self.rules.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.shards.fetch_max(shards, Ordering::Relaxed) < shards {
+            let mut ports = rules.1.to_vec();
+            for port in &mut ports {
+                port.counters.resize_with(shards + 1, Arc::default);
+            }
+            rules.1 = ports.into();
+        }
+    }
+
+    /// The decisions of reactor number `shard`: one at a time may be in use.
     pub fn shard(self: &Arc<Self>, shard: usize) -> Shard {
+        self.numbered(shard + 1)
+    }
+
+    /// The decisions of whoever is no reactor: one at a time may be in use.
+    pub fn outsider(self: &Arc<Self>) -> Shard {
+        self.numbered(0)
+    }
+
+    fn numbered(self: &Arc<Self>, number: usize) -> Shard {
         let ports = self.latest();
-        Shard { switch: Arc::clone(self), ports, number: shard, period: Period::default(), period_ends: 0 }
+        Shard { switch: Arc::clone(self), ports, number, period: Period::default(), period_ends: 0 }
     }
 
     /// The addresses learnt.
@@ -283,7 +304,7 @@ impl Switch {
     /// A counter of a port over all reactors: (name, value) of each.
     pub fn counters(&self, port: PortId) -> Vec<(&'static str, u64)> {
         let ports = self.latest();
-        let mut shards = ports[port.index()].counters.iter().map(PortCounters::named);
+        let mut shards = ports[port.index()].counters.iter().map(|shard| shard.named());
         let mut sum: Vec<_> = shards.next().into_iter().flatten().collect();
         for shard in shards {
             sum.iter_mut().zip(shard).for_each(|((_, n), (_, more))| *n += more);
@@ -308,13 +329,13 @@ impl Port {
             ingress: Limiter::new(config.ingress).map(Arc::new),
             egress: Limiter::new(config.egress).map(Arc::new),
             storm: Arc::new(Storm::new(config.storm)),
-            counters: std::iter::repeat_with(PortCounters::default).take(shards + 1).collect(),
+            counters: std::iter::repeat_with(Arc::default).take(shards + 1).collect(),
         }
     }
 
     /// With the limits that are the same, and what was counted.
     fn renewed(&self, old: &PortConfig, new: &PortConfig) -> Port {
-        let mut port = Port { counters: Arc::clone(&self.counters), ..Port::new(new, 0) };
+        let mut port = Port { counters: self.counters.clone(), ..Port::new(new, 0) };
         if old.ingress == new.ingress {
             port.ingress.clone_from(&self.ingress);
         }

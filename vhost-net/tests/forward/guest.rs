@@ -1,10 +1,11 @@
 //! A switch with sockets, and guests behind them: each with memory of its own, filled with a secret of its own.
 
+use std::collections::HashMap;
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use nix::sys::eventfd::EventFd;
@@ -49,7 +50,8 @@ pub struct Back {
     devices: Vec<Arc<NetDevice>>,
     stats: Vec<Vec<Arc<QueueStats>>>,
     pairs: u16,
-    stations: Vec<RunningStation>,
+    stations: Mutex<HashMap<usize, RunningStation>>,
+    uplink: Option<usize>,
     engine: Arc<Engine>,
     dir: tempfile::TempDir,
 }
@@ -115,6 +117,7 @@ impl Back {
             Plan::Switch => Hub::switched(Arc::clone(&switch), made, reactors),
             plan => Hub::new(plan, made, reactors),
         };
+        let uplink_at = uplink.as_ref().map(|_| ports.len());
         let hub = Arc::new(hub.patient(patience));
         hub.connect(&engine);
         let stations = (0..reactors).map(|at| {
@@ -128,10 +131,11 @@ impl Back {
             }
             engine.add_station(at, Box::new(shard)).unwrap()
         });
-        let stations = stations.collect();
+        let stations = Mutex::new(stations.enumerate().collect());
         let dir = tempfile::tempdir().unwrap();
         let (servers, devices, stats) = (vec![], vec![], vec![]);
-        let mut back = Back { hub, switch, servers, devices, stats, pairs, stations, engine, dir };
+        let uplink = uplink_at;
+        let mut back = Back { hub, switch, servers, devices, stats, pairs, stations, uplink, engine, dir };
         (0..ports.len()).for_each(|at| back.serve(at));
         back
     }
@@ -214,6 +218,29 @@ impl Back {
         }
     }
 
+    /// One reactor more: its number.
+    pub fn add_reactor(&self) -> usize {
+        let seat = self.hub.reserve(&self.engine).unwrap();
+        let shard = |number, waker| Box::new(seat.shard(number, waker, Witness::default())) as _;
+        let (number, station) = self.engine.add_reactor_with(None, shard).unwrap();
+        self.stations.lock().unwrap().insert(number, station);
+        number
+    }
+
+    /// One less.
+    pub fn retire(&self, number: usize) {
+        let retiring = self.engine.retire(number).unwrap();
+        for (at, stats) in self.stats.iter().enumerate() {
+            if stats.iter().any(|queue| queue.reactor() == Some(number)) {
+                self.hub.while_restarting(at, || self.server(at).restart_queues()).unwrap();
+            }
+        }
+        let left = self.hub.leave(&retiring, self.uplink, &self.engine).unwrap();
+        drop(self.stations.lock().unwrap().remove(&number));
+        left.count(&self.hub);
+        retiring.finish();
+    }
+
     /// Where it does.
     pub fn socket(&self, at: usize) -> std::path::PathBuf {
         socket(self.dir.path(), at)
@@ -234,7 +261,7 @@ impl Back {
 impl Drop for Back {
     fn drop(&mut self) {
         self.servers.clear();
-        self.stations.clear();
+        self.stations.lock().unwrap().clear();
         let _ = &self.engine;
     }
 }

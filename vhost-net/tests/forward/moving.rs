@@ -3,11 +3,18 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use vhost_net::features::{CTRL_RX, CTRL_VQ, MRG_RXBUF};
+use vhost_net::hub::HubError;
+use vhost_net::mac::MacAddr;
+use vhost_net::seats::MAX_REACTORS;
 use vhost_net::stats::{DROPS, Drop};
 
 use crate::guest::{Back, Guest, mac};
 use crate::peer::until;
 use crate::{expect_nothing, frame, learn};
+
+/// Frames that are sent together.
+const BURST: u32 = 24;
 
 /// A frame that says which one it is.
 fn numbered(to: usize, from: usize, number: u32) -> Vec<u8> {
@@ -91,34 +98,25 @@ impl Random {
     }
 }
 
-/// Every frame comes once and in order, or is counted.
-#[test]
-fn queues_move_while_frames_flow() {
-    const REACTORS: usize = 3;
-    const MOVES: usize = 300;
-    let back = Back::start(&["", "wait=on"], 1, REACTORS);
-    let mut guests: Vec<_> = (0..2).map(|at| back.guest(at, 1)).collect();
-    learn(&mut guests);
-    let before = [dropped(&back, 1, 0), dropped(&back, 0, 1)];
+/// Frames go both ways between two ports, of which the second one has senders wait, until this has returned. Each comes once and
+/// in order, or is counted.
+fn frames_flow_while(back: &Back, guests: &mut [Guest], change: impl FnOnce() + Send) {
+    let before = [dropped(back, 1, 0), dropped(back, 0, 1)];
     let over = AtomicBool::new(false);
     let (mut sent, mut got, mut next) = ([0u32; 2], [0u64; 2], [0u32; 2]);
     std::thread::scope(|scope| {
-        scope.spawn(|| {
-            let mut random = Random(std::process::id().into());
-            for _ in 0..MOVES {
-                let (port, reactor) = (random.below(2), random.below(REACTORS));
-                let queues = [0..1, 1..2, 0..2][random.below(3)].clone();
-                back.move_queues(port, queues, reactor);
-            }
+        let changes = scope.spawn(|| {
+            let done = std::panic::catch_unwind(std::panic::AssertUnwindSafe(change));
             over.store(true, Ordering::Release);
+            done
         });
         let mut step = |more: bool| {
             for to in 0..2 {
                 let from = 1 - to;
-                if more && (guests[from].all_sent() || guests[to].got.is_empty()) {
-                    let burst: Vec<_> = (0..8).map(|n| numbered(to, from, sent[to] + n)).collect();
+                if more && guests[from].all_sent() {
+                    let burst: Vec<_> = (0..BURST).map(|n| numbered(to, from, sent[to] + n)).collect();
                     guests[from].send_burst(0, &burst);
-                    sent[to] += 8;
+                    sent[to] += BURST;
                 }
                 guests[to].receive();
                 for number in numbers(&std::mem::take(&mut guests[to].got)) {
@@ -126,16 +124,95 @@ fn queues_move_while_frames_flow() {
                     (next[to], got[to]) = (number + 1, got[to] + 1);
                 }
             }
-            let lost = [dropped(&back, 1, 0), dropped(&back, 0, 1)];
+            let lost = [dropped(back, 1, 0), dropped(back, 0, 1)];
             (0..2).all(|to| got[to] + lost[to] - before[to] == u64::from(sent[to]))
         };
         while !over.load(Ordering::Acquire) {
             step(true);
         }
+        changes.join().unwrap().unwrap_or_else(|e| std::panic::resume_unwind(e));
         until("every frame to come or to be counted", || step(false));
     });
     println!("sent {sent:?}, received {got:?}");
-    assert!(got.iter().all(|got| *got > MOVES as u64), "{got:?}");
-    // What was learnt is known yet.
+    assert!(got.iter().all(|got| *got > 100), "{got:?}");
+}
+
+#[test]
+fn queues_move_while_frames_flow() {
+    const REACTORS: usize = 3;
+    let back = Back::start(&["", "wait=on"], 1, REACTORS);
+    let mut guests: Vec<_> = (0..2).map(|at| back.guest(at, 1)).collect();
+    learn(&mut guests);
+    frames_flow_while(&back, &mut guests, || {
+        let mut random = Random(std::process::id().into());
+        for _ in 0..300 {
+            let (port, reactor) = (random.below(2), random.below(REACTORS));
+            let queues = [0..1, 1..2, 0..2][random.below(3)].clone();
+            back.move_queues(port, queues, reactor);
+        }
+    });
+    // The switch does not take a move for a guest that has gone.
     assert_eq!(back.switch.fdb().dump().count(), 2);
+}
+
+#[test]
+fn reactors_come_and_go_while_frames_flow() {
+    let back = Back::start(&["", "wait=on"], 1, 1);
+    let mut guests: Vec<_> = (0..2).map(|at| back.guest(at, 1)).collect();
+    learn(&mut guests);
+    frames_flow_while(&back, &mut guests, || {
+        let mut random = Random(std::process::id().into());
+        let mut reactors = vec![0];
+        for _ in 0..200 {
+            match random.below(3) {
+                0 if reactors.len() < 4 => reactors.push(back.add_reactor()),
+                1 if reactors.len() > 1 => back.retire(reactors.swap_remove(random.below(reactors.len()))),
+                _ => {
+                    let reactor = reactors[random.below(reactors.len())];
+                    back.move_queues(random.below(2), 0..2, reactor);
+                }
+            }
+        }
+    });
+    assert_eq!(back.switch.fdb().dump().count(), 2);
+}
+
+/// Numbers of reactors are never used again, their places are.
+#[test]
+fn there_is_room_for_as_many_reactors_as_have_a_bit() {
+    let back = Back::start(&["", ""], 1, 1);
+    let mut guests: Vec<_> = (0..2).map(|at| back.guest(at, 1)).collect();
+    learn(&mut guests);
+    let rest: Vec<_> = (1..MAX_REACTORS).map(|_| back.add_reactor()).collect();
+    assert_eq!(back.hub.reserve(back.engine()).unwrap_err(), HubError::NoSeat);
+    let last = *rest.last().unwrap();
+    back.move_queues(1, 0..2, last);
+    guests[0].send(0, &numbered(1, 0, 1));
+    assert_eq!(numbers(&guests[1].await_frames(1)), [1]);
+    back.retire(0);
+    assert_eq!(back.add_reactor(), MAX_REACTORS);
+    back.move_queues(0, 0..2, MAX_REACTORS);
+    guests[1].send(0, &numbered(0, 1, 2));
+    assert_eq!(numbers(&guests[0].await_frames(1)), [2]);
+    for number in rest {
+        back.retire(number);
+    }
+    guests[1].send(0, &numbered(0, 1, 3));
+    assert_eq!(numbers(&guests[0].await_frames(1)), [3]);
+}
+
+/// What a driver has asked for is so on a reactor that comes later.
+#[test]
+fn a_reactor_that_comes_knows_what_drivers_have_asked_for() {
+    let back = Back::start(&["", ""], 1, 1);
+    let mut guests = [back.guest(0, 1), back.guest_with(1, 1, MRG_RXBUF | CTRL_VQ | CTRL_RX)];
+    learn(&mut guests);
+    // Nothing but what is for its own address.
+    assert_eq!(guests[1].command(&[0, 0, 0]), 0);
+    back.move_queues(1, 0..2, back.add_reactor());
+    let other = frame(MacAddr([1, 0, 0, 0, 0, 7]), mac(0), None, 1, 60);
+    guests[0].send(0, &other);
+    until("the frame to be dropped", || back.hub.port(1).pairs[0].rx_drops(Drop::Filtered) == 1);
+    guests[0].send(0, &numbered(1, 0, 1));
+    assert_eq!(numbers(&guests[1].await_frames(1)), [1]);
 }

@@ -7,6 +7,7 @@ use vhost_net::pcap::{Capture, CaptureConfig};
 use vhost_net::port::Uplink;
 use vhost_net::port::af_packet::AfPacket;
 use vhost_net::port::af_xdp::AfXdp;
+use vhost_net::stats::DROPS;
 use vhost_net::switch::PortId;
 
 use crate::Test;
@@ -17,6 +18,7 @@ pub const TESTS: &[Test] = &[
     ("switched::guests_talk_to_the_outside_by_packet_sockets", packet),
     ("switched::guests_talk_to_the_outside_around_the_stack", xdp),
     ("switched::the_link_goes_and_comes_back", link),
+    ("switched::the_uplink_moves_when_its_reactor_ends", moves),
     ("switched::a_capture_has_what_crosses_the_uplink", captured),
     ("switched::guests_that_are_told_a_larger_mtu_are_warned_of", larger_mtu),
 ];
@@ -47,6 +49,68 @@ fn packet() {
 fn xdp() {
     pair::make();
     talk(Box::new(AfXdp::open("near", 0).unwrap()), "far", 1);
+}
+
+fn moves() {
+    pair::make();
+    move_about(Box::new(AfPacket::open("near").unwrap()), "far");
+    pair::ip("link del near");
+    pair::make();
+    move_about(Box::new(AfXdp::open("near", 0).unwrap()), "far");
+}
+
+/// With frames on their way in both directions at each move.
+pub fn move_about(uplink: Box<dyn Uplink>, far: &str) {
+    let back = Back::start_with(&["", "wait=on"], 1, 1, Some(uplink));
+    let mut far = AfPacket::open(far).unwrap();
+    let mut guests = [back.guest(0, 1), back.guest(1, 1)];
+    pair::until(|| back.switch.is_up(UPLINK));
+    guests[0].send(0, &frame(MacAddr::BROADCAST, mac(0), 1, 60));
+    guests[1].await_frames(1);
+    pair::receive(&mut far, 1);
+    send(&mut far, &frame(MacAddr::BROADCAST, FAR, 1, 60));
+    for guest in &mut guests {
+        guest.await_frames(1);
+    }
+    let dropped = |from: usize, to: usize| {
+        let (from, to) = (back.hub.port(from), back.hub.port(to));
+        let drops = |why| from.pairs[0].tx_drops(why) + to.pairs[0].rx_drops(why);
+        DROPS.iter().map(|(why, _)| drops(*why)).sum::<u64>() as usize
+    };
+    let mut at = 0;
+    for round in 0..20u8 {
+        const SENT: usize = 8;
+        let new = back.add_reactor();
+        if round % 2 == 0 {
+            // Then it is not where the uplink is.
+            back.move_queues(0, 0..2, new);
+        }
+        let before = [dropped(0, 2), dropped(2, 0)];
+        for n in 0..SENT {
+            send(&mut far, &frame(mac(0), FAR, round, 60 + n));
+            guests[0].send(0, &frame(FAR, mac(0), round, 60 + n));
+        }
+        back.retire(at);
+        at = new;
+        let (mut inward, mut outward) = (vec![], vec![]);
+        pair::until(|| {
+            guests[0].receive();
+            inward.append(&mut guests[0].got);
+            far.receive(SENT, &mut |_, frame| outward.push(frame.to_vec()));
+            let lost = [dropped(0, 2) - before[0], dropped(2, 0) - before[1]];
+            outward.len() + lost[0] == SENT && inward.len() + lost[1] == SENT
+        });
+        // Each once, and in order.
+        for frames in [&inward, &outward] {
+            assert!(frames.iter().is_sorted_by(|a, b| a.len() < b.len()), "round {round}: {frames:x?}");
+        }
+        let last = frame(FAR, mac(0), round, 200);
+        guests[0].send(0, &last);
+        assert_eq!(pair::receive(&mut far, 1)[0].1, last);
+        let last = frame(mac(0), FAR, round, 200);
+        send(&mut far, &last);
+        assert_eq!(guests[0].await_frames(1), [last]);
+    }
 }
 
 pub fn talk(uplink: Box<dyn Uplink>, far: &str, reactors: usize) {

@@ -11,12 +11,13 @@ use crate::Test;
 use crate::af_packet::segment;
 use crate::guest::{Back, Guest, mac};
 use crate::pair::{ip, is_quiet, receive, until};
-use crate::switched::{FAR, UPLINK, frame, send, talk};
+use crate::switched::{FAR, UPLINK, frame, move_about, send, talk};
 
 pub const TESTS: &[Test] = &[
     ("tap::guests_talk_to_the_host", guests_talk_to_the_host),
     ("tap::segments_of_64_kib_cross_in_one_piece", segments_of_64_kib_cross_in_one_piece),
     ("tap::frames_keep_their_order", frames_keep_their_order),
+    ("tap::it_moves_when_its_reactor_ends", it_moves),
     ("tap::the_link_goes_and_comes_back", the_link_goes_and_comes_back),
 ];
 
@@ -24,6 +25,10 @@ fn guests_talk_to_the_host() {
     for reactors in [1, 2] {
         talk(Box::new(TapUplink::open("kl0", None).unwrap()), "kl0", reactors);
     }
+}
+
+fn it_moves() {
+    move_about(Box::new(TapUplink::open("kl0", None).unwrap()), "kl0");
 }
 
 fn started(features: u64) -> (Back, Guest, AfPacket) {
