@@ -324,8 +324,17 @@ impl Front {
     /// Compares what the image holds with what was written, with nothing in flight.
     pub fn check_image(&mut self, image: &[u8]) -> Result<()> {
         ensure!(self.in_flight() == 0, "requests are in flight");
+        self.check_left(image)
+    }
+
+    /// The same of an image that a dead daemon has left: what is in flight may be there, or not, or in part, since the
+    /// kernel may be at it still.
+    pub fn check_left(&mut self, image: &[u8]) -> Result<()> {
+        let may_tear = std::mem::replace(&mut self.model.may_tear, true);
         let oldest = self.model.begin_read(0..BLOCKS);
-        self.model.end_read(0..BLOCKS, &oldest, image)
+        let checked = self.model.end_read(0..BLOCKS, &oldest, image);
+        self.model.may_tear = may_tear;
+        checked
     }
 }
 

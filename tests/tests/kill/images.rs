@@ -1,12 +1,11 @@
-//! The same with qcow2 images: after each kill the image is sound, and no write that was answered is lost, whether it had
-//! been flushed or not. Again and again the image becomes the base of a new one, so that there are clusters to be allocated
+//! The same with qcow2 images: after each kill the image is sound, and `qemu-img` finds in it every write that was answered,
+//! whether it had been flushed or not. Again and again the image becomes the base of a new one, so that there are clusters to be allocated
 //! and copied all the time.
 
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use kickless_tests::image::Image;
-use kickless_tests::process;
 use kickless_tests::qemu_img;
 use kickless_tests::random::Random;
 use kickless_tests::scene::Scene;
@@ -33,6 +32,14 @@ fn layer(scene: &Scene, number: usize, cluster: usize) -> Result<Image> {
     };
     qemu_img::create(&path, (BLOCKS * BLOCK) as u64, &options, over)?;
     Ok(Image::at(path))
+}
+
+/// What an image holds, by somebody else.
+fn content(scene: &Scene, image: &Image) -> Result<Vec<u8>> {
+    let raw = scene.path("all.raw");
+    let [from, to] = [image.path(), &raw].map(|p| p.to_string_lossy());
+    qemu_img::run(&["convert", "-U", "-f", "qcow2", "-O", "raw", &from, &to])?;
+    Image::at(raw).read(0, BLOCKS * BLOCK)
 }
 
 fn killed(scene: &Scene, cluster: usize, kills: usize, args: &[&str]) -> Result<()> {
@@ -63,6 +70,7 @@ fn killed(scene: &Scene, cluster: usize, kills: usize, args: &[&str]) -> Result<
         }
         kill_once(scene, &image, &mut front, &mut random, &args, &mut tally)
             .and_then(|()| qemu_img::check(image.path()))
+            .and_then(|()| front.check_left(&content(scene, &image)?))
             .with_context(|| format!("after {kill} kills, seed {seed}"))?;
     }
     let mut daemon = Daemon::start(scene, &image, &args)?;
@@ -71,10 +79,7 @@ fn killed(scene: &Scene, cluster: usize, kills: usize, args: &[&str]) -> Result<
     ensure!(front.check()? == End::Done);
     drop(daemon);
     qemu_img::check(image.path())?;
-    let raw = scene.path("all.raw");
-    let [from, to] = [image.path(), &raw].map(|p| p.to_string_lossy());
-    process::run("qemu-img", &["convert", "-U", "-f", "qcow2", "-O", "raw", &from, &to])?;
-    front.check_image(&Image::at(raw.clone()).read(0, BLOCKS * BLOCK)?)?;
+    front.check_image(&content(scene, &image)?)?;
     let model = &front.model;
     println!(
         "clusters of {cluster}: {kills} kills in {:.1} s, {} of them followed by a check of everything, {} requests in \
