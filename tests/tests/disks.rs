@@ -11,6 +11,7 @@ use blk::{Front, OK, READ, Shape};
 use kickless_tests::daemon::{Medium, Options};
 use kickless_tests::image::{Image, MIB};
 use kickless_tests::scene::Scene;
+use kickless_tests::wait;
 use peer::Peer;
 use poll_engine::device::features;
 
@@ -66,7 +67,10 @@ fn only_disks_that_complete_in_order_say_so() {
         let socket = scene.path("in-order.sock");
         let other = format!("--disk=socket-path={},{disk}", socket.display());
         let served = blk::Served::start(&scene, &["--backend=null:1M", &other]);
-        let offered = Peer::new(UnixStream::connect(&socket).unwrap()).ask_number(1);
+        // A daemon's sockets are made one after the other.
+        let stream =
+            wait::until("a connection", blk::LIMIT, || Ok(UnixStream::connect(&socket).ok())).unwrap();
+        let offered = Peer::new(stream).ask_number(1);
         assert_eq!(offered & features::IN_ORDER != 0, in_order, "{disk}: {offered:#x}");
         served.terminate();
     }
