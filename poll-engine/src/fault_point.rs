@@ -73,6 +73,9 @@ pub const TAKER: [&str; 8] = [
     "taker-said",
 ];
 
+/// Those of an image in a format of its own: before each change of a file by a worker.
+pub const IMAGE: [&str; 1] = ["image-changes"];
+
 #[cfg(feature = "fault-points")]
 mod hijack;
 #[cfg(feature = "fault-points")]
@@ -93,11 +96,11 @@ pub(crate) fn hijack_reactor(_uring: &mut crate::uring::Uring) {}
 /// One of the places.
 #[cfg(not(feature = "fault-points"))]
 #[inline(always)]
-pub(crate) fn pass(_name: &'static str) {}
+pub fn pass(_name: &'static str) {}
 
 /// One of the places.
 #[cfg(feature = "fault-points")]
-pub(crate) fn pass(name: &'static str) {
+pub fn pass(name: &'static str) {
     use std::sync::OnceLock;
     use std::sync::atomic::{AtomicI64, Ordering};
 
@@ -125,7 +128,7 @@ mod tests {
     use std::collections::BTreeSet;
     use std::path::Path;
 
-    use super::{BY_CHANCE, GIVER, PACKED, RECOVER, SPLIT, TAKER, UNTAKE};
+    use super::{BY_CHANCE, GIVER, IMAGE, PACKED, RECOVER, SPLIT, TAKER, UNTAKE};
 
     /// Names of the places in the files of a directory.
     fn passed(directory: &Path, names: &mut BTreeSet<String>) {
@@ -145,8 +148,11 @@ mod tests {
     #[test]
     fn the_lists_have_every_place() {
         let mut there = BTreeSet::new();
-        passed(&Path::new(env!("CARGO_MANIFEST_DIR")).join("src"), &mut there);
-        let lists = [&SPLIT[..], &PACKED, &UNTAKE, &RECOVER, &BY_CHANCE, &GIVER, &TAKER].concat().into_iter();
+        for source in ["src", "../vhost-blk/src", "../vhost-net/src"] {
+            passed(&Path::new(env!("CARGO_MANIFEST_DIR")).join(source), &mut there);
+        }
+        let lists =
+            [&SPLIT[..], &PACKED, &UNTAKE, &RECOVER, &BY_CHANCE, &GIVER, &TAKER, &IMAGE].concat().into_iter();
         assert_eq!(there, lists.map(str::to_owned).collect());
     }
 }

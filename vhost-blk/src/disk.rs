@@ -11,7 +11,7 @@ use tracing::{info, warn};
 
 use poll_engine::memory::Ram;
 
-use crate::backend::formatted::{ChainError, Formatted};
+use crate::backend::formatted::{ChainError, Formatted, StepError};
 use crate::backend::luks::Volume;
 use crate::backend::nvme::Namespace;
 use crate::backend::rbd::RbdImage;
@@ -446,15 +446,28 @@ impl Disk {
         self.set_writeback(writeback);
     }
 
+    /// Makes an image in a format of its own this large. [`grow`](Self::grow) takes the new size over.
+    pub fn grow_image(&self, image: &Formatted, size: u64) -> Result<(), StepError> {
+        // It stays ours meanwhile.
+        let locked = self.locked.lock().unwrap_or_else(PoisonError::into_inner);
+        if !*locked {
+            return Err(StepError::Impossible(
+                "is not here: its guest has gone elsewhere, or has not come yet; grow it there",
+            ));
+        }
+        image.grow(size)
+    }
+
     /// Looks whether the file has grown, and takes the new size over; the new size, if so. A file that has shrunk keeps
     /// its size: requests beyond its end fail one by one.
     pub fn grow(&self) -> Result<Option<u64>, OpenError> {
-        // Nobody else may resize an image in a format of its own while it is ours.
         let size = match &self.storage {
             Storage::File(file, _) | Storage::Nvme(_, file, _) => crate::open::size_of(file.as_fd())?,
             Storage::Luks(volume) => volume.size()?,
             Storage::Rbd(image) => image.size()?,
-            Storage::Image(_) | Storage::Ram(_) | Storage::Null => return Ok(None),
+            // Nobody else may resize it while it is ours.
+            Storage::Image(image) => image.bytes().unwrap_or(0),
+            Storage::Ram(_) | Storage::Null => return Ok(None),
         };
         let size = size - size % u64::from(self.block_size);
         if size <= self.capacity() {

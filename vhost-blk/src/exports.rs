@@ -2,6 +2,7 @@
 
 mod images;
 
+use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
@@ -410,23 +411,11 @@ impl Exports {
     pub fn grow(&self, key: &str, size: Option<&str>) -> Result<Arc<Served>, Refused> {
         let _change = self.changes.begin()?;
         let served = self.find(key)?;
-        let (file, before) = match served.disk.storage() {
-            Storage::File(file, _) | Storage::Nvme(_, file, _) => (Some(file), 0),
-            Storage::Luks(volume) => (Some(volume.file()), volume.offset()),
-            Storage::Rbd(_) => (None, 0),
-            Storage::Image(image) => {
-                return Err(Refused::Conflict(format!(
-                    "{key} is a {} image, which stays as large as it is while it is served; remove it, resize the image \
-                     (qemu-img resize), and add it again",
-                    image.format()
-                )));
-            }
-            Storage::Ram(_) | Storage::Null => {
-                return Err(Refused::Conflict(format!(
-                    "{key} is no image: what is in memory stays as large as it is"
-                )));
-            }
-        };
+        if matches!(served.disk.storage(), Storage::Ram(_) | Storage::Null) {
+            return Err(Refused::Conflict(format!(
+                "{key} is no image: what is in memory stays as large as it is"
+            )));
+        }
         if let Some(size) = size {
             let size = parse_size(size).map_err(|why| Refused::Wrong(Some("size"), why))?;
             let has = served.disk.capacity();
@@ -434,18 +423,16 @@ impl Exports {
                 let why = format!("{key} has {has} bytes, and a disk never shrinks; give a larger size");
                 return Err(Refused::Wrong(Some("size"), why));
             }
-            // As large as the disk is to be, with what is before its data.
-            let len = size.saturating_add(before);
-            let file = file.filter(|file| file.metadata().is_ok_and(|meta| meta.is_file()));
-            let Some(file) = file.filter(|_| !served.is_read_only) else {
-                let why = format!(
-                    "{key} is no file that may be written; resize it yourself, and call without a size"
-                );
-                return Err(Refused::Conflict(why));
-            };
-            let grown =
-                file.metadata().and_then(|meta| if meta.len() < len { file.set_len(len) } else { Ok(()) });
-            grown.map_err(|e| Refused::Conflict(format!("{key} cannot be made {size} bytes large: {e}")))?;
+            match served.disk.storage() {
+                Storage::File(file, _) | Storage::Nvme(_, file, _) => grow_file(&served, Some(file), size)?,
+                // With what is before its data.
+                Storage::Luks(volume) => {
+                    grow_file(&served, Some(volume.file()), size.saturating_add(volume.offset()))?;
+                }
+                Storage::Rbd(_) => grow_file(&served, None, size)?,
+                Storage::Image(image) => images::grow(&served, image, size)?,
+                Storage::Ram(_) | Storage::Null => {}
+            }
         }
         served.grow().map_err(|e| conflict(&e))?;
         Ok(served)
@@ -580,6 +567,19 @@ impl Running for Exports {
     fn exports(&self) -> Vec<control::stats::Export> {
         metrics::views(self)
     }
+}
+
+/// Makes a file this long.
+fn grow_file(served: &Served, file: Option<&File>, len: u64) -> Result<(), Refused> {
+    let key = &served.key;
+    let file = file.filter(|file| file.metadata().is_ok_and(|meta| meta.is_file()));
+    let Some(file) = file.filter(|_| !served.is_read_only) else {
+        let why =
+            format!("{key} is no file that may be written; resize it yourself, and call without a size");
+        return Err(Refused::Conflict(why));
+    };
+    let grown = file.metadata().and_then(|meta| if meta.len() < len { file.set_len(len) } else { Ok(()) });
+    grown.map_err(|e| Refused::Conflict(format!("{key} cannot be made {len} bytes large: {e}")))
 }
 
 /// What is there when a newer process takes over.

@@ -18,8 +18,10 @@ use poll_engine::device::features;
 use poll_engine::memory::{MemoryMap, Ram};
 use poll_engine::ring::driver::{Buffer, DriverRing};
 use poll_engine::session::wire::F_LOG_ALL;
-use vhost::vhost_user::message::{VhostUserHeaderFlag, VhostUserProtocolFeatures, VhostUserVirtioFeatures};
-use vhost::vhost_user::{Frontend, VhostUserFrontend};
+use vhost::vhost_user::message::{
+    VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserProtocolFeatures, VhostUserVirtioFeatures,
+};
+use vhost::vhost_user::{Frontend, FrontendReqHandler, VhostUserFrontend, VhostUserFrontendReqHandler};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -89,6 +91,11 @@ impl Served {
         assert!(!self.socket.exists(), "the socket is still there");
     }
 }
+
+/// What is negotiated of the protocol.
+const PROTOCOL: VhostUserProtocolFeatures = VhostUserProtocolFeatures::MQ
+    .union(VhostUserProtocolFeatures::REPLY_ACK)
+    .union(VhostUserProtocolFeatures::LOG_SHMFD);
 
 /// A session with its queues.
 pub struct Front {
@@ -176,11 +183,8 @@ impl Front {
             features::ACCESS_PLATFORM | F_LOG_ALL | features::IN_ORDER | features::RING_PACKED & !format;
         let wanted = offered & !not | protocol_bit;
         front.set_features(wanted).unwrap();
-        let protocol = VhostUserProtocolFeatures::MQ
-            | VhostUserProtocolFeatures::REPLY_ACK
-            | VhostUserProtocolFeatures::LOG_SHMFD;
-        assert!(front.get_protocol_features().unwrap().contains(protocol));
-        front.set_protocol_features(protocol).unwrap();
+        assert!(front.get_protocol_features().unwrap().contains(PROTOCOL));
+        front.set_protocol_features(PROTOCOL).unwrap();
         front.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
         let spec = ram.spec();
         let info = VhostUserMemoryRegionInfo {
@@ -196,6 +200,23 @@ impl Front {
 
     pub fn base(&self, index: usize) -> u32 {
         self.session.get_vring_base(index).unwrap()
+    }
+
+    /// Negotiates more of the protocol, with a channel for the back end's own requests.
+    pub fn talk<H: VhostUserFrontendReqHandler>(
+        &mut self,
+        more: VhostUserProtocolFeatures,
+        handler: &FrontendReqHandler<H>,
+    ) {
+        self.session.set_protocol_features(PROTOCOL | more).unwrap();
+        self.session.set_backend_request_fd(&handler.get_tx_raw_fd()).unwrap();
+    }
+
+    /// Sectors of the disk, where the protocol has a configuration space.
+    pub fn capacity(&mut self) -> u64 {
+        let flags = VhostUserConfigFlags::empty();
+        let (_, bytes) = self.session.get_config(0, 8, flags, &[0; 8]).unwrap();
+        u64::from_le_bytes(bytes.try_into().unwrap())
     }
 
     fn enable(&self, index: usize) {

@@ -118,18 +118,22 @@ pub fn step(lane: &mut Lane, copy: &mut Copy) -> Result<()> {
                 old.copy_from_slice(new);
             }
         }
-        _ => {
-            let seed = copy.random.number();
-            let mut bytes = pattern(range.len(), seed);
-            bytes[..8].copy_from_slice(&seed.to_le_bytes());
-            lane.put(lane.more, &bytes);
-            let (sector, len) = ((range.start / SECTOR) as u64, range.len() as u32);
-            let shape = Shape { out: &[len], out_at: Some(lane.more), ..Shape::default() };
-            let answer = lane.request(WRITE, sector, &shape);
-            ensure!(answer == (OK, 1), "write of {range:?}: {answer:?}");
-            copy.bytes[range].copy_from_slice(&bytes);
-        }
+        _ => write(lane, copy, range)?,
     }
+    Ok(())
+}
+
+/// Writes something new.
+pub fn write(lane: &mut Lane, copy: &mut Copy, range: std::ops::Range<usize>) -> Result<()> {
+    let seed = copy.random.number();
+    let mut bytes = pattern(range.len(), seed);
+    bytes[..8].copy_from_slice(&seed.to_le_bytes());
+    lane.put(lane.more, &bytes);
+    let (sector, len) = ((range.start / SECTOR) as u64, range.len() as u32);
+    let shape = Shape { out: &[len], out_at: Some(lane.more), ..Shape::default() };
+    let answer = lane.request(WRITE, sector, &shape);
+    ensure!(answer == (OK, 1), "write of {range:?}: {answer:?}");
+    copy.bytes[range].copy_from_slice(&bytes);
     Ok(())
 }
 

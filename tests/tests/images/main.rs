@@ -7,6 +7,7 @@ mod clones;
 mod damage;
 mod disk;
 mod elsewhere;
+mod grown;
 mod malformed;
 mod mutations;
 mod refusals;
@@ -18,6 +19,7 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use control::client::Client;
 use disk::{Copy, exercise};
+use kickless_tests::process::no_fault_points;
 use kickless_tests::qemu_img;
 use kickless_tests::runner::{self, Test};
 use kickless_tests::scene::Scene;
@@ -209,6 +211,8 @@ const TESTS: &[(&str, Body)] = &[
     ("a_flattening_daemon_is_killed", clones::killed),
     ("what_is_allocated_ahead_is_zeros", room::zeros),
     ("what_is_allocated_ahead_is_not_below", room::over_a_base),
+    ("an_image_grows_in_use", grown::in_use),
+    ("clones_grow_beyond_their_base", grown::clones),
     ("damaged_images_do_no_harm", damage::damaged),
     ("malformed_qcow2_does_no_harm", malformed::qcow2),
     ("malformed_vmdk_does_no_harm", malformed::vmdk),
@@ -217,11 +221,18 @@ const TESTS: &[(&str, Body)] = &[
     ("only_files_are_backing_files", malformed::named),
 ];
 
+/// With a daemon that dies where it is told to.
+const DYING: &[(&str, Body)] = &[("a_growing_daemon_is_killed", grown::killed)];
+
 fn main() -> std::process::ExitCode {
-    let test = |&(name, body): &(&str, Body)| Test {
-        name: name.to_owned(),
-        needs: Box::new(qemu_img::missing),
-        run: Box::new(move |scene| body(scene).map(|()| None)),
+    let test = |needs: fn() -> Option<String>| {
+        move |&(name, body): &(&str, Body)| Test {
+            name: name.to_owned(),
+            needs: Box::new(needs),
+            run: Box::new(move |scene| body(scene).map(|()| None)),
+        }
     };
-    runner::run(TESTS.iter().map(test).collect(), "KICKLESS_REQUIRE_IMAGES")
+    let dying = || qemu_img::missing().or_else(no_fault_points);
+    let all = TESTS.iter().map(test(qemu_img::missing)).chain(DYING.iter().map(test(dying)));
+    runner::run(all.collect(), "KICKLESS_REQUIRE_IMAGES")
 }

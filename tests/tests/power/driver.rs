@@ -54,6 +54,8 @@ pub struct Model {
     versions: Vec<Vec<Version>>,
     /// From when to when.
     flushes: Vec<(Moment, Moment)>,
+    /// How many bytes the disk had before it grew, and from when to when that was.
+    grown: Option<(usize, Moment, Moment)>,
     /// Whatever is answered is durable.
     write_through: bool,
 }
@@ -61,7 +63,7 @@ pub struct Model {
 impl Model {
     pub fn new(first: Vec<u8>, given_up: Option<Vec<u8>>, write_through: bool) -> Model {
         let versions = vec![Vec::new(); first.len() / SECTOR];
-        Model { first, given_up, versions, flushes: Vec::new(), write_through }
+        Model { first, given_up, versions, flushes: Vec::new(), grown: None, write_through }
     }
 
     /// What a sector holds by this version of it.
@@ -72,9 +74,34 @@ impl Model {
         }
     }
 
+    /// Bytes of the disk.
+    pub fn len(&self) -> usize {
+        self.first.len()
+    }
+
+    /// The disk has grown to this many bytes meanwhile; what came to it is zeros.
+    fn grow(&mut self, bytes: usize, begun: Moment, ended: Moment) {
+        self.grown = Some((self.first.len(), begun, ended));
+        self.first.resize(bytes, 0);
+        self.versions.resize(bytes / SECTOR, Vec::new());
+    }
+
+    /// Checks that there are as many bytes as there may be.
+    fn check_size(&self, time: u64, bytes: usize) -> Result<()> {
+        let all = self.first.len();
+        let is_right = match self.grown {
+            Some((before, begun, ended)) => {
+                bytes == before && time < ended.time || bytes == all && begun.time < time
+            }
+            None => bytes >= all,
+        };
+        ensure!(is_right, "{bytes} bytes are left of {all}; it has grown: {:?}", self.grown);
+        Ok(())
+    }
+
     /// Checks what is there after a power cut, whose sectors that may hold one thing only are counted.
     pub fn check(&self, time: u64, found: &[u8], history: impl Fn(&[u8]) -> String) -> Result<usize> {
-        ensure!(found.len() >= self.first.len(), "{} bytes are left", found.len());
+        self.check_size(time, found.len())?;
         let flushed =
             self.flushes.iter().filter(|(_, ended)| ended.time <= time).map(|(begun, _)| begun.step).max();
         let is_durable = |version: &Version| match (version.ended, self.write_through) {
@@ -114,6 +141,9 @@ enum Doing {
     Flush(Moment),
 }
 
+/// Asks for growth.
+pub type Grow<'a> = &'a dyn Fn() -> Result<()>;
+
 /// The guest.
 pub struct Guest<'a> {
     front: Front,
@@ -142,9 +172,18 @@ impl Guest<'_> {
         Ok(Moment { time: std::fs::metadata(&self.log)?.len(), step: self.steps })
     }
 
-    /// Begins so many requests, and sees to their end.
-    pub fn work(mut self, requests: usize) -> Result<()> {
-        let mut left = requests;
+    /// Has the disk be this large from here on, by `grow`, while requests are under way.
+    fn grow(&mut self, bytes: usize, grow: impl FnOnce() -> Result<()>) -> Result<()> {
+        let begun = self.now()?;
+        grow()?;
+        let ended = self.now()?;
+        self.model.grow(bytes, begun, ended);
+        Ok(())
+    }
+
+    /// Begins so many requests, and sees to their end. Half-way, the disk grows to so many bytes, if it can.
+    pub fn work(mut self, requests: usize, grow: Option<(usize, Grow<'_>)>) -> Result<()> {
+        let (mut left, mut grow) = (requests, grow);
         let mut deadline = Instant::now() + LIMIT;
         while left > 0 || self.doing.iter().any(Option::is_some) {
             for queue in 0..QUEUES {
@@ -155,6 +194,9 @@ impl Guest<'_> {
                     self.begin(queue)?;
                     left -= 1;
                 }
+            }
+            if let Some((bytes, grow)) = grow.take_if(|_| left <= requests / 2) {
+                self.grow(bytes, grow)?;
             }
             ensure!(Instant::now() < deadline, "no answer");
             std::thread::yield_now();
@@ -271,6 +313,12 @@ pub fn self_test() -> Result<()> {
     let noise = vec![9; SECTOR];
     model.given_up = Some(noise.clone());
     ensure!([&two, &noise].iter().all(|bytes| check(&model, 200, bytes)) && !check(&model, 200, &zeros));
+    model.grow(2 * SECTOR, moment(20), moment(21));
+    let grown = |tail: u8| [&two[..], &[tail; SECTOR]].concat();
+    for (time, old, new) in [(195, true, false), (205, true, true), (215, false, true)] {
+        ensure!(check(&model, time, &two) == old && check(&model, time, &grown(0)) == new, "at {time}");
+    }
+    ensure!(!check(&model, 215, &grown(7)), "what came to it is not zeros");
     model.write_through = true;
     ensure!(check(&model, 65, &two) && !check(&model, 65, &one));
     Ok(())

@@ -1,7 +1,7 @@
 //! Power cuts: a guest works on a disk, all that reaches the files of its image is written down, and afterwards the power
 //! is cut at moments of that. Each time the image is as any of the storage's caches may have left it; what was flushed is
 //! there, what was not is there or not, sector by sector, nothing else has changed, and `qemu-img check` finds the image
-//! sound. Then the guest goes on with what is left.
+//! sound. Then the guest goes on with what is left. Images that can grow do so half-way.
 //!
 //! `KICKLESS_CUTS` says how often, for all kinds of images together, `KICKLESS_SEED` which run to repeat.
 
@@ -14,14 +14,17 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
-use blk::Served;
-use driver::{Guest, Model, SECTOR};
+use blk::{LIMIT, Served};
+use control::client::Client;
+use driver::{Grow, Guest, Model, SECTOR};
 use fastrand::Rng;
 use kickless_tests::cryptsetup::{self, Cipher, Volume};
 use kickless_tests::qemu_img;
 use kickless_tests::random::Random;
 use kickless_tests::runner::{self, Test};
 use kickless_tests::scene::Scene;
+use kickless_tests::wait;
+use serde_json::json;
 use vhost_blk::backend::power_cut::{Lost, Writes};
 
 /// Bytes of a disk: more than an L2 table of clusters of 4 KiB maps.
@@ -75,6 +78,10 @@ impl Disk {
         self.args.iter().all(|arg| !arg.starts_with("--format"))
     }
 
+    fn grows(&self) -> bool {
+        self.args.iter().any(|arg| arg == "--format=qcow2")
+    }
+
     /// What is on the disk, by somebody else.
     fn content(&self) -> Result<Vec<u8>> {
         if let Some(luks) = &self.luks {
@@ -100,12 +107,14 @@ fn quick(scene: &Scene) -> Result<tempfile::TempDir> {
     Ok(tempfile::Builder::new().prefix("kickless-").tempdir_in(place)?)
 }
 
-/// Has a guest work, and cuts the power.
-fn life(scene: &Scene, disk: &Disk, random: &mut Rng, lost: &mut Lost) -> Result<usize> {
+/// Has a guest work, and cuts the power: how many sectors could hold one thing only, of how many.
+fn life(scene: &Scene, disk: &Disk, random: &mut Rng, lost: &mut Lost) -> Result<(usize, usize)> {
     let log = disk.path.with_extension("writes");
     let image = format!("--blk-file={}", disk.path.display());
     let fault = format!("--fault=log-writes={}", log.display());
-    let mut args = vec![&*image, &*fault, "--num-queues=4"];
+    let api = scene.path("api");
+    let listen = format!("--api={}", api.display());
+    let mut args = vec![&*image, &*fault, "--num-queues=4", &*listen];
     args.extend(disk.args.iter().map(String::as_str));
     let write_through = disk.args.iter().any(|arg| arg == "--cache=writethrough");
     let (given_up, block) = match &disk.luks {
@@ -120,7 +129,19 @@ fn life(scene: &Scene, disk: &Disk, random: &mut Rng, lost: &mut Lost) -> Result
         before.push((file.path(), fs::read(file.path())?));
     }
     let served = Served::start(scene, &args);
-    Guest::new(&served.socket, &log, &mut model, block, random.u64(..)).work(REQUESTS)?;
+    let client = Client::new(&api);
+    let answers = || Ok(client.call("GET", "/v1/daemon", None).ok().map(drop));
+    wait::until("the API", LIMIT, answers)?;
+    let size = model.len() + SECTOR * random.usize(1..6000);
+    let name = served.socket.to_string_lossy().replace('/', "%2F");
+    let grow = || {
+        let size = json!({ "size": size.to_string() });
+        let answer = client.call("POST", &format!("/v1/disks/{name}/grow"), Some(&size))?;
+        ensure!(answer.status == 200, "{} {}", answer.status, String::from_utf8_lossy(&answer.body));
+        Ok(())
+    };
+    let grow = disk.grows().then_some((size, &grow as Grow<'_>));
+    Guest::new(&served.socket, &log, &mut model, block, random.u64(..)).work(REQUESTS, grow)?;
     served.terminate();
 
     let writes = Writes::read(&log)?;
@@ -136,7 +157,7 @@ fn life(scene: &Scene, disk: &Disk, random: &mut Rng, lost: &mut Lost) -> Result
     }
     ensure!(!files.is_empty(), "nothing is in the log");
     let moments = writes.moments();
-    let mut certain = 0;
+    let (mut certain, mut all) = (0, 0);
     for _ in 0..CUTS_OF_A_LIFE {
         let time = moments[random.usize(..moments.len())];
         let seed = random.u64(..);
@@ -156,11 +177,14 @@ fn life(scene: &Scene, disk: &Disk, random: &mut Rng, lost: &mut Lost) -> Result
             }
             None => "nowhere".into(),
         };
-        let checked = disk.content().and_then(|found| model.check(time, &found, history));
+        let checked = disk.content().and_then(|found| {
+            all += found.len() / SECTOR;
+            model.check(time, &found, history)
+        });
         certain += checked.with_context(|| format!("cut at {time} of {}, seed {seed}", writes.len()))?;
     }
     fs::remove_file(&log)?;
-    Ok(certain)
+    Ok((certain, all))
 }
 
 fn cut(scene: &Scene, disk: &Disk) -> Result<()> {
@@ -168,13 +192,13 @@ fn cut(scene: &Scene, disk: &Disk) -> Result<()> {
     let seed = seed();
     let mut random = Rng::with_seed(seed);
     let lives = cuts().div_ceil(CUTS_OF_A_LIFE * KINDS.len());
-    let (mut lost, mut certain) = (Lost::default(), 0);
+    let (mut lost, mut certain, mut all) = (Lost::default(), 0, 0);
     for number in 0..lives {
-        certain += life(scene, disk, &mut random, &mut lost)
+        let sectors = life(scene, disk, &mut random, &mut lost)
             .with_context(|| format!("life {number}, seed {seed}"))?;
+        (certain, all) = (certain + sectors.0, all + sectors.1);
     }
     let cuts = lives * CUTS_OF_A_LIFE;
-    let all = cuts * SIZE as usize / SECTOR;
     println!(
         "{cuts} power cuts in {:.1} s: {} changes were not durable, {} of them missing and {} torn; {certain} of {all} \
          sectors could hold one thing only; seed {seed}",
@@ -240,10 +264,10 @@ fn shared(at: &Path) -> Result<Disk> {
     Ok(Disk::qcow2(path))
 }
 
-/// A clone of one that is packed.
+/// A clone of one that is packed, and longer.
 fn clone(at: &Path) -> Result<Disk> {
     let (plain, base) = (at.join("content.raw"), at.join("base.qcow2"));
-    fs::write(&plain, content(3))?;
+    fs::write(&plain, [content(3), content(4)].concat())?;
     let [from, to] = [&plain, &base].map(|path| path.to_string_lossy());
     qemu_img::run(&["convert", "-c", "-f", "raw", "-O", "qcow2", &from, &to])?;
     let path = at.join("clone.qcow2");

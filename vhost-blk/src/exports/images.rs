@@ -72,6 +72,17 @@ impl Exports {
     }
 }
 
+/// Makes an image this large.
+pub(super) fn grow(served: &Served, image: &Formatted, size: u64) -> Result<(), Refused> {
+    let (key, block) = (&served.key, served.disk.block_size());
+    if !size.is_multiple_of(block.into()) {
+        let why = format!("{size} bytes are no multiple of the block size of {key}, {block}");
+        return Err(Refused::Wrong(Some("size"), why));
+    }
+    let grown = served.disk.grow_image(image, size);
+    grown.map_err(|e| Refused::Conflict(format!("{key} stays as large as it is: {e}")))
+}
+
 /// Copies up what is below, for half of the time, so that guests get on as well; then has the image opened anew.
 fn flatten(weak: &Weak<Served>) {
     loop {

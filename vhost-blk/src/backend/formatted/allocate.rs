@@ -14,9 +14,9 @@ use super::worker::{Image, stretches};
 
 /// Bytes that are allocated together, and where they follow those that were allocated last, most.
 const AHEAD: u64 = 4 << 20;
-const MAX_AHEAD: u64 = 64 << 20;
+const MAX_AHEAD: u64 = 128 << 20;
 /// Most clusters that are.
-const MAX_CLUSTERS: u64 = 1024;
+const MAX_CLUSTERS: u64 = 2048;
 
 /// How much to allocate: more, the longer a guest writes one after the other.
 #[derive(Debug, Default)]
@@ -24,6 +24,8 @@ pub(super) struct Ahead {
     /// Where the last ended.
     end: u64,
     bytes: u64,
+    /// The last followed the one before, and what follows it is not allocated yet.
+    goes_on: bool,
 }
 
 impl Ahead {
@@ -32,10 +34,18 @@ impl Ahead {
         let most = MAX_CLUSTERS * cluster;
         let least = AHEAD.min(most);
         let start = at / least * least;
+        self.goes_on = start == self.end && start > 0;
         self.bytes = if start == self.end { (self.bytes * 2).min(MAX_AHEAD.min(most)) } else { least };
         // Clusters may be larger than all that.
         self.end = (start + self.bytes.max(cluster)).min(size);
         start / cluster * cluster..self.end
+    }
+}
+
+impl Ahead {
+    /// Where a guest that writes one after the other will be next, once each time.
+    pub(super) fn take_next(&mut self, size: u64) -> Option<u64> {
+        std::mem::take(&mut self.goes_on).then_some(self.end).filter(|&end| end < size)
     }
 }
 
@@ -62,7 +72,7 @@ impl Image {
         while at < range.end {
             let (mapping, len) = access.get_mapping(at, range.end - at)?;
             let start = at / cluster * cluster;
-            let next = (start + cluster).min(self.shared.size);
+            let next = (start + cluster).min(self.shared.size());
             at = match mapping {
                 _ if len == 0 => return Err(io::ErrorKind::UnexpectedEof.into()),
                 Mapping::Raw { storage, offset, writable: true, .. } => {
@@ -103,7 +113,7 @@ impl Image {
         ahead: &mut Ahead,
     ) -> io::Result<Range<u64>> {
         let size = 1u64 << self.shared.cluster_bits;
-        let window = ahead.window(cluster.start, size, self.shared.size);
+        let window = ahead.window(cluster.start, size, self.shared.size());
         let (mut zeros, mut is_over) = (window.start..window.start, false);
         stretches(access, window.start, window.end, |at, len, mapping| {
             if matches!(mapping, Mapping::Zero { .. }) {
@@ -118,7 +128,7 @@ impl Image {
             }
             Ok(())
         })?;
-        let end = if zeros.end == self.shared.size { zeros.end } else { zeros.end / size * size };
+        let end = if zeros.end == self.shared.size() { zeros.end } else { zeros.end / size * size };
         let zeros = zeros.start.next_multiple_of(size)..end;
         let has_it = zeros.start <= cluster.start && cluster.end <= zeros.end;
         Ok(if has_it { zeros } else { 0..0 })
@@ -150,7 +160,7 @@ impl Image {
     }
 
     /// Copies a cluster to where it may be written.
-    fn copy(
+    pub(super) fn copy(
         &self,
         access: &FormatAccess<ImageFile>,
         cluster: Range<u64>,
@@ -175,20 +185,22 @@ mod tests {
         let mut ahead = Ahead::default();
         let mut window = |at| ahead.window(at, 65536, 1000 * MIB);
         assert_eq!(window(17 * MIB + 5), 16 * MIB..20 * MIB);
-        assert_eq!(window(20 * MIB), 20 * MIB..28 * MIB);
-        assert_eq!(window(28 * MIB), 28 * MIB..44 * MIB);
-        for (start, end) in [(44, 76), (76, 140), (140, 204)] {
+        for (start, end) in [(20, 28), (28, 44), (44, 76), (76, 140), (140, 268), (268, 396)] {
             assert_eq!(window(start * MIB), start * MIB..end * MIB);
         }
         // Somewhere else; and at the end.
         assert_eq!(window(500 * MIB), 500 * MIB..504 * MIB);
         assert_eq!(window(999 * MIB + 512), 996 * MIB..1000 * MIB);
+        assert_eq!(ahead.take_next(1000 * MIB), None);
+        ahead.window(600 * MIB, 65536, 1000 * MIB);
+        ahead.window(604 * MIB, 65536, 1000 * MIB);
+        assert_eq!((ahead.take_next(1000 * MIB), ahead.take_next(1000 * MIB)), (Some(612 * MIB), None));
     }
 
     #[test]
     fn a_window_is_whole_clusters_and_not_too_many() {
         let mut ahead = Ahead::default();
-        assert_eq!(ahead.window(5 * MIB + 512, 512, 1 << 40), 5 * MIB..5 * MIB + 512 * 1024);
+        assert_eq!(ahead.window(5 * MIB + 512, 512, 1 << 40), 5 * MIB..6 * MIB);
         assert_eq!(ahead.window(5 * MIB, 2 * MIB, 7 * MIB), 4 * MIB..7 * MIB);
         assert_eq!(ahead.window(9 * MIB, 2 * MIB, 1 << 40), 8 * MIB..12 * MIB);
     }

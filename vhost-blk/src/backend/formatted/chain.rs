@@ -86,6 +86,8 @@ pub struct Chain {
     pub files: Vec<ImageFile>,
     /// The file that data are written to.
     pub data: u8,
+    /// Bytes of the disk below the image.
+    pub below: u64,
     /// Bytes of a cluster of the image.
     pub cluster: u64,
     /// Nothing is written.
@@ -115,6 +117,8 @@ struct Opening<'a> {
     how: &'a How,
     files: Vec<ImageFile>,
     opened: &'a mut Opened,
+    /// Bytes of the disk below the one that was opened last: in the end, below the image.
+    below: u64,
     /// Whether they are to be ours.
     locks: bool,
 }
@@ -122,17 +126,18 @@ struct Opening<'a> {
 /// Opens the image in `top`, which is locked already.
 pub fn open(top: ImageFile, format: Format, how: &How, opened: &mut Opened) -> Result<Chain, ChainError> {
     let path = top.path().to_owned();
-    let mut opening = Opening { how, files: vec![top.clone()], opened, locks: true };
+    let mut opening = Opening { how, files: vec![top.clone()], opened, below: 0, locks: true };
     // `imago` is not made for just any bytes, and neither may it end the process.
     let opened = catch_unwind(AssertUnwindSafe(|| opening.layer(top, format, !how.read_only)));
     let (access, data, cluster) =
         opened.unwrap_or_else(|_| Err(ChainError::Refused(path, Refused::Damaged("it makes no sense"))))?;
-    Ok(Chain { access, files: opening.files, data, cluster, read_only: how.read_only })
+    let Opening { files, below, .. } = opening;
+    Ok(Chain { access, files, data, below, cluster, read_only: how.read_only })
 }
 
 /// Opens all files of a qcow2 image that may be somebody else's still: bytes of its disk.
 pub fn look(top: &ImageFile, how: &How, opened: &mut Opened) -> Result<u64, ChainError> {
-    let mut opening = Opening { how, files: vec![top.clone()], opened, locks: false };
+    let mut opening = Opening { how, files: vec![top.clone()], opened, below: 0, locks: false };
     opening.below(top, !how.read_only)?;
     Ok(header(top)?.size)
 }
@@ -221,6 +226,7 @@ impl Opening<'_> {
             Some((below, format)) => Some(self.layer(below, format, false)?.0),
             None => None,
         };
+        self.below = backing.as_ref().map_or(0, FormatAccess::size);
         for file in [Some(&file), data.as_ref()].into_iter().flatten() {
             let align = file.traits().offset_align;
             if file.traits().direct && u64::from(align) > cluster {

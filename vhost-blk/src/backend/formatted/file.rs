@@ -17,6 +17,7 @@ use imago::storage::PreallocateMode;
 use imago::storage::drivers::CommonStorageHelper;
 use imago::{Storage, StorageExt};
 use nix::fcntl::{FallocateFlags, fallocate};
+use poll_engine::fault_point;
 
 use super::order::{Disk, Order};
 use crate::backend::write_log::{Change, WriteLog};
@@ -40,6 +41,7 @@ struct Inner {
 impl Inner {
     /// Does something to the file, written down if that is wanted.
     fn logged<T>(&self, change: Change<'_>, act: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+        fault_point::pass("image-changes");
         match &self.log {
             Some(log) => log.around(self.file.as_raw_fd(), change, act),
             None => act(),
@@ -146,6 +148,15 @@ impl ImageFile {
     /// The order, if there is one.
     pub fn order(&self) -> Option<MutexGuard<'_, Order>> {
         Some(self.0.order.get()?.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Has the header say how large the disk is, durably.
+    pub fn set_size(&self, size: u64) -> io::Result<()> {
+        let block = self.0.traits.offset_align.into();
+        match self.order() {
+            Some(mut order) => order.set_size(&Raw(&self.0), block, size),
+            None => Err(io::ErrorKind::Unsupported.into()),
+        }
     }
 
     /// Makes all durable that was written.
@@ -313,8 +324,12 @@ impl Storage for ImageFile {
     }
 
     fn resize(&self, new_size: u64, _: PreallocateMode) -> io::Result<()> {
-        self.0.resize(new_size)?;
-        self.0.size.store(new_size, Ordering::Relaxed);
+        // A data file may be longer than its disk.
+        if new_size > self.len() {
+            self.0.written.store(true, Ordering::Relaxed);
+            self.0.resize(new_size)?;
+            self.0.size.store(new_size, Ordering::Relaxed);
+        }
         Ok(())
     }
 }

@@ -25,7 +25,7 @@ impl Image {
         let access = self.access.write().unwrap_or_else(PoisonError::into_inner);
         let Some(access) = &*access else { return Err(io::ErrorKind::BrokenPipe.into()) };
         let cluster = 1 << self.shared.cluster_bits;
-        let end = (start + PIECE.max(cluster)).min(self.shared.size);
+        let end = (start + PIECE.max(cluster)).min(self.shared.size());
         self.guarded(|| {
             let mut buffer = Bounce::zeros((end - start) as usize);
             let mut at = start;

@@ -29,6 +29,9 @@ const EXTENSION_DATA_FILE: u32 = 0x4441_5441;
 /// Where the header says where the name of the image below is, and how long it is: zeros for none.
 pub const BACKING_NAME: Range<usize> = 8..20;
 
+/// Where it says how large the disk is.
+pub const SIZE: Range<u64> = 24..32;
+
 /// Of an entry of the L1 table or the refcount table: where the table is.
 pub const OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
 
@@ -98,7 +101,17 @@ fn text(bytes: &[u8]) -> Result<String, Refused> {
     Ok(text)
 }
 
+/// Entries of the L1 table of a disk: an L2 table fills a cluster.
+fn l1_entries_for(size: u64, cluster: u64) -> u64 {
+    size.div_ceil(cluster * (cluster / 8))
+}
+
 impl Header {
+    /// Whether the disk may be this large.
+    pub fn allows(&self, size: u64) -> bool {
+        size <= MAX_SIZE && l1_entries_for(size, self.cluster()) * 8 <= MAX_L1
+    }
+
     /// Bytes of the cluster that holds the header, as the header itself says.
     pub fn cluster_size(start: &[u8]) -> Result<u64, Refused> {
         if be32(start, 0) != Some(MAGIC) {
@@ -141,9 +154,7 @@ impl Header {
             if sound { Ok(offset..offset + len) } else { Err(Damaged(what)) }
         };
         let l1_entries = u64::from(word(36)?);
-        // An L2 table fills a cluster.
-        let needed = size.div_ceil(cluster_size * (cluster_size / 8));
-        if l1_entries < needed {
+        if l1_entries < l1_entries_for(size, cluster_size) {
             return Err(Damaged("its L1 table is too short for the disk"));
         }
         let l1 = table(long(40)?, l1_entries * 8, MAX_L1, "its L1 table cannot be where it is said to be")?;

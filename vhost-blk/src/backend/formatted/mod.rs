@@ -19,6 +19,7 @@ mod create;
 pub mod errand;
 mod file;
 mod flatten;
+mod grow;
 mod header;
 mod independence;
 mod order;
@@ -200,7 +201,9 @@ struct Shared {
     files: Vec<ImageFile>,
     /// The file that data are written to.
     data: u8,
-    size: u64,
+    size: AtomicU64,
+    /// Bytes of the disk below.
+    below: u64,
     cluster_bits: u32,
     read_only: bool,
     table: Table,
@@ -220,7 +223,8 @@ impl Running {
         let shared = Arc::new(Shared {
             files: chain.files,
             data: chain.data,
-            size,
+            size: size.into(),
+            below: chain.below,
             cluster_bits,
             read_only: chain.read_only,
             table: Table::new(size.div_ceil(chain.cluster)),
@@ -235,7 +239,7 @@ impl Running {
 
     /// Bytes of the disk.
     pub fn size(&self) -> u64 {
-        self.shared.size
+        self.shared.size()
     }
 
     /// Makes everything durable that was written.
@@ -271,6 +275,10 @@ enum Way {
 }
 
 impl Shared {
+    fn size(&self) -> u64 {
+        self.size.load(Ordering::Acquire)
+    }
+
     fn way(&self, access: Access, cluster: u64) -> Way {
         match self.table.get(cluster) {
             Entry::Data { file, offset, writable } if writable || access == Access::Read => {

@@ -5,11 +5,13 @@
 //! written with what they were, and as it is when nothing points any more to what it uncounts. And where a power cut may undo what comes first
 //! and keep what comes second, the storage is flushed in between.
 
+mod pointers;
+
 use std::collections::{HashMap, HashSet};
 use std::io;
 use std::ops::Range;
 
-use super::header::{Header, MAX_REFTABLE, Metadata, OFFSET_MASK, entries};
+use super::header::{Header, Metadata, OFFSET_MASK, entries};
 
 /// What is done to the file.
 pub trait Disk {
@@ -63,15 +65,6 @@ pub struct Order {
     l1: HashMap<u64, Vec<u8>>,
     /// Refcount blocks as they are to be once all tables are written.
     lowered: HashMap<u64, Vec<u8>>,
-}
-
-/// Where a part of the header says that the refcount table is, and how many clusters it has, if it says that.
-fn pointers(offset: u64, bytes: &[u8]) -> Option<(u64, u32)> {
-    let at = |field: u64, len: usize| {
-        let from = usize::try_from(field.checked_sub(offset)?).ok()?;
-        bytes.get(from..from + len)
-    };
-    Some((u64::from_be_bytes(at(48, 8)?.try_into().ok()?), u32::from_be_bytes(at(56, 4)?.try_into().ok()?)))
 }
 
 fn holds(table: &Range<u64>, offset: u64) -> bool {
@@ -188,13 +181,7 @@ impl Order {
                 self.l1.insert(offset, bytes.to_vec());
                 return Ok(());
             }
-            Kind::Header => {
-                self.expect_pointers(offset, bytes)?;
-                self.barrier(disk)?;
-                disk.write(offset, bytes)?;
-                disk.sync()?;
-                return self.adopt_pointers(disk, offset, bytes);
-            }
+            Kind::Header => return self.write_header(disk, offset, bytes),
         }
         disk.write(offset, bytes)
     }
@@ -284,60 +271,27 @@ impl Order {
         let of = |a: u8, b: u8| (0..8).step_by(bits).map(move |at| (a & mask << at).max(b & mask << at));
         a.iter().zip(b).map(|(&a, &b)| of(a, b).fold(0, |all, one| all | one)).collect()
     }
-
-    /// Fails if what is written to the header is none: in an image that does not count it, it is given out as free.
-    fn expect_pointers(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
-        match pointers(offset, bytes) {
-            Some((start, clusters))
-                if start == 0
-                    || !start.is_multiple_of(self.header.cluster())
-                    || clusters == 0
-                    || u64::from(clusters) * self.header.cluster() > MAX_REFTABLE =>
-            {
-                Err(io::Error::other("the image is damaged, its header is used for data; see qemu-img check"))
-            }
-            _ => Ok(()),
-        }
-    }
-
-    /// The refcount table may have moved.
-    fn adopt_pointers(&mut self, disk: &impl Disk, offset: u64, bytes: &[u8]) -> io::Result<()> {
-        let Some((start, clusters)) = pointers(offset, bytes) else { return Ok(()) };
-        let cluster = self.header.cluster();
-        let moved = start..start + u64::from(clusters) * cluster;
-        if moved == self.header.reftable {
-            return Ok(());
-        }
-        for at in self.header.reftable.clone().step_by(cluster as usize) {
-            self.metadata.all.remove(&at);
-        }
-        self.metadata.all.extend(moved.clone().step_by(cluster as usize));
-        // It was written whole, with all that it points to.
-        self.reftable.clear();
-        self.metadata.refblocks = entries(&disk.read(moved.clone())?).map(|e| e & OFFSET_MASK).collect();
-        self.blocks = self.metadata.refblocks.iter().copied().filter(|&block| block != 0).collect();
-        self.metadata.all.extend(&self.blocks);
-        self.header.reftable = moved;
-        Ok(())
-    }
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::cell::RefCell;
 
     use super::*;
 
-    const C: u64 = 65536;
+    pub const C: u64 = 65536;
 
     #[derive(Default)]
-    struct Log {
-        done: RefCell<Vec<String>>,
-        table: Vec<u8>,
+    pub struct Log {
+        pub done: RefCell<Vec<String>>,
+        pub table: Vec<u8>,
+        /// What was written last.
+        pub last: RefCell<Vec<u8>>,
     }
 
     impl Disk for Log {
-        fn write(&self, offset: u64, _: &[u8]) -> io::Result<()> {
+        fn write(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+            *self.last.borrow_mut() = bytes.to_vec();
             let at = if offset < C { format!("w{offset}") } else { format!("w{}", offset / C) };
             self.done.borrow_mut().push(at);
             Ok(())
@@ -354,13 +308,13 @@ mod tests {
     }
 
     impl Log {
-        fn take(&self) -> String {
+        pub fn take(&self) -> String {
             std::mem::take(&mut *self.done.borrow_mut()).join(" ")
         }
     }
 
     /// Header, refcount table, a block of it, the L1 table and one L2 table.
-    fn order() -> Order {
+    pub fn order() -> Order {
         let header = Header {
             version: 3,
             cluster_bits: 16,
@@ -379,7 +333,7 @@ mod tests {
         Order::new(header, metadata)
     }
 
-    fn table(entries: &[u64]) -> Vec<u8> {
+    pub fn table(entries: &[u64]) -> Vec<u8> {
         entries.iter().flat_map(|e| e.to_be_bytes()).collect()
     }
 
@@ -459,30 +413,5 @@ mod tests {
         assert_eq!(log.take(), "w65536 sync w1 sync w4");
         order.release(&log).unwrap();
         assert_eq!(log.take(), "");
-    }
-
-    #[test]
-    fn data_are_no_header() {
-        let (log, mut order) = (Log::default(), order());
-        for bytes in [vec![0; 512], vec![0xff; 512]] {
-            assert!(order.write(&log, 0, &bytes).is_err());
-        }
-        assert_eq!(log.take(), "");
-    }
-
-    #[test]
-    fn a_refcount_table_that_moves_is_followed() {
-        let log = Log { table: table(&[2 * C, 30 * C]), ..Log::default() };
-        let mut order = order();
-        order.write(&log, 31 * C, &[]).unwrap();
-        let mut pointer = vec![0; 12];
-        pointer[..8].copy_from_slice(&(31 * C).to_be_bytes());
-        pointer[8..].copy_from_slice(&1u32.to_be_bytes());
-        order.write(&log, 48, &pointer).unwrap();
-        assert_eq!(log.take(), "w31 sync w48 sync");
-        assert_eq!(
-            [1, 2, 30, 31].map(|c| order.kind(c * C)),
-            [Kind::Data, Kind::Counts, Kind::Counts, Kind::RefTable]
-        );
     }
 }

@@ -4,8 +4,9 @@
 //! cluster ─► directory (a word for each chunk of 512 clusters) ─► chunk (a word for each cluster)
 //! ```
 //!
-//! There is memory for a fixed number of chunks; whoever needs another one takes the oldest. A reader that finds the word
-//! of the directory unchanged behind it has read an entry of the chunk that it meant.
+//! A disk that grows has further parts of both. There is memory for a fixed number of chunks; whoever needs another one
+//! takes the oldest. A reader that finds the word of the directory unchanged behind it has read an entry of the chunk that
+//! it meant.
 #![allow(unsafe_code)] // words that are atomic from now on
 
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -80,12 +81,36 @@ struct Owners {
     given: u32,
 }
 
-/// The table.
+/// Times that a disk may grow and have all of its places looked up here: each doubles them at least.
+const MAX_GROWTHS: usize = 32;
+
+/// The table of a disk as large as it was at first, or of what came to it.
 #[derive(Debug)]
-pub struct Table {
+struct Part {
+    first_place: usize,
+    first_chunk: usize,
     /// 0, or the number of the giving out, and one more than the number of the chunk.
     directory: Box<[AtomicU64]>,
     chunks: Box<[OnceLock<Chunk>]>,
+}
+
+impl Part {
+    fn new(first_place: usize, places: usize, first_chunk: usize, chunks: usize) -> Part {
+        Part {
+            first_place,
+            first_chunk,
+            directory: zeros(places),
+            chunks: std::iter::repeat_with(OnceLock::new).take(chunks).collect(),
+        }
+    }
+}
+
+/// The table.
+#[derive(Debug)]
+pub struct Table {
+    first: Part,
+    further: [OnceLock<Part>; MAX_GROWTHS],
+    max_chunks: usize,
     owners: Mutex<Owners>,
 }
 
@@ -98,18 +123,62 @@ impl Table {
     fn with(clusters: u64, max_chunks: usize) -> Table {
         let places = clusters.div_ceil(CHUNK) as usize;
         Table {
-            directory: zeros(places),
-            chunks: std::iter::repeat_with(OnceLock::new).take(places.min(max_chunks)).collect(),
+            first: Part::new(0, places, 0, places.min(max_chunks)),
+            further: [const { OnceLock::new() }; MAX_GROWTHS],
+            max_chunks,
             owners: Mutex::new(Owners { of: Vec::new(), oldest: 0, given: 0 }),
         }
+    }
+
+    /// There are this many clusters now.
+    pub fn grow(&self, clusters: u64) {
+        // One at a time.
+        let _owners = self.owners.lock().unwrap_or_else(PoisonError::into_inner);
+        let last = self.parts().last().unwrap_or(&self.first);
+        let (places, chunks) =
+            (last.first_place + last.directory.len(), last.first_chunk + last.chunks.len());
+        let needed = clusters.div_ceil(CHUNK) as usize;
+        if needed <= places {
+            return;
+        }
+        let more = (needed - places).max(places);
+        let part = Part::new(places, more, chunks, more.min(self.max_chunks - chunks));
+        // Where there are none left, a worker looks each time.
+        if let Some(free) = self.further.iter().find(|part| part.get().is_none()) {
+            free.get_or_init(|| part);
+        }
+    }
+
+    fn parts(&self) -> impl Iterator<Item = &Part> {
+        std::iter::once(&self.first).chain(self.further.iter().map_while(OnceLock::get))
+    }
+
+    #[inline]
+    fn word(&self, place: usize) -> Option<&AtomicU64> {
+        self.first.directory.get(place).or_else(|| self.later_word(place))
+    }
+
+    #[cold]
+    fn later_word(&self, place: usize) -> Option<&AtomicU64> {
+        self.parts().find_map(|part| part.directory.get(place.checked_sub(part.first_place)?))
+    }
+
+    #[inline]
+    fn slot(&self, number: usize) -> Option<&OnceLock<Chunk>> {
+        self.first.chunks.get(number).or_else(|| self.later_slot(number))
+    }
+
+    #[cold]
+    fn later_slot(&self, number: usize) -> Option<&OnceLock<Chunk>> {
+        self.parts().find_map(|part| part.chunks.get(number.checked_sub(part.first_chunk)?))
     }
 
     /// What is known of a cluster.
     #[inline]
     pub fn get(&self, cluster: u64) -> Entry {
-        let Some(place) = self.directory.get((cluster / CHUNK) as usize) else { return Entry::Unknown };
+        let Some(place) = self.word((cluster / CHUNK) as usize) else { return Entry::Unknown };
         let word = place.load(Ordering::Acquire);
-        let chunk = (word as u32 as usize).checked_sub(1).and_then(|i| self.chunks.get(i)?.get());
+        let chunk = (word as u32 as usize).checked_sub(1).and_then(|i| self.slot(i)?.get());
         let Some(chunk) = chunk else { return Entry::Unknown };
         let entry = chunk[(cluster % CHUNK) as usize].load(Ordering::Acquire);
         // Somebody else's entry was written after the word was taken back, and who sees the former sees the latter.
@@ -120,27 +189,29 @@ impl Table {
     pub fn set(&self, cluster: u64, entry: Entry) {
         let place = (cluster / CHUNK) as usize;
         let mut owners = self.owners.lock().unwrap_or_else(PoisonError::into_inner);
-        if place >= self.directory.len() {
-            return;
-        }
-        let word = self.directory[place].load(Ordering::Relaxed);
-        let number = if word == 0 { self.give_out(&mut owners, place) } else { word as u32 as usize - 1 };
+        let Some(word) = self.word(place) else { return };
+        let is = word.load(Ordering::Relaxed);
+        let number = if is == 0 { self.give_out(&mut owners, place, word) } else { is as u32 as usize - 1 };
         self.chunk(number)[(cluster % CHUNK) as usize].store(entry.pack(), Ordering::Release);
     }
 
     fn chunk(&self, number: usize) -> &Chunk {
-        self.chunks[number].get_or_init(|| Box::new([const { AtomicU64::new(0) }; CHUNK as usize]))
+        let slot = self.slot(number).unwrap_or_else(|| unreachable!("chunk {number} was given out"));
+        slot.get_or_init(|| Box::new([const { AtomicU64::new(0) }; CHUNK as usize]))
     }
 
-    fn give_out(&self, owners: &mut Owners, place: usize) -> usize {
-        let number = if owners.of.len() < self.chunks.len() {
+    fn give_out(&self, owners: &mut Owners, place: usize, word: &AtomicU64) -> usize {
+        let chunks = self.parts().map(|part| part.chunks.len()).sum();
+        let number = if owners.of.len() < chunks {
             owners.of.push(place);
             owners.of.len() - 1
         } else {
             let number = owners.oldest;
-            owners.oldest = (number + 1) % self.chunks.len();
+            owners.oldest = (number + 1) % chunks;
             let former = std::mem::replace(&mut owners.of[number], place);
-            self.directory[former].store(0, Ordering::Relaxed);
+            if let Some(former) = self.word(former) {
+                former.store(0, Ordering::Relaxed);
+            }
             for entry in self.chunk(number).iter() {
                 entry.store(0, Ordering::Release);
             }
@@ -149,8 +220,7 @@ impl Table {
         // With what it holds: a reader that sees the word sees the chunk.
         self.chunk(number);
         owners.given = owners.given.wrapping_add(1);
-        let word = u64::from(owners.given) << 32 | (number as u64 + 1);
-        self.directory[place].store(word, Ordering::Release);
+        word.store(u64::from(owners.given) << 32 | (number as u64 + 1), Ordering::Release);
         number
     }
 }
@@ -214,6 +284,32 @@ mod tests {
         // Beyond the disk there is nothing to know.
         table.set(4 * CHUNK, Entry::Zeros);
         assert_eq!(table.get(4 * CHUNK), Entry::Unknown);
+    }
+
+    #[test]
+    fn a_disk_that_grows_has_room_for_all_of_it() {
+        let table = Table::with(2 * CHUNK, 8);
+        let (mut clusters, mut known) = (2 * CHUNK, Vec::new());
+        for growth in 0..3 {
+            table.set(clusters, Entry::Zeros);
+            assert_eq!(table.get(clusters), Entry::Unknown, "beyond the disk");
+            let cluster = clusters - 1;
+            table.set(cluster, data(growth, cluster * 512, true));
+            known.push((cluster, data(growth, cluster * 512, true)));
+            clusters += CHUNK * u64::from(growth + 1) * 2;
+            table.grow(clusters);
+            table.grow(clusters - 1);
+            for &(cluster, entry) in &known {
+                assert_eq!(table.get(cluster), entry);
+            }
+            assert_eq!(table.get(clusters - 1), Entry::Unknown);
+        }
+        // As many chunks as there may be, and no more: the oldest makes room.
+        for chunk in 0..12 {
+            table.set(chunk * CHUNK, Entry::Zeros);
+        }
+        let found = (0..12).filter(|chunk| table.get(chunk * CHUNK) == Entry::Zeros).count();
+        assert_eq!(found, 8);
     }
 
     #[test]

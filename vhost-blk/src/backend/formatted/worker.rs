@@ -12,7 +12,7 @@ use std::thread::JoinHandle;
 use crossbeam::channel::{Receiver, Sender, unbounded};
 use imago::{FormatAccess, Mapping};
 use poll_engine::confine::{self, Role};
-use tracing::warn;
+use tracing::{debug, warn};
 
 use super::allocate::{Ahead, Batch};
 use super::errand::{Answer, Errand, IN_PLACE, Inbox, WANTS_DATA, What};
@@ -178,7 +178,28 @@ impl Image {
             for (job, outcome) in batch.into_iter().zip(outcomes) {
                 self.answer(job, &outcome);
             }
+            if let Some(next) = ahead.take_next(self.shared.size()) {
+                self.go_ahead(next, &mut ahead);
+            }
         }
+    }
+
+    /// Makes room where nobody waits for it yet.
+    fn go_ahead(&self, at: u64, ahead: &mut Ahead) {
+        let access = self.access.write().unwrap_or_else(PoisonError::into_inner);
+        let Some(access) = &*access else { return };
+        let mut batch = Batch::default();
+        let made = self.guarded(|| {
+            let (mapping, _) = access.get_mapping(at, 1)?;
+            if !matches!(mapping, Mapping::Zero { .. }) {
+                return Ok(());
+            }
+            self.make_room(access, at..at + 1, ahead, &mut batch)?;
+            self.write_out(access, false, &batch)
+        });
+        // Whoever wants to write there will be told.
+        made.unwrap_or_else(|e| debug!("{}: no room ahead: {e}", self.shared.files[0].path().display()));
+        ahead.take_next(0);
     }
 
     /// Runs a batch of errands. All that they have changed is in the file when this returns.
@@ -198,17 +219,11 @@ impl Image {
             *outcome = self.guarded(|| self.one(access, errand, ahead, &mut batch));
         }
         let written = self.guarded(|| {
-            access.flush()?;
-            self.shared.changed.fetch_add(1, Ordering::AcqRel);
-            if durable || batch.frees {
-                let mark = self.shared.changed.load(Ordering::Acquire);
-                self.shared.files.iter().try_for_each(ImageFile::make_durable)?;
-                self.shared.synced.fetch_max(mark, Ordering::AcqRel);
-            }
+            self.write_out(access, durable, &batch)?;
             for (errand, _) in jobs.iter().filter(|(e, _)| !matches!(e.what, What::Discard)) {
                 self.note(access, errand.offset, errand.offset + errand.len)?;
             }
-            batch.made.iter().try_for_each(|made| self.note(access, made.start, made.end))
+            Ok(())
         });
         if let Err(e) = written {
             for outcome in outcomes.iter_mut().filter(|o| o.is_ok()) {
@@ -216,6 +231,18 @@ impl Image {
             }
         }
         outcomes
+    }
+
+    /// Has tables be in the file, and enters what was allocated.
+    fn write_out(&self, access: &Access, durable: bool, batch: &Batch) -> io::Result<()> {
+        access.flush()?;
+        self.shared.changed.fetch_add(1, Ordering::AcqRel);
+        if durable || batch.frees {
+            let mark = self.shared.changed.load(Ordering::Acquire);
+            self.shared.files.iter().try_for_each(ImageFile::make_durable)?;
+            self.shared.synced.fetch_max(mark, Ordering::AcqRel);
+        }
+        batch.made.iter().try_for_each(|made| self.note(access, made.start, made.end))
     }
 
     fn one(&self, access: &Access, errand: &Errand, ahead: &mut Ahead, batch: &mut Batch) -> io::Result<()> {
@@ -322,15 +349,16 @@ impl Image {
 
     /// Enters where the clusters of a range are.
     pub(super) fn note(&self, access: &Access, start: u64, end: u64) -> io::Result<()> {
-        let Shared { size, cluster_bits: bits, table, .. } = &*self.shared;
-        let (mut at, end) = (start >> bits << bits, end.next_multiple_of(1 << bits).min(*size));
+        let Shared { cluster_bits: bits, table, .. } = &*self.shared;
+        let size = self.shared.size();
+        let (mut at, end) = (start >> bits << bits, end.next_multiple_of(1 << bits).min(size));
         while at < end {
             let (mapping, len) = access.get_mapping(at, end - at)?;
             if len == 0 {
                 return Ok(());
             }
             for cluster in at >> bits..=(at + len - 1) >> bits {
-                let (from, to) = (cluster << bits, ((cluster + 1) << bits).min(*size));
+                let (from, to) = (cluster << bits, ((cluster + 1) << bits).min(size));
                 let whole = at <= from && to <= at + len;
                 let entry = if whole { self.entry(&mapping, from - at, to - from) } else { Entry::Slow };
                 table.set(cluster, entry);
