@@ -120,10 +120,12 @@ impl Session {
             let full = "guest memory is used up; lower iodepth, bs or numjobs";
             let config = DriverRing::lay_out(&mut ram, spec.ring_size(), wanted).context(full)?;
             let events = events()?;
+            // First, as a driver does: what it writes to its ring decides on which node the ring is, and the back end asks.
+            let ours = (events.0.try_clone()?, events.1.try_clone()?);
+            let job = Job::new(&spec, index, &mut ram, &config, (region, known), ours).context(full)?;
             session.back_end.set_up(at, &config, &events).with_context(|| {
                 format!("{path} refused a ring of {} descriptors; lower --iodepth", config.size)
             })?;
-            let job = Job::new(&spec, index, &mut ram, &config, (region, known), events).context(full)?;
             session.jobs.push((spec, job));
         }
         session.back_end.start().with_context(refused)?;

@@ -143,6 +143,11 @@ pub trait Device: Send + Sync {
         None
     }
 
+    /// The node of the host's memory that what is behind it is on, if that is known.
+    fn node(&self) -> Option<usize> {
+        None
+    }
+
     /// The device is reset, or its front end is gone. No queue runs. A front end that keeps a copy of configuration space
     /// (QEMU does) shows that to its guest afterwards as well, and resets at times when the guest does not know of it: what
     /// a driver relies on in there must hold.

@@ -70,11 +70,19 @@ pub struct Uring {
     buffers: Buffers,
 }
 
+/// What the kernel locks for a ring of so many entries: submissions; completions, four times as many, with the indices.
+pub(crate) fn locked_bytes(entries: u32) -> u64 {
+    const PAGE: u64 = 4096;
+    const HEAD: u64 = 512;
+    let entries = u64::from(entries);
+    (64 * entries).next_multiple_of(PAGE) + (HEAD + (4 * 16 + 4) * entries).next_multiple_of(PAGE)
+}
+
 impl Uring {
     /// Sets a ring up for the calling thread, which must be the only one to use it.
     pub fn new(entries: u32) -> io::Result<Uring> {
         let ring = Self::set_up(entries)?;
-        let buffers = Buffers::new(&ring.submitter());
+        let buffers = Buffers::new(&ring.submitter(), locked_bytes(entries));
         let operations = OPERATIONS.map(Restriction::sqe_op).into_iter();
         let mut allowed: Vec<_> =
             operations.chain([Restriction::register_op(REGISTER_BUFFERS_UPDATE)]).collect();

@@ -123,6 +123,7 @@ pub struct VmBuilder {
     dimms_mib: Vec<u64>,
     packed: bool,
     cpus: u32,
+    nodes: u32,
     iommu: bool,
     disks: Vec<Disk>,
     nics: Vec<Nic>,
@@ -141,6 +142,7 @@ impl Default for VmBuilder {
             packed: false,
             dimms_mib: Vec::new(),
             cpus: 4,
+            nodes: 1,
             iommu: false,
             disks: Vec::new(),
             nics: Vec::new(),
@@ -173,6 +175,13 @@ impl VmBuilder {
     #[must_use]
     pub fn cpus(mut self, cpus: u32) -> Self {
         self.cpus = cpus;
+        self
+    }
+
+    /// Sets on how many NUMA nodes the processors and the memory are, of both an even share on each.
+    #[must_use]
+    pub fn nodes(mut self, nodes: u32) -> Self {
+        self.nodes = nodes;
         self
     }
 
@@ -312,14 +321,25 @@ impl VmBuilder {
         add("smp", self.cpus.to_string());
         let kib = (self.memory_mib << 10) + if accel == Accel::Tcg { ODD_KIB } else { 0 };
         add("m", format!("{kib}K,slots=8,maxmem=4G"));
-        add("object", format!("memory-backend-memfd,id=mem,size={kib}K,share=on"));
+        let memory = if self.nodes == 1 {
+            add("object", format!("memory-backend-memfd,id=mem,size={kib}K,share=on"));
+            ",memory-backend=mem"
+        } else {
+            let (kib, cpus) = (kib / u64::from(self.nodes), self.cpus / self.nodes);
+            for node in 0..self.nodes {
+                add("object", format!("memory-backend-memfd,id=mem{node},size={kib}K,share=on"));
+                let (first, last) = (node * cpus, (node + 1) * cpus - 1);
+                add("numa", format!("node,nodeid={node},cpus={first}-{last},memdev=mem{node}"));
+            }
+            ""
+        };
         if self.iommu {
             // Before all that is to be behind it.
             let irqchip = if accel == Accel::Kvm { ",kernel-irqchip=split" } else { "" };
-            add("machine", format!("q35,memory-backend=mem{irqchip}"));
+            add("machine", format!("q35{memory}{irqchip}"));
             add("device", "intel-iommu,intremap=on,device-iotlb=on".to_owned());
         } else {
-            add("machine", "pc,memory-backend=mem".to_owned());
+            add("machine", format!("pc{memory}"));
         }
         for (n, mib) in self.dimms_mib.iter().enumerate() {
             add("object", format!("memory-backend-memfd,id=boot-mem{n},size={mib}M,share=on"));

@@ -6,6 +6,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use daemon::{Switch, ring_size};
 use poll_engine::engine::pacing::Pacing;
 use poll_engine::engine::placement::CpuList;
+use poll_engine::engine::placement::auto::Cpus;
 use vhost_blk::backend::formatted::Format;
 use vhost_blk::cli::{DeviceOptions, KeyOptions, Synthetic, parse_size};
 use vhost_net::cli::pairs;
@@ -212,9 +213,18 @@ pub struct Common {
     #[arg(long, value_name = "BYTES", value_parser = bounce_size)]
     pub bounce_size: Option<u64>,
 
-    /// CPUs to run on, one pinned reactor each (such as 2-3,6); without: one reactor, not pinned
+    /// CPUs to run on, one pinned reactor each (such as 2-3,6); auto or auto:N: as many as devices are on different nodes, or
+    /// N, on CPUs near them (see --housekeeping, --guest-cpus); without: one reactor, not pinned
     #[arg(long, value_name = "LIST")]
-    pub cpus: Option<CpuList>,
+    pub cpus: Option<Cpus>,
+
+    /// With --cpus auto, CPUs to keep off because the host's own work runs there
+    #[arg(long, value_name = "LIST")]
+    pub housekeeping: Option<CpuList>,
+
+    /// With --cpus auto, CPUs to keep off because virtual machines run there
+    #[arg(long, value_name = "LIST")]
+    pub guest_cpus: Option<CpuList>,
 
     /// How to wait for requests: busy never sleeps, adaptive spins a while first, event sleeps at once
     #[arg(long, value_name = "MODE", default_value = "adaptive")]

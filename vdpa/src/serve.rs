@@ -3,8 +3,9 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use daemon::Switch;
+use daemon::placement::{Asked, of_file};
 use poll_engine::device::features;
 use poll_engine::engine::{Engine, EngineConfig};
 use poll_engine::uring::FixedBuffers;
@@ -30,9 +31,19 @@ use crate::switch;
 use crate::sysfs::Driver;
 use crate::vduse::node::{ID_BLOCK, ID_NET};
 
-/// Starts the reactors.
-pub(crate) fn engine(common: &Common, fixed: FixedBuffers) -> Result<Arc<Engine>> {
-    let cpus = common.cpus.clone().unwrap_or_default();
+/// Starts the reactors, near these devices if it is for us to say where.
+pub(crate) fn engine(
+    common: &Common,
+    fixed: FixedBuffers,
+    near: &[(String, Option<usize>)],
+) -> Result<Arc<Engine>> {
+    let (housekeeping, guest_cpus) = (common.housekeeping.as_ref(), common.guest_cpus.as_ref());
+    let asked = Asked { cpus: common.cpus.as_ref(), housekeeping, guest_cpus };
+    asked.check().map_err(|e| anyhow!("{e}"))?;
+    let (cpus, plan) = asked.place(near)?;
+    if let Some(plan) = plan {
+        info!("{plan}");
+    }
     let config = EngineConfig { cpus, pacing: common.poll, fixed_buffers: fixed, ..EngineConfig::default() };
     Ok(Arc::new(Engine::start(&config)?))
 }
@@ -73,6 +84,7 @@ fn blk(
     daemon::log::init(&common.log)?;
     let confined = confine::threads(common, identity, driver, vec![], false)?;
     let image = Image { serial: options.serial.as_str(), read_only: options.read_only, ..image };
+    let near = of_file(name.clone(), image.file);
     let disk = Arc::new(image.open(options)?);
     let device = BlkDevice::new(Arc::clone(&disk), options.num_queues, options.queue_size, None);
     let device = Arc::new(device.without(withheld_rings(options.packed)));
@@ -82,7 +94,7 @@ fn blk(
         device,
         config_len: vhost_blk::device::CONFIG_LEN,
         common,
-        engine: engine(common, options.fixed_buffers.into())?,
+        engine: engine(common, options.fixed_buffers.into(), &[near])?,
     };
     serve(vec![wanted], driver, &*disk, &confined)
 }
@@ -123,7 +135,7 @@ pub fn serve_net(cli: &ServeNet) -> Result<()> {
         device: Arc::new(NetDevice::new(card, joined, withheld_rings(cli.packed))),
         config_len: vhost_net::device::CONFIG_LEN,
         common: &cli.common,
-        engine: engine(&cli.common, FixedBuffers::Off)?,
+        engine: engine(&cli.common, FixedBuffers::Off, &[])?,
     };
     serve(vec![wanted], cli.driver, &*tap, &confined)
 }

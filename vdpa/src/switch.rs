@@ -124,7 +124,7 @@ pub(crate) fn serve_net(cli: &ServeNet, identity: Option<Identity>) -> Result<()
     let mut uplink = options.uplink.as_ref().map(|spec| join::open_uplink(spec, told)).transpose()?;
     let opens = uplink.is_some();
     let confined = confine::threads(&cli.common, identity, cli.driver, sockets(&options), opens)?;
-    let engine = engine(&cli.common, FixedBuffers::Off)?;
+    let engine = engine(&cli.common, FixedBuffers::Off, &options.near())?;
     let guests: Vec<_> = options.port.iter().map(|port| (port, cli.num_queue_pairs)).collect();
     let uplink_mtu = uplink.as_mut().map(|u| u.link().mtu);
     let hub = Arc::new(join::hub(&options, &guests, uplink_mtu, engine.reactors())?);

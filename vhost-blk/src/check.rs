@@ -11,6 +11,7 @@ use crate::spec::DiskSpec;
 /// The first thing that is wrong, if anything is.
 pub fn check(options: &Options) -> Result<(), Wrong> {
     first_disk(options)?;
+    options.placement().check()?;
     let disks = options.disks();
     if !options.pool.is_empty() && options.api.is_none() {
         return Err(Wrong::new(

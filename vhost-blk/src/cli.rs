@@ -8,10 +8,12 @@ use std::str::FromStr;
 use anyhow::Result;
 use clap::{Args, CommandFactory, Id, Parser, ValueEnum};
 use daemon::file::File;
+use daemon::placement::{Asked, of_file};
 use daemon::process::ProcessOptions;
 use daemon::{Fixed, Switch, from_text, ring_size, said};
 use poll_engine::engine::pacing::Pacing;
 use poll_engine::engine::placement::CpuList;
+use poll_engine::engine::placement::auto::Cpus;
 use poll_engine::session::state::MAX_QUEUES;
 use serde::{Deserialize, Serialize};
 
@@ -136,10 +138,21 @@ pub struct Options {
     #[serde(skip)] // a type of its own, also in a file
     pub device: DeviceOptions,
 
-    /// CPUs to run on, one pinned reactor each (such as 2-3,6); without: one reactor, not pinned
+    /// CPUs to run on, one pinned reactor each (such as 2-3,6); auto or auto:N: as many as devices are on different nodes, or
+    /// N, on CPUs near them (see --housekeeping, --guest-cpus); without: one reactor, not pinned
     #[arg(long, value_name = "LIST")]
     #[serde(deserialize_with = "cpus")]
-    pub cpus: Option<CpuList>,
+    pub cpus: Option<Cpus>,
+
+    /// With --cpus auto, CPUs to keep off because the host's own work runs there
+    #[arg(long, value_name = "LIST")]
+    #[serde(deserialize_with = "cpu_list")]
+    pub housekeeping: Option<CpuList>,
+
+    /// With --cpus auto, CPUs to keep off because virtual machines run there
+    #[arg(long, value_name = "LIST")]
+    #[serde(deserialize_with = "cpu_list")]
+    pub guest_cpus: Option<CpuList>,
 
     /// How to wait for requests: busy never sleeps, adaptive spins a while first, event sleeps at once
     #[arg(long, value_name = "MODE", default_value = "adaptive")]
@@ -315,7 +328,8 @@ from_text! {
     credential: Option<String> = |s| crate::spec::credential(s).map(Some);
     base: Option<Base> = |s| s.parse().map(Some);
     backend: Option<Synthetic> = |s| s.parse().map(Some);
-    cpus: Option<CpuList> = |s| said::cpus(s).map(Some);
+    cpus: Option<Cpus> = |s| said::cpus(s).map(Some);
+    cpu_list: Option<CpuList> = |s| said::cpu_list(s).map(Some);
     pacing: Pacing = str::parse;
     count: u16 = num_queues;
     size: u16 = ring_size;
@@ -365,6 +379,17 @@ impl Default for DeviceOptions {
 }
 
 impl Options {
+    /// What is said of where reactors run.
+    pub fn placement(&self) -> Asked<'_> {
+        let (housekeeping, guest_cpus) = (self.housekeeping.as_ref(), self.guest_cpus.as_ref());
+        Asked { cpus: self.cpus.as_ref(), housekeeping, guest_cpus }
+    }
+
+    /// What is near which memory: disks with a file.
+    pub fn near(&self) -> Vec<(String, Option<usize>)> {
+        self.disks().iter().map(|disk| of_file(disk.key(), disk.blk_file.as_deref())).collect()
+    }
+
     /// Those of a file, which go together.
     pub fn read(path: &Path) -> Result<Options> {
         Options::of(&File::read(path)?)
@@ -521,6 +546,8 @@ mod tests {
         ("--fixed-buffers=on", "fixed-buffers = true"),
         ("--shared-depth=64", "shared-depth = 64"),
         ("--cpus=0-1", "cpus = [0, 1]"),
+        ("--housekeeping=0,4", "housekeeping = [0, 4]"),
+        ("--guest-cpus=2-3", "guest-cpus = '2-3'"),
         ("--poll=busy", "poll = 'busy'"),
         ("--api=/a", "api = '/a'"),
         ("--api-mode=660", "api-mode = 660"),
@@ -566,6 +593,8 @@ mod tests {
             "fixed-buffers = 'some'",
             "shared-depth = -1",
             "cpus = 'x'",
+            "cpus = 'auto:0'",
+            "housekeeping = 'auto'",
             "poll = 'often'",
             "disk = 'socket-path=/a'",
             "sandbox = 'some'",

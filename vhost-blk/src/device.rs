@@ -5,6 +5,7 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use poll_engine::device::{ConfigRefused, Device, QueueHandler, StateRefused};
+use poll_engine::engine::placement::topology::{SYSFS, node_of_file};
 use poll_engine::engine::wanted::WantedOn;
 use poll_engine::ring::inflight::Memento;
 
@@ -59,6 +60,7 @@ pub struct BlkDevice {
     ring_size: u16,
     recorder: Mutex<Option<Arc<Recorder>>>,
     withheld: u64,
+    node: Option<usize>,
     wanted_on: WantedOn,
     /// Where the mode is left to the next process.
     memento: Mutex<Option<Memento>>,
@@ -74,7 +76,8 @@ impl BlkDevice {
     ) -> BlkDevice {
         let (recorder, wanted_on) = (Mutex::new(recorder), WantedOn::default());
         let memento = Mutex::default();
-        BlkDevice { disk, num_queues, ring_size, recorder, withheld: 0, wanted_on, memento }
+        let node = node_of_file(SYSFS.as_ref(), disk.path());
+        BlkDevice { disk, num_queues, ring_size, recorder, withheld: 0, node, wanted_on, memento }
     }
 
     /// Has these queues on this reactor when they start next.
@@ -283,6 +286,10 @@ impl Device for BlkDevice {
 
     fn reactor(&self, index: u16) -> Option<usize> {
         self.wanted_on.of(index)
+    }
+
+    fn node(&self) -> Option<usize> {
+        self.node
     }
 
     fn reset(&self) {

@@ -108,7 +108,7 @@ pub struct DiskConfig {
     pub writeback: bool,
     /// Largest ring a queue may have.
     pub ring_size: u16,
-    /// The image, for what is said of it.
+    /// Its image; empty if it has none.
     pub path: PathBuf,
     /// The image is not locked yet: it is another daemon's until the guest arrives.
     pub incoming: bool,

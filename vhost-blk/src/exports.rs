@@ -550,7 +550,8 @@ impl Running for Exports {
         };
         let specs: Vec<_> = self.all().iter().map(|s| s.spec()).collect();
         let cpus: Option<Vec<_>> = self.engine.list().iter().map(|r| r.cpu).collect();
-        saved(path, &specs, self.engine.pacing(), cpus).map_err(|e| conflict(&e))?;
+        let reactors = cpus.map(|cpus| (cpus, self.engine.began_on().0));
+        saved(path, &specs, self.engine.pacing(), reactors).map_err(|e| conflict(&e))?;
         info!("what has changed is saved to {}", path.display());
         Ok(path.clone())
     }

@@ -38,7 +38,9 @@ fn run(cli: &Cli) -> Result<()> {
     let options = &cli.options()?;
     let disks = options.disks();
     if cli.check {
-        daemon::print(&format!("nothing is wrong, {} disks", disks.len()));
+        let (_, plan) = options.placement().place(&options.near())?;
+        let plan = plan.map_or_else(String::new, |plan| format!("; {plan}"));
+        daemon::print(&format!("nothing is wrong, {} disks{plan}", disks.len()));
         return Ok(());
     }
     let cli = &cli.completed(options);
@@ -79,7 +81,7 @@ fn serve(
     let disks =
         wanted.iter().zip(&mut inherited).map(|(w, i)| w.open(i.take())).collect::<Result<Vec<_>>>()?;
     let recorders = wanted.iter().zip(&disks).map(|(w, d)| w.record(d)).collect::<Result<Vec<_>>>()?;
-    let engine = Arc::new(Engine::start(&engine_config(options))?);
+    let engine = Arc::new(Engine::start(&engine_config(options)?)?);
     // Before the sockets: whoever sees one may send signals.
     let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP, SIGUSR1]).context("cannot handle signals")?;
     let sources = wanted.iter().zip(places).map(|(w, inherited)| Source::of(&w.place, inherited));
@@ -153,11 +155,15 @@ fn places(wanted: &[Wanted], cli: &Cli, options: &Options) -> Places {
     places
 }
 
-fn engine_config(options: &Options) -> EngineConfig {
-    EngineConfig {
-        cpus: options.cpus.clone().unwrap_or_default(),
+fn engine_config(options: &Options) -> Result<EngineConfig> {
+    let (cpus, plan) = options.placement().place(&options.near())?;
+    if let Some(plan) = plan {
+        info!("{plan}");
+    }
+    Ok(EngineConfig {
+        cpus,
         pacing: options.poll,
         fixed_buffers: options.device.fixed_buffers.into(),
         ..EngineConfig::default()
-    }
+    })
 }

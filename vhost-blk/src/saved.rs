@@ -6,15 +6,19 @@ use anyhow::{Context, Result, bail};
 use control::saved::{self, Listed, numbers, set};
 use daemon::file::File;
 use poll_engine::engine::pacing::Pacing;
+use poll_engine::engine::placement::auto::Cpus;
 use toml_edit::{DocumentMut, Table, Value, value};
 
 use crate::cli::Options;
 use crate::spec::{DiskSpec, Written};
 
+/// CPUs of the reactors that there are, and of those that there were at the start.
+pub type Reactors = (Vec<usize>, Vec<usize>);
+
 /// Brings the file at `path` up to date.
-pub fn saved(path: &Path, disks: &[DiskSpec], pacing: Pacing, cpus: Option<Vec<usize>>) -> Result<()> {
+pub fn saved(path: &Path, disks: &[DiskSpec], pacing: Pacing, reactors: Option<Reactors>) -> Result<()> {
     let text = saved::read(path)?;
-    saved::replace(path, &updated(path, &text, disks, pacing, cpus)?)
+    saved::replace(path, &updated(path, &text, disks, pacing, reactors)?)
 }
 
 fn updated(
@@ -22,7 +26,7 @@ fn updated(
     text: &str,
     disks: &[DiskSpec],
     pacing: Pacing,
-    cpus: Option<Vec<usize>>,
+    reactors: Option<Reactors>,
 ) -> Result<String> {
     let was = Options::of(&File::new(path, text.to_owned())).context("it has changed since the start")?;
     let mut document: DocumentMut = text.parse()?;
@@ -30,10 +34,16 @@ fn updated(
         document["poll"] = value(pacing.name());
     }
     // One that is not pinned cannot be said beside others that are.
-    if let Some(cpus) = cpus
-        && was.cpus.as_ref().map(|list| &list.0) != Some(&cpus)
-    {
-        document["cpus"] = value(numbers(&cpus));
+    if let Some((cpus, began_on)) = reactors {
+        let is_said = match &was.cpus {
+            Some(Cpus::These(list)) => list.0 == cpus,
+            // They are chosen again at the next start, unless somebody has chosen others.
+            Some(Cpus::Auto(_)) => cpus == began_on,
+            None => false,
+        };
+        if !is_said {
+            document["cpus"] = value(numbers(&cpus));
+        }
     }
     let old = was.disks();
     let has_first = old.len() > was.disk.len();
@@ -95,6 +105,8 @@ fn item(written: Written) -> Value {
 
 #[cfg(test)]
 mod tests {
+    use poll_engine::engine::placement::CpuList;
+
     use super::*;
 
     const FILE: &str = "# Ours.\npoll = 'event' # sleeps\napi = '/api'\n\n\
@@ -106,7 +118,7 @@ mod tests {
     }
 
     fn after(text: &str, disks: &[DiskSpec], pacing: Pacing, cpus: Option<Vec<usize>>) -> (String, Options) {
-        let text = updated(Path::new("f"), text, disks, pacing, cpus).unwrap();
+        let text = updated(Path::new("f"), text, disks, pacing, cpus.map(|cpus| (cpus, vec![7]))).unwrap();
         let read = Options::of(&File::new(Path::new("f"), text.clone())).unwrap();
         (text, read)
     }
@@ -128,7 +140,7 @@ mod tests {
         ];
         let (text, read) = after(FILE, &disks, Pacing::Busy, Some(vec![0, 3]));
         assert_eq!(read.disks(), disks);
-        assert_eq!((read.poll, read.cpus.unwrap().0), (Pacing::Busy, vec![0, 3]));
+        assert_eq!((read.poll, read.cpus), (Pacing::Busy, Some(Cpus::These(CpuList(vec![0, 3])))));
         assert!(
             text.contains("# Ours.") && text.contains("# The first.") && !text.contains("gone"),
             "{text}"
@@ -136,6 +148,15 @@ mod tests {
         // And back.
         let (text, read) = after(&text, &[], Pacing::Adaptive, None);
         assert!(read.disks().is_empty() && !text.contains("[[disk]]"), "{text}");
+    }
+
+    #[test]
+    fn reactors_that_were_placed_are_placed_again() {
+        let file = format!("cpus = 'auto' # chosen\n{FILE}");
+        let disks = after(&file, &[], Pacing::Event, None).1.disks();
+        let saved = |cpus: &[usize]| after(&file, &disks, Pacing::Event, Some(cpus.to_vec())).1.cpus;
+        assert_eq!(saved(&[7]), Some(Cpus::Auto(None)));
+        assert_eq!(saved(&[5, 7]), Some(Cpus::These(CpuList(vec![5, 7]))));
     }
 
     #[test]

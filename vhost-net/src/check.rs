@@ -17,6 +17,7 @@ fn wrong(at: &[Step], why: impl Into<String>) -> Wrong {
 pub fn check(options: &Options) -> Result<(), Wrong> {
     let ports = options.ports();
     first_port(options)?;
+    options.placement().check()?;
     joined(options, &ports)?;
     // Those of the list are the last ones.
     let listed = ports.len() - options.port.len();

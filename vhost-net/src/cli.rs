@@ -6,10 +6,12 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use clap::{Args, CommandFactory, Parser};
 use daemon::file::File;
+use daemon::placement::{Asked, of_interface};
 use daemon::process::ProcessOptions;
 use daemon::{Place, Switch, from_text, ring_size, said};
 use poll_engine::engine::pacing::Pacing;
 use poll_engine::engine::placement::CpuList;
+use poll_engine::engine::placement::auto::Cpus;
 use serde::Deserialize;
 
 use crate::check::check;
@@ -139,10 +141,21 @@ pub struct Options {
     #[serde(deserialize_with = "switched")]
     pub packed: Switch,
 
-    /// CPUs to run on, one pinned reactor each (such as 2-3,6); without: one reactor, not pinned
+    /// CPUs to run on, one pinned reactor each (such as 2-3,6); auto or auto:N: as many as devices are on different nodes, or
+    /// N, on CPUs near them (see --housekeeping, --guest-cpus); without: one reactor, not pinned
     #[arg(long, value_name = "LIST")]
     #[serde(deserialize_with = "cpus")]
-    pub cpus: Option<CpuList>,
+    pub cpus: Option<Cpus>,
+
+    /// With --cpus auto, CPUs to keep off because the host's own work runs there
+    #[arg(long, value_name = "LIST")]
+    #[serde(deserialize_with = "cpu_list")]
+    pub housekeeping: Option<CpuList>,
+
+    /// With --cpus auto, CPUs to keep off because virtual machines run there
+    #[arg(long, value_name = "LIST")]
+    #[serde(deserialize_with = "cpu_list")]
+    pub guest_cpus: Option<CpuList>,
 
     /// How to wait for packets: busy never sleeps, adaptive spins a while first, event sleeps at once
     #[arg(long, value_name = "MODE", default_value = "adaptive")]
@@ -187,7 +200,8 @@ from_text! {
     num_pairs: u16 = pairs;
     size: u16 = ring_size;
     switched: Switch = said::switch;
-    cpus: Option<CpuList> = |s| said::cpus(s).map(Some);
+    cpus: Option<Cpus> = |s| said::cpus(s).map(Some);
+    cpu_list: Option<CpuList> = |s| said::cpu_list(s).map(Some);
     pacing: Pacing = str::parse;
     mode: u32 = daemon::socket_mode;
 }
@@ -217,6 +231,18 @@ impl Default for Options {
 }
 
 impl Options {
+    /// What is said of where reactors run.
+    pub fn placement(&self) -> Asked<'_> {
+        let (housekeeping, guest_cpus) = (self.housekeeping.as_ref(), self.guest_cpus.as_ref());
+        Asked { cpus: self.cpus.as_ref(), housekeeping, guest_cpus }
+    }
+
+    /// What is near which memory: interfaces of the uplink's.
+    pub fn near(&self) -> Vec<(String, Option<usize>)> {
+        let of = |port: &PortSpec| port.af_xdp.as_deref().or(port.af_packet.as_deref()).map(of_interface);
+        self.uplink.iter().filter_map(of).collect()
+    }
+
     /// Those of a file, which go together.
     pub fn read(path: &Path) -> Result<Options> {
         Options::of(&File::read(path)?)
@@ -336,6 +362,8 @@ mod tests {
         ("--queue-size=256", "queue-size = 256"),
         ("--packed=off", "packed = false"),
         ("--cpus=0-1", "cpus = [0, 1]"),
+        ("--housekeeping=0,4", "housekeeping = [0, 4]"),
+        ("--guest-cpus=2-3", "guest-cpus = '2-3'"),
         ("--poll=busy", "poll = 'busy'"),
         ("--api=/a", "api = '/a'"),
         ("--api-mode=660", "api-mode = 660"),
@@ -379,6 +407,8 @@ mod tests {
             "queue-size = 1000",
             "packed = 'maybe'",
             "cpus = 'x'",
+            "cpus = 'auto:0'",
+            "housekeeping = 'auto'",
             "poll = 'often'",
             "config = 'x'",
             "uplink = 'e'",

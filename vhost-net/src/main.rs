@@ -39,7 +39,9 @@ fn run(cli: &Cli) -> Result<()> {
     let named = cli.process.confine.enter()?;
     let options = &cli.options()?;
     if cli.check {
-        daemon::print(&format!("nothing is wrong, {} ports", options.ports().len()));
+        let (_, plan) = options.placement().place(&options.near())?;
+        let plan = plan.map_or_else(String::new, |plan| format!("; {plan}"));
+        daemon::print(&format!("nothing is wrong, {} ports{plan}", options.ports().len()));
         return Ok(());
     }
     let cli = &cli.completed(options);
@@ -85,8 +87,12 @@ fn serve(
     let sources = sources.collect::<Result<Vec<_>, _>>()?;
     let control = heir.listen()?;
     let api = options.api.as_deref().map(|path| bind(path, options.api_mode, heir.is_one())).transpose()?;
+    let (cpus, plan) = options.placement().place(&options.near())?;
+    if let Some(plan) = plan {
+        info!("{plan}");
+    }
     let config = EngineConfig {
-        cpus: options.cpus.clone().unwrap_or_default(),
+        cpus,
         pacing: options.poll,
         count_cycles: options.record_core_cycles,
         ..EngineConfig::default()

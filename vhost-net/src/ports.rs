@@ -18,6 +18,7 @@ use poll_engine::confine::{self, Role};
 use poll_engine::device::Device;
 use poll_engine::engine::pacing::Pacing;
 use poll_engine::engine::placement::CpuList;
+use poll_engine::engine::placement::auto::Cpus;
 use poll_engine::engine::{Engine, RunningStation};
 use poll_engine::session::serve::Export;
 use poll_engine::session::server::{AskError, Server};
@@ -697,7 +698,12 @@ impl Running for Ports {
         // One that is not pinned cannot be said beside others that are.
         if let Some(mut cpus) = self.engine().list().iter().map(|r| r.cpu).collect::<Option<Vec<_>>>() {
             cpus.sort_unstable();
-            now.cpus = Some(CpuList(cpus));
+            let mut began_on = self.engine().began_on().0;
+            began_on.sort_unstable();
+            // They are chosen again at the next start, unless somebody has chosen others.
+            if !matches!(now.cpus, Some(Cpus::Auto(_))) || cpus != began_on {
+                now.cpus = Some(Cpus::These(CpuList(cpus)));
+            }
         }
         saved(path, &now).map_err(|e| conflict(&e))?;
         *options = now;

@@ -27,7 +27,7 @@ pub fn reload(now: &Options, wanted: &Options) -> Result<Reload, String> {
     let mut refused: Vec<String> = differing!(
         now, wanted,
         socket_path fd tap tap_fds pcap pcap_snaplen pcap_filter loopback wire switch mac_ageing mac mtu num_queue_pairs
-        queue_size packed cpus poll record_core_cycles api api_mode allow log
+        queue_size packed cpus housekeeping guest_cpus poll record_core_cycles api api_mode allow log
     )
     .chain(differing!(now.process.upgrade, wanted.process.upgrade, control))
     .chain(differing!(now.process.confine, wanted.process.confine, sandbox user))

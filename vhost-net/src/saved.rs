@@ -5,6 +5,7 @@ use std::path::Path;
 use anyhow::{Context, Result, bail};
 use control::saved::{self, Listed, numbers, set};
 use daemon::file::File;
+use poll_engine::engine::placement::auto::Cpus;
 use toml_edit::{Array, DocumentMut, Item, Table, Value, value};
 
 use crate::cli::Options;
@@ -23,8 +24,8 @@ fn updated(path: &Path, text: &str, now: &Options) -> Result<String> {
     if was.poll != now.poll {
         document["poll"] = value(now.poll.name());
     }
-    if let Some(cpus) = &now.cpus
-        && was.cpus.as_ref() != Some(cpus)
+    if let Some(Cpus::These(cpus)) = &now.cpus
+        && was.cpus != now.cpus
     {
         document["cpus"] = value(numbers(&cpus.0));
     }
@@ -154,7 +155,7 @@ mod tests {
                    rx-pps=4,burst-ms=5,broadcast-pps=6,multicast-pps=7,unknown-pps=8";
         let (text, read) = after(FILE, |now| {
             now.poll = poll_engine::engine::pacing::Pacing::Busy;
-            now.cpus = Some(CpuList(vec![0, 3]));
+            now.cpus = Some(Cpus::These(CpuList(vec![0, 3])));
             now.port.remove(1);
             now.port[0].link_down = true;
             now.port[0].tx_bps = None;
@@ -164,7 +165,7 @@ mod tests {
         });
         assert_eq!((read.port.len(), read.port[0].name(), read.port[0].rx_pps), (2, "a".into(), Some(5)));
         assert_eq!(read.port[1], all.parse().unwrap());
-        assert_eq!(read.cpus, Some(CpuList(vec![0, 3])));
+        assert_eq!(read.cpus, Some(Cpus::These(CpuList(vec![0, 3]))));
         assert_eq!(read.uplink.unwrap().tx_pps, Some(9));
         assert!(
             text.contains("# Ours.") && text.contains("# The first.") && text.contains("# out"),

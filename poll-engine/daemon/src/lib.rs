@@ -3,6 +3,7 @@
 pub mod confine;
 pub mod file;
 pub mod log;
+pub mod placement;
 pub mod process;
 pub mod said;
 pub mod takeover;

@@ -4,6 +4,7 @@
 use std::fmt::{self, Display};
 
 use poll_engine::engine::placement::CpuList;
+use poll_engine::engine::placement::auto::Cpus;
 use serde::de::value::{Error, SeqDeserializer, StrDeserializer};
 use serde::de::{DeserializeOwned, DeserializeSeed, Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, forward_to_deserialize_any};
@@ -73,7 +74,12 @@ macro_rules! from_text {
 }
 
 /// A list of CPUs; in a file its parts may be the items of a list.
-pub fn cpus(s: &str) -> Result<CpuList, String> {
+pub fn cpu_list(s: &str) -> Result<CpuList, String> {
+    s.replace('+', ",").parse()
+}
+
+/// The same, or that they are to be chosen.
+pub fn cpus(s: &str) -> Result<Cpus, String> {
     s.replace('+', ",").parse()
 }
 

@@ -25,14 +25,16 @@ use crate::confine::{self, Role};
 use crate::device::QueueHandler;
 use crate::memory::iotlb::Miss;
 use crate::memory::log::QueueLog;
+use crate::memory::shortfall::{locked, memlock_limit};
 use crate::stats::QueueStats;
-use crate::uring::FixedBuffers;
+use crate::uring::{FixedBuffers, locked_bytes};
 use mailbox::{Postbox, mailbox};
 use pacing::Pacing;
+use placement::topology::{SYSFS, Topology};
 use placement::{CpuList, pin_to, usable_cpus};
 use queue::{MapChange, Queue};
 pub use reactor::{Dormancy, ReactorStats};
-use reactor::{Message, NotifierChange, QueueId, Reactor};
+use reactor::{Message, NotifierChange, QueueId, Reactor, URING_ENTRIES};
 use station::{Station, Waker};
 pub use times::Spent;
 use times::Times;
@@ -99,9 +101,10 @@ pub struct ReactorInfo {
 pub struct At {
     /// On the reactor of this number, if it is there still: somebody wants it there.
     pub reactor: Option<usize>,
-    /// Else on this one, counted round those there are, which a device says that has places for its queues. Else on the one
-    /// that has the fewest queues.
+    /// Else on this one, counted round those there are, which a device says that has places for its queues.
     pub place: Option<usize>,
+    /// Else on the one that has the fewest queues of those on the first of these nodes that has any, or of all.
+    pub near: [Option<usize>; 2],
     /// It takes nothing before [`RunningQueue::resume`].
     pub paused: bool,
 }
@@ -109,6 +112,7 @@ pub struct At {
 struct ReactorHandle {
     number: usize,
     cpu: Option<usize>,
+    node: Option<usize>,
     thread: Mutex<Option<JoinHandle<()>>>,
     postbox: Postbox<Message>,
     waker: Waker,
@@ -122,6 +126,7 @@ pub struct Engine {
     reactors: RwLock<Vec<Arc<ReactorHandle>>>,
     /// As the next reactor is to be; and its number.
     next: Mutex<(EngineConfig, usize)>,
+    topology: Topology,
 }
 
 impl Engine {
@@ -132,7 +137,9 @@ impl Engine {
             [] => vec![None],
             list => list.iter().copied().map(Some).collect(),
         };
-        let engine = Engine { reactors: RwLock::default(), next: Mutex::new((config.clone(), 0)) };
+        let next = Mutex::new((config.clone(), 0));
+        // Now, while files may be opened.
+        let engine = Engine { reactors: RwLock::default(), next, topology: Topology::read(SYSFS.as_ref()) };
         for cpu in cpus {
             engine.start_reactor(cpu, |_, _| None)?;
         }
@@ -182,12 +189,13 @@ impl Engine {
             let reactor = Reactor::new(name, index, (mail, own), &own_config, own_times, own_stats)?;
             Ok((guard, reactor))
         };
-        let thread =
-            confine::spawn_with(builder, Role::Reactor, make, |(_guard, mut reactor)| reactor.run())?;
+        let thread = confine::spawn_with(builder, Role::Reactor, make, |(_guard, mut reactor)| reactor.run())
+            .map_err(|e| short_of_memory(e, config.cpus.0.len().max(index + 1)))?;
         info!("reactor on {}, {pacing:?}", cpu.map_or("any CPU".into(), |cpu| format!("CPU {cpu}")));
         let handle = Arc::new(ReactorHandle {
             number: index,
             cpu,
+            node: cpu.and_then(|cpu| self.topology.node_of(cpu)),
             thread: Mutex::new(Some(thread)),
             postbox,
             waker,
@@ -215,6 +223,17 @@ impl Engine {
     /// How many reactors there are.
     pub fn reactors(&self) -> usize {
         self.all().len()
+    }
+
+    /// Whether there are reactors on several nodes, so that it matters which one a queue is on.
+    pub fn spans_nodes(&self) -> bool {
+        let all = self.reactors.read().unwrap_or_else(PoisonError::into_inner);
+        all.windows(2).any(|pair| pair[0].node != pair[1].node)
+    }
+
+    /// The CPUs of the reactors that it began with.
+    pub fn began_on(&self) -> CpuList {
+        self.next.lock().unwrap_or_else(PoisonError::into_inner).0.cpus.clone()
     }
 
     /// What there is to say of each reactor.
@@ -296,15 +315,19 @@ impl Engine {
         &self,
         queue: Queue,
         handler: Box<dyn QueueHandler>,
-        At { place, reactor, paused }: At,
+        At { place, reactor, near, paused }: At,
     ) -> io::Result<RunningQueue> {
         let reactor = {
             // Counted under the lock: one that retires knows of all queues that may still come.
             let all = self.reactors.read().unwrap_or_else(PoisonError::into_inner);
             let wished = all.iter().find(|r| Some(r.number) == reactor);
             let placed = || place.map(|place| &all[place % all.len()]);
-            let idlest = || all.iter().min_by_key(|r| r.queues.load(Ordering::Relaxed));
-            let chosen = wished.or_else(placed).or_else(idlest).ok_or_else(gone)?;
+            let idlest = |on: Option<usize>| {
+                let on_it = all.iter().filter(|r| on.is_none() || r.node == on);
+                on_it.min_by_key(|r| r.queues.load(Ordering::Relaxed))
+            };
+            let nearest = || near.iter().flatten().find_map(|node| idlest(Some(*node)));
+            let chosen = wished.or_else(placed).or_else(nearest).or_else(|| idlest(None)).ok_or_else(gone)?;
             chosen.queues.fetch_add(1, Ordering::Relaxed);
             Arc::clone(chosen)
         };
@@ -388,6 +411,17 @@ fn expect_usable(cpus: &[usize]) -> Result<(), EngineError> {
     match cpus.iter().find(|cpu| !usable.contains(cpu)) {
         Some(&cpu) => Err(EngineError::NoCpu { cpu, usable }),
         None => Ok(()),
+    }
+}
+
+/// With what `reactors` reactors need, if it is that.
+fn short_of_memory(error: io::Error, reactors: usize) -> io::Error {
+    match error.raw_os_error() {
+        Some(libc::ENOMEM) => {
+            let needed = reactors as u64 * locked_bytes(URING_ENTRIES);
+            io::Error::new(error.kind(), format!("{error}; {}", locked(needed, memlock_limit())))
+        }
+        _ => error,
     }
 }
 

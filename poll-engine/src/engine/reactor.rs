@@ -32,7 +32,7 @@ use crate::stats::{Counter, ErrorKind};
 use crate::uring::{Completion, FixedBuffers, Uring};
 
 /// Submission entries; completions have four times as many.
-const URING_ENTRIES: u32 = 1024;
+pub(super) const URING_ENTRIES: u32 = 1024;
 
 /// How often rings are looked at before the mailbox and the kernel are, while nothing is in flight.
 const MAX_LOOKS: u32 = 8;

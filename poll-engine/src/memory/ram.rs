@@ -3,9 +3,12 @@
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
+use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use super::map::{MemoryError, MemoryMap, Region, RegionSpec};
+use super::shortfall;
+use crate::engine::placement::topology::SYSFS;
 
 /// One memfd, mapped here and ready to be shared.
 #[derive(Debug)]
@@ -23,6 +26,15 @@ impl Ram {
         let flags = if huge { MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_HUGETLB } else { MFdFlags::MFD_CLOEXEC };
         let fd = memfd_create(c"guest-ram", flags).map_err(fail)?;
         nix::unistd::ftruncate(&fd, size as i64).map_err(fail)?;
+        if huge {
+            // All of them now: one that is missing later is a fault.
+            let page = nix::sys::statfs::fstatfs(&fd).map_err(fail)?.block_size() as u64;
+            let short = |e: nix::Error| MemoryError::Map {
+                guest_addr,
+                reason: format!("{e}; {}", shortfall::huge_pages(SYSFS.as_ref(), size, page)),
+            };
+            fallocate(&fd, FallocateFlags::empty(), 0, size as i64).map_err(short)?;
+        }
         Self::shared(guest_addr, size, fd)
     }
 

@@ -30,6 +30,7 @@ use crate::engine::{At, Engine, RunningQueue};
 use crate::memory::iotlb::IotlbError;
 use crate::memory::log::LogError;
 use crate::memory::map::{MapHold, MemoryError, MemoryMap, Region, RegionSpec};
+use crate::memory::node::node_of;
 use crate::memory::userfault;
 use crate::ring::inflight::QueueRegion;
 use crate::ring::{RingConfig, RingError};
@@ -541,10 +542,21 @@ impl<'a> Served<'a> {
         }
         queue.set_log(self.log_of(index));
         let (place, reactor) = (export.device.place(index), export.device.reactor(index));
-        let at = At { place, reactor, paused: self.orders.is_paused() };
+        let at = At { place, reactor, near: self.nodes_near(&config), paused: self.orders.is_paused() };
         let running = self.engine().run_queue_at(queue, parts.handler, at);
         self.slot(index).running = Some((running.map_err(|e| ActionError::Queue(index, e))?, config));
         Ok(())
+    }
+
+    /// Where a queue is best off, if there is a choice: at the memory of its ring, which the guest's requests and their
+    /// headers are near; or else at the device. Of the ring it is what the driver writes: asking brings a page that is not
+    /// there into our own node's memory.
+    fn nodes_near(&mut self, config: &RingConfig) -> [Option<usize>; 2] {
+        if !self.engine().spans_nodes() {
+            return [None; 2];
+        }
+        let ring = self.view().ring_address(config.avail_addr, 1, config.access_platform);
+        [ring.ok().and_then(|ring| node_of(ring.host)), self.export.device.node()]
     }
 
     /// Starts a queue that nobody waits for an answer about.

@@ -8,6 +8,7 @@ use tracing::{info, warn};
 
 use super::FixedBuffers;
 use crate::memory::map::{MemoryMap, Region};
+use crate::memory::shortfall::{locked, memlock_limit};
 use crate::memory::slice::GuestSlice;
 
 /// Registered pieces of guest memory a ring can hold.
@@ -29,11 +30,15 @@ pub(super) struct Buffers {
     free: Vec<u32>,
     pieces: Vec<Piece>,
     refused: bool,
+    /// The limit as it was before rights were given up, of which asking is one.
+    memlock: Option<u64>,
+    /// Bytes that the ring itself has locked.
+    own: u64,
 }
 
 impl Buffers {
-    /// An empty table, in a ring that has none yet.
-    pub fn new(submitter: &Submitter<'_>) -> Buffers {
+    /// An empty table, in a ring that has none yet and has locked `own` bytes.
+    pub fn new(submitter: &Submitter<'_>, own: u64) -> Buffers {
         let free = match submitter.register_buffers_sparse(SLOTS) {
             Ok(()) => (0..SLOTS).rev().collect(),
             Err(e) => {
@@ -41,7 +46,7 @@ impl Buffers {
                 Vec::new()
             }
         };
-        Buffers { free, pieces: Vec::new(), refused: false }
+        Buffers { free, pieces: Vec::new(), refused: false, memlock: memlock_limit(), own }
     }
 
     /// Makes the registered buffers those of `maps`: regions that are new are registered, those gone are released.
@@ -69,14 +74,16 @@ impl Buffers {
                 self.release(submitter, piece.slot);
             }
         }
+        let needed = self.own + wanted.iter().map(|region| region.spec().size).sum::<u64>();
         for region in wanted {
             if !self.pieces.iter().any(|p| Arc::ptr_eq(&p.region, &region)) {
-                self.register(submitter, &region);
+                self.register(submitter, &region, needed);
             }
         }
     }
 
-    fn register(&mut self, submitter: &Submitter<'_>, region: &Arc<Region>) {
+    /// `needed` bytes have to be locked in all.
+    fn register(&mut self, submitter: &Submitter<'_>, region: &Arc<Region>, needed: u64) {
         let size = region.spec().size;
         let mut at = 0;
         while at < size && !self.refused {
@@ -93,9 +100,13 @@ impl Buffers {
                     // Not worth trying again and again: the limit will not move by itself.
                     self.refused = true;
                     self.free.push(slot);
-                    info!(
-                        "guest memory stays unregistered with io_uring ({e}); raise the memlock limit to change that"
-                    );
+                    let how = match e.raw_os_error() {
+                        Some(libc::ENOMEM) => {
+                            format!(": for each reactor of the guest {}", locked(needed, self.memlock))
+                        }
+                        _ => String::new(),
+                    };
+                    warn!("guest memory stays unregistered with io_uring, and is slower ({e}){how}");
                 }
             }
             at += len as u64;

@@ -12,7 +12,7 @@ use io_uring::squeue::Entry128;
 use io_uring::{EnterFlags, IoUring, opcode};
 
 use super::buffers::Buffers;
-use super::{Completion, FixedBuffers, REGISTER_BUFFERS_UPDATE};
+use super::{Completion, FixedBuffers, REGISTER_BUFFERS_UPDATE, locked_bytes};
 use crate::confine;
 use crate::memory::map::MemoryMap;
 use crate::memory::slice::GuestSlice;
@@ -44,7 +44,8 @@ impl CommandRing {
             builder.setup_coop_taskrun().setup_taskrun_flag();
         }
         let ring = builder.build(entries)?;
-        let buffers = Buffers::new(&ring.submitter());
+        // Its entries are twice as large.
+        let buffers = Buffers::new(&ring.submitter(), locked_bytes(2 * entries));
         let mut allowed = [
             Restriction::sqe_op(opcode::UringCmd80::CODE),
             Restriction::register_op(REGISTER_BUFFERS_UPDATE),

@@ -43,6 +43,18 @@ impl Overlay {
     pub fn program(&self, from: &Path) -> Result<()> {
         let name = from.file_name().context("a program has a name")?;
         self.file(&format!("/bin/{}", name.to_string_lossy()), from)?;
+        self.libraries(from)
+    }
+
+    /// Adds a program of ours into `/bin` under this name, as small as it can be: it is unpacked into the guest's memory.
+    pub fn stripped(&self, name: &str, from: &Path) -> Result<()> {
+        let place = self.place(&format!("/bin/{name}"))?;
+        let status = Command::new("strip").arg("-o").arg(place).arg(from).status().context("strip")?;
+        ensure!(status.success(), "strip: {status}");
+        self.libraries(from)
+    }
+
+    fn libraries(&self, from: &Path) -> Result<()> {
         let said = Command::new("ldd").arg(from).output().context("ldd")?;
         let said = String::from_utf8_lossy(&said.stdout);
         for library in said.split_whitespace().filter(|word| word.starts_with('/')) {

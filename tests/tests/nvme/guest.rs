@@ -1,7 +1,5 @@
 //! The guest, with our programs in it.
 
-use std::path::Path;
-use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -22,15 +20,12 @@ pub fn missing_program() -> Option<String> {
     Some(format!("no {missing}: run cargo build, or set KICKLESS_BIN_DIR"))
 }
 
-/// A guest with our programs, as small as they can be: they are unpacked into its memory.
+/// A guest with our programs.
 pub fn guest(scene: &Scene) -> Result<VmBuilder> {
     let overlay = Overlay::new(scene, "overlay")?;
     for name in PROGRAMS {
         let path = process::built(name).with_context(|| format!("no {name}"))?;
-        let stripped = scene.path(name);
-        let status = Command::new("strip").arg("-o").arg(&stripped).arg(path).status().context("strip")?;
-        ensure!(status.success(), "strip: {status}");
-        overlay.program(Path::new(&stripped))?;
+        overlay.stripped(name, &path)?;
     }
     Ok(Vm::builder().release(Release::Backports).memory_mib(768).cpus(2).overlay(overlay))
 }

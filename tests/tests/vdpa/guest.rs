@@ -1,7 +1,5 @@
 //! The guest, with our program in it.
 
-use std::path::Path;
-use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -25,16 +23,13 @@ pub fn missing_program() -> Option<String> {
     process::no_fault_points()
 }
 
-/// A guest with our programs, as small as they can be: they are unpacked into its memory.
+/// A guest with our programs.
 pub fn guest(scene: &Scene) -> Result<VmBuilder> {
     let overlay = Overlay::new(scene, "overlay")?;
     let programs = PROGRAMS.iter().filter_map(|name| Some((*name, process::built(name)?)));
     let hijacked = process::faulty("vdpactl").map(|path| ("vdpactl-hijacked", path));
     for (name, path) in programs.chain(hijacked).chain([("client", std::env::current_exe()?)]) {
-        let stripped = scene.path(name);
-        let status = Command::new("strip").arg("-o").arg(&stripped).arg(path).status().context("strip")?;
-        ensure!(status.success(), "strip: {status}");
-        overlay.program(Path::new(&stripped))?;
+        overlay.stripped(name, &path)?;
     }
     overlay.program(&process::find_program("setpriv").context("no setpriv")?)?;
     let image = scene.path("image.qcow2");

@@ -11,6 +11,7 @@ use std::sync::Arc;
 
 use poll_engine::memory::iotlb::{Iotlb, Mapping, Revoked};
 use poll_engine::memory::map::MAX_REGIONS;
+use poll_engine::memory::shortfall::{locked, memlock_limit};
 use poll_engine::memory::{Access, MemoryMap, Miss, Misses, Ram, Region, RegionSpec};
 use tracing::{info, warn};
 
@@ -210,10 +211,11 @@ impl Memory {
                     self.umem = Some(ram);
                 }
                 Err(why) => {
-                    warn!(
-                        "pages bounce through the kernel's memory, not ours: {why} (are there enough huge pages, and \
-                         is the limit of locked memory, ulimit -l, high enough?)"
-                    );
+                    let limit = memlock_limit();
+                    let short =
+                        limit.filter(|&limit| limit < size).map(|_| format!("; {}", locked(size, limit)));
+                    let short = short.unwrap_or_default();
+                    warn!("pages bounce through the kernel's memory, not ours: {why}{short}");
                     self.bounce = Bounce::Kernel;
                     return None;
                 }

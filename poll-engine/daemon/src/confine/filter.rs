@@ -14,6 +14,7 @@
 use std::collections::BTreeMap;
 
 use poll_engine::confine::Role;
+use poll_engine::memory::node::NODE_OF_ADDRESS;
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen as Width, SeccompCmpOp as Op, SeccompCondition,
     SeccompFilter, SeccompRule, TargetArch,
@@ -283,10 +284,15 @@ fn allowed(who: Who) -> Result<Rules, seccompiler::BackendError> {
         }
         // Held to no list.
         Who::Thread(Role::Cluster) => {}
-        Who::Thread(Role::Session) => add(&mut rules, SESSION),
+        Who::Thread(Role::Session) => {
+            add(&mut rules, SESSION);
+            // On which node the guest's memory is.
+            add_if_one_of(&mut rules, libc::SYS_get_mempolicy, 4, &[NODE_OF_ADDRESS])?;
+        }
         Who::Thread(Role::Starter) => {
             // All that those may do whom it starts.
             add(&mut rules, &[SESSION, REACTOR, STARTER].concat());
+            add_if_one_of(&mut rules, libc::SYS_get_mempolicy, 4, &[NODE_OF_ADDRESS])?;
             let reductions = [
                 libc::PR_SET_NO_NEW_PRIVS,
                 libc::PR_CAPBSET_READ,

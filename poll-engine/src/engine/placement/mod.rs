@@ -1,6 +1,12 @@
-//! CPU lists and pinning.
+//! CPU lists and pinning; where reactors run by themselves ([`auto`]), and what is near what ([`topology`]).
+
+pub mod auto;
+#[cfg(test)]
+mod tests;
+pub mod topology;
 
 use std::collections::BTreeSet;
+use std::fmt;
 use std::str::FromStr;
 
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
@@ -34,6 +40,21 @@ impl FromStr for CpuList {
     }
 }
 
+impl fmt::Display for CpuList {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // Sorted, as they are when they were read; others are written one by one.
+        for (i, run) in self.0.chunk_by(|a, b| a + 1 == *b).enumerate() {
+            let comma = if i == 0 { "" } else { "," };
+            match run {
+                [first, .., last] => write!(f, "{comma}{first}-{last}")?,
+                [one] => write!(f, "{comma}{one}")?,
+                [] => {}
+            }
+        }
+        Ok(())
+    }
+}
+
 /// CPUs this process may run on.
 pub fn usable_cpus() -> nix::Result<Vec<usize>> {
     let set = sched_getaffinity(Pid::from_raw(0))?;
@@ -45,19 +66,4 @@ pub fn pin_to(cpu: usize) -> nix::Result<()> {
     let mut set = CpuSet::new();
     set.set(cpu)?;
     sched_setaffinity(Pid::from_raw(0), &set)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn lists_are_read_as_the_kernel_writes_them() {
-        assert_eq!("0".parse(), Ok(CpuList(vec![0])));
-        assert_eq!("3,1".parse(), Ok(CpuList(vec![1, 3])));
-        assert_eq!("0-2,8".parse(), Ok(CpuList(vec![0, 1, 2, 8])));
-        for bad in ["", "x", "2-1", "1,,2", "-", "99999999"] {
-            assert!(bad.parse::<CpuList>().is_err(), "{bad}");
-        }
-    }
 }
