@@ -3,12 +3,14 @@
 #
 #   scripts/neighbours.sh null|ram|file   nine guests with one request each, alone and beside a tenth with DEEP (256) of DEEP_BS (4k)
 #   scripts/neighbours.sh crowd           a thousand disks added over the API: how long that takes and what is resident; then
-#                                         twenty guests with one request each, beside 980 disks without guests ("alone") and
-#                                         beside 980 with guests that are idle; BENCH_CROWD (1000): how many disks there are
+#                                         twenty guests with one request each, of a daemon that has only these ("alone") and of
+#                                         the one that has 980 more with guests that are idle; BENCH_CROWD (1000): how many disks
 #   BENCH_ROUNDS (7) of BENCH_SECONDS (1) each way; BENCH_POLL (adaptive); BENCH_DISK: where images are made (/var/tmp)
+#   BENCH_ARGS: more of the daemon's options, such as --shared-depth 16
 #   BENCH_BIN: where programs are that are built already
 #
-# Each figure is the median of the guests'; lines are minimum / median / maximum of the rounds.
+# Each figure is the median of the guests'; lines are minimum / median / maximum of the rounds, of which every other one
+# begins with the second way.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 kind=${1:-null}
@@ -31,24 +33,34 @@ read -r device driver _ < <(taskset -cp $$ | sed 's/.*: //' | tr ',' '\n' |
 [ -n "${driver:-}" ] || { echo "neighbours: needs two CPUs" >&2; exit 1; }
 guests=9 disks=10
 [ "$kind" != crowd ] || guests=20 disks=${BENCH_CROWD:-1000}
+poll=${BENCH_POLL:-adaptive}
+# Both daemons are on one CPU: the one that is not asked has to sleep.
+[ "$kind $poll" != "crowd busy" ] || { echo "neighbours: a crowd cannot be compared with --poll busy" >&2; exit 2; }
 
-args=(--poll "${BENCH_POLL:-adaptive}" --cpus "$device" --log error)
-for ((i = 0; i < disks; i++)); do
+# shellcheck disable=SC2206 # words
+args=(--poll "$poll" --cpus "$device" --log error ${BENCH_ARGS:-})
+mkdir "$tmp/alone" "$tmp/beside"
+disk() { # WAY NUMBER
     case $kind in
-    crowd) continue ;;
-    null) what=backend=null:1G ;;
+    null | crowd) what=backend=null:1G ;;
     ram) what=backend=ram:16M ;;
     file) # Of 256 MiB each, written: holes would be read without the disk.
-        dd if=/dev/urandom of="$tmp/$i.img" bs=1M count=256 status=none
-        what=blk-file=$tmp/$i.img,direct=on ;;
+        dd if=/dev/urandom of="$tmp/$2.img" bs=1M count=256 status=none
+        what=blk-file=$tmp/$2.img,direct=on ;;
     *) echo "neighbours: $kind is none of null, ram, file, crowd" >&2; exit 2 ;;
     esac
-    args+=(--disk "socket-path=$tmp/$i.sock,$what")
-done
+    named+=(--disk "socket-path=$tmp/$1/$2.sock,$what")
+}
+named=()
+way=beside
+[ "$kind" != crowd ] || way=alone
+first=$disks
+[ "$kind" != crowd ] || first=$guests
+for ((i = 0; i < first; i++)); do disk "$way" "$i"; done
 sync
-[ "$kind" != crowd ] || args+=(--api "$tmp/api")
-"$bin/vhost-blk" "${args[@]}" & pids+=($!)
+"$bin/vhost-blk" "${args[@]}" "${named[@]}" & pids+=($!)
 if [ "$kind" = crowd ]; then
+    "$bin/vhost-blk" "${args[@]}" --api "$tmp/api" & pids+=($!)
     until [ -S "$tmp/api" ]; do sleep 0.05; done
     python3 - "$tmp" "$disks" <<'END'
 import http.client, json, socket, sys, time
@@ -58,21 +70,25 @@ api.sock = socket.socket(socket.AF_UNIX)
 api.sock.connect(tmp + "/api")
 begun = time.monotonic()
 for i in range(disks):
-    disk = {"name": f"d{i}", "socket-path": f"{tmp}/{i}.sock", "backend": "null:1G"}
+    disk = {"name": f"d{i}", "socket-path": f"{tmp}/beside/{i}.sock", "backend": "null:1G"}
     api.request("POST", "/v1/disks", json.dumps(disk), {"Content-Type": "application/json"})
     answer = api.getresponse()
     said = answer.read()
     assert answer.status == 201, said
 print(f"{disks} disks added in {time.monotonic() - begun:.2f} s")
 END
+else
+    # One daemon serves both ways.
+    rmdir "$tmp/alone"
+    ln -s beside "$tmp/alone"
 fi
-resident() { awk -v when="$1" '/^VmRSS/ { printf "%.0f MiB resident %s\n", $2 / 1024, when }' "/proc/${pids[0]}/status"; }
+resident() { awk -v when="$1" '/^VmRSS/ { printf "%.0f MiB resident %s\n", $2 / 1024, when }' "/proc/${pids[1]}/status"; }
 [ "$kind" != crowd ] || resident "without guests"
-until [ -S "$tmp/$((disks - 1)).sock" ]; do sleep 0.05; done
+until [ -S "$tmp/beside/$((disks - 1)).sock" ] && [ -S "$tmp/alone/$((guests - 1)).sock" ]; do sleep 0.05; done
 
-jobs() { # FIRST LAST DEPTH BS
-    for ((i = $1; i <= $2; i++)); do
-        printf '[%s-%d]\nsocket_path=%s\niodepth=%d\nbs=%s\n' "$([ "$3" = 1 ] && echo small || echo deep)" "$i" "$tmp/$i.sock" "$3" "$4"
+jobs() { # WAY FIRST LAST DEPTH BS
+    for ((i = $2; i <= $3; i++)); do
+        printf '[%s-%d]\nsocket_path=%s\niodepth=%d\nbs=%s\n' "$([ "$4" = 1 ] && echo small || echo deep)" "$i" "$tmp/$1/$i.sock" "$4" "$5"
     done
 }
 head="[global]
@@ -84,8 +100,8 @@ runtime=$seconds
 one_thread
 cpus_allowed=$driver
 "
-{ echo "$head"; jobs 0 $((guests - 1)) 1 4k; } >"$tmp/alone.fio"
-{ cat "$tmp/alone.fio"; [ "$kind" = crowd ] || jobs 9 9 "${DEEP:-256}" "${DEEP_BS:-4k}"; } >"$tmp/beside.fio"
+for way in alone beside; do { echo "$head"; jobs $way 0 $((guests - 1)) 1 4k; } >"$tmp/$way.fio"; done
+[ "$kind" = crowd ] || jobs beside 9 9 "${DEEP:-256}" "${DEEP_BS:-4k}" >>"$tmp/beside.fio"
 
 # p50 and p99 in µs, the median of the guests', and the IOPS of the deep one.
 run() {
@@ -103,7 +119,7 @@ run() {
         END { printf "%s %.1f %.1f %d\n", way, median(a, na) / 1000, median(b, nb) / 1000, deep }'
 }
 idle() { # Connects the rest, each with its queue running; they ask for nothing more, and are stopped themselves: in idler.
-    { echo "${head/cpus_allowed=$driver/completion=interrupt}"; jobs $guests $((disks - 1)) 1 4k; } |
+    { echo "${head/cpus_allowed=$driver/completion=interrupt}"; jobs beside $guests $((disks - 1)) 1 4k; } |
         sed -e '/one_thread/d' -e 's/^runtime=.*/runtime=600\nrate_iops=1/' >"$tmp/idle.fio"
     "$bin/vbench" run "$tmp/idle.fio" >/dev/null 2>&1 &
     idler=$!
@@ -112,23 +128,13 @@ idle() { # Connects the rest, each with its queue running; they ask for nothing 
     sleep 2
     kill -STOP $idler
 }
-leave() { # They go, and their queues with them.
-    kill -KILL $idler
-    wait $idler 2>/dev/null || true
-    rm "$tmp/idler"
-    sleep 1
-}
 if [ "$kind" = crowd ]; then
-    for ((r = 0; r < rounds; r++)); do
-        run alone
-        idle
-        run beside
-        [ $r -gt 0 ] || resident "with all guests" >&2
-        leave
-    done | tee "$tmp/out"
-else
-    for ((r = 0; r < rounds; r++)); do run alone; run beside; done | tee "$tmp/out"
+    idle
+    resident "with all guests"
 fi
+for ((r = 0; r < rounds; r++)); do
+    if ((r % 2)); then run beside; run alone; else run alone; run beside; fi
+done | tee "$tmp/out"
 awk '
     function say(what, v, n,   i, j, t) {
         for (i = 1; i <= n; i++) for (j = i + 1; j <= n; j++) if (v[j] < v[i]) { t = v[i]; v[i] = v[j]; v[j] = t }
