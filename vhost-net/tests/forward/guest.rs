@@ -218,6 +218,11 @@ impl Back {
         }
     }
 
+    /// Whether a port's queue does.
+    pub fn runs(&self, at: usize, queue: usize) -> bool {
+        self.stats[at][queue].reactor().is_some()
+    }
+
     /// One reactor more: its number.
     pub fn add_reactor(&self) -> usize {
         let seat = self.hub.reserve(&self.engine).unwrap();

@@ -1,8 +1,11 @@
 //! Ports that pause, and queues that move between reactors while frames flow.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use poll_engine::engine::reactor::Io;
+use poll_engine::engine::station::{Queues, Station};
 use vhost_net::features::{CTRL_RX, CTRL_VQ, MRG_RXBUF};
 use vhost_net::hub::HubError;
 use vhost_net::mac::MacAddr;
@@ -175,6 +178,46 @@ fn reactors_come_and_go_while_frames_flow() {
         }
     });
     assert_eq!(back.switch.fdb().dump().count(), 2);
+}
+
+/// Keeps its reactor from turning until it is let go on.
+struct Keeper {
+    holds: Arc<AtomicBool>,
+    has: Arc<AtomicBool>,
+}
+
+impl Station for Keeper {
+    fn poll(&mut self, _: &mut Queues<'_>, _: &mut Io<'_>) -> usize {
+        self.has.store(true, Ordering::Release);
+        until("the reactor to be let go on", || !self.holds.load(Ordering::Acquire));
+        0
+    }
+}
+
+/// A transmit queue moves to the reactor of its receiver, where more of its frames wait than are taken in at once.
+#[test]
+fn what_was_on_its_way_comes_before_what_is_sent_next() {
+    let back = Back::start(&["", ""], 1, 2);
+    let mut guests: Vec<_> = (0..2).map(|at| back.guest(at, 1)).collect();
+    learn(&mut guests);
+    back.move_queues(0, 0..2, 1);
+    let (holds, has) = (Arc::new(AtomicBool::new(true)), Arc::new(AtomicBool::new(false)));
+    let keeper = Keeper { holds: Arc::clone(&holds), has: Arc::clone(&has) };
+    let station = back.engine().add_station(0, Box::new(keeper)).unwrap();
+    until("the reactor to be kept", || has.load(Ordering::Acquire));
+    guests[0].send_burst(0, &(0..60).map(|n| numbered(1, 0, n)).collect::<Vec<_>>());
+    until("frames to be on their way", || guests[0].all_sent());
+    std::thread::scope(|scope| {
+        let moving = scope.spawn(|| back.move_queues(0, 1..2, 0));
+        until("the queue to leave", || !back.runs(0, 1));
+        guests[0].send_burst(0, &(60..64).map(|n| numbered(1, 0, n)).collect::<Vec<_>>());
+        // So that it is about to start when the reactor turns again.
+        std::thread::sleep(Duration::from_millis(50));
+        holds.store(false, Ordering::Release);
+        moving.join().unwrap();
+    });
+    assert_eq!(numbers(&guests[1].await_frames(64)), (0..64).collect::<Vec<_>>());
+    drop(station);
 }
 
 /// Numbers of reactors are never used again, their places are.
