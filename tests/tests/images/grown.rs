@@ -156,6 +156,20 @@ pub fn in_use(scene: &Scene) -> Result<()> {
     Ok(())
 }
 
+/// One that was larger: its last cluster holds something behind the end of the disk.
+pub fn shrunk(scene: &Scene) -> Result<()> {
+    let memory = quick(scene)?;
+    let (plain, mut bytes) = raw(scene, "larger.raw", 2 << 20, 8)?;
+    bytes[SIZE as usize..][..4096].fill(0x5a);
+    std::fs::write(&plain, &bytes)?;
+    let path = memory.path().join("shrunk.qcow2");
+    let [from, to] = [&plain, &path].map(|p| p.to_string_lossy());
+    qemu_img::run(&["convert", "-f", "raw", "-O", "qcow2", &from, &to])?;
+    qemu_img::run(&["resize", "-q", "--shrink", "-f", "qcow2", &to, &SIZE.to_string()])?;
+    bytes.truncate(SIZE as usize);
+    grows(scene, &path, bytes, "--direct=off")
+}
+
 /// Clones: of what ends before, and of what goes on behind their end, which nobody is to see.
 pub fn clones(scene: &Scene) -> Result<()> {
     for (len, packed) in [(SIZE / 2, false), (SIZE + 4096, false), (3 << 20, true)] {

@@ -212,6 +212,7 @@ const TESTS: &[(&str, Body)] = &[
     ("what_is_allocated_ahead_is_zeros", room::zeros),
     ("what_is_allocated_ahead_is_not_below", room::over_a_base),
     ("an_image_grows_in_use", grown::in_use),
+    ("an_image_that_was_larger_grows", grown::shrunk),
     ("clones_grow_beyond_their_base", grown::clones),
     ("damaged_images_do_no_harm", damage::damaged),
     ("malformed_qcow2_does_no_harm", malformed::qcow2),
