@@ -5,6 +5,8 @@
 #   scripts/units.sh ROOT          with this root, which is changed
 #   scripts/units.sh               with a new one, made by mmdebstrap and scripts/install.sh of what is built (dev)
 #   scripts/units.sh --skipped     why it cannot be done here, if it cannot
+#
+# Exits with 77 if mmdebstrap cannot make a root here.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -31,8 +33,11 @@ tmp=$(mktemp -d)
 trap 'rm -rf --one-file-system "$tmp"' EXIT
 root=${1:-$tmp/root}
 if [ -z "${1:-}" ]; then
-    mmdebstrap --quiet --mode=root --variant=apt --include=systemd,systemd-sysv,procps bookworm "$root" >/dev/null 2>"$tmp/log" ||
-        { cat "$tmp/log" >&2; exit 1; }
+    # From the mirror that apt is set to.
+    # shellcheck disable=SC2016 # apt's own
+    mirror=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' 'Codename: bookworm' 'Component: main' | head -n 1)
+    mmdebstrap --quiet --mode=root --variant=apt --include=systemd,systemd-sysv,procps bookworm "$root" ${mirror:+"$mirror"} \
+        >/dev/null 2>"$tmp/log" || { cat "$tmp/log" >&2; echo "units: no root could be made" >&2; exit 77; }
     scripts/install.sh "$root" dev
     # What the package's script does.
     systemd-sysusers --root="$root" kickless.conf
