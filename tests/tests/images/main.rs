@@ -235,5 +235,6 @@ fn main() -> std::process::ExitCode {
     };
     let dying = || qemu_img::missing().or_else(no_fault_points);
     let all = TESTS.iter().map(test(qemu_img::missing)).chain(DYING.iter().map(test(dying)));
-    runner::run(all.collect(), "KICKLESS_REQUIRE_IMAGES")
+    let cached = Test::new("the_base_is_cached_once_for_all_clones", clones::cached, qemu_img::missing);
+    runner::run(all.chain([cached]).collect(), "KICKLESS_REQUIRE_IMAGES")
 }
