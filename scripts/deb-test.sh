@@ -52,8 +52,9 @@ kill "$daemon"
 wait "$daemon" || { cat "$tmp/log"; fail "it does not end well"; }
 grep -q ' confined: ' "$tmp/log" || { cat "$tmp/log"; fail "it is not confined"; }
 rm "$root/var/lib/kickless/data.img"
-scripts/units.sh "$root" || fail "the units do not run"
-rm -r "$root/var/lib/kickless/data.img" "$root"/etc/vhost-{blk,net}/*
+# A system that has booted leaves more behind than its packages, so this is a copy; it has processes of its own.
+cp -ax "$root" "$tmp/booted"
+scripts/units.sh "$tmp/booted" || fail "the units do not run"
 
 in_root apt-get -qq purge -y kickless >/dev/null
 (cd "$root" && find etc usr var/lib -xdev -not -path 'var/lib/dpkg/*' -not -path 'var/lib/apt/*' | sort) >"$tmp/after"

@@ -239,7 +239,7 @@ else
     scripts/units.sh
     case $? in
         0) note "passed units under systemd" ;;
-        77) note "skipped units under systemd: mmdebstrap could make no root" ;;
+        77) note "skipped units under systemd: no root could be made or booted, see above" ;;
         *) note "failed units under systemd" ;;
     esac
 fi
