@@ -17,10 +17,7 @@ command -v mmdebstrap >/dev/null || fail "mmdebstrap is missing: apt-get install
 tmp=$(mktemp -d)
 root=$tmp/root
 trap 'umount -q "$root/proc" || true; rm -rf --one-file-system "$tmp"' EXIT
-# The mirror that this machine uses.
-# shellcheck disable=SC2016 # apt's own
-mirror=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' 'Codename: bookworm' 'Component: main' | head -n 1)
-mmdebstrap --quiet --mode=root --variant=apt --include=systemd,systemd-sysv,procps bookworm "$root" ${mirror:+"$mirror"} >/dev/null
+scripts/debian-root.sh "$root"
 mount -t proc proc "$root/proc"
 cp "$deb" "$root/kickless.deb"
 in_root() { env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin DEBIAN_FRONTEND=noninteractive chroot "$root" "$@"; }

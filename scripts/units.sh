@@ -3,10 +3,10 @@
 # container (systemd-nspawn), which boots in seconds. What is found there is printed, and must be well to the end. Needs root.
 #
 #   scripts/units.sh ROOT          with this root, which is changed
-#   scripts/units.sh               with a new one, made by mmdebstrap and scripts/install.sh of what is built (dev)
+#   scripts/units.sh               with a new one, made by scripts/debian-root.sh and scripts/install.sh of what is built (dev)
 #   scripts/units.sh --skipped     why it cannot be done here, if it cannot
 #
-# Exits with 77 if mmdebstrap cannot make a root here, or systemd does not boot in it.
+# Exits with 77 if no root can be made here, or systemd does not boot in it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -33,11 +33,7 @@ tmp=$(mktemp -d)
 trap 'rm -rf --one-file-system "$tmp"' EXIT
 root=${1:-$tmp/root}
 if [ -z "${1:-}" ]; then
-    # From the mirror that apt is set to.
-    # shellcheck disable=SC2016 # apt's own
-    mirror=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' 'Codename: bookworm' 'Component: main' | head -n 1)
-    mmdebstrap --quiet --mode=root --variant=apt --include=systemd,systemd-sysv,procps bookworm "$root" ${mirror:+"$mirror"} \
-        >/dev/null 2>"$tmp/log" || { cat "$tmp/log" >&2; echo "units: no root could be made" >&2; exit 77; }
+    scripts/debian-root.sh "$root" 2>"$tmp/log" || { cat "$tmp/log" >&2; echo "units: no root could be made" >&2; exit 77; }
     scripts/install.sh "$root" dev
     # What the package's script does.
     systemd-sysusers --root="$root" kickless.conf
