@@ -274,7 +274,7 @@ fn allowed(who: Who) -> Result<Rules, seccompiler::BackendError> {
     add_if_one_of(&mut rules, libc::SYS_prctl, 0, &names)?;
     match who {
         Who::Thread(Role::Writer) => return Ok(rules),
-        Who::Thread(Role::Worker | Role::Opener) => {
+        Who::Thread(Role::Worker) => {
             add(&mut rules, &[libc::SYS_fallocate]);
             return Ok(rules);
         }
@@ -283,7 +283,7 @@ fn allowed(who: Who) -> Result<Rules, seccompiler::BackendError> {
             return Ok(rules);
         }
         // Held to no list.
-        Who::Thread(Role::Cluster) => {}
+        Who::Thread(Role::Cluster | Role::Opener) => {}
         Who::Thread(Role::Session) => {
             add(&mut rules, SESSION);
             // On which node the guest's memory is.
