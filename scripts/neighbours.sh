@@ -5,12 +5,14 @@
 #   scripts/neighbours.sh crowd           a thousand disks added over the API: how long that takes and what is resident; then
 #                                         twenty guests with one request each, of a daemon that has only these ("alone") and of
 #                                         the one that has 980 more with guests that are idle; BENCH_CROWD (1000): how many disks
-#   BENCH_ROUNDS (7) of BENCH_SECONDS (1) each way; BENCH_POLL (adaptive); BENCH_DISK: where images are made (/var/tmp)
+#   BENCH_ROUNDS (7) of BENCH_SECONDS (1) each way, after BENCH_RAMP (0.2) seconds that do not count; BENCH_POLL (adaptive);
+#   BENCH_DISK: where images are made (/var/tmp)
 #   BENCH_ARGS: more of the daemon's options, such as --shared-depth 16
 #   BENCH_BIN: where programs are that are built already
 #
 # Each figure is the median of the guests'; lines are minimum / median / maximum of the rounds, of which every other one
-# begins with the second way.
+# begins with the second way. So two runs of one way follow each other between rounds: "of one way" is how much those differ,
+# for what is to be told from noise.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 kind=${1:-null}
@@ -95,7 +97,7 @@ head="[global]
 rw=randread
 norandommap
 time_based
-ramp_time=0.2
+ramp_time=${BENCH_RAMP:-0.2}
 runtime=$seconds
 one_thread
 cpus_allowed=$driver
@@ -136,15 +138,32 @@ for ((r = 0; r < rounds; r++)); do
     if ((r % 2)); then run beside; run alone; else run alone; run beside; fi
 done | tee "$tmp/out"
 awk '
-    function say(what, v, n,   i, j, t) {
-        for (i = 1; i <= n; i++) for (j = i + 1; j <= n; j++) if (v[j] < v[i]) { t = v[i]; v[i] = v[j]; v[j] = t }
-        printf "%-22s %10.1f / %10.1f / %10.1f\n", what, v[1], v[int((n + 1) / 2)], v[n]
+    function sort(v, n,   i, j, t) {
+        for (i = 2; i <= n; i++) {
+            t = v[i]
+            for (j = i - 1; j >= 1 && v[j] > t; j--) v[j + 1] = v[j]
+            v[j + 1] = t
+        }
     }
+    function say(what, v, n) {
+        sort(v, n)
+        printf "%-26s %8.2f / %8.2f / %8.2f\n", what, v[1], v[int((n + 1) / 2)], v[n]
+    }
+    # Between which ranks the median of all such pairs is, 19 times of 20 (the sign test); how many pairs are within 10 %.
+    function pairs(what, v, n,   i, low, within) {
+        say(what, v, n)
+        low = int((n + 1) / 2 - 0.98 * sqrt(n))
+        for (i = 1; i <= n; i++) within += v[i] <= 1.1
+        if (low >= 1) printf "%-26s %8.2f to %8.2f; %d of %d pairs within 1.1\n", "  the median, at 95 %", v[low], v[n + 1 - low], within, n
+    }
+    $1 == last { same[++ns] = $3 / before }
+    { last = $1; before = $3 }
     $1 == "alone" { a50[++n] = $2; a99[n] = $3 }
     $1 == "beside" { b50[++m] = $2; b99[m] = $3; deep[m] = $4 }
     END {
         for (i = 1; i <= m; i++) ratio[i] = b99[i] / a99[i]
-        say("p99 beside to alone", ratio, m)
+        pairs("p99 beside to alone", ratio, m)
+        if (ns) pairs("p99 of one way", same, ns)
         say("p50 alone, us", a50, n); say("p99 alone, us", a99, n)
         say("p50 beside, us", b50, m); say("p99 beside, us", b99, m)
         say("IOPS of the deep one", deep, m)
