@@ -30,6 +30,7 @@ pub mod echo;
 pub mod fio;
 pub mod image;
 pub mod linux;
+pub mod loop_device;
 pub mod net;
 pub mod netns;
 pub mod process;

@@ -2,11 +2,11 @@
 
 mod blk;
 
-use std::fs::OpenOptions;
 use std::process::Command;
 
 use blk::{DISCARD, Front, LIMIT, OK, Served, Shape, WRITE_ZEROES};
 use kickless_tests::image::{Image, MIB};
+use kickless_tests::loop_device::Loop;
 use kickless_tests::scene::Scene;
 use kickless_tests::wait;
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
@@ -17,41 +17,15 @@ fn main() -> std::process::ExitCode {
     libtest_mimic::run(&Arguments::from_args(), trials).exit_code()
 }
 
-/// A loop device over an image, given back when dropped.
-struct Loop(String);
-
-impl Loop {
-    fn over(image: &Image) -> Result<Loop, String> {
-        let output = Command::new("losetup").args(["--find", "--show"]).arg(image.path()).output();
-        let output = output.map_err(|e| format!("losetup: {e}"))?;
-        let device = String::from_utf8_lossy(&output.stdout).trim().to_owned();
-        if !output.status.success() || device.is_empty() {
-            return Err(String::from_utf8_lossy(&output.stderr).trim().to_owned());
-        }
-        let device = Loop(device);
-        OpenOptions::new()
-            .read(true)
-            .write(true)
-            .open(&device.0)
-            .map_err(|e| format!("{}: {e}", device.0))?;
-        Ok(device)
-    }
-}
-
-impl Drop for Loop {
-    fn drop(&mut self) {
-        let _ = Command::new("losetup").args(["--detach", &self.0]).status();
-    }
-}
-
 fn a_loop_device_is_a_disk() -> Result<Completion, Failed> {
     let scene = Scene::new().map_err(|e| e.to_string())?;
     let image = Image::filled(&scene, "disk.img", 16 * MIB, 0x5a).map_err(|e| e.to_string())?;
-    let device = match Loop::over(&image) {
+    let device = match Loop::over(image.path(), 512) {
         Ok(device) => device,
         Err(reason) => return Ok(Completion::ignored_with(format!("no loop device: {reason}"))),
     };
-    let served = Served::start(&scene, &[&format!("--blk-file={}", device.0), "--poll=adaptive"]);
+    let served =
+        Served::start(&scene, &[&format!("--blk-file={}", device.path().display()), "--poll=adaptive"]);
     let mut front = Front::connect(&served.socket, 1);
     let lane = &mut front.queues[0];
     for seed in 0..32 {
@@ -68,7 +42,7 @@ fn a_loop_device_is_a_disk() -> Result<Completion, Failed> {
     }
     // The device grows while it is served.
     image.resize(32 * MIB).map_err(|e| e.to_string())?;
-    let grown = Command::new("losetup").args(["--set-capacity", &device.0]).status()?;
+    let grown = Command::new("losetup").arg("--set-capacity").arg(device.path()).status()?;
     assert!(grown.success());
     served.process.signal(Signal::SIGHUP).map_err(|e| e.to_string())?;
     let size = format!(" {} bytes", 32 * MIB);

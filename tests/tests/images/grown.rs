@@ -7,6 +7,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use anyhow::{Context, Result, ensure};
 use control::client::{Answer, Client};
+use kickless_tests::image::{Image, MIB};
+use kickless_tests::loop_device::Loop;
 use kickless_tests::process::{Process, with_fault_points};
 use kickless_tests::scene::Scene;
 use kickless_tests::{qemu_img, wait};
@@ -28,9 +30,9 @@ fn size_of(path: &Path) -> Result<u64> {
 }
 
 /// It holds this, and zeros up to its size.
-fn look(path: &Path, bytes: &[u8], size: u64) -> Result<()> {
+fn look(scene: &Scene, path: &Path, bytes: &[u8], size: u64) -> Result<()> {
     qemu_img::check(path)?;
-    let plain = path.with_extension("plain");
+    let plain = scene.path("grown.plain");
     std::fs::write(&plain, bytes)?;
     std::fs::OpenOptions::new().write(true).open(&plain)?.set_len(size)?;
     qemu_img::compare((path, "qcow2"), (&plain, "raw"))
@@ -98,18 +100,21 @@ fn beside(front: &mut Front, copy: &mut Copy, what: impl FnOnce() -> Result<()>)
     })
 }
 
-/// Grows step by step, under load.
-fn grows(scene: &Scene, path: &Path, bytes: Vec<u8>, direct: &str) -> Result<()> {
+/// Grows step by step, under load. The disk has blocks of `block` bytes.
+fn grows(scene: &Scene, path: &Path, bytes: Vec<u8>, block: usize, direct: &str) -> Result<()> {
     let api = scene.path("api");
     let (image, at) = (format!("--blk-file={}", path.display()), format!("--api={}", api.display()));
-    let served =
-        Served::start(scene, &[&*image, "--format=qcow2", "--num-queues=2", "--sandbox=on", direct, &at]);
+    let (blocks, rest) =
+        (format!("--block-size={block}"), ["--format=qcow2", "--num-queues=2", "--sandbox=on"]);
+    let served = Served::start(scene, &[&[&*image, &*blocks, direct, &at], &rest[..]].concat());
     let client = caller(&api);
     let mut front = Front::connect(&served.socket, 2);
     let told = listen(&mut front)?;
+    let first = bytes.len() as u64;
     let mut copy = Copy::new(bytes, 17);
+    copy.block = block;
     // Up to and behind what is below, and by more than small L1 tables have room for.
-    for (number, size) in (1..).zip([SIZE + 512, (2 << 20) + 512, 5 << 20]) {
+    for (number, size) in (1..).zip([first + block as u64, (2 << 20) + block as u64, 5 << 20]) {
         beside(&mut front, &mut copy, || {
             let answer = grow(&client, &served.socket, size)?;
             ensure!(answer.status == 200, "{} {}", answer.status, String::from_utf8_lossy(&answer.body));
@@ -125,7 +130,7 @@ fn grows(scene: &Scene, path: &Path, bytes: Vec<u8>, direct: &str) -> Result<()>
         (0..8).try_for_each(|i| step(&mut front.queues[i % 2], &mut copy))?;
     }
     for (size, why) in
-        [(1 << 20, "a disk never shrinks"), ((5 << 20) + 1, "multiple of 512"), (1 << 59, "be that large")]
+        [(1 << 20, "a disk never shrinks"), ((5 << 20) + 1, "multiple of"), (1 << 59, "be that large")]
     {
         let answer = grow(&client, &served.socket, size)?;
         let said = String::from_utf8_lossy(&answer.body).into_owned();
@@ -135,7 +140,7 @@ fn grows(scene: &Scene, path: &Path, bytes: Vec<u8>, direct: &str) -> Result<()>
     drop(front);
     served.terminate();
     ensure!(size_of(path)? == 5 << 20, "{}", size_of(path)?);
-    look(path, &copy.bytes, 5 << 20)
+    look(scene, path, &copy.bytes, 5 << 20)
 }
 
 /// Images of every kind.
@@ -151,9 +156,24 @@ pub fn in_use(scene: &Scene) -> Result<()> {
         let path = place.join("grown.qcow2");
         let options = options.replace("DATA", &place.join("grown.data").to_string_lossy());
         qemu_img::create(&path, SIZE, &options, &[])?;
-        grows(scene, &path, vec![0; SIZE as usize], direct).with_context(|| options)?;
+        grows(scene, &path, vec![0; SIZE as usize], 512, direct).with_context(|| options)?;
     }
     Ok(())
+}
+
+/// One that a block device holds, of sectors that are as large as its clusters, or not.
+pub fn on_a_block_device(scene: &Scene) -> Result<Option<String>> {
+    const SIZE: u64 = (1 << 20) + (3 << 12);
+    for cluster in [4096, 65536] {
+        let device = match Loop::over(Image::create(scene, "device", 16 * MIB)?.path(), 4096) {
+            Ok(device) => device,
+            Err(reason) => return Ok(Some(format!("no loop device of 4 KiB sectors: {reason}"))),
+        };
+        qemu_img::create(device.path(), SIZE, &format!("cluster_size={cluster}"), &[])?;
+        grows(scene, device.path(), vec![0; SIZE as usize], 4096, "--direct=on")
+            .with_context(|| format!("clusters of {cluster} bytes"))?;
+    }
+    Ok(None)
 }
 
 /// One that was larger: its last cluster holds something behind the end of the disk.
@@ -167,7 +187,7 @@ pub fn shrunk(scene: &Scene) -> Result<()> {
     qemu_img::run(&["convert", "-f", "raw", "-O", "qcow2", &from, &to])?;
     qemu_img::run(&["resize", "-q", "--shrink", "-f", "qcow2", &to, &SIZE.to_string()])?;
     bytes.truncate(SIZE as usize);
-    grows(scene, &path, bytes, "--direct=off")
+    grows(scene, &path, bytes, 512, "--direct=off")
 }
 
 /// Clones: of what ends before, and of what goes on behind their end, which nobody is to see.
@@ -185,7 +205,7 @@ pub fn clones(scene: &Scene) -> Result<()> {
         let path = memory.path().join("grown.qcow2");
         qemu_img::create(&path, SIZE, "cluster_size=4096", &["-F", "qcow2", "-b", &to])?;
         bytes.resize(SIZE as usize, 0);
-        grows(scene, &path, bytes, "--direct=off").with_context(|| format!("over {len} bytes"))?;
+        grows(scene, &path, bytes, 512, "--direct=off").with_context(|| format!("over {len} bytes"))?;
     }
     Ok(())
 }
@@ -251,7 +271,8 @@ fn dies(scene: &Scene, options: &str, (base, to): (u64, u64), stride: usize) -> 
         ensure!(status.signal() == Some(Signal::SIGKILL as i32), "{status} {}", process.stderr());
         let size = size_of(&path)?;
         ensure!(size == SIZE || size == to, "it has {size} bytes");
-        look(&path, &copy.bytes, size).with_context(|| format!("{size} bytes, dead at change {nth}"))?;
+        look(scene, &path, &copy.bytes, size)
+            .with_context(|| format!("{size} bytes, dead at change {nth}"))?;
         sizes.push(size);
         if lives {
             break;
@@ -262,7 +283,8 @@ fn dies(scene: &Scene, options: &str, (base, to): (u64, u64), stride: usize) -> 
             let answer = grow(&again.2, &again.1, to)?;
             ensure!(answer.status == 200, "{}", String::from_utf8_lossy(&answer.body));
             drop(again);
-            look(&path, &copy.bytes, to).with_context(|| format!("grown after death at change {nth}"))?;
+            look(scene, &path, &copy.bytes, to)
+                .with_context(|| format!("grown after death at change {nth}"))?;
         }
     }
     let old = sizes.iter().filter(|&&size| size == SIZE).count();

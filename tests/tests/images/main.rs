@@ -236,5 +236,7 @@ fn main() -> std::process::ExitCode {
     let dying = || qemu_img::missing().or_else(no_fault_points);
     let all = TESTS.iter().map(test(qemu_img::missing)).chain(DYING.iter().map(test(dying)));
     let cached = Test::new("the_base_is_cached_once_for_all_clones", clones::cached, qemu_img::missing);
-    runner::run(all.chain([cached]).collect(), "KICKLESS_REQUIRE_IMAGES")
+    let on_a_device =
+        Test::new("an_image_on_a_block_device_grows", grown::on_a_block_device, qemu_img::missing);
+    runner::run(all.chain([cached, on_a_device]).collect(), "KICKLESS_REQUIRE_IMAGES")
 }
