@@ -15,7 +15,6 @@ use crate::backend::{Backend, Begun, Failure, Outcome};
 use crate::disk::Disk;
 use crate::record::tap::Tap;
 use crate::request::{ID_LEN, Invalid, Operation, STATUS_OK, parse};
-use crate::share::weight;
 use crate::throttle::Gate;
 
 /// What a queue may begin in a round, in weights: as many small requests as the engine has a queue take, and half a
@@ -106,7 +105,7 @@ impl<B: Backend> BlkQueue<B> {
                 queue.untake(request);
                 break;
             }
-            left = left.saturating_sub(weight(&asked));
+            left = left.saturating_sub(asked.as_ref().map_or(1, |operation| self.backend.weight(operation)));
             self.one(request, asked, queue, io);
             taken += 1;
         }

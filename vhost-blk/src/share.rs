@@ -17,7 +17,7 @@ use std::sync::{Arc, Weak};
 
 use poll_engine::clock::Clock;
 
-use crate::request::{Invalid, Operation};
+use crate::request::Operation;
 
 /// Bytes that weigh as much as one request more.
 const HEAVY: u32 = 32 << 10;
@@ -30,14 +30,16 @@ const LEAST: u32 = 4;
 const TERM: u32 = 24;
 
 /// What a request weighs.
-pub fn weight(asked: &Result<Operation, Invalid>) -> u32 {
-    asked.as_ref().map_or(1, weight_of)
+#[inline]
+pub fn weight_of(operation: &Operation) -> u32 {
+    weight_by(HEAVY, operation)
 }
 
-/// As [`weight`], of one that can be done.
-pub fn weight_of(operation: &Operation) -> u32 {
+/// As [`weight_of`], where so many bytes weigh as much as one request more.
+#[inline]
+pub fn weight_by(heavy: u32, operation: &Operation) -> u32 {
     match *operation {
-        Operation::Read { len, .. } | Operation::Write { len, .. } => 1 + len / HEAVY,
+        Operation::Read { len, .. } | Operation::Write { len, .. } => 1 + len / heavy,
         _ => 1,
     }
 }

@@ -9,6 +9,7 @@ mod chain;
 #[path = "../images/disk.rs"]
 mod disk;
 mod keys;
+mod memory;
 mod refusals;
 mod running;
 
@@ -191,6 +192,8 @@ const TESTS: &[(&str, Body)] = &[
     ("requests_are_cut_anywhere", cut_anywhere),
     ("blocks_are_sectors_at_least", blocks_are_sectors_at_least),
     ("discards_are_asked_for", discards_are_asked_for),
+    ("a_volume_on_tmpfs_is_served_at_once", memory::at_once),
+    ("a_guest_may_change_what_is_under_way", memory::changed_meanwhile),
     ("a_volume_grows", running::grows),
     ("a_confined_daemon_is_given_a_volume", running::added),
     ("a_volume_is_taken_over", running::taken_over),

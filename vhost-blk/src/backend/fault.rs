@@ -190,6 +190,10 @@ impl<B: Backend> Backend for Faulty<B> {
         self.inner.has_room()
     }
 
+    fn weight(&self, operation: &Operation) -> u32 {
+        self.inner.weight(operation)
+    }
+
     fn begin(&mut self, request: Request, operation: Operation, queue: &mut Queue, io: &mut Io<'_>) -> Begun {
         let (fate, carried_out) = self.draw(operation);
         let is_late = !fate.delay.is_zero();

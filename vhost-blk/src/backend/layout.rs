@@ -41,7 +41,7 @@ pub trait Layout: Send + 'static {
     /// Where `offset` is, and as much of the `len` bytes from there on as is together with it; never nothing.
     fn place(&self, access: Access, offset: u64, len: u32) -> Place;
 
-    /// Whether all files are memory: what is in them is read and written at once. Never with a cipher or a write log.
+    /// Whether all files are memory: what is in them is read and written at once. Never with a write log.
     fn is_in_memory(&self) -> bool {
         false
     }

@@ -23,6 +23,7 @@ use poll_engine::ring::chain::ChainView;
 use poll_engine::uring::FixedBuffers;
 
 use crate::request::{Operation, STATUS_IOERR};
+use crate::share::weight_of;
 
 /// What became of a request.
 #[derive(Debug)]
@@ -80,6 +81,12 @@ pub trait Backend: Send + 'static {
     #[inline]
     fn has_room(&self) -> bool {
         true
+    }
+
+    /// What a request counts for of all that may be begun in a round.
+    #[inline]
+    fn weight(&self, operation: &Operation) -> u32 {
+        weight_of(operation)
     }
 
     /// Begins the request whose chain the queue has just taken. Never [`Operation::GetId`].

@@ -82,38 +82,63 @@ impl Copier {
             self.iovecs.clear();
             self.iovecs
                 .extend(part.map(|s| libc::iovec { iov_base: s.host_addr().cast(), iov_len: s.len() }));
-            let mut left: usize = self.iovecs.iter().map(|v| v.iov_len).sum();
-            if left == 0 {
+            let len: usize = self.iovecs.iter().map(|v| v.iov_len).sum();
+            if len == 0 {
                 return Ok(());
             }
-            let mut first = 0;
-            while left > 0 {
-                let iovecs = &self.iovecs[first..];
-                let count = iovecs.len() as i32;
-                let (at, one) = (offset as i64, iovecs[0]);
-                // SAFETY: the iovecs are guest slices of the chain at hand, whose map the queue holds during this call.
-                let n = unsafe {
-                    match (access, count) {
-                        (Access::Read, 1) => libc::pread(fd, one.iov_base, one.iov_len, at),
-                        (Access::Read, _) => libc::preadv(fd, iovecs.as_ptr(), count, at),
-                        (Access::Write, 1) => libc::pwrite(fd, one.iov_base, one.iov_len, at),
-                        (Access::Write, _) => libc::pwritev(fd, iovecs.as_ptr(), count, at),
-                    }
-                };
-                let n = match usize::try_from(n) {
-                    // The end of a file that has shrunk.
-                    Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                    Ok(n) => n,
-                    Err(_) => match io::Error::last_os_error() {
-                        e if e.kind() == io::ErrorKind::Interrupted => continue,
-                        e => return Err(e),
-                    },
-                };
-                left -= n;
-                offset += n as u64;
-                first += skip(&mut self.iovecs[first..], n);
-            }
+            // SAFETY: the iovecs are guest slices of the chain at hand, whose map the queue holds during this call.
+            unsafe { self.all(fd, access, offset, len)? };
+            offset += len as u64;
         }
+    }
+
+    /// Between the file, from `offset` on, and bytes of our own.
+    pub fn transfer_own(
+        &mut self,
+        fd: RawFd,
+        access: Access,
+        offset: u64,
+        bytes: &mut [u8],
+    ) -> io::Result<()> {
+        self.iovecs.clear();
+        self.iovecs.push(libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() });
+        // SAFETY: the one iovec is what we have borrowed.
+        unsafe { self.all(fd, access, offset, bytes.len()) }
+    }
+
+    /// All `left` bytes of the iovecs, which change on the way.
+    ///
+    /// # Safety
+    /// The iovecs are memory that may be read, or written, during this call, of `left` bytes.
+    unsafe fn all(&mut self, fd: RawFd, access: Access, mut offset: u64, mut left: usize) -> io::Result<()> {
+        let mut first = 0;
+        while left > 0 {
+            let iovecs = &self.iovecs[first..];
+            let count = iovecs.len() as i32;
+            let (at, one) = (offset as i64, iovecs[0]);
+            // SAFETY: as the caller says; `skip` leaves parts of the same memory.
+            let n = unsafe {
+                match (access, count) {
+                    (Access::Read, 1) => libc::pread(fd, one.iov_base, one.iov_len, at),
+                    (Access::Read, _) => libc::preadv(fd, iovecs.as_ptr(), count, at),
+                    (Access::Write, 1) => libc::pwrite(fd, one.iov_base, one.iov_len, at),
+                    (Access::Write, _) => libc::pwritev(fd, iovecs.as_ptr(), count, at),
+                }
+            };
+            let n = match usize::try_from(n) {
+                // The end of a file that has shrunk.
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(n) => n,
+                Err(_) => match io::Error::last_os_error() {
+                    e if e.kind() == io::ErrorKind::Interrupted => continue,
+                    e => return Err(e),
+                },
+            };
+            left -= n;
+            offset += n as u64;
+            first += skip(&mut self.iovecs[first..], n);
+        }
+        Ok(())
     }
 }
 

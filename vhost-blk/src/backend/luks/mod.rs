@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! key source ─► libcryptsetup on a copy of the header ─► the volume's key          as it is opened
-//! request ─► bounce buffer ◄─► guest memory, en- or deciphered ─► io_uring         from then on
+//! request ─► buffer ◄─► guest memory, en- or deciphered ─► io_uring, or the file   from then on
 //! ```
 //!
 //! libcryptsetup sees a copy of the header in memory: so it can write to nobody's image, needs no file by its name, and
@@ -14,7 +14,7 @@ mod header;
 mod key;
 pub(crate) mod library;
 mod locked;
-mod xts;
+pub mod xts;
 
 use std::fs::File;
 use std::io;
@@ -263,6 +263,7 @@ fn differs(file: &File, copy: &File) -> io::Result<bool> {
 /// Data of a volume, as the queue of a reactor has them.
 pub struct Ciphered {
     file: File,
+    in_memory: bool,
     offset: u64,
     cipher: Cipher,
 }
@@ -270,7 +271,12 @@ pub struct Ciphered {
 impl Ciphered {
     /// Of this volume.
     pub fn new(volume: &Volume) -> io::Result<Ciphered> {
-        Ok(Ciphered { file: volume.file.try_clone()?, offset: volume.data.offset, cipher: volume.cipher()? })
+        Ok(Ciphered {
+            file: volume.file.try_clone()?,
+            in_memory: volume.traits.in_memory,
+            offset: volume.data.offset,
+            cipher: volume.cipher()?,
+        })
     }
 
     /// The file that they are in.
@@ -287,6 +293,10 @@ impl Layout for Ciphered {
     #[inline]
     fn place(&self, _: Access, offset: u64, len: u32) -> Place {
         Place::File { fd: self.file.as_raw_fd(), offset: self.offset + offset, len }
+    }
+
+    fn is_in_memory(&self) -> bool {
+        self.in_memory
     }
 
     fn flush_fd(&self, index: usize) -> Option<RawFd> {

@@ -5,6 +5,7 @@
 //! what ends is handed to `finish`. What the layout does not know the place of is a worker's errand.
 #![allow(unsafe_code)] // submissions carry addresses of guest memory, iovecs and bounce buffers
 
+mod memory;
 pub(super) mod ranges;
 pub(super) mod slot;
 
@@ -17,18 +18,18 @@ use poll_engine::engine::queue::{Queue, Request};
 use poll_engine::engine::reactor::Io;
 use poll_engine::ring::chain::ChainView;
 
+use self::memory::Memory;
 use self::slot::{Phase, Slot, Through, data, fill_bounce, is_misaligned, is_within};
 use super::bounce::Pool;
 use super::formatted::errand::{Answer, Errand, Inbox, WANTS_DATA, What};
 use super::layout::{Layout, Place};
-use super::sync::Copier;
 use super::write_log::Change;
 use super::{Backend, Begun, Failure, Outcome};
 use crate::device::Cache;
 use crate::disk::{Access, Disk};
 use crate::open::FileTraits;
 use crate::request::{Operation, ranges};
-use crate::share::{Share, weight_of};
+use crate::share::{Share, weight_by, weight_of};
 
 /// Most iovecs of one operation (`UIO_MAXIOV`); longer requests go in several.
 const MAX_IOVECS: usize = 1024;
@@ -55,7 +56,7 @@ pub struct UringBackend<L> {
     /// Those of short requests, with a cipher.
     short: Pool,
     /// For a layout in memory.
-    copier: Option<Copier>,
+    memory: Option<Memory>,
 }
 
 /// What to do with a slot after a step.
@@ -76,8 +77,15 @@ impl<L: Layout> UringBackend<L> {
         ring_size: u16,
     ) -> UringBackend<L> {
         let size = u32::from(ring_size);
+        let in_memory = layout.is_in_memory();
+        let buffers = match (L::CIPHERS, in_memory) {
+            (false, _) => BOUNCES,
+            (true, false) => LONG_PIECES,
+            (true, true) => 1,
+        };
+        let bounces = Pool::new(L::BOUNCE_PAGES, buffers);
         UringBackend {
-            copier: layout.is_in_memory().then(Copier::default),
+            memory: in_memory.then(|| Memory::new(L::CIPHERS.then(|| bounces.size()))),
             layout,
             traits,
             disk,
@@ -85,7 +93,7 @@ impl<L: Layout> UringBackend<L> {
             cache,
             slots: std::iter::repeat_with(Slot::default).take(size as usize).collect(),
             free: (0..size).rev().collect(),
-            bounces: Pool::new(L::BOUNCE_PAGES, if L::CIPHERS { LONG_PIECES } else { BOUNCES }),
+            bounces,
             short: Pool::new(SHORT.0, SHORT.1),
         }
     }
@@ -130,31 +138,6 @@ impl<L: Layout> UringBackend<L> {
             _ => drop(data(&chain, Access::Write, slot.done, len).read(&mut bytes)),
         }
         slot.logged = log.begin(fd.0, Change::Write { offset, bytes: &bytes, durable });
-    }
-
-    /// Does what there is nothing to wait for: reads zeros, and reads and writes what is in memory. What does not lie
-    /// together goes the long way.
-    #[inline]
-    fn at_once(&mut self, operation: Operation, chain: &ChainView<'_>) -> Option<Outcome> {
-        let (access, what, offset, len) = match operation {
-            Operation::Read { offset, len } => (Access::Read, "read", offset, len),
-            Operation::Write { offset, len } if self.copier.is_some() => {
-                (Access::Write, "write", offset, len)
-            }
-            _ => return None,
-        };
-        match (self.layout.place(access, offset, len), &mut self.copier) {
-            (Place::Zeros(n), _) if n == len && access == Access::Read => {
-                chain.writable(0, len).for_each(|s| s.fill(0));
-                Some(Outcome::Done)
-            }
-            (Place::File { fd, offset, len: n }, Some(copier)) if n == len => {
-                let done = copier.transfer(fd, access, offset, data(chain, access, 0, len));
-                let failed = |error| Outcome::Failed(Failure::Io { what, error });
-                Some(done.map_or_else(failed, |()| Outcome::Done))
-            }
-            _ => None,
-        }
     }
 
     /// Submits the next transfer of a read or write.
@@ -252,6 +235,10 @@ impl<L: Layout> UringBackend<L> {
             self.log_write(tag, fd, at, n);
         }
         let Some(buffer) = &mut self.slots[tag as usize].bounce else { return lost() };
+        if let Some(memory) = &mut self.memory {
+            memory.transfer_piece(tag, fd.0, access, at, &mut buffer.bytes_mut()[..n as usize]);
+            return Step::Going;
+        }
         let host = buffer.bytes_mut().as_mut_ptr();
         let entry = match access {
             Access::Read => opcode::Read::new(fd, host, n).offset(at).rw_flags(flags).build(),
@@ -285,6 +272,9 @@ impl<L: Layout> UringBackend<L> {
 
     /// Begins to make everything durable, or goes on with the next file.
     fn sync(&mut self, io: &mut Io<'_>, tag: u32) -> Step {
+        if self.is_durable() {
+            return Step::Over(Outcome::Done);
+        }
         let slot = &mut self.slots[tag as usize];
         if slot.synced == 0 {
             slot.mark = self.layout.flush_mark();
@@ -555,6 +545,29 @@ impl<L: Layout> Backend for UringBackend<L> {
             return self.take_answers(io, finish);
         }
         self.go_on(io, tag, result, finish);
+    }
+
+    fn turn(
+        &mut self,
+        io: &mut Io<'_>,
+        finish: &mut dyn FnMut(Request, Operation, Outcome, ChainView<'_>),
+    ) -> usize {
+        let Some((tag, result)) = self.memory.as_mut().and_then(Memory::take_piece) else { return 0 };
+        self.go_on(io, tag, result, finish);
+        1
+    }
+
+    fn prepare_sleep(&mut self, _: &mut Io<'_>) -> bool {
+        self.memory.as_ref().is_some_and(Memory::has_piece)
+    }
+
+    #[inline]
+    fn weight(&self, operation: &Operation) -> u32 {
+        if L::CIPHERS && self.memory.is_some() {
+            weight_by(memory::HEAVY, operation)
+        } else {
+            weight_of(operation)
+        }
     }
 
     fn attach(&mut self, io: &mut Io<'_>) {

@@ -93,6 +93,10 @@ impl<L: Layout> UringBackend<L> {
             let Some(buffer) = &mut slot.bounce else { return Step::Going };
             let bytes = &mut buffer.bytes_mut()[..len as usize];
             self.layout.encipher_zeros(range.offset + done, bytes);
+            if let Some(memory) = &mut self.memory {
+                memory.transfer_piece(tag, fd.0, Access::Write, offset, bytes);
+                return Step::Going;
+            }
             from = bytes.as_ptr();
             change = Change::Write { offset, bytes, durable: false };
         } else {
