@@ -91,7 +91,7 @@ enum Command {
     /// Serve a network card written with the vhost-user-backend and virtio-queue crates: a peer to measure beside
     PlainNet(net::plain::PlainNet),
     /// Measure what a request is made of on this machine: a cache line to another CPU and back, a copy, entries into
-    /// the kernel
+    /// the kernel, the cipher of LUKS volumes
     Probe(probe::Probe),
 }
 

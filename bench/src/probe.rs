@@ -1,5 +1,5 @@
 //! What the machine takes for the things that a request is made of, so that a latency can be told from what nobody can
-//! avoid: a cache line that goes to another CPU and back, a copy, an entry into the kernel.
+//! avoid: a cache line that goes to another CPU and back, a copy, an entry into the kernel, a cipher.
 
 use std::hint::{black_box, spin_loop};
 use std::os::fd::AsFd;
@@ -12,6 +12,7 @@ use io_uring::IoUring;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use poll_engine::engine::placement::{CpuList, pin_to, usable_cpus};
 use poll_engine::uring::Uring;
+use vhost_blk::backend::luks::xts::{Direction, KEY, Xts};
 
 /// What to measure, and where.
 #[derive(Clone, Debug, clap::Args)]
@@ -22,6 +23,9 @@ pub struct Probe {
     /// Rounds; of these the minimum, median and maximum are printed
     #[arg(long, value_name = "N", default_value_t = 31, value_parser = clap::value_parser!(u32).range(1..))]
     rounds: u32,
+    /// Only the cipher
+    #[arg(long)]
+    cipher: bool,
 }
 
 /// Times one thing is done in a round.
@@ -31,6 +35,10 @@ const CALLS: u64 = 5_000;
 /// Bytes of the copy, and of the memory it goes through where it is not to find it in a cache.
 const BLOCK: usize = 4096;
 const FAR: usize = 256 << 20;
+/// Bytes that are enciphered: a long request, and what no cache has.
+const CIPHERED: [(&str, usize); 2] = [("128 KiB", 128 << 10), ("64 MiB", 64 << 20)];
+/// Bytes that are enciphered in a round at least.
+const CIPHERED_ROUND: usize = 16 << 20;
 
 /// A cache line of its own, and the one beside it, which CPUs fetch along.
 #[repr(align(128))]
@@ -47,13 +55,21 @@ pub fn probe(what: &Probe) -> Result<()> {
         bail!("needs two CPUs: give them as --cpus 0,1");
     };
     pin_to(here).with_context(|| format!("cannot run on CPU {here}"))?;
-    println!("{:<52} {:>9} {:>9} {:>9}", "ns", "min", "median", "max");
+    let head = |unit: &str| println!("{unit:<52} {:>9} {:>9} {:>9}", "min", "median", "max");
     let print = |name: &str, mut rounds: Vec<f64>| {
         rounds.sort_by(f64::total_cmp);
         let (min, max) = (rounds[0], rounds[rounds.len() - 1]);
         println!("{name:<52} {min:>9.1} {:>9.1} {max:>9.1}", rounds[rounds.len() / 2]);
     };
+    head("GB/s");
+    for (name, rounds) in ciphers(what)? {
+        print(&name, rounds);
+    }
+    if what.cipher {
+        return Ok(());
+    }
 
+    head("ns");
     let lines: [Line; 2] = Default::default();
     print(
         &format!("cache line from CPU {here} to CPU {there} and back"),
@@ -107,6 +123,30 @@ pub fn probe(what: &Probe) -> Result<()> {
         );
     }
     Ok(())
+}
+
+/// GB/s of AES-256-XTS where the data are, as LUKS volumes have it: by the same library, called sector by sector.
+fn ciphers(what: &Probe) -> Result<Vec<(String, Vec<f64>)>> {
+    let key = std::array::from_fn::<u8, KEY, _>(|i| i as u8);
+    let mut all = Vec::new();
+    for (size, bytes) in CIPHERED {
+        let mut data = vec![3; bytes];
+        for sector in [512, 4096] {
+            for (way, direction) in [("enciphered", Direction::Encipher), ("deciphered", Direction::Decipher)]
+            {
+                let mut xts = Xts::new(&key, direction).context("no cipher")?;
+                let times = (CIPHERED_ROUND / bytes).max(1) as u64;
+                let rounds = each(what, times, |_| {
+                    for (number, sector) in black_box(&mut data).chunks_exact_mut(sector).enumerate() {
+                        xts.in_place(number as u64, sector);
+                    }
+                });
+                let name = format!("AES-256-XTS, {size} {way} in sectors of {sector}");
+                all.push((name, rounds.iter().map(|ns| bytes as f64 / ns).collect()));
+            }
+        }
+    }
+    Ok(all)
 }
 
 /// Nanoseconds of each of `times` calls of `work`, for each round. One more round warms up.
