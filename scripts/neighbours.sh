@@ -1,12 +1,13 @@
 #!/bin/bash
 # What a busy guest costs its neighbours: disks of one daemon on one CPU, all driven by one thread of vbench on another.
 #
-#   scripts/neighbours.sh null|ram|file   nine guests with one request each, alone and beside a tenth with DEEP (256) of DEEP_BS (4k)
+#   scripts/neighbours.sh null|ram|file|luks   nine guests with one request each, alone and beside a tenth with DEEP (256) of
+#                                         DEEP_BS (4k), DEEP_RW (randread); luks: volumes in sectors of BENCH_SECTOR (4096)
 #   scripts/neighbours.sh crowd           a thousand disks added over the API: how long that takes and what is resident; then
 #                                         twenty guests with one request each, of a daemon that has only these ("alone") and of
 #                                         the one that has 980 more with guests that are idle; BENCH_CROWD (1000): how many disks
 #   BENCH_ROUNDS (7) of BENCH_SECONDS (1) each way, after BENCH_RAMP (0.2) seconds that do not count; BENCH_POLL (adaptive);
-#   BENCH_DISK: where images are made (/var/tmp)
+#   BENCH_DISK: where images are made (/var/tmp); volumes on /dev/shm are read and written at once
 #   BENCH_ARGS: more of the daemon's options, such as --shared-depth 16
 #   BENCH_BIN: where programs are that are built already
 #
@@ -49,7 +50,13 @@ disk() { # WAY NUMBER
     file) # Of 256 MiB each, written: holes would be read without the disk.
         dd if=/dev/urandom of="$tmp/$2.img" bs=1M count=256 status=none
         what=blk-file=$tmp/$2.img,direct=on ;;
-    *) echo "neighbours: $kind is none of null, ram, file, crowd" >&2; exit 2 ;;
+    luks)
+        dd if=/dev/urandom of="$tmp/$2.img" bs=1M count=80 status=none
+        cryptsetup luksFormat -q --type luks2 --sector-size "${BENCH_SECTOR:-4096}" --pbkdf pbkdf2 \
+            --pbkdf-force-iterations 1000 "$tmp/$2.img" - <<<key
+        printf 'key\n' >"$tmp/key"
+        what=blk-file=$tmp/$2.img,direct=on,format=luks,key-file=$tmp/key ;;
+    *) echo "neighbours: $kind is none of null, ram, file, luks, crowd" >&2; exit 2 ;;
     esac
     named+=(--disk "socket-path=$tmp/$1/$2.sock,$what")
 }
@@ -88,13 +95,12 @@ resident() { awk -v when="$1" '/^VmRSS/ { printf "%.0f MiB resident %s\n", $2 / 
 [ "$kind" != crowd ] || resident "without guests"
 until [ -S "$tmp/beside/$((disks - 1)).sock" ] && [ -S "$tmp/alone/$((guests - 1)).sock" ]; do sleep 0.05; done
 
-jobs() { # WAY FIRST LAST DEPTH BS
+jobs() { # WAY FIRST LAST DEPTH BS RW
     for ((i = $2; i <= $3; i++)); do
-        printf '[%s-%d]\nsocket_path=%s\niodepth=%d\nbs=%s\n' "$([ "$4" = 1 ] && echo small || echo deep)" "$i" "$tmp/$1/$i.sock" "$4" "$5"
+        printf '[%s-%d]\nsocket_path=%s\niodepth=%d\nbs=%s\nrw=%s\n' "$([ "$4" = 1 ] && echo small || echo deep)" "$i" "$tmp/$1/$i.sock" "$4" "$5" "${6:-randread}"
     done
 }
 head="[global]
-rw=randread
 norandommap
 time_based
 ramp_time=${BENCH_RAMP:-0.2}
@@ -103,7 +109,7 @@ one_thread
 cpus_allowed=$driver
 "
 for way in alone beside; do { echo "$head"; jobs $way 0 $((guests - 1)) 1 4k; } >"$tmp/$way.fio"; done
-[ "$kind" = crowd ] || jobs beside 9 9 "${DEEP:-256}" "${DEEP_BS:-4k}" >>"$tmp/beside.fio"
+[ "$kind" = crowd ] || jobs beside 9 9 "${DEEP:-256}" "${DEEP_BS:-4k}" "${DEEP_RW:-randread}" >>"$tmp/beside.fio"
 
 # p50 and p99 in µs, the median of the guests', and the IOPS of the deep one.
 run() {
@@ -113,7 +119,7 @@ run() {
         reads && /"clat_ns":/ { clat = 1 } /"lat_ns":/ && !/"clat_ns":/ { clat = 0 }
         reads && clat && /"50.000000":/ && name ~ /^small/ { a[++na] = $2 + 0 }
         reads && clat && /"99.000000":/ && name ~ /^small/ { b[++nb] = $2 + 0 }
-        reads && /"iops":/ && name ~ /^deep/ { deep = $2 + 0 }
+        /"iops":/ && name ~ /^deep/ { deep += $2 }
         function median(v, n,   i, j, t) {
             for (i = 1; i <= n; i++) for (j = i + 1; j <= n; j++) if (v[j] < v[i]) { t = v[i]; v[i] = v[j]; v[j] = t }
             return v[int((n + 1) / 2)]
