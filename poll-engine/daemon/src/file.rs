@@ -116,6 +116,8 @@ impl File {
                 Some(_) => None,
             };
             let found = match (step, table, value) {
+                // The only one, which needs no list.
+                (Step::Item(_), Some(_), Some(_)) => continue,
                 (Step::Key(key), Some(table), _) => {
                     table.iter().find(|(k, _)| k.get_ref() == key).map(|(k, v)| (k.span(), v))
                 }
@@ -228,5 +230,7 @@ mod tests {
         assert_eq!(file.place(&[pet, Step::Item(1), legs]), "f:8");
         assert_eq!(file.place(&[pet, Step::Item(1), Step::Key("wings")]), "f:6", "as far as it is there");
         assert_eq!(file.place(&[pet, Step::Item(7), legs]), "f:3");
+        let one = self::file("[pet]\n\nlegs = 3\n");
+        assert_eq!(one.place(&[pet, Step::Item(0), legs]), "f:3");
     }
 }

@@ -2,11 +2,14 @@
 //! by the same parsers of values.
 
 use std::fmt::{self, Display};
+use std::marker::PhantomData;
 
 use poll_engine::engine::placement::CpuList;
 use poll_engine::engine::placement::auto::Cpus;
-use serde::de::value::{Error, SeqDeserializer, StrDeserializer};
-use serde::de::{DeserializeOwned, DeserializeSeed, Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
+use serde::de::value::{Error, MapAccessDeserializer, SeqDeserializer, StrDeserializer};
+use serde::de::{
+    DeserializeOwned, DeserializeSeed, Deserializer, Error as _, MapAccess, SeqAccess, Unexpected, Visitor,
+};
 use serde::{Deserialize, forward_to_deserialize_any};
 
 /// A value as a command line has it. In a file numbers, truth values and lists of them need no quotes.
@@ -71,6 +74,43 @@ macro_rules! from_text {
             $crate::said::parsed(from, $parse)
         }
     )*};
+}
+
+/// A list of tables, of which one needs no list. Where `may_be_on`, it may be true instead, for one without any keys, or false,
+/// for none.
+pub fn several<'de, D: Deserializer<'de>, T: Default + Deserialize<'de>>(
+    from: D,
+    may_be_on: bool,
+) -> Result<Vec<T>, D::Error> {
+    struct Several<T>(bool, PhantomData<T>);
+    impl<'de, T: Default + Deserialize<'de>> Visitor<'de> for Several<T> {
+        type Value = Vec<T>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str(if self.0 {
+                "true, false, a table, or a list of tables"
+            } else {
+                "a table, or a list of tables"
+            })
+        }
+
+        fn visit_bool<E: serde::de::Error>(self, on: bool) -> Result<Vec<T>, E> {
+            match (self.0, on) {
+                (false, _) => Err(E::invalid_type(Unexpected::Bool(on), &self)),
+                (true, true) => Ok(vec![T::default()]),
+                (true, false) => Ok(Vec::new()),
+            }
+        }
+
+        fn visit_map<A: MapAccess<'de>>(self, table: A) -> Result<Vec<T>, A::Error> {
+            Ok(vec![T::deserialize(MapAccessDeserializer::new(table))?])
+        }
+
+        fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<Vec<T>, A::Error> {
+            std::iter::from_fn(|| items.next_element().transpose()).collect()
+        }
+    }
+    from.deserialize_any(Several(may_be_on, PhantomData))
 }
 
 /// A list of CPUs; in a file its parts may be the items of a list.
@@ -191,6 +231,45 @@ mod tests {
         ] {
             assert_eq!(toml::from_str::<Pet>(table).as_ref(), Ok(&pet), "{table}");
         }
+    }
+
+    #[test]
+    fn one_table_needs_no_list() {
+        #[derive(Debug, Default, Deserialize)]
+        #[serde(default)]
+        struct Zoo {
+            #[serde(deserialize_with = "pets")]
+            pet: Vec<Pet>,
+            #[serde(deserialize_with = "tables")]
+            wild: Vec<Pet>,
+        }
+        fn pets<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<Pet>, D::Error> {
+            several(from, true)
+        }
+        fn tables<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<Pet>, D::Error> {
+            several(from, false)
+        }
+        let legs = |text| toml::from_str::<Zoo>(text).map(|zoo| zoo.pet.iter().map(|pet| pet.legs).collect());
+        for (text, pets) in [
+            ("", vec![]),
+            ("pet = false", vec![]),
+            ("pet = true", vec![0]),
+            ("[pet]\nlegs = 4", vec![4]),
+            ("[[pet]]\nlegs = 4\n[[pet]]\nlegs = 2", vec![4, 2]),
+        ] {
+            assert_eq!(legs(text), Ok(pets), "{text}");
+        }
+        for text in [
+            "pet = 4",
+            "pet = [true]",
+            "wild = true",
+            "wild = 'on'",
+            "[[pet]]\nwings = 2",
+            "[wild]\nlegs = 'x'",
+        ] {
+            assert!(legs(text).is_err(), "{text}");
+        }
+        assert_eq!(toml::from_str::<Zoo>("[wild]\nlegs = 4").unwrap().wild.len(), 1);
     }
 
     #[test]
