@@ -69,6 +69,10 @@ impl From<&ReactorInfo> for ReactorTimes {
 pub struct Export {
     /// What it is known by.
     pub name: String,
+    /// The name of the switch that a port is on, if that has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
+    pub switch: Option<String>,
     /// Whether a front end is connected.
     pub attached: bool,
     /// Whether its queues are to take no requests.

@@ -248,10 +248,10 @@ fn a_reactor_that_comes_has_its_station_before_any_queue() {
     let gone = Arc::clone(&mover.gone);
     let station = |number, _| {
         assert_eq!((number, engine.reactors()), (1, 1), "queues could run there already");
-        Box::new(mover) as Box<dyn Station>
+        vec![Box::new(mover) as Box<dyn Station>]
     };
-    let (number, station) = engine.add_reactor_with(None, station).unwrap();
-    assert_eq!((number, engine.reactors()), (1, 2));
+    let (number, stations) = engine.add_reactor_with(None, station).unwrap();
+    assert_eq!((number, engine.reactors(), stations.len()), (1, 2, 1));
     let retiring = engine.retire(0).unwrap();
     assert!(retiring.turns(Duration::from_secs(60)));
     retiring.finish();
@@ -264,6 +264,6 @@ fn a_reactor_that_comes_has_its_station_before_any_queue() {
     for side in [&mut from, &mut to] {
         side.running.take().unwrap().stop().unwrap();
     }
-    drop(station);
+    drop(stations);
     assert_eq!(gone.load(Ordering::Acquire), 1);
 }

@@ -17,12 +17,13 @@ use vhost_net::check::check;
 use vhost_net::cli::Options;
 use vhost_net::device::{CONFIG_LEN, Card, Joined, NetDevice};
 use vhost_net::hub::Hub;
+use vhost_net::hubs::RunningHub;
 use vhost_net::join;
-use vhost_net::outside::Outside;
 use vhost_net::report::{report, uplink_report};
-use vhost_net::shard::Shard;
 use vhost_net::spec::PortSpec;
 use vhost_net::switch::PortId;
+use vhost_net::switches::SwitchSpec;
+use vhost_net::witness::Witness;
 
 use crate::cli::ServeNet;
 use crate::confine;
@@ -45,10 +46,10 @@ fn options(cli: &ServeNet) -> Result<Options> {
         PortSpec { socket_path: place.flatten().or(port.socket_path.clone()), mtu, ..port }
     });
     let options = Options {
-        switch: true,
+        switch: vec![SwitchSpec::default()],
         port: ports.collect(),
-        uplink: cli.uplink.clone(),
-        mac_ageing: cli.mac_ageing,
+        uplink: cli.uplink.clone().into_iter().collect(),
+        mac_ageing: Some(cli.mac_ageing),
         mtu: cli.mtu,
         num_queue_pairs: cli.num_queue_pairs,
         queue_size: cli.queue_size,
@@ -62,8 +63,8 @@ fn options(cli: &ServeNet) -> Result<Options> {
             port.name()
         );
     }
-    match (options.port.as_slice(), &options.uplink) {
-        ([_], None) => {
+    match (options.port.as_slice(), options.uplink.as_slice()) {
+        ([_], []) => {
             bail!("one card alone has nobody to talk to: give --tap, an --uplink, or a further --port")
         }
         _ => Ok(options),
@@ -121,33 +122,23 @@ impl Service for Switched {
 pub(crate) fn serve_net(cli: &ServeNet, identity: Option<Identity>) -> Result<()> {
     let options = options(cli)?;
     let told = options.port.iter().filter_map(|port| port.mtu).max();
-    let mut uplink = options.uplink.as_ref().map(|spec| join::open_uplink(spec, told)).transpose()?;
-    let opens = uplink.is_some();
+    let uplinks = join::open_uplinks(&options, |_| told)?;
+    let opens = !uplinks.is_empty();
     let confined = confine::threads(&cli.common, identity, cli.driver, sockets(&options), opens)?;
     let engine = engine(&cli.common, FixedBuffers::Off, &options.near())?;
     let guests: Vec<_> = options.port.iter().map(|port| (port, cli.num_queue_pairs)).collect();
-    let uplink_mtu = uplink.as_mut().map(|u| u.link().mtu);
-    let hub = Arc::new(join::hub(&options, &guests, uplink_mtu, engine.reactors())?);
-    hub.connect(&engine);
-    let withheld = join::withheld(&options, uplink.as_deref());
-    // The last port.
-    let out = hub.ports().len().saturating_sub(1);
-    let shards = (0..engine.reactors()).map(|reactor| {
-        let mut shard = Shard::new(Arc::clone(&hub), reactor);
-        if let Some(uplink) = uplink.take_if(|_| reactor == 0) {
-            shard = shard.with_outside(Outside::new(out, uplink));
-        }
-        engine.add_station(reactor, Box::new(shard)).context("cannot start a shard")
-    });
-    let shards = shards.collect::<Result<Vec<_>>>()?;
+    let joints = join::hubs(&options, &guests, uplinks, engine.reactors())?;
+    let hubs = joints.into_iter().map(|joint| RunningHub::start(joint, &engine, &|_| Witness::default()));
+    let hubs = hubs.collect::<Result<Vec<_>>>()?;
+    let hub = hubs.first().map(|running| Arc::clone(&running.hub)).context("there is no switch")?;
 
-    let uplink = options.uplink.as_ref().map(PortSpec::name);
+    let uplink = options.uplink.first().map(PortSpec::name);
     let mut switched = Switched { hub: Arc::clone(&hub), uplink, cards: vec![], sockets: vec![] };
     let (mut on_bus, mut servers) = (vec![], vec![]);
     for (number, port) in options.port.iter().enumerate() {
         let card =
             Card { mac: port.mac, mtu: port.mtu, pairs: cli.num_queue_pairs, ring_size: cli.queue_size };
-        let device = Arc::new(NetDevice::new(card, Joined::Hub(Arc::clone(&hub), number), withheld));
+        let device = Arc::new(NetDevice::new(card, Joined::Hub(Arc::clone(&hub), number), hub.withheld));
         if port.link_down {
             device.set_link(false)?;
         }
@@ -170,7 +161,7 @@ pub(crate) fn serve_net(cli: &ServeNet, identity: Option<Identity>) -> Result<()
     let outcome = serve(on_bus, cli.driver, &switched, &confined);
     servers.iter().for_each(Server::begin_stop);
     drop(servers);
-    drop(shards);
+    drop(hubs);
     outcome
 }
 

@@ -14,19 +14,22 @@ use control::problem::Problem;
 use control::refused::Refused;
 use poll_engine::stats::QueueStats;
 use serde::{Deserialize, Serialize};
-use utoipa::ToSchema;
 use utoipa::openapi::OpenApi;
+use utoipa::{IntoParams, ToSchema};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use crate::captured::Wish;
-use crate::hub::{Hub, Plan};
+use crate::hub::Hub;
 use crate::mac::MacAddr;
 use crate::mib;
 use crate::pcap::filter::FilterError;
 use crate::pcap::{CaptureConfig, SNAPLEN};
-use crate::ports::{Counted, Ports, Served};
+use crate::ports::{Ports, no_switch};
+use crate::served::{Counted, Outer, Served};
 use crate::spec::{PortLimits, PortSpec};
+use crate::switch::fdb::Entry;
+use crate::switches::SwitchSpec;
 
 /// What all calls have.
 #[derive(Clone)]
@@ -48,10 +51,6 @@ impl Api {
         act: impl FnOnce(&Ports) -> Result<T, Refused> + Send + 'static,
     ) -> Result<T, Problem> {
         self.common.change(&self.ports, act).await
-    }
-
-    fn detail(&self, served: &Served) -> Json<PortDetail> {
-        Json(PortDetail::of(served, self.ports.hub()))
     }
 }
 
@@ -86,12 +85,16 @@ struct Daemon {
 struct Port {
     /// What it is known by: its name, or the path of its socket.
     name: String,
-    /// Where front ends connect; the uplink has none.
+    /// Where front ends connect; an uplink has none.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false)]
     socket: Option<String>,
     /// What it is joined to: switch, wire, loopback, tap or uplink.
     kind: String,
+    /// The name of the switch that it is on, if that has one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
+    switch: Option<String>,
     /// The interface of the host's that it is, or is joined to.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false)]
@@ -108,9 +111,9 @@ struct Port {
     paused: bool,
     /// Whether no front end can come any more.
     ended: bool,
-    /// What its guest was given, or what has left by the uplink.
+    /// What its guest was given, or what has left by an uplink.
     rx: Flow,
-    /// What its guest has sent, or what has come in by the uplink.
+    /// What its guest has sent, or what has come in by an uplink.
     tx: Flow,
 }
 
@@ -169,21 +172,18 @@ struct Queue {
 }
 
 impl Port {
-    fn of(s: &Served, hub: &Hub) -> Port {
-        let [rx, tx] = s.flows(hub).map(Flow::from);
+    fn of(s: &Served) -> Port {
+        let [rx, tx] = s.flows().map(Flow::from);
         let spec = s.spec();
-        let kind = match &s.counted {
-            Counted::Hub(..) => joined(hub.plan),
-            Counted::Tap(_) => "tap",
-        };
         let interface = match &s.counted {
-            Counted::Hub(..) => None,
+            Counted::Hub(_) => None,
             Counted::Tap(tap) => Some(tap.name().to_owned()),
         };
         Port {
             name: s.name.clone(),
             socket: Some(s.place.key()),
-            kind: kind.into(),
+            kind: s.kind().into(),
+            switch: spec.switch,
             interface,
             mac: spec.mac.map(|mac| MacAddr(mac).to_string()),
             up: !spec.link_down,
@@ -195,26 +195,27 @@ impl Port {
         }
     }
 
-    fn uplink(ports: &Ports, spec: &PortSpec, number: u16) -> Port {
-        let ([rx, tx], _) = ports.uplink_counts(number);
+    fn uplink(outer: &Outer) -> Port {
+        let [rx, tx] = outer.port.flows().map(Flow::from);
         Port {
-            name: spec.name(),
+            name: outer.spec.name(),
             socket: None,
             kind: "uplink".into(),
-            interface: spec.interface().map(str::to_owned),
+            switch: outer.spec.switch.clone(),
+            interface: outer.spec.interface().map(str::to_owned),
             mac: None,
-            up: ports.hub().outside.latest().0.up,
+            up: outer.is_up(),
             attached: false,
             paused: false,
             ended: false,
-            rx: rx.into(),
-            tx: tx.into(),
+            rx,
+            tx,
         }
     }
 }
 
 impl PortDetail {
-    fn of(s: &Served, hub: &Hub) -> PortDetail {
+    fn of(s: &Served) -> PortDetail {
         let queue = |(number, stats): (u16, &Arc<QueueStats>)| Queue {
             queue: number,
             reactor: stats.reactor(),
@@ -224,27 +225,18 @@ impl PortDetail {
             errors: stats.errors_total(),
         };
         PortDetail {
-            port: Port::of(s, hub),
-            counters: s.counters(hub).into_iter().collect(),
+            port: Port::of(s),
+            counters: s.counters().into_iter().collect(),
             queues: (0..).zip(&s.stats).map(queue).collect(),
         }
     }
 
-    fn uplink(ports: &Ports, spec: &PortSpec, number: u16) -> PortDetail {
-        let (_, counters) = ports.uplink_counts(number);
+    fn uplink(outer: &Outer) -> PortDetail {
         PortDetail {
-            port: Port::uplink(ports, spec, number),
-            counters: counters.into_iter().collect(),
+            port: Port::uplink(outer),
+            counters: outer.counters().into_iter().collect(),
             queues: Vec::new(),
         }
-    }
-}
-
-fn joined(plan: Plan) -> &'static str {
-    match plan {
-        Plan::Switch => "switch",
-        Plan::Wire => "wire",
-        Plan::Echo | Plan::Discard | Plan::Generate(_) => "loopback",
     }
 }
 
@@ -292,12 +284,47 @@ struct Capture {
 struct Station {
     /// The address.
     mac: String,
+    /// The name of the switch that has learnt it, if that has one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
+    switch: Option<String>,
     /// Its VLAN, 0 where there are none.
     vlan: u16,
     /// The port that it is behind.
     port: String,
     /// Whether it belongs there for good.
     fixed: bool,
+}
+
+/// Which addresses.
+#[derive(Debug, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+struct OfSwitch {
+    /// Those of the switch of this name; without it, of all.
+    #[serde(default)]
+    #[param(required = false, nullable = false)]
+    switch: Option<String>,
+}
+
+/// A switch.
+#[derive(Debug, Serialize, ToSchema)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+struct Switch {
+    /// What it is known by; one may have none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
+    name: Option<String>,
+    /// How many ports of guests are on it.
+    ports: usize,
+    /// The name of its uplink, if it has one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
+    uplink: Option<String>,
+    /// For how many seconds it knows an address that sends nothing.
+    mac_ageing: u32,
+    /// How many addresses it has learnt.
+    addresses: usize,
 }
 
 /// All calls.
@@ -318,7 +345,9 @@ fn calls() -> (Router<Api>, OpenApi) {
         .routes(routes!(place))
         .routes(routes!(limits, set_limits))
         .routes(routes!(capture, begin_capture, end_capture))
-        .routes(routes!(fdb));
+        .routes(routes!(fdb))
+        .routes(routes!(switches, add_switch))
+        .routes(routes!(remove_switch));
     let about = "Ports of a running vhost-net: what they do, and what can be changed while guests run.";
     common::calls("vhost-net", about, own)
 }
@@ -333,17 +362,17 @@ async fn daemon(State(api): State<Api>) -> Json<Daemon> {
         pid: std::process::id(),
         config: api.ports.file().map(|path| path.display().to_string()),
         poll: api.ports.engine().pacing().name().into(),
-        joined: joined(api.ports.hub().plan).into(),
+        joined: api.ports.setting.plan.name().into(),
         ports: api.ports.all().len(),
     })
 }
 
-/// All ports, and the uplink
+/// All ports, and uplinks
 #[utoipa::path(get, path = "/v1/ports", responses((status = 200, body = Vec<Port>), Fails))]
 async fn list(State(api): State<Api>) -> Json<Vec<Port>> {
     let ports = api.ports.all();
-    let uplink = api.ports.uplink().map(|(spec, number)| Port::uplink(&api.ports, &spec, number));
-    Json(ports.iter().map(|s| Port::of(s, api.ports.hub())).chain(uplink).collect())
+    let uplinks = api.ports.uplinks();
+    Json(ports.iter().map(|s| Port::of(s)).chain(uplinks.iter().map(Port::uplink)).collect())
 }
 
 /// Serves one more port, with the keys of a [[port]] of the configuration file
@@ -353,18 +382,16 @@ async fn add(
     Json(spec): Json<PortSpec>,
 ) -> Result<(StatusCode, Json<PortDetail>), Problem> {
     let served = api.change(|ports| ports.add(spec)).await?;
-    Ok((StatusCode::CREATED, api.detail(&served)))
+    Ok((StatusCode::CREATED, Json(PortDetail::of(&served))))
 }
 
 /// A port and its queues
 #[utoipa::path(get, path = "/v1/ports/{name}", params(("name" = String, Path)), responses((status = 200, body = PortDetail), Fails))]
 async fn show(State(api): State<Api>, Path(name): Path<String>) -> Answer<PortDetail> {
-    match api.ports.uplink() {
-        Some((spec, number)) if spec.name() == name => {
-            Ok(Json(PortDetail::uplink(&api.ports, &spec, number)))
-        }
-        _ => Ok(api.detail(&*api.ports.find(&name)?)),
-    }
+    Ok(Json(match api.ports.uplink(&name) {
+        Some(outer) => PortDetail::uplink(&outer),
+        None => PortDetail::of(&*api.ports.find(&name)?),
+    }))
 }
 
 /// Serves a port no more, once what is in flight is finished
@@ -386,21 +413,21 @@ async fn set_link(
     Json(link): Json<Link>,
 ) -> Answer<PortDetail> {
     let served = api.change(move |ports| ports.set_link(&name, link.up)).await?;
-    Ok(api.detail(&served))
+    Ok(Json(PortDetail::of(&served)))
 }
 
 /// Takes nothing from its guest for now and gives it nothing, as a guest that has no buffers
 #[utoipa::path(post, path = "/v1/ports/{name}/pause", params(("name" = String, Path)), responses((status = 200, body = PortDetail), Fails))]
 async fn pause(State(api): State<Api>, Path(name): Path<String>) -> Answer<PortDetail> {
     let served = api.change(move |ports| ports.set_paused(&name, true)).await?;
-    Ok(api.detail(&served))
+    Ok(Json(PortDetail::of(&served)))
 }
 
 /// Goes on
 #[utoipa::path(post, path = "/v1/ports/{name}/resume", params(("name" = String, Path)), responses((status = 200, body = PortDetail), Fails))]
 async fn resume(State(api): State<Api>, Path(name): Path<String>) -> Answer<PortDetail> {
     let served = api.change(move |ports| ports.set_paused(&name, false)).await?;
-    Ok(api.detail(&served))
+    Ok(Json(PortDetail::of(&served)))
 }
 
 /// Moves queues to a reactor, where they stay
@@ -411,16 +438,16 @@ async fn place(
     Json(at): Json<Placed>,
 ) -> Answer<PortDetail> {
     let served = api.change(move |ports| ports.place(&name, at)).await?;
-    Ok(api.detail(&served))
+    Ok(Json(PortDetail::of(&served)))
 }
 
-/// The limits of a port or of the uplink
+/// The limits of a port or of an uplink
 #[utoipa::path(get, path = "/v1/ports/{name}/limits", params(("name" = String, Path)), responses((status = 200, body = PortLimits), Fails))]
 async fn limits(State(api): State<Api>, Path(name): Path<String>) -> Answer<PortLimits> {
     Ok(Json(api.ports.limits(&name)?))
 }
 
-/// Keeps a port or the uplink to these limits from now on; what is not named has none
+/// Keeps a port or an uplink to these limits from now on; what is not named has none
 #[utoipa::path(put, path = "/v1/ports/{name}/limits", params(("name" = String, Path)), request_body = PortLimits, responses((status = 200, body = PortLimits), Fails))]
 async fn set_limits(
     State(api): State<Api>,
@@ -464,14 +491,65 @@ async fn end_capture(State(api): State<Api>) -> Result<StatusCode, Problem> {
     Ok(StatusCode::NO_CONTENT)
 }
 
-/// The addresses that the switch has learnt
-#[utoipa::path(get, path = "/v1/fdb", responses((status = 200, body = Vec<Station>), Fails))]
-async fn fdb(State(api): State<Api>) -> Json<Vec<Station>> {
-    let station = |(port, entry): (String, crate::switch::fdb::Entry)| Station {
+/// The addresses that switches have learnt
+#[utoipa::path(get, path = "/v1/fdb", params(OfSwitch), responses((status = 200, body = Vec<Station>), Fails))]
+async fn fdb(State(api): State<Api>, Query(of): Query<OfSwitch>) -> Answer<Vec<Station>> {
+    let mut all = api.ports.fdb();
+    if let Some(name) = of.switch {
+        all.retain(|(hub, _)| hub.name.as_ref() == Some(&name));
+        if all.is_empty() {
+            return Err(no_switch(&name).into());
+        }
+    }
+    let station = |switch: &Option<String>, (port, entry): (String, Entry)| Station {
         mac: entry.mac.to_string(),
+        switch: switch.clone(),
         vlan: entry.vid,
         port,
         fixed: entry.is_static,
     };
-    Json(api.ports.fdb().into_iter().map(station).collect())
+    let stations = |(hub, entries): (Arc<Hub>, Vec<_>)| {
+        entries.into_iter().map(|entry| station(&hub.name, entry)).collect::<Vec<_>>()
+    };
+    Ok(Json(all.into_iter().flat_map(stations).collect()))
+}
+
+fn switch(ports: &Ports, hub: &Hub) -> Option<Switch> {
+    let (spec, mac_ageing) = ports.switch(hub)?;
+    let is_on = |name: &Option<String>| *name == spec.name;
+    let on = ports.all().iter().filter_map(|s| s.of_hub()).filter(|port| is_on(&port.hub.name)).count();
+    let uplink = ports.uplinks().into_iter().find(|outer| is_on(&outer.spec.switch));
+    Some(Switch {
+        ports: on,
+        uplink: uplink.map(|outer| outer.spec.name()),
+        mac_ageing,
+        addresses: hub.switch.as_ref()?.fdb().dump().count(),
+        name: spec.name,
+    })
+}
+
+/// All switches
+#[utoipa::path(get, path = "/v1/switches", responses((status = 200, body = Vec<Switch>), Fails))]
+async fn switches(State(api): State<Api>) -> Json<Vec<Switch>> {
+    Json(api.ports.hubs().iter().filter_map(|hub| switch(&api.ports, hub)).collect())
+}
+
+/// Has there be one switch more, without ports, with the keys of a [[switch]] of the configuration file
+#[utoipa::path(post, path = "/v1/switches", request_body = SwitchSpec, responses((status = 201, body = Switch), Fails))]
+async fn add_switch(
+    State(api): State<Api>,
+    Json(spec): Json<SwitchSpec>,
+) -> Result<(StatusCode, Json<Switch>), Problem> {
+    let added = api.change(move |ports| {
+        let hub = ports.add_switch(spec)?;
+        switch(ports, &hub).ok_or_else(|| Refused::Conflict("it has gone again".into()))
+    });
+    Ok((StatusCode::CREATED, Json(added.await?)))
+}
+
+/// Has a switch that has no ports be no more
+#[utoipa::path(delete, path = "/v1/switches/{name}", params(("name" = String, Path)), responses((status = 204), Fails))]
+async fn remove_switch(State(api): State<Api>, Path(name): Path<String>) -> Result<StatusCode, Problem> {
+    api.change(move |ports| ports.remove_switch(&name)).await?;
+    Ok(StatusCode::NO_CONTENT)
 }

@@ -8,6 +8,7 @@ use crate::cli::Options;
 use crate::device::MAX_PAIRS;
 use crate::spec::PortSpec;
 use crate::switch::fdb::MAX_PORTS;
+use crate::switches::{SwitchSpec, called};
 
 fn wrong(at: &[Step], why: impl Into<String>) -> Wrong {
     Wrong::new(at, why)
@@ -18,6 +19,7 @@ pub fn check(options: &Options) -> Result<(), Wrong> {
     let ports = options.ports();
     first_port(options)?;
     options.placement().check()?;
+    switches(options)?;
     joined(options, &ports)?;
     // Those of the list are the last ones.
     let listed = ports.len() - options.port.len();
@@ -28,24 +30,91 @@ pub fn check(options: &Options) -> Result<(), Wrong> {
             }
             (None, key) => key.map(Step::Key).into_iter().collect::<Vec<_>>(),
         };
-        port(spec, options.switch)
+        port(spec, !options.switch.is_empty())
+            .and_then(|()| on_a_switch(spec, options))
             .map_err(|(key, why)| wrong(&place(key), format!("port {}: {why}", spec.name())))?;
     }
-    distinct(&ports, listed)?;
-    if let Some(spec) = &options.uplink {
+    distinct(&ports, "port", "ports", listed)?;
+    for (i, spec) in options.uplink.iter().enumerate() {
         let at = |key: Option<&'static str>| {
-            [Some("uplink"), key].into_iter().flatten().map(Step::Key).collect::<Vec<_>>()
+            [Step::Key("uplink"), Step::Item(i)].into_iter().chain(key.map(Step::Key)).collect::<Vec<_>>()
         };
-        uplink(spec).map_err(|(key, why)| wrong(&at(key), format!("uplink: {why}")))?;
+        uplink(spec)
+            .and_then(|()| on_a_switch(spec, options))
+            .and_then(|()| the_only_uplink(spec, &options.uplink[..i]))
+            .map_err(|(key, why)| wrong(&at(key), format!("uplink: {why}")))?;
     }
-    let most = MAX_PORTS - usize::from(options.uplink.is_some());
-    if options.switch && ports.len() > most {
-        return Err(wrong(
-            &[Step::Key("port")],
-            format!("a switch has at most {most} ports besides its uplink, not {}", ports.len()),
-        ));
+    distinct(&options.uplink, "uplink", "uplinks", 0)?;
+    for name in options.switch.iter().map(|switch| switch.name.as_deref()) {
+        let most = MAX_PORTS - usize::from(options.uplink_of(name).is_some());
+        let there = ports.iter().filter(|port| !port.has_tap() && port.switch.as_deref() == name).count();
+        if there > most {
+            return Err(wrong(
+                &[Step::Key("port")],
+                format!("a switch has at most {most} ports besides its uplink, not {there}"),
+            ));
+        }
     }
     Ok(())
+}
+
+/// Switches, each with a name of its own, of which one need have none.
+fn switches(options: &Options) -> Result<(), Wrong> {
+    for (i, switch) in options.switch.iter().enumerate() {
+        let at = [Step::Key("switch"), Step::Item(i), Step::Key("name")];
+        if switch.name.as_deref() == Some("") {
+            return Err(wrong(&at, "a switch's name is empty; leave it out, or give it one"));
+        }
+        if options.switch[..i].iter().any(|other| other.name == switch.name) {
+            let why = match &switch.name {
+                Some(name) => format!("two switches have the name {name}; give each its own"),
+                None => "two switches have no name; give each its own (name=)".into(),
+            };
+            return Err(wrong(&at, why));
+        }
+    }
+    let has_keys = options.switch.iter().any(|switch| *switch != SwitchSpec::default());
+    if options.mac_ageing.is_some() && has_keys {
+        let why = "mac-ageing is each switch's own where switches have keys; say it there";
+        return Err(wrong(&[Step::Key("mac-ageing")], why));
+    }
+    Ok(())
+}
+
+/// The switch that it names is there.
+fn on_a_switch(port: &PortSpec, options: &Options) -> Result<(), PortWrong> {
+    let is_uplink = port.place().is_none();
+    if port.has_tap() && !is_uplink {
+        let why = "a port that is joined to a tap is on no switch; leave switch out, or the tap";
+        return port.switch.as_ref().map_or(Ok(()), |_| Err((Some("switch"), why.into())));
+    }
+    if options.switch.iter().any(|switch| switch.name == port.switch)
+        || options.switch.is_empty() && port.switch.is_none()
+    {
+        return Ok(());
+    }
+    let names: Vec<_> = options.switch.iter().filter_map(|switch| switch.name.as_deref()).collect();
+    let names = names.join(", ");
+    Err(match &port.switch {
+        Some(name) if options.switch.is_empty() => {
+            (Some("switch"), format!("there is no switch {name}; give --switch name={name}"))
+        }
+        Some(name) if names.is_empty() => {
+            (Some("switch"), format!("there is no switch {name}, only one without a name; leave switch out"))
+        }
+        Some(name) => (Some("switch"), format!("there is no switch {name}; there are {names}")),
+        None => (None, format!("switch is missing, as all have names: {names}")),
+    })
+}
+
+fn the_only_uplink(uplink: &PortSpec, before: &[PortSpec]) -> Result<(), PortWrong> {
+    match before.iter().find(|other| other.switch == uplink.switch) {
+        Some(other) => {
+            let (on, other) = (called(uplink.switch.as_deref()), other.name());
+            Err((Some("switch"), format!("{on} has the uplink {other} already; a switch has one at most")))
+        }
+        None => Ok(()),
+    }
 }
 
 fn first_port(options: &Options) -> Result<(), Wrong> {
@@ -66,7 +135,11 @@ fn first_port(options: &Options) -> Result<(), Wrong> {
 /// How the ports are joined.
 fn joined(options: &Options, ports: &[PortSpec]) -> Result<(), Wrong> {
     let hub = ports.iter().filter(|port| !port.has_tap()).count();
-    let ways = [("switch", options.switch), ("wire", options.wire), ("loopback", options.loopback.is_some())];
+    let ways = [
+        ("switch", !options.switch.is_empty()),
+        ("wire", options.wire),
+        ("loopback", options.loopback.is_some()),
+    ];
     let chosen: Vec<_> = ways.iter().filter(|(_, chosen)| *chosen).map(|(way, _)| *way).collect();
     // With the API, they may come later.
     if ports.is_empty() && options.api.is_none() {
@@ -91,7 +164,7 @@ fn joined(options: &Options, ports: &[PortSpec]) -> Result<(), Wrong> {
         }
         _ => {}
     }
-    if options.uplink.is_some() && !options.switch {
+    if !options.uplink.is_empty() && options.switch.is_empty() {
         return Err(wrong(&[Step::Key("uplink")], "an uplink goes with a switch; give --switch"));
     }
     for (key, is_there) in
@@ -156,8 +229,8 @@ fn vlans(port: &PortSpec) -> Result<(), PortWrong> {
     }
 }
 
-/// No two ports have a name, a socket or a tap together.
-fn distinct(ports: &[PortSpec], listed: usize) -> Result<(), Wrong> {
+/// No two ports, or uplinks, have a name, a socket or a tap together. The first ones may not be of the list.
+fn distinct(ports: &[PortSpec], list: &'static str, those: &str, unlisted: usize) -> Result<(), Wrong> {
     type Named = fn(&PortSpec) -> Option<String>;
     let what: [(&str, &'static str, Named); 3] = [
         ("the socket", "socket-path", |port| port.place().map(|place| place.key())),
@@ -169,8 +242,8 @@ fn distinct(ports: &[PortSpec], listed: usize) -> Result<(), Wrong> {
         for (i, port) in ports.iter().enumerate() {
             let Some(is) = of(port) else { continue };
             if seen.insert(is.clone(), i).is_some() {
-                let at = [Step::Key("port"), Step::Item(i.saturating_sub(listed)), Step::Key(key)];
-                return Err(wrong(&at, format!("two ports have {what} {is}; give each its own")));
+                let at = [Step::Key(list), Step::Item(i.saturating_sub(unlisted)), Step::Key(key)];
+                return Err(wrong(&at, format!("two {those} have {what} {is}; give each its own")));
             }
         }
     }
@@ -235,6 +308,11 @@ mod tests {
             "x --fd=3 --tap-fds=4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19",
             "x --socket-path=/s --tap=t --pcap=/p --pcap-snaplen=96",
             "x --switch --port=socket-path=/a,vlan=5 --port=socket-path=/b,tap=t",
+            "x --switch --mac-ageing=9 --socket-path=/a",
+            "x --switch --switch name=b,mac-ageing=9 --socket-path=/a --port=socket-path=/b,switch=b",
+            "x --switch name=a --port=socket-path=/a,switch=a --port=socket-path=/t,tap=t",
+            "x --switch --switch name=b --socket-path=/a --uplink=tap=t --uplink=tap=u,switch=b,vlan=5",
+            "x --switch --switch name=b --socket-path=/a --uplink=af-xdp=e --uplink=af-xdp=e,queue=1,name=f,switch=b",
         ] {
             assert_eq!(said(args), Ok(()), "{args}");
         }
@@ -245,7 +323,10 @@ mod tests {
         let [port, item] = [Step::Key("port"), Step::Item(0)];
         let of = |key| vec![port, item, Step::Key(key)];
         let top = |key| vec![Step::Key(key)];
-        let up = |key| vec![Step::Key("uplink"), Step::Key(key)];
+        let uplink = |item| vec![Step::Key("uplink"), Step::Item(item)];
+        let up_of = |item, key| vec![Step::Key("uplink"), Step::Item(item), Step::Key(key)];
+        let up = |key| up_of(0, key);
+        let switch = |item| vec![Step::Key("switch"), Step::Item(item), Step::Key("name")];
         for (args, at) in [
             ("x", vec![]),
             ("x --switch", vec![]),
@@ -273,12 +354,12 @@ mod tests {
             ("x --switch --socket-path=/a --port=socket-path=/a", of("socket-path")),
             ("x --switch --socket-path=/a --port=socket-path=/b,name=/a", of("name")),
             ("x --socket-path=/a --tap=t --port=socket-path=/b,tap=t", of("tap")),
-            ("x --switch --port=socket-path=/a --uplink=vlan=5", top("uplink")),
-            ("x --switch --port=socket-path=/a --uplink=af-packet=", top("uplink")),
+            ("x --switch --port=socket-path=/a --uplink=vlan=5", uplink(0)),
+            ("x --switch --port=socket-path=/a --uplink=af-packet=", uplink(0)),
             ("x --switch --port=socket-path=/a --uplink=af-packet=e,af-xdp=f", up("af-xdp")),
             ("x --switch --port=socket-path=/a --uplink=tap=e,af-packet=f", up("af-packet")),
             ("x --switch --port=socket-path=/a --uplink=tap=e,queue=0", up("queue")),
-            ("x --switch --port=socket-path=/a --uplink=tap=", top("uplink")),
+            ("x --switch --port=socket-path=/a --uplink=tap=", uplink(0)),
             (
                 "x --switch --port=socket-path=/a,tap-fds=4+5+6+7+8+9+10+11+12+13+14+15+16+17+18+19+20",
                 of("tap-fds"),
@@ -287,6 +368,24 @@ mod tests {
             ("x --switch --port=socket-path=/a --uplink=af-packet=e,guard", up("guard")),
             ("x --switch --port=socket-path=/a --uplink=af-packet=e,mtu=1500", up("mtu")),
             ("x --switch --port=socket-path=/a --uplink=af-packet=e,native=1", up("native")),
+            ("x --switch --switch --socket-path=/a", switch(1)),
+            ("x --switch name=a --switch name=a --port=socket-path=/a,switch=a", switch(1)),
+            ("x --switch name= --port=socket-path=/a", switch(0)),
+            ("x --switch name=a --switch name=b --port=socket-path=/a,switch=c", of("switch")),
+            ("x --switch --port=socket-path=/a,switch=c", of("switch")),
+            ("x --loopback=echo --port=socket-path=/a,switch=c", of("switch")),
+            ("x --switch name=a --port=socket-path=/a", vec![port, item]),
+            ("x --switch name=a --socket-path=/a", vec![]),
+            ("x --switch name=a --port=socket-path=/a,switch=a,tap=t", of("switch")),
+            ("x --switch name=a --mac-ageing=9 --port=socket-path=/a,switch=a", top("mac-ageing")),
+            ("x --switch mac-ageing=7 --mac-ageing=9 --socket-path=/a", top("mac-ageing")),
+            ("x --switch name=a --switch --socket-path=/a --uplink=tap=t,switch=b", up("switch")),
+            ("x --switch name=a --port=socket-path=/a,switch=a --uplink=tap=t", uplink(0)),
+            ("x --switch --socket-path=/a --uplink=tap=t --uplink=tap=u", up_of(1, "switch")),
+            (
+                "x --switch --switch name=b --socket-path=/a --uplink=af-xdp=e --uplink=af-xdp=e,queue=1,switch=b",
+                up_of(1, "name"),
+            ),
         ] {
             assert_eq!(said(args).map_err(|e| e.at), Err(at), "{args}");
         }

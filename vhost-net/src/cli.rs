@@ -12,13 +12,14 @@ use daemon::{Place, Switch, from_text, ring_size, said};
 use poll_engine::engine::pacing::Pacing;
 use poll_engine::engine::placement::CpuList;
 use poll_engine::engine::placement::auto::Cpus;
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer};
 
 use crate::check::check;
 use crate::device::MAX_PAIRS;
 use crate::hub::Plan;
 use crate::pcap::filter::Filter;
 use crate::spec::{PortSpec, mac, mtu};
+use crate::switches::{SwitchSpec, seconds};
 
 /// Poll-mode vhost-user network back end.
 ///
@@ -30,7 +31,8 @@ use crate::spec::{PortSpec, mac, mtu};
 #[derive(Clone, Debug, Parser)]
 #[command(name = "vhost-net", version, max_term_width = 110)]
 pub struct Cli {
-    /// Read all that follows from a file instead (TOML): options by their long names, ports as [[port]] and [uplink]
+    /// Read all that follows from a file instead (TOML): options by their long names, ports as [[port]], [uplink] or
+    /// [[uplink]], switches as [[switch]]
     #[arg(long, value_name = "FILE", conflicts_with = "Options")]
     pub config: Option<PathBuf>,
 
@@ -87,7 +89,7 @@ pub struct Options {
     pub pcap_filter: Option<Filter>,
 
     /// Serve a further port; repeat for more. Keys: socket-path, fd, name, mac, mtu, wait, link, tap, tap-fds; with --switch
-    /// also vlan, trunk (such as 5+10-19), native, guard, ip, router, isolated, flood-unknown, max-macs, tx-bps, tx-pps,
+    /// also switch (the name of its own), vlan, trunk (such as 5+10-19), native, guard, ip, router, isolated, flood-unknown, max-macs, tx-bps, tx-pps,
     /// rx-bps, rx-pps, burst-ms, broadcast-pps, multicast-pps, unknown-pps
     #[arg(long, value_name = "KEY=VALUE,...")]
     pub port: Vec<PortSpec>,
@@ -101,20 +103,23 @@ pub struct Options {
     #[arg(long)]
     pub wire: bool,
 
-    /// Join all ports by a switch that learns addresses
-    #[arg(long)]
-    pub switch: bool,
+    /// Join all ports by a switch that learns addresses. Repeat, with names, for several, between which nothing passes; ports
+    /// and uplinks then name theirs. Keys: name, mac-ageing
+    #[arg(long, value_name = "KEY=VALUE,...", num_args = 0..=1, default_missing_value = "")]
+    #[serde(deserialize_with = "switches")]
+    pub switch: Vec<SwitchSpec>,
 
-    /// With --switch, join it to the host. Keys: tap (the host itself; made if there is none), af-packet (any interface) or
-    /// af-xdp (around the kernel's stack, with queue), and of those of --port: vlan, trunk, native, isolated, flood-unknown,
-    /// max-macs and the limits
+    /// With --switch, join it to the host; repeat for an uplink of each switch. Keys: tap (the host itself; made if there is
+    /// none), af-packet (any interface) or af-xdp (around the kernel's stack, with queue), and of those of --port: name,
+    /// switch, vlan, trunk, native, isolated, flood-unknown, max-macs and the limits
     #[arg(long, value_name = "KEY=VALUE,...")]
-    pub uplink: Option<PortSpec>,
+    #[serde(deserialize_with = "uplinks")]
+    pub uplink: Vec<PortSpec>,
 
-    /// With --switch, how long an address is known that sends nothing
-    #[arg(long, value_name = "SECONDS", default_value_t = 300, value_parser = clap::value_parser!(u32).range(1..))]
-    #[serde(deserialize_with = "seconds")]
-    pub mac_ageing: u32,
+    /// With a --switch that has no keys, how long an address is known that sends nothing (300)
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(1..))]
+    #[serde(deserialize_with = "some_seconds")]
+    pub mac_ageing: Option<u32>,
 
     /// Address of the first port's card (such as 52:54:00:12:34:56); without, the front end's or the guest's own
     #[arg(long, value_name = "MAC", value_parser = mac)]
@@ -194,7 +199,7 @@ from_text! {
     snaplen: Option<u32> = |s| s.parse().ok().filter(|n| *n >= 14).map(Some).ok_or("write a number of bytes from 14 on");
     filter: Option<Filter> = |s| s.parse().map(Some);
     loopback: Option<Plan> = |s| plan(s).map(Some);
-    seconds: u32 = |s| s.parse().ok().filter(|n| *n > 0).ok_or("write a number of seconds above 0");
+    some_seconds: Option<u32> = |s| seconds(s).map(Some);
     some_mac: Option<[u8; 6]> = |s| mac(s).map(Some);
     some_mtu: Option<u16> = |s| mtu(s).map(Some);
     num_pairs: u16 = pairs;
@@ -204,6 +209,14 @@ from_text! {
     cpu_list: Option<CpuList> = |s| said::cpu_list(s).map(Some);
     pacing: Pacing = str::parse;
     mode: u32 = daemon::socket_mode;
+}
+
+fn switches<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<SwitchSpec>, D::Error> {
+    said::several(from, true)
+}
+
+fn uplinks<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<PortSpec>, D::Error> {
+    said::several(from, false)
 }
 
 impl Cli {
@@ -237,7 +250,7 @@ impl Options {
         Asked { cpus: self.cpus.as_ref(), housekeeping, guest_cpus }
     }
 
-    /// What is near which memory: interfaces of the uplink's.
+    /// What is near which memory: interfaces of uplinks.
     pub fn near(&self) -> Vec<(String, Option<usize>)> {
         let of = |port: &PortSpec| port.af_xdp.as_deref().or(port.af_packet.as_deref()).map(of_interface);
         self.uplink.iter().filter_map(of).collect()
@@ -354,7 +367,9 @@ mod tests {
         ("--loopback=generate:64", "loopback = 'generate:64'"),
         ("--wire", "wire = true"),
         ("--switch", "switch = true"),
+        ("--switch=name=a,mac-ageing=9", "switch = [{ name = 'a', mac-ageing = 9 }]"),
         ("--uplink=af-xdp=e,queue=1", "uplink = { af-xdp = 'e', queue = 1 }"),
+        ("--uplink=tap=t,switch=a", "uplink = [{ tap = 't', switch = 'a' }]"),
         ("--mac-ageing=9", "mac-ageing = 9"),
         ("--mac=52:54:00:00:00:01", "mac = '52:54:00:00:00:01'"),
         ("--mtu=9000", "mtu = 9000"),
@@ -395,6 +410,19 @@ mod tests {
     }
 
     #[test]
+    fn several_switches_are_said_in_both_ways() {
+        let line = "x --switch --switch name=a,mac-ageing=9 --uplink=tap=t --uplink=af-packet=e,switch=a \
+                    --port=socket-path=/a,switch=a --port=socket-path=/b";
+        let file = "[[switch]]\n[[switch]]\nname = 'a'\nmac-ageing = 9\n\
+                    [[uplink]]\ntap = 't'\n[[uplink]]\naf-packet = 'e'\nswitch = 'a'\n\
+                    [[port]]\nsocket-path = '/a'\nswitch = 'a'\n[[port]]\nsocket-path = '/b'\n";
+        let said = Cli::parse_from(line.split_whitespace()).options().unwrap();
+        let written = Options::of(&File::new(Path::new("f"), file.into())).unwrap();
+        assert_eq!(format!("{said:?}"), format!("{written:?}"));
+        assert_eq!((said.switch.len(), said.uplink.len(), said.port.len()), (2, 2, 2));
+    }
+
+    #[test]
     fn what_the_command_line_refuses_a_file_may_not_say() {
         for line in [
             "pcap-snaplen = 13",
@@ -412,6 +440,10 @@ mod tests {
             "poll = 'often'",
             "config = 'x'",
             "uplink = 'e'",
+            "uplink = true",
+            "switch = 'yes'",
+            "switch = [{ mac-ageing = 0 }]",
+            "switch = { vlan = 5 }",
             "sandbox = 'some'",
             "control = 1",
         ] {

@@ -37,6 +37,17 @@ pub enum Plan {
     Switch,
 }
 
+impl Plan {
+    /// What a port is joined to by it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Plan::Switch => "switch",
+            Plan::Wire => "wire",
+            Plan::Echo | Plan::Discard | Plan::Generate(_) => "loopback",
+        }
+    }
+}
+
 /// One port of a hub: what the device says of it and what is counted.
 #[derive(Debug)]
 pub struct Port {
@@ -134,9 +145,15 @@ pub enum HubError {
 /// How long a reactor may take to hear of a port.
 pub(crate) const HEARING: Duration = Duration::from_secs(10);
 
-/// Ports, what is done with their packets, and the shards that do it.
+/// Ports, what is done with their packets, and the shards that do it. Nothing goes from one hub to another.
 #[derive(Debug)]
 pub struct Hub {
+    /// The name of its switch, if that has one.
+    pub name: Option<String>,
+    /// The number of its uplink, if there is one.
+    pub uplink: Option<u16>,
+    /// Features that cards of its ports do not offer.
+    pub withheld: u64,
     /// What is done with packets.
     pub plan: Plan,
     ports: Mutex<Ports>,
@@ -165,6 +182,9 @@ impl Hub {
         let expecting = AtomicBool::new(ports.iter().any(|port| port.waits));
         let ports = Mutex::new(Ports { all: ports.into(), free: Vec::new() });
         Hub {
+            name: None,
+            uplink: None,
+            withheld: 0,
             plan,
             ports,
             switch: None,

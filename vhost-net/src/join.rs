@@ -1,5 +1,6 @@
-//! Joins ports as the options ask for it: the hub, its switch, and the uplink.
+//! Joins ports as the options ask for it: hubs, their switches, and uplinks.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -19,10 +20,11 @@ use crate::seats::MAX_REACTORS;
 use crate::spec::PortSpec;
 use crate::switch::fdb::FdbConfig;
 use crate::switch::{self, PortConfig};
+use crate::switches::SwitchSpec;
 
 /// How the ports are joined that have no tap.
 pub fn plan(options: &Options) -> Plan {
-    match (options.switch, options.wire, options.loopback) {
+    match (!options.switch.is_empty(), options.wire, options.loopback) {
         (true, ..) => Plan::Switch,
         (_, true, _) => Plan::Wire,
         (.., Some(plan)) => plan,
@@ -31,8 +33,15 @@ pub fn plan(options: &Options) -> Plan {
     }
 }
 
-/// Opens an uplink; `told` is the largest MTU that a card advises.
-pub fn open_uplink(spec: &PortSpec, told: Option<u16>) -> Result<Box<dyn Uplink>> {
+/// Opens all uplinks, in their order; `told` is the largest MTU that cards advise on the switch of this name.
+pub fn open_uplinks(
+    options: &Options,
+    told: impl Fn(Option<&str>) -> Option<u16>,
+) -> Result<Vec<Box<dyn Uplink>>> {
+    options.uplink.iter().map(|spec| open_uplink(spec, told(spec.switch.as_deref()))).collect()
+}
+
+fn open_uplink(spec: &PortSpec, told: Option<u16>) -> Result<Box<dyn Uplink>> {
     let name = spec.interface().context("the uplink has no interface")?;
     let mut uplink: Box<dyn Uplink> = match (&spec.tap, &spec.af_xdp) {
         // One that is made has the cards' MTU.
@@ -50,40 +59,72 @@ pub fn open_uplink(spec: &PortSpec, told: Option<u16>) -> Result<Box<dyn Uplink>
     Ok(uplink)
 }
 
-/// Joins ports that have no tap, each with its pairs of queues, and an uplink with its MTU.
-pub fn hub(
+/// A hub that no reactor has a shard of yet, and its uplink.
+pub struct Joint {
+    pub(crate) hub: Arc<Hub>,
+    /// With the place of the reactor that is to have it.
+    pub(crate) uplink: Option<(Box<dyn Uplink>, usize)>,
+}
+
+/// Joins ports that have no tap, each with its pairs of queues, and uplinks, all of them: a hub for each switch.
+pub fn hubs(
     options: &Options,
     guests: &[(&PortSpec, u16)],
-    uplink_mtu: Option<u32>,
+    uplinks: Vec<Box<dyn Uplink>>,
     reactors: usize,
-) -> Result<Hub> {
+) -> Result<Vec<Joint>> {
     if reactors > MAX_REACTORS {
         bail!("ports are joined on at most {MAX_REACTORS} reactors, not {reactors}: give fewer --cpus");
     }
-    let ports = guests.iter().map(|(spec, pairs)| Port::new(spec.name(), *pairs, spec.wait));
-    // The last port is the uplink's, on the first reactor.
-    let ports = ports.chain(options.uplink.iter().map(|u| Port::uplink(u.name(), 0)));
-    let ports = ports.map(Into::into).collect();
-    Ok(match plan(options) {
-        Plan::Switch => Hub::switched(switch(options, guests, uplink_mtu, reactors).into(), ports, reactors),
-        plan => Hub::new(plan, ports, reactors),
-    })
+    let mut uplinks: Vec<_> = options.uplink.iter().zip(uplinks).collect();
+    let hub = |(at, switch): (usize, Option<&SwitchSpec>)| {
+        let name = switch.and_then(|switch| switch.name.as_deref());
+        let of = |port: &PortSpec| port.switch.as_deref() == name;
+        let guests: Vec<_> = guests.iter().copied().filter(|(port, _)| of(port)).collect();
+        let uplink = uplinks.iter().position(|(spec, _)| of(spec)).map(|at| uplinks.swap_remove(at));
+        joint(options, switch, &guests, uplink, at % reactors)
+    };
+    Ok(options.joints().into_iter().enumerate().map(hub).collect())
 }
 
-fn switch(
+fn joint(
     options: &Options,
+    switch: Option<&SwitchSpec>,
     guests: &[(&PortSpec, u16)],
-    uplink_mtu: Option<u32>,
-    reactors: usize,
-) -> switch::Switch {
-    let mut configs: Vec<_> = guests.iter().map(|(spec, _)| spec.rules()).collect();
-    let outer = options.uplink.iter().zip(uplink_mtu);
-    configs.extend(outer.map(|(spec, mtu)| PortConfig { mtu, ..spec.rules() }));
-    let ageing = Some(Duration::from_secs(options.mac_ageing.into()));
-    switch::Switch::new(FdbConfig { ageing }, &configs, reactors)
+    uplink: Option<(&PortSpec, Box<dyn Uplink>)>,
+    home: usize,
+) -> Joint {
+    let mut ports: Vec<_> =
+        guests.iter().map(|(spec, pairs)| Port::new(spec.name(), *pairs, spec.wait)).collect();
+    let mut rules: Vec<_> = guests.iter().map(|(spec, _)| spec.rules()).collect();
+    let mut number = None;
+    let uplink = uplink.map(|(spec, mut uplink)| {
+        // The last port.
+        number = u16::try_from(ports.len()).ok();
+        ports.push(Port::uplink(spec.name(), home));
+        rules.push(PortConfig { mtu: uplink.link().mtu, ..spec.rules() });
+        uplink
+    });
+    let ports = ports.into_iter().map(Into::into).collect();
+    let mut hub = match switch {
+        Some(switch) => {
+            let ageing = Some(Duration::from_secs(options.ageing(switch).into()));
+            Hub::switched(switch::Switch::new(FdbConfig { ageing }, &rules, 0).into(), ports, 0)
+        }
+        None => Hub::new(plan(options), ports, 0),
+    };
+    hub.name = switch.and_then(|switch| switch.name.clone());
+    hub.uplink = number;
+    hub.withheld = withheld(options, uplink.as_deref());
+    Joint { hub: hub.into(), uplink: uplink.map(|uplink| (uplink, home)) }
 }
 
-/// Features that cards do not offer.
+/// The last of the switches, without any ports.
+pub fn newest(options: &Options) -> Joint {
+    joint(options, options.switch.last(), &[], None, 0)
+}
+
+/// Features that cards do not offer, on a hub with this uplink or on none.
 pub fn withheld(options: &Options, uplink: Option<&dyn Uplink>) -> u64 {
     let rings = if options.packed == Switch::Off { features::RING_PACKED } else { 0 };
     // What leaves by the uplink leaves as a guest has made it.

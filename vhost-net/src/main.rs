@@ -1,5 +1,6 @@
 //! `vhost-net`: joins ports, starts reactors, serves sockets, obeys signals.
 
+use std::collections::HashMap;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -16,14 +17,13 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1};
 use signal_hook::iterator::Signals;
 use tracing::{info, warn};
 use vhost_net::api::router;
-use vhost_net::captured::{Captured, Wish};
+use vhost_net::captured::{Captured, OfHub, Wish};
 use vhost_net::cli::{Cli, Options};
+use vhost_net::hubs::RunningHub;
 use vhost_net::join;
-use vhost_net::outside::Outside;
 use vhost_net::pcap::{CaptureConfig, SNAPLEN};
-use vhost_net::port::Uplink;
-use vhost_net::ports::{HandedOver, Outer, Ports, Setting, Wanted};
-use vhost_net::shard::Shard;
+use vhost_net::ports::{HandedOver, Ports, Setting, witness};
+use vhost_net::served::{HubPort, Wanted};
 use vhost_net::spec::PortSpec;
 use vhost_net::takeover::{About, PROGRAM};
 
@@ -53,7 +53,7 @@ fn run(cli: &Cli) -> Result<()> {
     if let (Some(_), Some(w)) = (&cli.process.upgrade.control, wanted.iter().find(|w| w.tap.is_some())) {
         bail!("{}: a port that is joined to a tap cannot be handed over; leave --control out", w.name);
     }
-    let uplink = options.uplink.as_ref().and_then(|uplink| uplink.tap.as_ref());
+    let uplink = options.uplink.iter().find_map(|uplink| uplink.tap.as_ref());
     if let (Some(_), Some(tap)) = (&cli.process.upgrade.control, uplink) {
         bail!("uplink {tap}: a tap cannot be handed over; leave --control out, or use af-packet");
     }
@@ -79,7 +79,11 @@ fn serve(
     let opens = opens(&wanted, options);
     let places = places(&wanted, cli, options);
     let confinement = cli.process.confine.threads(identity.cloned(), &places, CapabilitySet::empty())?;
-    let mut uplink = open_uplink(options, &wanted)?;
+    let told = |switch: Option<&str>| {
+        let on = wanted.iter().filter(|w| w.spec.switch.as_deref() == switch);
+        on.filter_map(|w| w.card.mtu).max()
+    };
+    let uplinks = join::open_uplinks(options, told)?;
     let captured = capture(options, &wanted)?;
     // Before the sockets: whoever sees one may send signals.
     let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP, SIGUSR1]).context("cannot handle signals")?;
@@ -98,30 +102,22 @@ fn serve(
         ..EngineConfig::default()
     };
     let engine = Arc::new(Engine::start(&config)?);
-    let uplink_mtu = uplink.as_mut().map(|u| u.link().mtu);
-    let hub = Arc::new(join::hub(options, &guests(&wanted), uplink_mtu, engine.reactors())?);
-    // The last port.
-    let out = uplink.as_ref().map(|_| hub.ports().len() - 1);
-    hub.connect(&engine);
-    let withheld = join::withheld(options, uplink.as_deref());
-    let shards = (0..engine.reactors()).map(|reactor| {
-        let witness = captured.as_ref().map(Captured::one).unwrap_or_default();
-        let mut shard = Shard::new(Arc::clone(&hub), reactor).with_witness(witness);
-        if let Some((out, uplink)) = out.zip(uplink.take_if(|_| reactor == 0)) {
-            shard = shard.with_outside(Outside::new(out, uplink));
-        }
-        engine.add_station(reactor, Box::new(shard)).context("cannot start a shard")
-    });
-    let shards = shards.collect::<Result<Vec<_>>>()?;
+    let joints = join::hubs(options, &guests(&wanted), uplinks, engine.reactors())?;
+    let hubs = joints
+        .into_iter()
+        .map(|joint| RunningHub::start(joint, &engine, &|hub| witness(captured.as_ref(), hub)));
+    let hubs = hubs.collect::<Result<Vec<_>>>()?;
+    let withheld = join::withheld(options, None);
     confinement.seal()?;
 
     heir.ask()?;
     let left = Arc::new(AtomicUsize::new(wanted.len()));
-    let (mut prepared, mut ready, mut numbers) = (Vec::new(), Vec::new(), 0..);
-    for (index, (wanted, source)) in (0..).zip(wanted.into_iter().zip(sources)) {
-        let number = if wanted.tap.is_none() { numbers.next() } else { None };
-        let (export, one) =
-            wanted.ready((&hub, &engine, withheld), number, captured.as_ref().map(|c| (c, index)))?;
+    let (mut prepared, mut ready) = (Vec::new(), Vec::new());
+    let numbers = of_hubs(&wanted);
+    for (index, ((wanted, number), source)) in (0..).zip(wanted.into_iter().zip(numbers).zip(sources)) {
+        let hub = hubs.iter().map(|running| &running.hub).find(|hub| hub.name == wanted.spec.switch);
+        let port = hub.zip(number).map(|(hub, (_, number))| HubPort::new(Arc::clone(hub), number));
+        let (export, one) = wanted.ready(&engine, port, withheld, captured.as_ref().map(|c| (c, index)))?;
         let (left, signals, stays) = (Arc::clone(&left), signals.handle(), api.is_some());
         let ended = move || {
             // A connected --fd has had its one front end. With the API, others may come.
@@ -141,14 +137,13 @@ fn serve(
     let successor = Successor::default();
     let setting = Setting {
         engine: Arc::clone(&engine),
-        hub,
-        outer: out.and_then(|number| Some(Outer { number: number.try_into().ok()? })),
+        plan: join::plan(options),
         withheld,
         file: cli.config.clone(),
         successor: successor.clone(),
         opens: opens || cli.process.confine.mode() == Mode::Off,
     };
-    let ports = Arc::new(Ports::new(setting, options.clone(), served, captured, shards));
+    let ports = Arc::new(Ports::new(setting, options.clone(), served, captured, hubs));
     let api = api.map(|listener| Api::start(listener, router(Arc::clone(&ports)))).transpose();
     let mut api = api.context("cannot serve the API")?;
     if let (Some(api), Some(path), true) = (&mut api, &options.api, heir.is_one()) {
@@ -179,7 +174,7 @@ fn serve(
 
 /// Whether it is joined to an interface of the host's: one that was gone is opened again.
 fn opens(wanted: &[Wanted], options: &Options) -> bool {
-    options.uplink.is_some() || wanted.iter().any(|w| w.tap.is_some())
+    !options.uplink.is_empty() || wanted.iter().any(|w| w.tap.is_some())
 }
 
 /// Where something is done by name once all is open.
@@ -203,19 +198,27 @@ fn capture(options: &Options, wanted: &[Wanted]) -> Result<Option<Captured>> {
     let Some(file) = options.pcap.clone() else { return Ok(None) };
     let filter = options.pcap_filter.clone().unwrap_or_default();
     let config = CaptureConfig { snaplen: options.pcap_snaplen.unwrap_or(SNAPLEN), filter };
-    let uplink = options.uplink.iter().map(|uplink| (uplink.name(), true));
-    let mut numbers = 0..;
-    let ports = wanted.iter().map(|w| (w.name.clone(), w.tap.is_none())).chain(uplink);
-    let ports = ports.map(|(name, is_of_hub)| (name, if is_of_hub { numbers.next() } else { None }));
-    Captured::begin(Wish { file, config }, ports).map(Some)
+    let mut ports: Vec<_> = wanted.iter().map(|w| w.name.clone()).zip(of_hubs(wanted)).collect();
+    for uplink in &options.uplink {
+        // The last port of its hub.
+        let number = wanted.iter().filter(|w| w.tap.is_none() && w.spec.switch == uplink.switch).count();
+        ports.push((uplink.name(), Some((uplink.switch.clone(), u16::try_from(number)?))));
+    }
+    Captured::begin(Wish { file, config }, ports.into_iter()).map(Some)
 }
 
-fn open_uplink(options: &Options, wanted: &[Wanted]) -> Result<Option<Box<dyn Uplink>>> {
-    let told = wanted.iter().filter_map(|w| w.card.mtu).max();
-    options.uplink.as_ref().map(|spec| join::open_uplink(spec, told)).transpose()
+/// The hubs of ports, by the names of switches, and their numbers there.
+fn of_hubs(wanted: &[Wanted]) -> Vec<Option<OfHub>> {
+    let mut next: HashMap<Option<String>, u16> = HashMap::new();
+    let mut number = |w: &Wanted| {
+        let next = next.entry(w.spec.switch.clone()).or_default();
+        *next += 1;
+        (w.spec.switch.clone(), *next - 1)
+    };
+    wanted.iter().map(|w| w.tap.is_none().then(|| number(w))).collect()
 }
 
-/// Ports of the hub, with their pairs of queues.
+/// Ports of hubs, with their pairs of queues.
 fn guests(wanted: &[Wanted]) -> Vec<(&PortSpec, u16)> {
     wanted.iter().filter(|w| w.tap.is_none()).map(|w| (&w.spec, w.card.pairs)).collect()
 }

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::sync::Arc;
 
 use control::common::Running;
 use control::metrics::{self, Build, Gauges, Reactors};
@@ -14,34 +15,39 @@ use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::Unit;
 
+use crate::hub::Hub;
 use crate::mib::{self, Flow};
-use crate::ports::{Counted, Ports, Served};
+use crate::ports::Ports;
+use crate::served::{Counted, Outer, Served};
 use crate::stats::PairStats;
 
 /// All of them as text.
 pub fn text(ports: &Ports) -> String {
-    let hub = ports.hub();
     let mut all: Vec<One> = ports
         .all()
         .iter()
         .map(|s| One {
             name: s.name.clone(),
-            flows: s.flows(hub),
-            counters: s.counters(hub),
-            limited: match &s.counted {
-                Counted::Hub(port, _) => limited(&port.pairs),
-                Counted::Tap(_) => [0; 2],
-            },
+            kind: s.kind(),
+            switch: s.of_hub().and_then(|port| port.hub.name.clone()).unwrap_or_default(),
+            flows: s.flows(),
+            counters: s.counters(),
+            limited: s.of_hub().map_or([0; 2], |port| limited(&port.own.pairs)),
             up: !s.spec().link_down,
             attached: s.server.is_attached(),
             paused: s.server.is_paused(),
         })
         .collect();
-    all.extend(ports.uplink().map(|(spec, number)| {
-        let (flows, counters) = ports.uplink_counts(number);
-        let limited = limited(&hub.port(number.into()).pairs);
-        let up = hub.outside.latest().0.up;
-        One { name: spec.name(), flows, counters, limited, up, attached: false, paused: false }
+    all.extend(ports.uplinks().into_iter().map(|outer| One {
+        name: outer.spec.name(),
+        flows: outer.port.flows(),
+        counters: outer.counters(),
+        limited: limited(&outer.port.own.pairs),
+        up: outer.is_up(),
+        kind: "uplink",
+        switch: outer.spec.switch.unwrap_or_default(),
+        attached: false,
+        paused: false,
     }));
     let each = |of: fn(&One) -> bool| all.iter().map(|port| (port.name.clone(), of(port).into())).collect();
     let gauges = vec![
@@ -49,7 +55,11 @@ pub fn text(ports: &Ports) -> String {
         ("paused", "Whether queues take nothing", None, each(|port| port.paused)),
         ("up", "Whether the link is up", None, each(|port| port.up)),
     ];
-    let known = hub.switch.as_ref().map_or(0, |switch| switch.fdb().dump().count() as u64);
+    let known = |hub: &Arc<Hub>| {
+        let known = hub.switch.as_ref().map_or(0, |switch| switch.fdb().dump().count() as u64);
+        (hub.name.clone().unwrap_or_default(), known)
+    };
+    let known = ports.hubs().iter().map(known).collect();
     metrics::text(
         "vhost_net",
         vec![
@@ -64,24 +74,30 @@ pub fn text(ports: &Ports) -> String {
 /// What is served, for views: a request is a packet, which a guest reads from its receive queues and writes to the others. An
 /// uplink has a queue for what leaves by it and one for what comes in.
 pub fn views(ports: &Ports) -> Vec<Export> {
-    let hub = ports.hub();
     let export = |s: &Served| Export {
         name: s.name.clone(),
+        switch: s.of_hub().and_then(|port| port.hub.name.clone()),
         attached: s.server.is_attached(),
         paused: s.server.is_paused(),
         queues: (0..)
             .zip(&s.stats)
             .map(|(queue, stats)| counts(s, queue, QueueCounts::of(queue, stats)))
             .collect(),
-        drops: drops(s.counters(hub)),
+        drops: drops(s.counters()),
     };
-    let uplink = ports.uplink().map(|(spec, number)| {
-        let ([rx, tx], counters) = ports.uplink_counts(number);
+    let uplink = |outer: Outer| {
+        let [rx, tx] = outer.port.flows();
         let queues = [moved(0, &rx, QueueCounts::default()), moved(1, &tx, QueueCounts::default())];
-        let attached = hub.outside.latest().0.up;
-        Export { name: spec.name(), attached, paused: false, queues: queues.into(), drops: drops(counters) }
-    });
-    ports.all().iter().map(|s| export(s)).chain(uplink).collect()
+        Export {
+            name: outer.spec.name(),
+            attached: outer.is_up(),
+            paused: false,
+            queues: queues.into(),
+            drops: drops(outer.counters()),
+            switch: outer.spec.switch,
+        }
+    };
+    ports.all().iter().map(|s| export(s)).chain(ports.uplinks().into_iter().map(uplink)).collect()
 }
 
 /// Counters of packets that went nowhere.
@@ -92,7 +108,7 @@ fn drops(counters: Vec<(String, u64)>) -> BTreeMap<String, u64> {
 fn counts(s: &Served, queue: u16, all: QueueCounts) -> QueueCounts {
     let (at, way) = (usize::from(queue / 2), usize::from(queue % 2));
     match &s.counted {
-        Counted::Hub(port, _) => port.pairs.get(at).map_or(all.clone(), |pair| {
+        Counted::Hub(port) => port.own.pairs.get(at).map_or(all.clone(), |pair| {
             let flow = &mib::flows(std::slice::from_ref(pair), &[])[way];
             let (limited, limited_ns) =
                 (pair.tx_limited.get() * way as u64, pair.tx_limited_ns.get() * way as u64);
@@ -115,6 +131,10 @@ fn moved(queue: u16, flow: &Flow, all: QueueCounts) -> QueueCounts {
 #[derive(Debug)]
 struct One {
     name: String,
+    /// What it is joined to.
+    kind: &'static str,
+    /// The name of its switch; one without a name has an empty one, which is as no label.
+    switch: String,
     flows: [Flow; 2],
     counters: Vec<(String, u64)>,
     /// How often, and for how many nanoseconds in all, a limit had its sender wait.
@@ -133,7 +153,8 @@ fn limited(pairs: &[PairStats]) -> [u64; 2] {
 #[derive(Debug)]
 struct All {
     ports: Vec<One>,
-    known: u64,
+    /// Addresses, by the names of switches.
+    known: Vec<(String, u64)>,
 }
 
 type Count = (&'static str, &'static str, Option<Unit>, fn(&Flow) -> u64);
@@ -189,8 +210,17 @@ impl Collector for All {
                 ConstCounter::new(*n).encode(metric.encode_family(&labels)?)?;
             }
         }
+        let help = "1, for what a port is joined to";
+        let mut metric = encoder.encode_descriptor("port_info", help, None, MetricType::Gauge)?;
+        for port in &self.ports {
+            let labels = [("port", port.name.as_str()), ("kind", port.kind), ("switch", &port.switch)];
+            ConstGauge::new(1u64).encode(metric.encode_family(&labels)?)?;
+        }
         let help = "Addresses that the switch has learnt";
-        let metric = encoder.encode_descriptor("addresses", help, None, MetricType::Gauge)?;
-        ConstGauge::new(self.known).encode(metric)
+        let mut metric = encoder.encode_descriptor("addresses", help, None, MetricType::Gauge)?;
+        for (switch, known) in &self.known {
+            ConstGauge::new(*known).encode(metric.encode_family(&[("switch", switch.as_str())])?)?;
+        }
+        Ok(())
     }
 }

@@ -43,10 +43,14 @@ pub fn reload(now: &Options, wanted: &Options) -> Result<Reload, String> {
     for new in wanted.port.iter().filter(|new| now.port.iter().all(|p| p.place() != new.place())) {
         refused.push(format!("port {}: it cannot come while it runs", new.name()));
     }
-    match (&mut options.uplink, &wanted.uplink) {
-        (Some(uplink), Some(new)) => *uplink = changed(uplink, new, &mut refused),
-        (None, None) => {}
-        _ => refused.push("the uplink can neither come nor go while it runs".into()),
+    for uplink in &mut options.uplink {
+        match wanted.uplink_of(uplink.switch.as_deref()) {
+            Some(new) => *uplink = changed(uplink, new, &mut refused),
+            None => refused.push(format!("uplink {}: it cannot go while it runs", uplink.name())),
+        }
+    }
+    for new in wanted.uplink.iter().filter(|new| now.uplink_of(new.switch.as_deref()).is_none()) {
+        refused.push(format!("uplink {}: it cannot come while it runs", new.name()));
     }
     check(&options).map_err(|e| format!("with what cannot change while it runs: {e}"))?;
     Ok(Reload { options, refused })
@@ -54,11 +58,11 @@ pub fn reload(now: &Options, wanted: &Options) -> Result<Reload, String> {
 
 /// A port as it is, with what can change of it.
 fn changed(port: &PortSpec, new: &PortSpec, refused: &mut Vec<String>) -> PortSpec {
-    let keys = differing!(port, new, name mac mtu wait tap tap_fds af_packet af_xdp queue);
+    let keys = differing!(port, new, name switch mac mtu wait tap tap_fds af_packet af_xdp queue);
     refused.extend(keys.map(|key| format!("port {}: {key} cannot change while it runs", port.name())));
-    let PortSpec { socket_path, fd, name, mac, mtu, wait, tap, tap_fds, af_packet, af_xdp, queue, .. } =
-        port.clone();
-    let kept = PortSpec { socket_path, fd, name, mac, mtu, wait, tap, tap_fds, ..new.clone() };
+    let PortSpec { socket_path, fd, name, switch, mac, mtu, wait, tap, tap_fds, .. } = port.clone();
+    let kept = PortSpec { socket_path, fd, name, switch, mac, mtu, wait, tap, tap_fds, ..new.clone() };
+    let PortSpec { af_packet, af_xdp, queue, .. } = port.clone();
     PortSpec { af_packet, af_xdp, queue, ..kept }
 }
 
@@ -84,7 +88,7 @@ mod tests {
         };
         let Reload { options, refused } = after(text).unwrap();
         assert_eq!(refused, [""; 0]);
-        assert_eq!(options.uplink.unwrap().vlan, Some(7));
+        assert_eq!(options.uplink[0].vlan, Some(7));
         assert!(options.port[0].link_down && options.port[0].guard);
         assert_eq!((options.port[0].tx_bps, options.port[1].vlan), (Some(1_000_000), Some(5)));
     }
@@ -114,7 +118,7 @@ mod tests {
             (options.port[0].name(), options.port[0].mtu, options.num_queue_pairs),
             ("a".into(), None, 1)
         );
-        assert_eq!((options.port.len(), options.uplink.unwrap().name()), (2, "e".into()));
+        assert_eq!((options.port.len(), options.uplink[0].name()), (2, "e".into()));
     }
 
     #[test]

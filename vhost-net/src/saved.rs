@@ -6,11 +6,12 @@ use anyhow::{Context, Result, bail};
 use control::saved::{self, Listed, numbers, set};
 use daemon::file::File;
 use poll_engine::engine::placement::auto::Cpus;
-use toml_edit::{Array, DocumentMut, Item, Table, Value, value};
+use toml_edit::{Array, DocumentMut, Item, RawString, Table, TableLike, Value, value};
 
 use crate::cli::Options;
 use crate::mac::MacAddr;
 use crate::spec::{LIMITS, PortSpec};
+use crate::switches::SwitchSpec;
 
 /// Brings the file at `path` up to date with what holds now.
 pub fn saved(path: &Path, now: &Options) -> Result<()> {
@@ -29,20 +30,21 @@ fn updated(path: &Path, text: &str, now: &Options) -> Result<String> {
     {
         document["cpus"] = value(numbers(&cpus.0));
     }
+    update_switches(&mut document, &was, now).with_context(|| path.display().to_string())?;
     let old = was.ports();
     let has_first = old.len() > was.port.len();
     saved::update(&mut document, &old, has_first, &now.ports())
         .with_context(|| path.display().to_string())?;
-    if let (Some(old), Some(new), Some(table)) =
-        (&was.uplink, &now.uplink, document.get_mut("uplink").and_then(Item::as_table_like_mut))
-    {
-        let (old, new) = (old.limits().all(), new.limits().all());
-        for ((key, old), new) in LIMITS.iter().zip(old).zip(new) {
-            match new {
-                _ if old == new => {}
-                Some(n) => drop(table.insert(key, value(number(n)))),
-                None => drop(table.remove(key)),
+    for (i, (old, new)) in was.uplink.iter().zip(&now.uplink).enumerate() {
+        let table: Option<&mut dyn TableLike> = match document.get_mut("uplink") {
+            Some(Item::ArrayOfTables(tables)) => tables.get_mut(i).map(|table| table as _),
+            Some(Item::Value(Value::Array(tables))) => {
+                tables.get_mut(i).and_then(Value::as_inline_table_mut).map(|table| table as _)
             }
+            one => one.and_then(Item::as_table_like_mut),
+        };
+        if let Some(table) = table {
+            update_limits(old, new, table);
         }
     }
     let text = document.to_string();
@@ -52,10 +54,72 @@ fn updated(path: &Path, text: &str, now: &Options) -> Result<String> {
         ports.sort_by_key(PortSpec::name);
         ports
     };
-    if sorted(&read) != sorted(now) || read.uplink != now.uplink {
-        bail!("what would be saved are other ports; please report this");
+    if sorted(&read) != sorted(now) || read.uplink != now.uplink || read.switch != now.switch {
+        bail!("what would be saved are other ports or switches; please report this");
     }
     Ok(text)
+}
+
+/// Has a table that says what `old` is limited to say that of `new`.
+fn update_limits(old: &PortSpec, new: &PortSpec, table: &mut dyn TableLike) {
+    for ((key, old), new) in LIMITS.iter().zip(old.limits().all()).zip(new.limits().all()) {
+        match new {
+            _ if old == new => {}
+            Some(n) => drop(table.insert(key, value(number(n)))),
+            None => drop(table.remove(key)),
+        }
+    }
+}
+
+/// Brings switches up to date. One without any keys may stand there as `true`, which no list has room for.
+fn update_switches(document: &mut DocumentMut, was: &Options, now: &Options) -> Result<()> {
+    if was.switch == now.switch {
+        return Ok(());
+    }
+    let mut above = String::new();
+    // It is each switch's own now.
+    if now.mac_ageing.is_none() {
+        above += &take_out(document, "mac-ageing");
+    }
+    if document.get("switch").is_some_and(|item| item.is_bool() || item.is_table_like()) {
+        let mut one = Table::new();
+        for (key, written) in was.switch.iter().flat_map(Listed::written) {
+            one.insert(key, value(written));
+        }
+        above.insert_str(0, &take_out(document, "switch"));
+        one.decor_mut().set_prefix(format!("\n{}", above.trim_start()));
+        document.insert("switch", Item::ArrayOfTables([one].into_iter().collect()));
+    }
+    saved::update(document, &was.switch, false, &now.switch)
+}
+
+/// Takes a key out: the comment that stood above it.
+fn take_out(document: &mut DocumentMut, key: &str) -> String {
+    let Some((key, item)) = document.remove_entry(key) else { return String::new() };
+    let decor = item.as_table().map_or(key.leaf_decor(), Table::decor);
+    decor.prefix().and_then(RawString::as_str).unwrap_or_default().to_owned()
+}
+
+impl Listed for SwitchSpec {
+    const LIST: &'static str = "switch";
+    const FIRST: &'static [&'static str] = &[];
+
+    fn place(&self) -> Option<String> {
+        self.name.clone()
+    }
+
+    fn written(&self) -> Vec<(&'static str, Value)> {
+        let ageing = self.mac_ageing.map(|n| i64::from(n).into());
+        let all = [("name", self.name.clone().map(Value::from)), ("mac-ageing", ageing)];
+        all.into_iter().filter_map(|(key, value)| Some((key, value?))).collect()
+    }
+
+    fn update(&self, old: &SwitchSpec, table: &mut Table, _: bool) -> bool {
+        if self.mac_ageing != old.mac_ageing {
+            set(table, "mac-ageing", self.mac_ageing.map(|n| i64::from(n).into()));
+        }
+        true
+    }
 }
 
 fn number(n: u64) -> i64 {
@@ -83,6 +147,7 @@ impl Listed for PortSpec {
         let fds: Array = self.tap_fds.iter().map(|fd| i64::from(*fd)).collect();
         let own = [
             ("name", text(&self.name)),
+            ("switch", text(&self.switch)),
             ("socket-path", path),
             ("fd", self.fd.map(|fd| Value::from(i64::from(fd)))),
             ("mac", mac),
@@ -113,11 +178,7 @@ impl Listed for PortSpec {
         if self.link_down != old.link_down {
             set(table, "link", self.link_down.then(|| "down".into()));
         }
-        for ((key, old), new) in LIMITS.iter().zip(old.limits().all()).zip(self.limits().all()) {
-            if old != new {
-                set(table, key, new.map(|n| number(n).into()));
-            }
-        }
+        update_limits(old, self, table);
         true
     }
 }
@@ -161,12 +222,12 @@ mod tests {
             now.port[0].tx_bps = None;
             now.port[0].rx_pps = Some(5);
             now.port.push(all.parse().unwrap());
-            now.uplink.as_mut().unwrap().tx_pps = Some(9);
+            now.uplink[0].tx_pps = Some(9);
         });
         assert_eq!((read.port.len(), read.port[0].name(), read.port[0].rx_pps), (2, "a".into(), Some(5)));
         assert_eq!(read.port[1], all.parse().unwrap());
         assert_eq!(read.cpus, Some(Cpus::These(CpuList(vec![0, 3]))));
-        assert_eq!(read.uplink.unwrap().tx_pps, Some(9));
+        assert_eq!(read.uplink[0].tx_pps, Some(9));
         assert!(
             text.contains("# Ours.") && text.contains("# The first.") && text.contains("# out"),
             "{text}"
@@ -174,6 +235,36 @@ mod tests {
         assert!(!text.contains("gone") && text.contains("poll = \"busy\""), "{text}");
         let (text, read) = after(&text, |now| now.port.clear());
         assert!(read.port.is_empty() && !text.contains("[[port]]"), "{text}");
+    }
+
+    #[test]
+    fn switches_come_and_go() {
+        let switch = |text: &str| text.parse::<SwitchSpec>().unwrap();
+        for file in [
+            "# Ours.\nswitch = true\nmac-ageing = 7 # short\napi = '/api'\n",
+            "# Ours.\napi = '/api'\n[switch]\nmac-ageing = 7\n[[uplink]]\ntap = 't' # out\n",
+            "# Ours.\napi = '/api'\n[[switch]]\nmac-ageing = 7\n[uplink]\ntap = 't'\n",
+            "# Ours.\napi = '/api'\nuplink = [{ tap = 't' }]\nswitch = { mac-ageing = 7 }\n",
+        ] {
+            assert_eq!(after(file, |_| {}).0, file);
+            let (text, read) = after(file, |now| {
+                now.add_switch(switch("name=b,mac-ageing=9"));
+                now.port.push("socket-path=/b,switch=b".parse().unwrap());
+                now.uplink.iter_mut().for_each(|uplink| uplink.tx_pps = Some(5));
+            });
+            assert_eq!(read.switch, [switch("mac-ageing=7"), switch("name=b,mac-ageing=9")], "{text}");
+            assert_eq!(read.port[0].switch.as_deref(), Some("b"));
+            assert!(read.uplink.iter().all(|uplink| uplink.tx_pps == Some(5)), "{text}");
+            assert!(
+                text.contains("# Ours.") && (text.contains("# out") || !file.contains("# out")),
+                "{text}"
+            );
+            let (text, read) = after(&text, |now| {
+                now.port.clear();
+                now.switch.remove(1);
+            });
+            assert_eq!(read.switch, [switch("mac-ageing=7")], "{text}");
+        }
     }
 
     #[test]

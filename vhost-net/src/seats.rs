@@ -250,20 +250,15 @@ impl Hub {
     }
 
     /// No shard sits on a reactor any more that has no queues left and is about to end: what was on its way there has come, and the
-    /// uplink, if it is this port and was there, is on another one. After that, its station may be dropped.
-    pub fn leave(
-        &self,
-        retiring: &Retiring,
-        uplink: Option<usize>,
-        engine: &Engine,
-    ) -> Result<Left, HubError> {
+    /// uplink, if it was there, is on another one. After that, its station may be dropped.
+    pub fn leave(&self, retiring: &Retiring, engine: &Engine) -> Result<Left, HubError> {
         let turn =
             || if engine.turns(HEARING) && retiring.turns(HEARING) { Ok(()) } else { Err(HubError::Stuck) };
         let seat = self.seat_on(retiring.number());
         // Its shard knows that the queues have gone, and nobody sends there any more because of them.
         turn()?;
-        if let Some(port) = uplink {
-            self.move_uplink(&self.port(port), &seat, &turn)?;
+        if let Some(port) = self.uplink {
+            self.move_uplink(&self.port(port.into()), &seat, &turn)?;
         }
         turn()?;
         self.set_seat(seat.bit, None);
@@ -274,8 +269,15 @@ impl Hub {
             }
             Ok(())
         };
-        emptied().inspect_err(|_| self.set_seat(seat.bit, Some(Arc::clone(&seat))))?;
+        emptied().inspect_err(|_| self.sit_again(&seat))?;
         Ok(Left(seat))
+    }
+
+    /// The shard at a seat that was to leave stays, after all. What it has not been told meanwhile, it is told now.
+    fn sit_again(&self, seat: &Arc<Seat>) {
+        self.set_seat(seat.bit, Some(Arc::clone(seat)));
+        seat.inbox.put(Change::Ports);
+        (0..self.ports().len()).for_each(|port| seat.inbox.put(Change::Steering(port)));
     }
 
     /// Moves the uplink, if it is at this seat, to another one.
@@ -316,6 +318,11 @@ impl Hub {
 pub struct Left(Arc<Seat>);
 
 impl Left {
+    /// Its shard has not been dropped, and stays.
+    pub fn undo(self, hub: &Hub) {
+        hub.sit_again(&self.0);
+    }
+
     /// Counts packets that nobody was there for any more, once the shard is gone.
     pub fn count(&self, hub: &Hub) {
         let Some(chute) = self.0.chute.get() else { return };

@@ -18,7 +18,7 @@ use crate::switch::guard::GuardConfig;
 use crate::switch::limit::{Rate, StormRates};
 use crate::switch::vlan::{Vlan, VlanSet, parse_vid};
 
-/// One `--port` or `[[port]]`, or the `--uplink` or `[uplink]`. From the guest's point of view: `tx` is what it sends.
+/// One `--port` or `[[port]]`, or an `--uplink` or `[uplink]`. From the guest's point of view: `tx` is what it sends.
 #[allow(clippy::struct_excessive_bools)] // keys, each by itself
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, ToSchema)]
 #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
@@ -32,6 +32,8 @@ pub struct PortSpec {
     pub fd: Option<i32>,
     /// For people.
     pub name: Option<String>,
+    /// The name of its switch, if that has one.
+    pub switch: Option<String>,
     /// The card's address.
     #[serde(deserialize_with = "some_mac")]
     #[schema(value_type = String, example = "52:54:00:12:34:56")]

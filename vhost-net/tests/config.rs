@@ -33,11 +33,13 @@ fn the_example_in_the_documentation_is_right() {
     let options = Options::read(&path).unwrap();
     let ports = options.ports();
     let names: Vec<String> = ports.iter().map(vhost_net::spec::PortSpec::name).collect();
-    assert_eq!(names, ["web", "router", "spare"]);
+    assert_eq!(names, ["web", "router", "spare", "store"]);
     assert_eq!(ports[0].rules().ingress.bits, Some(100_000_000));
     assert_eq!(ports[0].rules().vlan, Vlan::Access(10));
     assert!(matches!(ports[1].rules().vlan, Vlan::Trunk { native: Some(5), .. }));
-    assert!(ports[2].link_down && options.uplink.is_some());
+    assert!(ports[2].link_down && ports[3].switch.as_deref() == Some("backup"));
+    let ageing: Vec<_> = options.switch.iter().map(|switch| options.ageing(switch)).collect();
+    assert_eq!((ageing, options.uplink.len()), (vec![300, 60], 2));
     let out = run(&["--check", "--config", path.to_str().unwrap()]);
     assert!(out.status.success(), "{out:?}");
 }
@@ -54,6 +56,23 @@ fn mistakes_are_one_line_with_file_line_and_key() {
         ),
         ("switch = true\nwire = true\n[[port]]\nsocket-path = 'SOCK'\n", ":2: ports are joined in one way"),
         ("switch = yes\n", ":1: "),
+        (
+            "[[switch]]\nname = 'a'\n[[switch]]\nname = 'a'\n[[port]]\nsocket-path = 'SOCK'\nswitch = 'a'\n",
+            ":4: two switches have the name a; give each its own",
+        ),
+        (
+            "[switch]\nname = 'a'\n[[port]]\nsocket-path = 'SOCK'\nswitch = 'b'\n",
+            ":5: port SOCK: there is no switch b; there are a",
+        ),
+        (
+            "switch = true\n[[uplink]]\ntap = 't'\n[[uplink]]\ntap = 'u'\n[[port]]\nsocket-path = 'SOCK'\n",
+            ":4: uplink: the switch without a name has the uplink t already; a switch has one at most",
+        ),
+        (
+            "mac-ageing = 9\n[switch]\nname = 'a'\n[[port]]\nsocket-path = 'SOCK'\nswitch = 'a'\n",
+            ":1: mac-ageing is each switch's own where switches have keys; say it there",
+        ),
+        ("[switch]\nvlan = 5\n[[port]]\nsocket-path = 'SOCK'\n", ":2: unknown field `vlan`"),
         ("switch = true\n", ": nothing to serve"),
     ] {
         let socket = dir.path().join("port.sock");

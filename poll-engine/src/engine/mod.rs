@@ -141,7 +141,7 @@ impl Engine {
         // Now, while files may be opened.
         let engine = Engine { reactors: RwLock::default(), next, topology: Topology::read(SYSFS.as_ref()) };
         for cpu in cpus {
-            engine.start_reactor(cpu, |_, _| None)?;
+            engine.start_reactor(cpu, |_, _| Vec::new())?;
         }
         Ok(engine)
     }
@@ -149,27 +149,24 @@ impl Engine {
     /// Starts a reactor more, pinned to this CPU if one is named: its number. Queues that start from now on may run there.
     pub fn add_reactor(&self, cpu: Option<usize>) -> Result<usize, EngineError> {
         expect_usable(cpu.as_slice())?;
-        Ok(self.start_reactor(cpu, |_, _| None)?.0)
+        Ok(self.start_reactor(cpu, |_, _| Vec::new())?.0)
     }
 
-    /// The same, with a station that is there before any queue: made of its number and what wakes it.
+    /// The same, with stations that are there before any queue: made of its number and what wakes it.
     pub fn add_reactor_with(
         &self,
         cpu: Option<usize>,
-        station: impl FnOnce(usize, Waker) -> Box<dyn Station>,
-    ) -> Result<(usize, RunningStation), EngineError> {
+        stations: impl FnOnce(usize, Waker) -> Vec<Box<dyn Station>>,
+    ) -> Result<(usize, Vec<RunningStation>), EngineError> {
         expect_usable(cpu.as_slice())?;
-        match self.start_reactor(cpu, |number, waker| Some(station(number, waker)))? {
-            (number, Some(station)) => Ok((number, station)),
-            (_, None) => Err(gone().into()),
-        }
+        Ok(self.start_reactor(cpu, stations)?)
     }
 
     fn start_reactor(
         &self,
         cpu: Option<usize>,
-        station: impl FnOnce(usize, Waker) -> Option<Box<dyn Station>>,
-    ) -> io::Result<(usize, Option<RunningStation>)> {
+        stations: impl FnOnce(usize, Waker) -> Vec<Box<dyn Station>>,
+    ) -> io::Result<(usize, Vec<RunningStation>)> {
         let (config, next) = &mut *self.next.lock().unwrap_or_else(PoisonError::into_inner);
         let index = *next;
         let (postbox, mail) = mailbox()?;
@@ -203,11 +200,12 @@ impl Engine {
             stats,
             times,
         });
-        let station = station(index, handle.waker.clone()).map(|station| handle.run_station(station));
-        let station = station.transpose()?;
+        let stations = stations(index, handle.waker.clone());
+        let stations = stations.into_iter().map(|station| handle.run_station(station));
+        let stations = stations.collect::<io::Result<_>>()?;
         self.reactors.write().unwrap_or_else(PoisonError::into_inner).push(handle);
         *next += 1;
-        Ok((index, station))
+        Ok((index, stations))
     }
 
     fn all(&self) -> Vec<Arc<ReactorHandle>> {

@@ -118,13 +118,13 @@ fn a_capture_comes_and_goes_and_has_ports_that_come_meanwhile() {
         };
         hello(&mut a, &mut b, 1);
         let wish = Wish { file: path.clone(), config: CaptureConfig::default() };
-        let ports = [("a".to_owned(), Some(0)), ("b".to_owned(), Some(1))];
+        let ports = [("a".to_owned(), Some((None, 0))), ("b".to_owned(), Some((None, 1)))];
         let mut captured = Captured::begin(wish, ports.into_iter()).unwrap();
         captured.capture().keep();
         captured.witness(&back.hub, back.engine()).unwrap();
         let mut expected = vec![hello(&mut a, &mut b, 2), hello(&mut a, &mut b, 3)];
         let at = back.add("");
-        captured.joins(at as u16, captured.capture().add("c"));
+        captured.joins((None, at as u16), captured.capture().add("c"));
         captured.witness(&back.hub, back.engine()).unwrap();
         let mut c = back.guest(at, 2);
         expected.push(hello(&mut a, &mut b, 4));

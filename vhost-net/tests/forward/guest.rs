@@ -51,7 +51,6 @@ pub struct Back {
     stats: Vec<Vec<Arc<QueueStats>>>,
     pairs: u16,
     stations: Mutex<HashMap<usize, RunningStation>>,
-    uplink: Option<usize>,
     engine: Arc<Engine>,
     dir: tempfile::TempDir,
 }
@@ -113,11 +112,11 @@ impl Back {
         let made = made.map(|(text, c)| Arc::new(Port::new(c.name.clone(), pairs, text.contains("wait"))));
         let mut made: Vec<_> = made.collect();
         made.extend(uplink.iter().map(|_| Arc::new(Port::uplink("uplink".into(), 0))));
-        let hub = match plan {
+        let mut hub = match plan {
             Plan::Switch => Hub::switched(Arc::clone(&switch), made, reactors),
             plan => Hub::new(plan, made, reactors),
         };
-        let uplink_at = uplink.as_ref().map(|_| ports.len());
+        hub.uplink = uplink.as_ref().map(|_| ports.len() as u16);
         let hub = Arc::new(hub.patient(patience));
         hub.connect(&engine);
         let stations = (0..reactors).map(|at| {
@@ -134,8 +133,7 @@ impl Back {
         let stations = Mutex::new(stations.enumerate().collect());
         let dir = tempfile::tempdir().unwrap();
         let (servers, devices, stats) = (vec![], vec![], vec![]);
-        let uplink = uplink_at;
-        let mut back = Back { hub, switch, servers, devices, stats, pairs, stations, uplink, engine, dir };
+        let mut back = Back { hub, switch, servers, devices, stats, pairs, stations, engine, dir };
         (0..ports.len()).for_each(|at| back.serve(at));
         back
     }
@@ -226,9 +224,9 @@ impl Back {
     /// One reactor more: its number.
     pub fn add_reactor(&self) -> usize {
         let seat = self.hub.reserve(&self.engine).unwrap();
-        let shard = |number, waker| Box::new(seat.shard(number, waker, Witness::default())) as _;
-        let (number, station) = self.engine.add_reactor_with(None, shard).unwrap();
-        self.stations.lock().unwrap().insert(number, station);
+        let shard = |number, waker| vec![Box::new(seat.shard(number, waker, Witness::default())) as _];
+        let (number, stations) = self.engine.add_reactor_with(None, shard).unwrap();
+        self.stations.lock().unwrap().extend(stations.into_iter().map(|station| (number, station)));
         number
     }
 
@@ -240,7 +238,7 @@ impl Back {
                 self.hub.while_restarting(at, || self.server(at).restart_queues()).unwrap();
             }
         }
-        let left = self.hub.leave(&retiring, self.uplink, &self.engine).unwrap();
+        let left = self.hub.leave(&retiring, &self.engine).unwrap();
         drop(self.stations.lock().unwrap().remove(&number));
         left.count(&self.hub);
         retiring.finish();

@@ -10,6 +10,7 @@ mod af_xdp;
 mod guest;
 mod pair;
 mod switched;
+mod switches;
 mod tap;
 
 use libtest_mimic::{Arguments, Failed, Trial};
@@ -30,6 +31,11 @@ fn main() {
         };
         Trial::test(name, test).with_ignored_flag(lacking.is_some())
     };
-    let tests = af_packet::TESTS.iter().chain(af_xdp::TESTS).chain(switched::TESTS).chain(tap::TESTS);
+    let tests = af_packet::TESTS
+        .iter()
+        .chain(af_xdp::TESTS)
+        .chain(switched::TESTS)
+        .chain(switches::TESTS)
+        .chain(tap::TESTS);
     libtest_mimic::run(&args, tests.copied().map(trial).collect()).exit();
 }
