@@ -132,8 +132,24 @@ enum Command {
         #[arg(long, value_name = "EXPRESSION", requires = "file")]
         filter: Option<String>,
     },
-    /// The addresses that a switch has learnt
-    Fdb,
+    /// The addresses that switches have learnt
+    Fdb {
+        /// Of the switch of this name only
+        switch: Option<String>,
+    },
+    /// The switches of a daemon
+    Switches,
+    /// Have there be one switch more, without ports
+    AddSwitch {
+        /// Keys as of vhost-net --switch, such as name=blue mac-ageing=60
+        #[arg(required = true, value_name = "KEY=VALUE")]
+        keys: Vec<String>,
+    },
+    /// Have a switch that has no ports be no more
+    RemoveSwitch {
+        /// Name of the switch
+        name: String,
+    },
     /// The limits of a disk or port, or keep it to others: none that is not named
     Limit {
         /// Its name
@@ -252,7 +268,11 @@ fn call_of(command: &Command, list: &str) -> Result<Call> {
             let said = said.into_iter().filter(|(_, value)| !value.is_null());
             ("PUT", "/v1/capture".into(), Some(said.map(|(key, value)| (key.to_owned(), value)).collect()))
         }
-        Command::Fdb => ("GET", "/v1/fdb".into(), None),
+        Command::Fdb { switch: None } => ("GET", "/v1/fdb".into(), None),
+        Command::Fdb { switch: Some(name) } => ("GET", format!("/v1/fdb?switch={}", part(name)), None),
+        Command::Switches => ("GET", "/v1/switches".into(), None),
+        Command::AddSwitch { keys } => ("POST", "/v1/switches".into(), Some(spec(keys)?)),
+        Command::RemoveSwitch { name } => ("DELETE", format!("/v1/switches/{}", part(name)), None),
         Command::Limit { name, keys } if keys.is_empty() => ("GET", disk(name, "/limits"), None),
         Command::Limit { name, keys } if *keys == ["none"] => ("PUT", disk(name, "/limits"), Some(json!({}))),
         Command::Limit { name, keys } => ("PUT", disk(name, "/limits"), Some(spec(keys)?)),

@@ -1,5 +1,6 @@
 //! What a daemon does now: what came between two readings of its counters.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 
 use control::stats::{Export, QueueCounts, ReactorTimes, Stats};
@@ -55,11 +56,23 @@ pub struct DropsNow {
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct ExportNow {
     pub name: String,
+    /// That of the switch that it is on, if that has one.
+    pub switch: Option<String>,
     pub attached: bool,
     pub paused: bool,
     pub rates: Rates,
     pub queues: Vec<QueueNow>,
     pub drops: Vec<DropsNow>,
+}
+
+impl ExportNow {
+    /// As it is shown, and found.
+    pub fn label(&self) -> Cow<'_, str> {
+        match &self.switch {
+            Some(switch) => format!("{} on {switch}", self.name).into(),
+            None => self.name.as_str().into(),
+        }
+    }
 }
 
 /// A reactor now: shares of its time.
@@ -143,6 +156,7 @@ fn export(before: Option<&Export>, after: &Export, seconds: f64) -> ExportNow {
     add_drops(&mut rates, &drops, seconds);
     ExportNow {
         name: after.name.clone(),
+        switch: after.switch.clone(),
         attached: after.attached,
         paused: after.paused,
         rates,

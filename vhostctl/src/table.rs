@@ -25,7 +25,22 @@ pub fn text(value: &Value) -> String {
 
 fn table(rows: &[Value]) -> String {
     let rows: Vec<_> = rows.iter().filter_map(Value::as_object).map(flat).collect();
-    let Some(first) = rows.iter().max_by_key(|row| row.len()) else { return "none".into() };
+    if rows.is_empty() {
+        return "none".into();
+    }
+    // Not all rows have all of them: each is behind what it follows where it was found.
+    let mut first: Vec<&(String, Value)> = Vec::new();
+    for row in &rows {
+        let mut at = 0;
+        for pair in row {
+            if let Some(found) = first.iter().position(|(key, _)| *key == pair.0) {
+                at = found + 1;
+            } else {
+                first.insert(at, pair);
+                at += 1;
+            }
+        }
+    }
     let keys: Vec<_> = first.iter().map(|(key, _)| key).collect();
     let mut out = Table::new();
     out.load_style(NOTHING).set_header(keys.iter().map(|key| key.to_uppercase()));
@@ -87,6 +102,19 @@ mod tests {
         assert!(
             lines[1].contains(&"1.5us") && lines[2].contains(&"longer") && lines[2].contains(&"no"),
             "{said}"
+        );
+        let ports = serde_json::json!([
+            { "name": "a", "mac": "x", "up": true },
+            { "name": "b", "switch": "blue", "up": true },
+        ]);
+        let said = text(&ports);
+        let lines: Vec<Vec<&str>> = said.lines().map(|line| line.split_whitespace().collect()).collect();
+        let heads = ["NAME", "MAC", "SWITCH", "UP"];
+        assert!(lines[0].len() == 4 && heads.iter().all(|head| lines[0].contains(head)), "{said}");
+        let cell = |row: usize, head: &str| lines[row][lines[0].iter().position(|h| *h == head).unwrap()];
+        assert_eq!(
+            [cell(1, "MAC"), cell(1, "SWITCH"), cell(2, "MAC"), cell(2, "SWITCH")],
+            ["x", "-", "-", "blue"]
         );
         let one = text(&serde_json::json!({ "name": "a", "queues": [{ "queue": 0 }] }));
         assert!(one.contains("name") && one.contains("QUEUE"), "{one}");

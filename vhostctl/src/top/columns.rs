@@ -154,7 +154,7 @@ impl Column {
         match self {
             Column::Name => match line {
                 Line::Export(export) => {
-                    format!("{} {}", if is_unfolded { '\u{25be}' } else { '\u{25b8}' }, export.name)
+                    format!("{} {}", if is_unfolded { '\u{25be}' } else { '\u{25b8}' }, export.label())
                 }
                 Line::Queue(queue) => match queue.reactor {
                     Some(reactor) => format!("  \u{2514} {} on r{reactor}", queue.queue),

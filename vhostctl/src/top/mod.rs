@@ -106,7 +106,7 @@ impl Top {
     /// Exports in the order that was asked for.
     fn sorted(&self) -> Vec<&ExportNow> {
         let all = self.now.iter().flat_map(|now| &now.exports);
-        let mut all: Vec<_> = all.filter(|e| e.name.contains(&self.filter)).collect();
+        let mut all: Vec<_> = all.filter(|e| e.label().contains(&self.filter)).collect();
         // Equals stay in the order of their names, whichever way the others go.
         all.sort_by(|a, b| a.name.cmp(&b.name));
         all.sort_by(|a, b| {

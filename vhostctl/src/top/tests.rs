@@ -165,6 +165,18 @@ fn any_column_sorts_both_ways() {
 }
 
 #[test]
+fn ports_are_shown_and_found_with_their_switch() {
+    let mut top = top();
+    let now = top.now.as_mut().unwrap();
+    now.program = "vhost-net".into();
+    now.exports[0].switch = Some("blue".into());
+    let seen = lines(&screen(&mut top, 120, 24));
+    assert!(seen.iter().any(|line| line.contains("web on blue")), "{seen:?}");
+    press(&mut top, &"/blu".chars().map(KeyCode::Char).collect::<Vec<_>>());
+    assert_eq!(order(&top), ["web"]);
+}
+
+#[test]
 fn long_lists_scroll_with_the_cursor_and_are_found_by_name() {
     let mut top = top();
     top.now.as_mut().unwrap().exports =
