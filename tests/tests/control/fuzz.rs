@@ -51,6 +51,7 @@ impl Fuzz<'_> {
                     "%00".into(),
                 ]
             }
+            "switch" => vec!["kept".into(), "kept".into(), format!("f{n}"), String::new()],
             "cache" => vec!["writeback".into(), "writethrough".into(), "none".into()],
             "poll" => vec!["busy".into(), "adaptive".into(), "event".into(), "often".into()],
             "size" => vec!["1M".into(), "2M".into(), "0".into(), "x".into()],
@@ -207,10 +208,11 @@ fn every_answer_is_one_that_is_documented() {
 
 #[test]
 fn every_answer_about_ports_is_one_that_is_documented() {
-    let rig = Rig::start_net("switch = true\npoll = 'event'\n", &[]);
+    let rig = Rig::start_net("poll = 'event'\n[[switch]]\n[[switch]]\nname = 'kept'\n", &[]);
     rig.add_port("kept", "");
+    rig.add_port("other", "switch=kept");
     // No reactor comes or goes.
-    ask_anything(rig, "/v1/ports", 14, 4);
+    ask_anything(rig, "/v1/ports", 17, 4);
 }
 
 fn ask_anything(mut rig: Rig, list: &str, least: usize, most_refused: usize) {

@@ -37,6 +37,7 @@ fn ports_come_and_go() {
         (json!({ "name": "x" }), None, "socket-path is missing"),
         (json!({ "socket-path": "/x", "guard": true }), Some("guard"), "needs its mac="),
         (json!({ "socket-path": "/x", "af-xdp": "e" }), Some("af-xdp"), "for the uplink"),
+        (json!({ "socket-path": "/x", "switch": "x" }), Some("switch"), "there is no switch x"),
         (json!({ "fd": 3 }), Some("fd"), "inherits nothing"),
         (json!({ "socket-path": "/x", "tap-fds": [3] }), Some("tap-fds"), "inherits nothing"),
     ] {
@@ -74,6 +75,8 @@ fn what_cannot_change_while_it_runs_is_said() {
     assert!(rig.refuses(409, "PUT", "/v1/ports/a/limits", Some(limits)).contains("no port of a switch"));
     rig.does(204, "DELETE", "/v1/ports/a", None);
     rig.add_port("c", "");
+    let switch = json!({ "name": "x" });
+    assert!(rig.refuses(409, "POST", "/v1/switches", Some(switch)).contains("without a switch"));
     rig.end();
 }
 
@@ -188,6 +191,76 @@ fn reactors_come_and_go() {
     rig.end();
 }
 
+/// Beside one without a name, which stands in the file as `true`, others come and go, and are saved.
+#[test]
+fn switches_come_and_go() {
+    let mut rig = Rig::start_net(&format!("mac-ageing = 9 # short\n{SWITCH}"), &[]);
+    let own = json!({ "ports": 0, "mac-ageing": 9, "addresses": 0 });
+    assert_eq!(rig.does(200, "GET", "/v1/switches", None), json!([own]));
+    let blue = rig.does(201, "POST", "/v1/switches", Some(json!({ "name": "blue" })));
+    assert_eq!(blue, json!({ "name": "blue", "ports": 0, "mac-ageing": 300, "addresses": 0 }));
+    for (body, key, said) in [
+        (json!({ "name": "" }), Some("name"), "is empty"),
+        (json!({ "name": "x", "mac-ageing": 0 }), Some("mac-ageing"), "above 0"),
+        (json!({ "name": "x", "vlan": 5 }), None, "unknown field `vlan`"),
+    ] {
+        rig.finds_fault("/v1/switches", &body, key, said);
+    }
+    for body in [json!({ "name": "blue" }), json!({})] {
+        assert!(rig.refuses(409, "POST", "/v1/switches", Some(body)).contains("two switches have"));
+    }
+    // The same address in the same VLAN, on each of them for good.
+    let guarded = "mac=52:54:00:00:00:01,guard=on,vlan=5";
+    rig.add_port("a", guarded);
+    rig.add_port("b", &format!("{guarded},switch=blue"));
+    let station = json!({ "mac": "52:54:00:00:00:01", "vlan": 5, "fixed": true });
+    let with = |port: &str, switch: Option<&str>| {
+        let mut station = station.clone();
+        station["port"] = json!(port);
+        if let Some(switch) = switch {
+            station["switch"] = json!(switch);
+        }
+        station
+    };
+    assert_eq!(rig.does(200, "GET", "/v1/fdb", None), json!([with("a", None), with("b", Some("blue"))]));
+    assert_eq!(rig.does(200, "GET", "/v1/fdb?switch=blue", None), json!([with("b", Some("blue"))]));
+    let text = String::from_utf8(rig.call("GET", "/metrics", None).body).unwrap();
+    for line in [
+        "vhost_net_addresses{switch=\"\"} 1",
+        "vhost_net_addresses{switch=\"blue\"} 1",
+        "vhost_net_port_info{port=\"b\",kind=\"switch\",switch=\"blue\"} 1",
+    ] {
+        assert!(text.lines().any(|l| l == line), "{line} is not in {text}");
+    }
+    assert_eq!(rig.does(200, "GET", "/v1/stats", None)["exports"][1]["switch"], "blue");
+    assert!(rig.refuses(409, "DELETE", "/v1/switches/blue", None).contains("b is on blue"));
+    assert!(rig.refuses(404, "DELETE", "/v1/switches/red", None).contains("there is no switch red"));
+    assert!(rig.refuses(404, "GET", "/v1/fdb?switch=red", None).contains("there is no switch red"));
+
+    rig.does(200, "POST", "/v1/save", None);
+    rig.restart();
+    let switches = json!([
+        { "ports": 1, "mac-ageing": 9, "addresses": 1 },
+        { "name": "blue", "ports": 1, "mac-ageing": 300, "addresses": 1 },
+    ]);
+    assert_eq!(rig.does(200, "GET", "/v1/switches", None), switches);
+    rig.does(204, "DELETE", "/v1/ports/b", None);
+    rig.does(204, "DELETE", "/v1/switches/blue", None);
+    for round in 0..20 {
+        rig.does(201, "POST", "/v1/switches", Some(json!({ "name": format!("s{round}") })));
+        rig.add_port("p", &format!("switch=s{round}"));
+        rig.does(204, "DELETE", "/v1/ports/p", None);
+        rig.does(204, "DELETE", &format!("/v1/switches/s{round}"), None);
+    }
+    rig.does(200, "POST", "/v1/save", None);
+    rig.restart();
+    assert_eq!(
+        rig.does(200, "GET", "/v1/switches", None),
+        json!([{ "ports": 1, "mac-ageing": 9, "addresses": 1 }])
+    );
+    rig.end();
+}
+
 /// What a guest sends waits for its limit, which is counted.
 #[test]
 fn limits_that_are_hit_are_counted() {
@@ -258,6 +331,13 @@ fn everything_can_be_asked_for_on_a_command_line() {
         (&["capture"], "written"),
         (&["capture", "off"], "done"),
         (&["fdb"], "52:54:00:00:00:01"),
+        (&["switches"], "MAC-AGEING"),
+        (&["add-switch", "name=blue,mac-ageing=60"], "blue"),
+        (&["add", "name=b", "switch=blue", &format!("socket-path={}", rig.path("b.sock"))], "blue"),
+        (&["list"], "SWITCH"),
+        (&["fdb", "blue"], "none"),
+        (&["remove", "b"], "done"),
+        (&["remove-switch", "blue"], "done"),
         (&["poll", "busy"], "busy"),
         (&["reactors"], "REACTOR"),
         (&["add-reactor"], "1"),

@@ -1,4 +1,4 @@
-//! Ports added, removed, pulled, limited, paused and captured at random while two guests of `vbench` send each other packets,
+//! Ports added, removed, pulled, limited, paused and captured, and switches that come and go, at random while two guests of `vbench` send each other packets,
 //! all of which must come, whole and in order; the same with reactors that come and go; and nothing is left behind.
 //! `KICKLESS_CONTROL_SECONDS` says how long.
 
@@ -18,10 +18,10 @@ use crate::rig::{LIMIT, Rig};
 const KEPT: usize = 100;
 
 /// All that no packet is lost by.
-const HARMLESS: &[usize] = &[0, 1, 2, 3, 4, 5, 6];
+const HARMLESS: &[usize] = &[0, 1, 2, 3, 4, 5, 6, 10];
 /// With reactors that come and go.
-const MOVING: &[usize] = &[0, 1, 3, 4, 6, 7, 7, 8, 9];
-const KINDS: usize = 10;
+const MOVING: &[usize] = &[0, 1, 3, 4, 6, 7, 7, 8, 9, 10];
+const KINDS: usize = 11;
 
 #[test]
 fn random_changes_of_ports_under_verified_load_lose_and_leak_nothing() {
@@ -66,7 +66,7 @@ fn drops(rig: &Rig) -> u64 {
 fn changed(kinds: &[usize], seconds: u64, loads: impl FnOnce(&Rig, u64, &AtomicBool) -> u64 + Send) -> u64 {
     let seed = std::process::id().into();
     println!("seed {seed}");
-    let mut rig = Rig::start_net("switch = true\npoll = 'event'\n", &[]);
+    let mut rig = Rig::start_net("poll = 'event'\n[[switch]]\n[[switch]]\nname = 'other'\n", &[]);
     rig.add_port("a", "wait=on");
     rig.add_port("b", "wait=on");
     // What calls and guests need for themselves is there by now.
@@ -153,7 +153,9 @@ fn change(rig: &Rig, seed: u64, kinds: &[usize], seconds: u64) -> [usize; KINDS]
             0 if extra.len() < 20 => {
                 fresh += 1;
                 let new = format!("extra{fresh}");
-                rig.add_port(&new, ["", "vlan=5", "wait=on", "isolated=on,tx-pps=9"][random.below(4)]);
+                let rules =
+                    ["", "vlan=5", "wait=on", "isolated=on,tx-pps=9", "switch=other", "switch=other,vlan=5"];
+                rig.add_port(&new, rules[random.below(rules.len())]);
                 extra.push(new);
             }
             1 if !extra.is_empty() => {
@@ -210,6 +212,14 @@ fn change(rig: &Rig, seed: u64, kinds: &[usize], seconds: u64) -> [usize; KINDS]
                     let which = all[random.below(all.len())];
                     rig.does(204, "DELETE", &format!("/v1/reactors/{which}"), None);
                 }
+            }
+            10 => {
+                fresh += 1;
+                let (switch, port) = (format!("switch{fresh}"), format!("passing{fresh}"));
+                rig.does(201, "POST", "/v1/switches", Some(json!({ "name": switch })));
+                rig.add_port(&port, &format!("switch={switch}"));
+                rig.does(204, "DELETE", &format!("/v1/ports/{port}"), None);
+                rig.does(204, "DELETE", &format!("/v1/switches/{switch}"), None);
             }
             _ => continue,
         }

@@ -38,4 +38,6 @@ def map_body(context, body):
             body.pop(key, None)
         if "socket-path" in body and isinstance(body.get("name"), str) and next(TURN) % 2:
             body.update(name="new")
+        if isinstance(body.get("switch"), str) and next(TURN) % 2:
+            body.update(switch="kept")
     return body

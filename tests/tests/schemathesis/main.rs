@@ -112,9 +112,10 @@ fn disks(_: &Scene) -> Result<Option<String>> {
 }
 
 fn ports(_: &Scene) -> Result<Option<String>> {
-    let rig = Rig::start_net("switch = true\npoll = 'event'\n", &[]);
+    let switches = "[[switch]]\n[[switch]]\nname = 'kept'\n[[switch]]\nname = 'other'\n";
+    let rig = Rig::start_net(&format!("poll = 'event'\n{switches}"), &[]);
     rig.add_port("kept", "");
-    rig.add_port("other", "");
+    rig.add_port("other", "switch=kept");
     ask_all(rig, "/v1/ports", "kept other")
 }
 
