@@ -73,7 +73,7 @@ fn job(entry: &Entry) -> Value {
         "read": side(&result.read),
         "write": side(&result.write),
         "trim": side(&Side::default()),
-        "sync": { "total_ios": 0, "lat_ns": moments(&Moments::default()) },
+        "sync": { "total_ios": result.sync.ios, "lat_ns": latency(&result.sync) },
         "job_runtime": (result.seconds * 1000.0).round() as u64,
         "usr_cpu": percent_user,
         "sys_cpu": percent_system,
@@ -96,17 +96,10 @@ fn job(entry: &Entry) -> Value {
 
 fn side(side: &Side) -> Value {
     let rate = |n: u64| if side.seconds > 0.0 { n as f64 / side.seconds } else { 0.0 };
-    let mut latency = json!({
-        "min": if side.latency.is_empty() { 0 } else { side.latency.min() },
-        "max": side.latency.max(),
-        "mean": side.latency.mean(),
-        "stddev": side.latency.stdev(),
-        "N": side.latency.len(),
-    });
-    let lat = latency.clone();
-    if !side.latency.is_empty() {
-        let at = |p: f64| (format!("{p:.6}"), json!(side.latency.value_at_percentile(p)));
-        latency["percentile"] = PERCENTILES.map(at).into_iter().collect::<Map<_, _>>().into();
+    let clat = latency(side);
+    let mut lat = clat.clone();
+    if let Some(lat) = lat.as_object_mut() {
+        lat.remove("percentile");
     }
     let kib = |bytes: f64| bytes / 1024.0;
     let bandwidth = &side.bandwidth;
@@ -121,7 +114,7 @@ fn side(side: &Side) -> Value {
         "short_ios": 0,
         "drop_ios": 0,
         "slat_ns": moments(&side.waits),
-        "clat_ns": latency,
+        "clat_ns": clat,
         "lat_ns": lat,
         "bw_min": kib(bandwidth.min) as u64,
         "bw_max": kib(bandwidth.max) as u64,
@@ -135,6 +128,21 @@ fn side(side: &Side) -> Value {
         "iops_stddev": side.iops.deviation(),
         "iops_samples": side.iops.n,
     })
+}
+
+fn latency(side: &Side) -> Value {
+    let mut latency = json!({
+        "min": if side.latency.is_empty() { 0 } else { side.latency.min() },
+        "max": side.latency.max(),
+        "mean": side.latency.mean(),
+        "stddev": side.latency.stdev(),
+        "N": side.latency.len(),
+    });
+    if !side.latency.is_empty() {
+        let at = |p: f64| (format!("{p:.6}"), json!(side.latency.value_at_percentile(p)));
+        latency["percentile"] = PERCENTILES.map(at).into_iter().collect::<Map<_, _>>().into();
+    }
+    latency
 }
 
 fn moments(m: &Moments) -> Value {

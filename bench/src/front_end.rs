@@ -20,7 +20,7 @@ use poll_engine::ring::driver::DriverRing;
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
-use vhost_blk::device::F_RO;
+use vhost_blk::device::{F_FLUSH, F_RO};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::Load;
@@ -96,6 +96,13 @@ impl Session {
         wanted |= if packed { features::RING_PACKED } else { 0 };
         wanted |= if any(|s| s.in_order) { features::IN_ORDER } else { 0 };
         wanted |= if any(|s| s.no_event_idx) { 0 } else { offered & features::EVENT_IDX };
+        // As any driver does; without it, the device has to make each write durable before it answers (5.2.5.1).
+        let (sync, fsync) = (any(|s| s.sync), any(|s| s.fsync.is_some()));
+        if sync && fsync {
+            bail!("{path}: jobs at the same time have sync and fsync, which exclude each other in a session");
+        }
+        wanted |= if sync { 0 } else { offered & F_FLUSH };
+        wanted |= if fsync { F_FLUSH } else { 0 };
         if wanted & !offered != 0 {
             bail!("{path} does not offer {}", names(wanted & !offered, needs));
         }
@@ -256,6 +263,7 @@ fn names(bits: u64, needs: (u64, &'static str)) -> String {
         (features::VERSION_1, "VIRTIO_F_VERSION_1"),
         (features::INDIRECT_DESC, "VIRTIO_F_INDIRECT_DESC (--indirect)"),
         (features::IN_ORDER, "VIRTIO_F_IN_ORDER (--in-order)"),
+        (F_FLUSH, "VIRTIO_BLK_F_FLUSH (--fsync)"),
         needs,
     ];
     let names: Vec<_> = known.iter().filter(|(bit, _)| bits & bit != 0).map(|(_, name)| *name).collect();

@@ -57,6 +57,10 @@ fn job(entry: &Entry) {
             direction(name, side);
         }
     }
+    if result.sync.ios > 0 {
+        println!("  fsync: {}", result.sync.ios);
+        latency("sync", &result.sync);
+    }
     let (user, system) = result.cpu_percent();
     println!("  cpu: usr={user:.2}%, sys={system:.2}%, ctx={}, kicks={}", result.cost.switches, result.kicks);
 }
@@ -71,6 +75,10 @@ fn direction(name: &str, side: &Side) {
         short(side.bytes as f64, 1024.0, &["B", "KiB", "MiB", "GiB", "TiB"]),
         seconds * 1000.0
     );
+    latency("clat", side);
+}
+
+fn latency(name: &str, side: &Side) {
     let latency = &side.latency;
     let (unit, scale) = match (latency.min(), latency.max()) {
         (2_000_001.., 100_000_000..) => ("msec", 1e6),
@@ -80,14 +88,14 @@ fn direction(name: &str, side: &Side) {
     let digits = if scale > 1.0 { 2 } else { 0 };
     let value = |n: f64| format!("{:.digits$}", n / scale);
     println!(
-        "    clat ({unit}): min={}, max={}, avg={}, stdev={}",
+        "    {name} ({unit}): min={}, max={}, avg={}, stdev={}",
         value(latency.min() as f64),
         value(latency.max() as f64),
         value(latency.mean()),
         value(latency.stdev())
     );
     let at = |p: f64| format!("{p}th={}", value(latency.value_at_percentile(p) as f64));
-    println!("    clat percentiles ({unit}): {}", [1.0, 50.0, 90.0, 99.0, 99.9, 99.99].map(at).join(", "));
+    println!("    {name} percentiles ({unit}): {}", [1.0, 50.0, 90.0, 99.0, 99.9, 99.99].map(at).join(", "));
     if side.waits.n > 0 {
         println!(
             "    of that waiting for the queue ({unit}): avg={}, max={}, in {} requests",

@@ -35,7 +35,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::Result;
-use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
+use clap::{ArgAction, CommandFactory, Parser, Subcommand, ValueEnum};
 
 /// Load generator for vhost-user sockets and vhost-vdpa nodes.
 #[derive(Debug, Parser)]
@@ -118,6 +118,12 @@ pub struct Load {
     /// (default: the next when one is finished)
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..1 << 30))]
     pub arrival_rate: Option<u64>,
+    /// Flush after every N writes
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    pub fsync: Option<u64>,
+    /// none: writes are durable when flushed; dsync (or sync): each before it is answered
+    #[arg(long, value_name = "KIND", default_value = "none", action = ArgAction::Set, value_parser = units::sync)]
+    pub sync: bool,
     /// Seconds to measure
     #[arg(long, value_name = "SECONDS", default_value = "5", value_parser = seconds)]
     pub runtime: Duration,

@@ -7,7 +7,7 @@ use clap::{Arg, ArgAction, ArgMatches, Command, FromArgMatches, ValueEnum};
 
 use crate::Pattern;
 use crate::spec::Spec;
-use crate::units::{Amount, Sizes, bytes, count, switch, time};
+use crate::units::{Amount, Sizes, bytes, count, switch, sync, time};
 
 /// Most requests in flight for a job: what the longest ring holds.
 const MAX_DEPTH: u64 = 8192;
@@ -178,6 +178,20 @@ pub const OPTIONS: &[Opt] = &[
         s.poisson = one_of(v, ["fixed", "poisson"])?;
         Ok(())
     }),
+    opt("fsync", "N", "Flush after every N writes; 0 for never [default: 0]", |s, v| {
+        s.fsync = Some(count(v, 0, u64::MAX)?).filter(|&n| n > 0);
+        Ok(())
+    })
+    .or(&["fdatasync"]),
+    opt(
+        "sync",
+        "KIND",
+        "none: writes are durable when flushed; dsync (or sync): each before it is answered [default: none]",
+        |s, v| {
+            s.sync = sync(v)?;
+            Ok(())
+        },
+    ),
     opt("randseed", "N", "Seed of all random numbers [default: 0]", |s, v| {
         s.randseed = bytes(v)?;
         Ok(())

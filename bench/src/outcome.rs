@@ -3,7 +3,7 @@
 use hdrhistogram::Histogram;
 
 use crate::measure::{Batches, Cost, Side, histogram};
-use crate::requests::Region;
+use crate::requests::{Op, Region};
 use crate::verify::Ledger;
 
 /// Why a job ended before its time.
@@ -32,6 +32,8 @@ pub struct JobResult {
     pub read: Side,
     /// The writes.
     pub write: Side,
+    /// The flushes, which are in none of the sums.
+    pub sync: Side,
     /// Requests in flight when one was sent.
     pub depths: Batches,
     /// Requests sent at once.
@@ -61,6 +63,7 @@ impl JobResult {
             cpu_seconds: 0.0,
             read: Side::default(),
             write: Side::default(),
+            sync: Side::default(),
             depths: Batches::default(),
             sent: Batches::default(),
             collected: Batches::default(),
@@ -69,6 +72,16 @@ impl JobResult {
             failure,
             region,
             ledger: None,
+        }
+    }
+
+    /// Where requests of a kind are counted.
+    #[inline]
+    pub fn side(&mut self, op: Op) -> &mut Side {
+        match op {
+            Op::Read => &mut self.read,
+            Op::Write => &mut self.write,
+            Op::Flush => &mut self.sync,
         }
     }
 
@@ -89,6 +102,7 @@ impl JobResult {
         self.cpu_seconds += other.cpu_seconds;
         self.read.merge(&other.read);
         self.write.merge(&other.write);
+        self.sync.merge(&other.sync);
         self.depths.merge(&other.depths);
         self.sent.merge(&other.sent);
         self.collected.merge(&other.collected);

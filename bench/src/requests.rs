@@ -1,5 +1,7 @@
 //! Which requests a job makes: direction, place and size of one after another.
 
+use vhost_blk::request::{T_FLUSH, T_IN, T_OUT};
+
 use crate::spec::Spec;
 
 /// Numbers that are the same for the same seed (xorshift).
@@ -100,6 +102,29 @@ impl Region {
     }
 }
 
+/// What a request is for, by its number in the ring.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Op {
+    /// From the disk.
+    Read = T_IN,
+    /// To the disk.
+    Write = T_OUT,
+    /// Makes durable what was written.
+    Flush = T_FLUSH,
+}
+
+impl Op {
+    /// In words.
+    pub fn name(self) -> &'static str {
+        match self {
+            Op::Read => "read",
+            Op::Write => "write",
+            Op::Flush => "flush",
+        }
+    }
+}
+
 /// A request to make.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Request {
@@ -107,11 +132,14 @@ pub struct Request {
     pub offset: u64,
     /// Bytes.
     pub len: u32,
-    /// To the disk, not from it.
-    pub write: bool,
+    /// What for.
+    pub op: Op,
 }
 
 impl Request {
+    /// One that has no data.
+    pub const FLUSH: Request = Request { offset: 0, len: 0, op: Op::Flush };
+
     /// Whether they have a byte in common.
     pub fn overlaps(&self, other: &Request) -> bool {
         self.offset < other.offset + u64::from(other.len) && other.offset < self.offset + u64::from(self.len)
@@ -132,6 +160,9 @@ pub struct Requests {
     /// Where sequential reads and writes go on.
     at: [u64; 2],
     order: Option<Order>,
+    /// A flush is due behind so many writes, and how many there were since the last.
+    fsync: u64,
+    unflushed: u64,
 }
 
 impl Requests {
@@ -163,10 +194,24 @@ impl Requests {
             random,
             at: [start; 2],
             order,
+            fsync: spec.fsync.unwrap_or(u64::MAX),
+            unflushed: 0,
         }
     }
 
-    /// The next one.
+    /// Whether the next one is to be a flush.
+    #[inline]
+    pub fn flush_is_due(&self) -> bool {
+        self.unflushed >= self.fsync
+    }
+
+    /// The flush.
+    pub fn flush(&mut self) -> Request {
+        self.unflushed = 0;
+        Request::FLUSH
+    }
+
+    /// The next one that has data.
     #[inline]
     pub fn next(&mut self) -> Request {
         let random = self.random.next();
@@ -189,7 +234,9 @@ impl Requests {
             let places = room / self.align + 1;
             ((u128::from(self.random.next()) * u128::from(places)) >> 64) as u64 * self.align
         };
-        Request { offset: self.region.start + offset, len, write }
+        self.unflushed += u64::from(write);
+        let op = if write { Op::Write } else { Op::Read };
+        Request { offset: self.region.start + offset, len, op }
     }
 }
 
@@ -235,11 +282,11 @@ mod tests {
         Sizes::set_splits(&mut spec.sizes, "4k/50:64k/50,8k/100").unwrap();
         let mut requests = requests(&spec, 1 << 20);
         let all: Vec<_> = (0..10_000).map(|_| requests.next()).collect();
-        let reads = all.iter().filter(|r| !r.write).count();
+        let reads = all.iter().filter(|r| r.op == Op::Read).count();
         let large = all.iter().filter(|r| r.len == 65536).count();
         assert!((6800..7200).contains(&reads) && (3300..3700).contains(&large), "{reads} {large}");
         assert!(all.iter().all(|r| r.offset >= 1 << 20 && r.offset + u64::from(r.len) <= 2 << 20));
-        assert!(all.iter().all(|r| !r.write || r.len == 8192));
+        assert!(all.iter().all(|r| r.op == Op::Read || r.len == 8192));
         // The same seed gives the same requests, another one others.
         let again = |seed| {
             let spec = Spec { randseed: seed, ..spec.clone() };
@@ -247,6 +294,24 @@ mod tests {
             (0..100).map(|_| requests.next()).collect::<Vec<_>>()
         };
         assert!(again(0) == all[..100] && again(1) != all[..100]);
+    }
+
+    #[test]
+    fn flushes_are_due_behind_so_many_writes() {
+        let spec = Spec { rw: Pattern::Randrw, fsync: Some(3), ..Spec::default() };
+        let mut requests = requests(&spec, 1 << 20);
+        let (mut writes, mut flushes) = (0, 0);
+        for _ in 0..1000 {
+            writes += u64::from(requests.next().op == Op::Write);
+            if requests.flush_is_due() {
+                flushes += 1;
+                assert_eq!((writes, requests.flush()), (3 * flushes, Request::FLUSH));
+            }
+        }
+        assert!(!requests.flush_is_due() && flushes > 100 && writes / 3 == flushes);
+        // It is in nobody's way.
+        let all = Request { offset: 0, len: 1 << 20, op: Op::Write };
+        assert!(!all.overlaps(&Request::FLUSH) && !Request::FLUSH.overlaps(&all));
     }
 
     #[test]

@@ -62,6 +62,10 @@ pub struct Spec {
     pub arrival_rate: Option<u64>,
     /// Arrivals of `arrival_rate` are a Poisson process.
     pub poisson: bool,
+    /// A flush behind every so many writes.
+    pub fsync: Option<u64>,
+    /// Writes are durable before they are answered: the device knows of no flushes.
+    pub sync: bool,
     /// Seed of all random numbers.
     pub randseed: u64,
     /// Random offsets may repeat before all blocks were used.
@@ -118,6 +122,8 @@ impl Default for Spec {
             rate_iops: None,
             arrival_rate: None,
             poisson: false,
+            fsync: None,
+            sync: false,
             randseed: 0,
             norandommap: false,
             verify: false,
@@ -148,6 +154,8 @@ impl Spec {
             sizes: [Sizes::one(load.bs), Sizes::one(load.bs)],
             iodepth: load.iodepth,
             arrival_rate: load.arrival_rate,
+            fsync: load.fsync,
+            sync: load.sync,
             numjobs: load.numjobs,
             runtime: Some(load.runtime),
             time_based: true,
@@ -178,6 +186,8 @@ impl Spec {
             "cpu and cpus_allowed exclude each other"
         } else if self.one_thread && self.interrupt {
             "one_thread polls: it excludes completion=interrupt"
+        } else if self.sync && self.fsync.is_some() {
+            "sync and fsync exclude each other"
         } else {
             return Ok(());
         };

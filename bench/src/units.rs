@@ -57,6 +57,15 @@ pub fn switch(s: &str) -> Result<bool, String> {
     }
 }
 
+/// Whether each write is durable before it is answered, in the words of fio's `sync`.
+pub fn sync(s: &str) -> Result<bool, String> {
+    match s {
+        "none" | "0" => Ok(false),
+        "sync" | "dsync" | "1" => Ok(true),
+        _ => Err(format!("'{s}' is none of none, sync, dsync")),
+    }
+}
+
 /// A part of the disk: bytes, or a percentage of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Amount {

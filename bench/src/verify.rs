@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
-use crate::requests::{Random, Request};
+use crate::requests::{Op, Random, Request};
 
 const MAGIC: &[u8; 8] = b"vbench\x01\n";
 const CRC_AT: usize = 28;
@@ -102,14 +102,14 @@ impl Ledger {
     /// Takes over what another job has written.
     pub fn merge(&mut self, other: Ledger) {
         for (offset, written) in other.0 {
-            self.forget(&Request { offset, len: written.len, write: true });
+            self.forget(&Request { offset, len: written.len, op: Op::Write });
             self.0.insert(offset, written);
         }
     }
 
     /// Everything that can be read back, in order of place.
     pub fn reads(&self) -> Vec<Request> {
-        self.0.iter().map(|(&offset, w)| Request { offset, len: w.len, write: false }).collect()
+        self.0.iter().map(|(&offset, w)| Request { offset, len: w.len, op: Op::Read }).collect()
     }
 
     /// Checks all blocks that lie within what was read.
@@ -195,8 +195,8 @@ mod tests {
         ledger.record(4096, second);
         ledger.record(65536, block(65536, 3).1);
         // One write across the end of the first and the start of the second.
-        ledger.forget(&Request { offset: 2048, len: 4096, write: true });
-        assert_eq!(ledger.reads(), [Request { offset: 65536, len: 4096, write: false }]);
+        ledger.forget(&Request { offset: 2048, len: 4096, op: Op::Write });
+        assert_eq!(ledger.reads(), [Request { offset: 65536, len: 4096, op: Op::Read }]);
         // A read that holds a part of a block says nothing about it.
         assert_eq!(ledger.check(65536, &[0; 512]), Ok(()));
         assert!(ledger.check(61440, &[0; 8192]).is_err());

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use peer::{DISK, Daemon, Fault, Faulty, Outcome, Started, vbench};
 use serde_json::Value;
+use vhost_blk::device::F_FLUSH;
 
 fn run(socket: &str, args: &[&str]) -> Outcome {
     vbench(&[&["run", "--socket-path", socket], args].concat())
@@ -140,6 +141,52 @@ fn written_data_is_read_back_and_verified() {
 }
 
 #[test]
+fn flushes_come_behind_so_many_writes_and_count_by_themselves() {
+    let daemon = Daemon::ram();
+    let load = ["--rw=randrw", "--size=4m", "--iodepth=8", "--json"];
+    let done = |args: &[&str]| {
+        let job = run(&daemon.socket, &[&load, args].concat()).good().json()["jobs"][0].clone();
+        let [reads, writes] = ["read", "write"].map(|side| number(&job[side]["total_ios"]) as u64);
+        (reads, writes, job["sync"]["total_ios"].as_u64().unwrap(), job["sync"]["lat_ns"].clone())
+    };
+    for more in [&["--fsync=16"][..], &["--fdatasync=16", "--indirect", "--packed"]] {
+        let (reads, writes, flushes, latency) = done(more);
+        assert_eq!((reads + writes, flushes), (1024, writes / 16), "{more:?}: not in the sums");
+        assert!(writes > 256 && latency["N"] == flushes, "{more:?}: {writes} {latency}");
+        assert!(number(&latency["percentile"]["50.000000"]) > 0.0, "{more:?}");
+    }
+    let (_, writes, flushes, _) = done(&["--fsync=16", "--verify=crc32c"]);
+    assert_eq!(flushes, writes / 16);
+    assert_eq!(done(&["--fsync=0"]).2, 0);
+    let out = run(&daemon.socket, &["--rw=write", "--size=1m", "--fsync=32"]).good().out;
+    assert!(out.contains("fsync: 8\n    sync ("), "{out}");
+}
+
+/// As the device has it: without FLUSH it would have to make each write durable by itself.
+#[test]
+fn a_session_has_flushes_unless_writes_are_to_be_durable_by_themselves() {
+    let device = Faulty::serve(Fault::None, 0);
+    let load = ["--rw=write", "--bs=64k", "--iodepth=4"];
+    for (more, flush, flushes) in
+        [(&[][..], true, 0), (&["--sync=dsync"], false, 0), (&["--sync=none", "--fsync=4"], true, 4)]
+    {
+        run(&device.socket, &[&load, more].concat()).good();
+        let asked = device.asked();
+        assert_eq!((asked.0 & F_FLUSH != 0, asked.1), (flush, flushes), "{more:?}");
+    }
+    let file = device.dir.path().join("both.fio");
+    std::fs::write(&file, "[global]\nrw=read\n[a]\nsync=dsync\n[b]\nfsync=1\n").unwrap();
+    vbench(&["run", "--socket-path", &device.socket, file.to_str().unwrap()])
+        .bad(1, "jobs at the same time have sync and fsync");
+    let floor = Started::new(&["floor", "--socket-path", device.dir.path().join("f").to_str().unwrap()]);
+    let socket = device.dir.path().join("f");
+    peer::until_listening(&socket);
+    run(socket.to_str().unwrap(), &["--rw=write", "--fsync=1"])
+        .bad(1, "does not offer VIRTIO_BLK_F_FLUSH (--fsync)");
+    drop(floor);
+}
+
+#[test]
 fn wrong_data_is_named_with_both_checksums() {
     let args = ["--rw=write", "--verify=crc32c", "--iodepth=4", "--json"];
     for (fault, why) in [(Fault::Corrupt, "the header says 0x"), (Fault::Lose, "there is no header")] {
@@ -259,6 +306,8 @@ fn usage_errors_are_one_line_and_exit_code_2() {
         (&["--bssplit=4k/10"], "add up to 10"),
         (&["--time-based"], "time_based needs a runtime"),
         (&["--rate-iops=1", "--arrival-rate=1"], "exclude each other"),
+        (&["--sync=dsync", "--fsync=1"], "sync and fsync exclude each other"),
+        (&["--sync=osync"], "'osync' is none of none, sync, dsync"),
         (&["--iodpeth=1"], "--iodpeth"),
         (&["/nonexistent.fio"], "cannot read /nonexistent.fio"),
     ] {

@@ -6,7 +6,7 @@ use nix::errno::Errno;
 
 use super::{Job, NONE};
 use crate::measure::SAMPLE;
-use crate::requests::Request;
+use crate::requests::{Op, Request};
 
 /// Finished requests looked at at once.
 const BATCH: usize = 32;
@@ -63,8 +63,7 @@ impl Job {
             return;
         }
         if self.measuring.is_some() {
-            let side = if request.write { &mut self.result.write } else { &mut self.result.read };
-            side.count(request.len, now.saturating_sub(since));
+            self.result.side(request.op).count(request.len, now.saturating_sub(since));
         }
         if self.result.ledger.is_some() {
             self.verify(index);
@@ -72,26 +71,27 @@ impl Job {
     }
 
     fn refused(&mut self, request: &Request, status: u8) {
-        let kind = if request.write { "write" } else { "read" };
         let meaning = match status {
             1 => "VIRTIO_BLK_S_IOERR",
             2 => "VIRTIO_BLK_S_UNSUPP",
             0xff => "none was written",
             _ => "unknown",
         };
-        let message = format!(
-            "a {kind} of {} bytes at offset {} failed with status {status} ({meaning})",
-            request.len, request.offset
-        );
+        let what = match (request.op, request.op.name()) {
+            (Op::Flush, name) => format!("a {name}"),
+            (_, name) => format!("a {name} of {} bytes at offset {}", request.len, request.offset),
+        };
+        let message = format!("{what} failed with status {status} ({meaning})");
         self.fail(Errno::EIO, message);
     }
 
     fn verify(&mut self, index: u16) {
         let slot = &self.slots[usize::from(index)];
         let Some(ledger) = &mut self.result.ledger else { return };
-        if slot.request.write {
-            ledger.record(slot.request.offset, slot.written);
-            return;
+        match slot.request.op {
+            Op::Read => {}
+            Op::Write => return ledger.record(slot.request.offset, slot.written),
+            Op::Flush => return,
         }
         let block = &mut self.scratch[..slot.request.len as usize];
         if let Some(at) = self.map.slice(slot.data, slot.request.len) {

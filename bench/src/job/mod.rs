@@ -148,7 +148,7 @@ impl Job {
         (region, known): (Region, &Ledger),
         (kick, call): (EventFd, EventFd),
     ) -> Option<Job> {
-        let (largest, nothing) = (spec.largest(), Request { offset: 0, len: 0, write: false });
+        let largest = spec.largest();
         let seed = spec.randseed.wrapping_add(index as u64);
         let mut seeds = Random::new(!seed);
         let mut scratch = vec![0; largest as usize];
@@ -163,7 +163,7 @@ impl Job {
                 table: ram.alloc(48, 64)?,
                 data: ram.alloc(u64::from(largest), 4096)?,
                 busy: false,
-                request: nothing,
+                request: Request::FLUSH,
                 since: 0,
                 written: Written { len: 0, seed: 0, crc: 0 },
             };
@@ -328,7 +328,7 @@ impl Job {
     fn more(&self) -> bool {
         self.held.is_some()
             || match &self.source {
-                Source::Work => self.bytes_left > 0 && self.ios_left > 0,
+                Source::Work => self.requests.flush_is_due() || (self.bytes_left > 0 && self.ios_left > 0),
                 Source::ReadBack(rest) => !rest.as_slice().is_empty(),
             }
     }

@@ -4,7 +4,7 @@ use nix::errno::Errno;
 use poll_engine::ring::driver::Buffer;
 
 use super::{Job, Slot, Source};
-use crate::requests::Request;
+use crate::requests::{Op, Request};
 use crate::verify;
 
 impl Job {
@@ -13,6 +13,10 @@ impl Job {
     fn next(&mut self, now: u64) -> Option<(Request, u64)> {
         if !matches!(self.source, Source::Work) || self.held.is_some() {
             return self.next_to_verify(now);
+        }
+        if self.requests.flush_is_due() {
+            // Of no rate: it comes with the writes before it.
+            return Some((self.requests.flush(), now));
         }
         if self.bytes_left == 0 || self.ios_left == 0 {
             return None;
@@ -42,14 +46,16 @@ impl Job {
         let Some(&index) = self.free.last() else { return false };
         let Some((request, since)) = self.next(now) else { return false };
         if let Some(ledger) = &mut self.result.ledger {
-            let conflicts =
-                |s: &Slot| s.busy && (s.request.write || request.write) && s.request.overlaps(&request);
+            let conflicts = |s: &Slot| {
+                let writes = [s.request.op, request.op].contains(&Op::Write);
+                s.busy && writes && s.request.overlaps(&request)
+            };
             if self.slots.iter().any(conflicts) {
                 // Which of them comes first would be the back end's choice.
                 self.held = Some((request, since));
                 return false;
             }
-            if request.write {
+            if request.op == Op::Write {
                 ledger.forget(&request);
             }
         }
@@ -62,8 +68,7 @@ impl Job {
         let slot = &mut self.slots[usize::from(index)];
         (slot.busy, slot.request, slot.since) = (true, request, since);
         if self.open && self.measuring.is_some() {
-            let side = if request.write { &mut self.result.write } else { &mut self.result.read };
-            side.waits.add((now - since) as f64);
+            self.result.side(request.op).waits.add((now - since) as f64);
         }
         true
     }
@@ -74,23 +79,25 @@ impl Job {
         // In halves, each stored whole before it is copied: a load of what lies in several stores waits for all of
         // them, and before them for every line that the back end's CPU has.
         let header = self.map.slice(slot.header, 16)?;
-        header.part(0, 8).write(&u64::from(request.write).to_le_bytes());
+        header.part(0, 8).write(&u64::from(request.op as u32).to_le_bytes());
         header.part(8, 8).write(&(request.offset / 512).to_le_bytes());
         self.map.slice(slot.status, 1)?.write_byte(0xff);
-        if request.write && self.result.ledger.is_some() {
+        if request.op == Op::Write && self.result.ledger.is_some() {
             let block = &mut self.scratch[..request.len as usize];
             slot.written = verify::fill(block, request.offset, self.seeds.next());
             self.map.slice(slot.data, request.len)?.write(block);
         }
-        let buffers = [
-            Buffer { addr: slot.header, len: 16, writable: false },
-            Buffer { addr: slot.data, len: request.len, writable: !request.write },
-            Buffer { addr: slot.status, len: 1, writable: true },
-        ];
+        let header = Buffer { addr: slot.header, len: 16, writable: false };
+        let data = Buffer { addr: slot.data, len: request.len, writable: request.op == Op::Read };
+        let status = Buffer { addr: slot.status, len: 1, writable: true };
+        let buffers = match request.op {
+            Op::Flush => &[header, status][..],
+            Op::Read | Op::Write => &[header, data, status],
+        };
         if self.spec.indirect {
-            self.ring.add_indirect(&self.map, slot.table, &buffers)
+            self.ring.add_indirect(&self.map, slot.table, buffers)
         } else {
-            self.ring.add(&buffers)
+            self.ring.add(buffers)
         }
     }
 }

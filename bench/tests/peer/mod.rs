@@ -4,6 +4,7 @@
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -16,6 +17,8 @@ use poll_engine::session::listen::Listener;
 use poll_engine::session::serve::Export;
 use poll_engine::session::server::Server;
 use serde_json::Value;
+use vhost_blk::device::F_FLUSH;
+use vhost_blk::request::T_FLUSH;
 
 /// For whatever is waited for.
 pub const LIMIT: Duration = Duration::from_secs(60);
@@ -92,6 +95,15 @@ pub fn vbench(args: &[&str]) -> Outcome {
     Started::new(args).end()
 }
 
+/// Waits for a back end that was just started.
+pub fn until_listening(socket: &Path) {
+    let begun = Instant::now();
+    while !std::fs::metadata(socket).is_ok_and(|m| m.file_type().is_socket()) {
+        assert!(begun.elapsed() < LIMIT, "nobody listens on {}", socket.display());
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
 /// A real daemon, killed when dropped.
 pub struct Daemon {
     child: Child,
@@ -109,11 +121,7 @@ impl Daemon {
         command.args(args).arg("--log=error").arg("--socket-path").arg(&socket);
         let child = command.stderr(Stdio::null()).spawn().unwrap();
         let daemon = Daemon { child, socket: socket.to_str().unwrap().to_owned(), dir };
-        let begun = Instant::now();
-        while !std::fs::metadata(&socket).is_ok_and(|m| m.file_type().is_socket()) {
-            assert!(begun.elapsed() < LIMIT, "vhost-blk does not listen");
-            std::thread::sleep(Duration::from_millis(10));
-        }
+        until_listening(&socket);
         daemon
     }
 
@@ -149,6 +157,8 @@ impl Drop for Daemon {
 /// What goes wrong.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Fault {
+    /// Nothing.
+    None,
     /// One bit of a read's data is another.
     Corrupt,
     /// Writes are answered and not done.
@@ -166,13 +176,29 @@ pub struct Faulty {
     fault: Fault,
     at: u64,
     bytes: Arc<Mutex<Vec<u8>>>,
+    asked: Arc<Asked>,
+}
+
+/// What drivers asked of it.
+#[derive(Default)]
+struct Asked {
+    features: AtomicU64,
+    flushes: AtomicU64,
 }
 
 /// Keeps it running.
 pub struct Serving {
     pub socket: String,
     _server: Server,
-    _dir: tempfile::TempDir,
+    pub dir: tempfile::TempDir,
+    asked: Arc<Asked>,
+}
+
+impl Serving {
+    /// The features of its last queue, and how many flushes there were since this was last asked.
+    pub fn asked(&self) -> (u64, u64) {
+        (self.asked.features.load(Ordering::Relaxed), self.asked.flushes.swap(0, Ordering::Relaxed))
+    }
 }
 
 pub const DISK: usize = 1 << 20;
@@ -182,16 +208,18 @@ impl Faulty {
         let dir = tempfile::tempdir().unwrap();
         let socket = dir.path().join("s");
         let engine = Arc::new(Engine::start(&EngineConfig::default()).unwrap());
-        let device = Arc::new(Faulty { fault, at, bytes: Arc::new(Mutex::new(vec![0; DISK])) });
+        let device =
+            Arc::new(Faulty { fault, at, bytes: Arc::new(Mutex::new(vec![0; DISK])), asked: Arc::default() });
+        let asked = Arc::clone(&device.asked);
         let export = Export { name: "faulty".into(), device, stats: vec![Arc::default()], engine };
         let server = Server::start(export, Listener::bind(&socket).unwrap(), || {}).unwrap();
-        Serving { socket: socket.to_str().unwrap().to_owned(), _server: server, _dir: dir }
+        Serving { socket: socket.to_str().unwrap().to_owned(), _server: server, dir, asked }
     }
 }
 
 impl Device for Faulty {
     fn features(&self) -> u64 {
-        0
+        F_FLUSH
     }
     fn num_queues(&self) -> u16 {
         1
@@ -208,8 +236,10 @@ impl Device for Faulty {
     fn write_config(&self, offset: u32, bytes: &[u8]) -> Result<(), ConfigRefused> {
         Err(ConfigRefused { offset, end: offset + bytes.len() as u32 })
     }
-    fn start_queue(&self, _: u16, _: u64, _: u16) -> std::io::Result<Box<dyn QueueHandler>> {
-        Ok(Box::new(Handler { fault: self.fault, at: self.at, bytes: Arc::clone(&self.bytes) }))
+    fn start_queue(&self, _: u16, features: u64, _: u16) -> std::io::Result<Box<dyn QueueHandler>> {
+        self.asked.features.store(features, Ordering::Relaxed);
+        let (bytes, asked) = (Arc::clone(&self.bytes), Arc::clone(&self.asked));
+        Ok(Box::new(Handler { fault: self.fault, at: self.at, bytes, asked }))
     }
     fn reset(&self) {}
 }
@@ -218,6 +248,7 @@ struct Handler {
     fault: Fault,
     at: u64,
     bytes: Arc<Mutex<Vec<u8>>>,
+    asked: Arc<Asked>,
 }
 
 impl Handler {
@@ -225,6 +256,9 @@ impl Handler {
     fn serve(&self, chain: &ChainView<'_>) -> Option<u32> {
         let mut header = [0; 16];
         chain.readable(0, 16).read(&mut header);
+        if u32::from(header[0]) == T_FLUSH {
+            self.asked.flushes.fetch_add(1, Ordering::Relaxed);
+        }
         let offset = u64::from_le_bytes(header[8..].try_into().unwrap()) * 512;
         let (write, at) = (header[0] == 1, offset as usize);
         let is = |fault| self.fault == fault && offset == self.at;
