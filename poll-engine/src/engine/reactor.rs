@@ -2,31 +2,32 @@
 //! its pacing says so. Nothing else ever touches a ring that runs here.
 
 mod dormant;
+mod io;
+mod mail;
+mod task;
 
-use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
 use std::time::Duration;
 
-use crossbeam::channel::Sender;
 use crossbeam::sync::WaitGroup;
-use tracing::{debug, warn};
 
 pub use dormant::Dormancy;
 use dormant::Sweep;
+pub use io::{Io, QueueId};
+use io::{NOBODY, Purpose, io, label, unlabel};
+pub(super) use mail::Message;
+pub use mail::NotifierChange;
+pub(super) use task::Task;
 
 use super::EngineConfig;
 use super::mailbox::Mailbox;
-use super::pacing::{Pacer, Pacing};
-use super::queue::{MapChange, Queue};
+use super::pacing::Pacer;
 use super::station::{Queues, Station, Waker};
 use super::times::Times;
 use crate::clock::Clock;
-use crate::device::QueueHandler;
 use crate::fault_point;
 use crate::memory::fault::faults;
-use crate::memory::iotlb::Miss;
-use crate::memory::log::QueueLog;
 use crate::probes;
 use crate::stats::{Counter, ErrorKind};
 use crate::uring::{Completion, FixedBuffers, Uring};
@@ -43,204 +44,6 @@ const MAX_HELD: u32 = 32;
 /// How long a reactor may sleep while it has a queue that no kick descriptor can wake it for: a few interrupts' time,
 /// and long against the microseconds that a look at the rings takes.
 const NAP: Duration = Duration::from_micros(100);
-
-/// A queue's (or a station's) place on its reactor. It is never that of another one before very many have come and gone.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct QueueId {
-    pub(super) slot: u16,
-    generation: u16,
-}
-
-/// What control threads can ask of a reactor.
-pub(super) enum Message {
-    /// Run this queue from now on.
-    Start { queue: Box<Queue>, handler: Box<dyn QueueHandler>, paused: bool, id: Sender<QueueId> },
-    /// Take no more chains, finish what is in flight, answer with the base and let the queue go.
-    Stop { id: QueueId, base: Sender<u32> },
-    /// Go over to a new memory map.
-    SetMap { id: QueueId, change: MapChange },
-    /// Take no more chains for now, finish what is in flight, and let `paused` go.
-    Pause { id: QueueId, paused: WaitGroup },
-    /// Take chains again.
-    Resume { id: QueueId },
-    /// Wait in this way from now on.
-    SetPacing(Pacing),
-    /// Take no more chains, finish what is in flight, and leave the ring alone until a map comes that has it.
-    Park { id: QueueId, parked: WaitGroup },
-    /// The front end has no translation for this, or (`None`) for the ring.
-    Refuse { id: QueueId, miss: Option<Miss> },
-    /// Tell a dirty log what is written from now on, or nobody, and let `adopted` go.
-    SetLog { id: QueueId, log: Option<QueueLog>, adopted: WaitGroup },
-    /// Replace one of the event descriptors.
-    SetNotifier { id: QueueId, change: NotifierChange },
-    /// Poll this station from now on.
-    AddStation { station: Box<dyn Station>, id: Sender<QueueId> },
-    /// Let this station go once nothing of its own is in flight.
-    RemoveStation { id: QueueId, gone: WaitGroup },
-    /// Say that it turns.
-    Turn(Sender<()>),
-    /// Leave, once no queue is left.
-    Quit,
-}
-
-/// A new event descriptor for a running queue.
-#[derive(Debug)]
-pub enum NotifierChange {
-    /// To be signalled when chains were used.
-    Call(Option<std::os::fd::OwnedFd>),
-    /// To be signalled when the queue breaks.
-    Err(Option<std::os::fd::OwnedFd>),
-}
-
-/// What a completion belongs to: packed into the 64 bits io_uring carries.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u8)]
-enum Purpose {
-    Handler = 0,
-    Kick = 1,
-    Signal = 2,
-    Bell = 3,
-    Cancel = 4,
-    Station = 5,
-}
-
-fn label(purpose: Purpose, id: QueueId, tag: u32) -> u64 {
-    (purpose as u64) << 60
-        | u64::from(id.generation & 0xfff) << 48
-        | u64::from(id.slot) << 32
-        | u64::from(tag)
-}
-
-fn unlabel(user_data: u64) -> (u8, QueueId, u32) {
-    let id = QueueId { slot: (user_data >> 32) as u16, generation: (user_data >> 48) as u16 & 0xfff };
-    ((user_data >> 60) as u8, id, user_data as u32)
-}
-
-/// A handler's way into the kernel.
-pub struct Io<'a> {
-    uring: &'a mut Uring,
-    id: QueueId,
-    purpose: Purpose,
-    reactor: usize,
-}
-
-impl<'a> Io<'a> {
-    /// Without a reactor, for driving a handler by hand where it is measured: completions go nowhere.
-    pub fn alone(uring: &'a mut Uring) -> Io<'a> {
-        Io { uring, id: NOBODY, purpose: Purpose::Handler, reactor: 0 }
-    }
-
-    /// The queue whose handler this is for; or the station.
-    #[inline]
-    pub fn id(&self) -> QueueId {
-        self.id
-    }
-
-    /// The number of this reactor.
-    #[inline]
-    pub fn reactor(&self) -> usize {
-        self.reactor
-    }
-
-    /// The reactor's io_uring, for registering files and finding registered memory.
-    #[inline]
-    pub fn uring(&mut self) -> &mut Uring {
-        self.uring
-    }
-
-    /// The label of the handler's (or station's) operation `tag`: its completion comes back to
-    /// [`QueueHandler::complete`] (or [`Station::complete`]) with this tag.
-    #[inline]
-    pub fn label(&self, tag: u32) -> u64 {
-        label(self.purpose, self.id, tag)
-    }
-
-    pub(super) fn signal(&mut self, fd: BorrowedFd<'_>, tag: u32) {
-        self.uring.signal(fd, label(Purpose::Signal, self.id, tag));
-    }
-
-    /// Ends a signal that is under way.
-    pub(super) fn cancel_signal(&mut self, tag: u32) {
-        self.uring.cancel(label(Purpose::Signal, self.id, tag), label(Purpose::Cancel, self.id, tag));
-    }
-}
-
-#[allow(clippy::struct_excessive_bools)] // each of its own meaning
-pub(super) struct Task {
-    pub(super) id: QueueId,
-    queue: Box<Queue>,
-    handler: Box<dyn QueueHandler>,
-    /// Set when asked to stop: who waits for the base.
-    stopping: Option<Sender<u32>>,
-    /// Set when asked to leave the ring alone: who waits for that.
-    parking: Option<WaitGroup>,
-    /// Is to take nothing for now, unless it is to stop; and who waits for that.
-    paused: bool,
-    pausing: Option<WaitGroup>,
-    /// Takes nothing, for one of these reasons: kept up to date by [`settle`](Self::settle).
-    rests: bool,
-    watching_kick: bool,
-    reported: bool,
-    /// Has completed chains to publish after reaping.
-    reaped: bool,
-    /// A station has had its hands on the queue in this round.
-    touched: bool,
-    /// Had something since the last search for those that have not.
-    worked: bool,
-    /// A station waits for chains of this queue.
-    pub(super) wanted: bool,
-}
-
-impl Task {
-    /// Nothing more to wait for: stopped, and the last request is back.
-    fn is_done(&self) -> bool {
-        self.stopping.is_some() && self.queue.in_flight() == 0 && !self.queue.has_resubmits()
-    }
-
-    /// Is to stop, and its handler does not know when it will have a use for what an earlier back end had begun.
-    fn waits_idly(&self) -> bool {
-        let idle = self.stopping.is_some() && !self.handler.wants_chains();
-        idle && self.queue.in_flight() == 0 && self.queue.has_resubmits()
-    }
-
-    /// The queue, for a station; one that is to take chains only if the queue may.
-    #[inline]
-    pub(super) fn touch(&mut self, takes: bool) -> Option<&mut Queue> {
-        if takes && !self.polls() {
-            return None;
-        }
-        self.touched = true;
-        Some(&mut self.queue)
-    }
-
-    /// Whether chains of the driver are to wake a reactor that sleeps.
-    fn waits_for_chains(&self) -> bool {
-        self.wanted || self.handler.wants_chains() || self.queue.has_resubmits()
-    }
-
-    /// One that is to stop takes nothing new, but what an earlier back end had begun is as good as in flight.
-    fn polls(&self) -> bool {
-        let takes = self.stopping.is_none() || self.queue.has_resubmits();
-        takes && !self.rests && self.queue.is_running()
-    }
-
-    /// Takes nothing for now, and will again.
-    pub(super) fn only_rests(&self) -> bool {
-        self.rests && self.stopping.is_none() && self.queue.is_running()
-    }
-
-    /// To be called when it was told to stop, to park, to pause, or to go on.
-    fn settle(&mut self) {
-        self.rests = self.parking.is_some() || self.paused && self.stopping.is_none();
-    }
-}
-
-const NOBODY: QueueId = QueueId { slot: 0, generation: 0 };
-
-/// The way into the kernel of one that lives here.
-fn io(uring: &mut Uring, purpose: Purpose, id: QueueId, reactor: usize) -> Io<'_> {
-    Io { uring, id, purpose, reactor }
-}
 
 /// What a reactor has done.
 #[derive(Debug, Default)]
@@ -578,221 +381,8 @@ impl Reactor {
         }
     }
 
-    #[cold]
-    fn read_mail(&mut self) {
-        // What is queued names descriptors that a message may replace.
-        self.uring.submit();
-        for message in self.mailbox.take() {
-            match message {
-                Message::Start { queue, handler, paused, id } => {
-                    let started = self.start(queue, handler, paused);
-                    // Whoever asked may have given up; then the queue is stopped by its owner going away.
-                    let _ = id.send(started);
-                }
-                Message::Stop { id, base } => {
-                    if let Some(task) = self.find(id) {
-                        task.stopping = Some(base);
-                        task.settle();
-                        self.awaited += 1;
-                    } else {
-                        warn!("{}: asked to stop a queue that does not run here", self.name);
-                    }
-                }
-                Message::SetMap { id, change } => {
-                    let done = self.find(id).map(|task| task.queue.set_map(change));
-                    self.awaited += usize::from(matches!(done, Some((_, None))));
-                    self.sync_buffers();
-                    // Last: whoever waits for the old map takes its memory away.
-                    drop(done);
-                }
-                Message::Park { id, parked } => {
-                    if let Some(task) = self.find(id) {
-                        task.parking = Some(parked);
-                        task.settle();
-                        self.awaited += 1;
-                    }
-                }
-                Message::Pause { id, paused } => {
-                    if let Some(task) = self.find(id) {
-                        task.paused = true;
-                        let waits = task.pausing.replace(paused).is_none();
-                        task.settle();
-                        self.awaited += usize::from(waits);
-                    }
-                }
-                Message::Resume { id } => {
-                    if let Some(task) = self.find(id) {
-                        task.paused = false;
-                        let waited = task.pausing.take().is_some();
-                        task.settle();
-                        self.awaited -= usize::from(waited);
-                        self.pacer.worked();
-                    }
-                }
-                Message::SetPacing(pacing) => self.pacer.set(pacing),
-                Message::Refuse { id, miss } => {
-                    if let Some(task) = self.find(id) {
-                        task.queue.refuse(miss);
-                    }
-                }
-                Message::SetLog { id, log, adopted } => {
-                    if let Some(task) = self.find(id) {
-                        task.queue.set_log(log);
-                    }
-                    drop(adopted);
-                }
-                Message::SetNotifier { id, change } => {
-                    if let Some(task) = self.find(id) {
-                        match change {
-                            NotifierChange::Call(fd) => task.queue.set_call(fd),
-                            NotifierChange::Err(fd) => {
-                                task.queue.notifier.err = fd;
-                                // One that comes too late to hear of it is told now.
-                                task.reported = false;
-                            }
-                        }
-                    }
-                }
-                Message::AddStation { station, id } => {
-                    let _ = id.send(self.add_station(station));
-                }
-                Message::RemoveStation { id, gone } => {
-                    if let Some(at) = self.stations.iter().position(|s| s.id == id) {
-                        self.on_station(at, |station, queues, io| station.stop(queues, io));
-                        self.stations[at].leaving = Some(gone);
-                        self.awaited += 1;
-                    }
-                }
-                Message::Turn(heard) => {
-                    let _ = heard.send(());
-                }
-                Message::Quit => self.quitting = true,
-            }
-        }
-    }
-
     fn place(&self, id: QueueId) -> Option<usize> {
         let place = self.places.get(usize::from(id.slot)).copied().flatten()?;
         (self.tasks.get(place)?.id == id).then_some(place)
-    }
-
-    /// The queue, which is looked at from now on.
-    fn find(&mut self, id: QueueId) -> Option<&mut Task> {
-        let place = self.place(id)?;
-        let place = self.rouse(place);
-        self.tasks.get_mut(place)
-    }
-
-    fn start(&mut self, queue: Box<Queue>, mut handler: Box<dyn QueueHandler>, paused: bool) -> QueueId {
-        let slot = self.places.iter().position(Option::is_none).unwrap_or_else(|| {
-            self.places.push(None);
-            self.places.len() - 1
-        });
-        let id = QueueId { slot: slot as u16, generation: self.next_generation() };
-        handler.attach(&mut io(&mut self.uring, Purpose::Handler, id, self.index));
-        probes::start(&*queue, queue.name());
-        self.insert(Task {
-            id,
-            queue,
-            handler,
-            stopping: None,
-            parking: None,
-            paused,
-            pausing: None,
-            rests: paused,
-            watching_kick: false,
-            reported: false,
-            reaped: false,
-            touched: false,
-            worked: true,
-            wanted: false,
-        });
-        self.sync_buffers();
-        self.pacer.worked();
-        id
-    }
-
-    fn next_generation(&mut self) -> u16 {
-        self.generation = self.generation.wrapping_add(1) & 0xfff;
-        self.generation
-    }
-
-    fn add_station(&mut self, mut station: Box<dyn Station>) -> QueueId {
-        let taken = |slot: &u16| self.stations.iter().any(|s| s.id.slot == *slot);
-        let slot = (0..u16::MAX).find(|slot| !taken(slot)).unwrap_or(u16::MAX);
-        let id = QueueId { slot, generation: self.next_generation() };
-        station.attach(&mut io(&mut self.uring, Purpose::Station, id, self.index));
-        self.stations.push(Stationed { station, id, leaving: None });
-        self.pacer.worked();
-        id
-    }
-
-    fn sync_buffers(&mut self) {
-        let users = self.tasks.iter().filter(|t| t.handler.uses_fixed_buffers());
-        self.uring.sync_buffers(self.fixed, users.map(|t| t.queue.map()));
-        for task in &mut self.tasks {
-            task.handler.register_memory(self.fixed, task.queue.map());
-        }
-    }
-
-    /// Says what has become true with the requests that are over: nothing points any more to what was revoked, and rings
-    /// that were to be left alone are.
-    #[cold]
-    fn park(&mut self) {
-        for task in &mut self.tasks[..self.polled] {
-            self.awaited -= task.queue.release_revoked();
-            if task.parking.is_some() && task.queue.in_flight() == 0 {
-                task.queue.publish();
-                task.queue.signal(&mut io(&mut self.uring, Purpose::Handler, task.id, self.index));
-                task.queue.unmap_ring();
-                self.awaited -= 1;
-                task.parking = None;
-                task.settle();
-            }
-            if task.pausing.is_some() && task.queue.in_flight() == 0 {
-                task.queue.publish();
-                task.queue.signal(&mut io(&mut self.uring, Purpose::Handler, task.id, self.index));
-                self.awaited -= 1;
-                task.pausing = None;
-            }
-        }
-    }
-
-    /// Lets the queues and stations go that were asked to stop and have finished.
-    #[cold]
-    fn retire(&mut self) {
-        let all = self.stations.len();
-        self.stations.retain(|s| s.leaving.is_none() || s.station.in_flight() > 0);
-        self.awaited -= all - self.stations.len();
-        for task in self.tasks[..self.polled].iter_mut().filter(|t| t.waits_idly()) {
-            task.queue.return_resubmits();
-        }
-        while let Some(place) = self.tasks[..self.polled].iter().position(Task::is_done) {
-            let mut task = self.remove(place);
-            let io = &mut io(&mut self.uring, Purpose::Handler, task.id, self.index);
-            task.queue.publish();
-            task.queue.signal(io);
-            // The driver may be run by somebody else from here on, who wants to hear of it.
-            task.queue.enable_notification();
-            task.handler.detach(io);
-            if task.watching_kick {
-                io.uring.unwatch(label(Purpose::Kick, task.id, 0), label(Purpose::Cancel, task.id, 0));
-            }
-            io.uring.submit();
-            // What has not been taken by now waits for a front end that does not read.
-            task.queue.cancel_signals(io);
-            self.uring.submit();
-            self.awaited -= 1 + task.queue.revoked();
-            let base = task.queue.base();
-            probes::stop(&*task.queue);
-            let reply = task.stopping.take();
-            debug!("{}: a queue has left at {base:#x}", self.name);
-            drop(task);
-            self.sync_buffers();
-            if let Some(reply) = reply {
-                // Nobody waiting any more is no trouble: the queue is gone either way.
-                let _ = reply.send(base);
-            }
-        }
     }
 }

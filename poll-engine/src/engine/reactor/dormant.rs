@@ -10,8 +10,10 @@ use std::os::fd::AsFd;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use super::{Purpose, Reactor, Task, Uring, label};
+use super::io::{Purpose, label};
+use super::{Reactor, Task};
 use crate::clock::Clock;
+use crate::uring::Uring;
 
 /// Most rings that a round looks into for this: each costs a memory barrier, and the first time a system call.
 const MAX_SWEPT: usize = 8;
