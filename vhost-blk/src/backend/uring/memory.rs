@@ -17,11 +17,11 @@ use crate::backend::{Failure, Outcome};
 use crate::disk::Access;
 use crate::request::Operation;
 
-/// Bytes of a request with a cipher that weigh as much as one request more: both passes over them take four times what a
-/// copy takes.
+/// Bytes of a request with a cipher that weigh as much as one request more: with these, a disk at depth 256 leaves its
+/// neighbours twice the p99 that they have alone (docs/performance.md).
 pub(super) const HEAVY: u32 = 8 << 10;
 
-/// Bytes that are en- or deciphered together, in a buffer that stays in the cache on the way.
+/// Bytes that are en- or deciphered together, in a buffer that a cache of the first level may hold.
 const CHUNK: u32 = 32 << 10;
 
 /// How files in memory are read and written.
