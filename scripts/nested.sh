@@ -2,7 +2,8 @@
 # Runs tests that need a KVM which runs kernels natively where there is none: inside a machine that QEMU emulates,
 # processor, virtualisation extensions and all (AMD's SVM). Slow, and the same everywhere.
 #
-#   scripts/nested.sh [ARGUMENT...]    tests of tests/tests/linux.rs: all, or what the arguments say (a part of a name)
+#   scripts/nested.sh linux [ARGUMENT...]      tests of tests/tests/linux.rs: all, or what the arguments say (a part of a name)
+#   scripts/nested.sh tracing [ARGUMENT...]    those of tests/tests/tracing.rs, which need bpftrace
 #
 # NESTED_LIMIT is how long it may take in seconds (default 300); NESTED_LOG keeps what the machine's console says.
 # Needs what the QEMU tests need. Prints the tests' output; the exit code is theirs.
@@ -15,7 +16,15 @@ limit=${NESTED_LIMIT:-300}
 say() { echo "nested: $*" >&2; }
 die() { say "$*"; exit 1; }
 
-for tool in qemu-system-x86_64 cpio setpriv timeout; do
+test=${1:-}
+tools=(qemu-system-x86_64 cpio setpriv timeout)
+case $test in
+    linux) bins=(vhost-blk kickless-guest) ;;
+    tracing) bins=(vhost-blk vhost-net vbench kickless-guest) tools+=(bpftrace) ;;
+    *) sed -n 's/^#   /usage: /p' "$0" >&2; exit 2 ;;
+esac
+shift
+for tool in "${tools[@]}"; do
     command -v "$tool" >/dev/null || die "no $tool: run scripts/setup.sh"
 done
 { [ -s "$guest/vmlinux" ] && [ -d "$guest/kvm" ]; } || die "no guest in $guest: run scripts/guest-image.sh"
@@ -26,7 +35,7 @@ say "building"
 # What cargo has built, it says itself.
 built() { sed -n 's/.*"name":"'"$1"'".*"executable":"\([^"]*\)".*/\1/p' "$tmp/messages" | tail -n 1; }
 cargo build -q --workspace --bins --message-format=json >"$tmp/messages"
-cargo test -q -p kickless-tests --test linux --no-run --message-format=json >>"$tmp/messages"
+cargo test -q --workspace --test "$test" --no-run --message-format=json >>"$tmp/messages"
 
 root=$tmp/root
 mkdir -p "$root"/{dev,etc,kickless/guest,kickless/bin,proc,sys,tmp}
@@ -38,14 +47,21 @@ install_prog() { # PATH DIR: the program and the libraries it is linked with
         cp -L "$lib" "$root$lib"
     done
 }
-for name in vhost-blk kickless-guest linux; do
+for name in "${bins[@]}" "$test"; do
     path=$(built "$name")
     [ -x "$path" ] || die "cargo has not built $name"
     install_prog "$path" "$root/kickless/bin"
     strip --strip-debug "$root/kickless/bin/$(basename "$path")"
 done
-mv "$root/kickless/bin/$(basename "$path")" "$root/kickless/linux"
+mv "$root/kickless/bin/$(basename "$path")" "$root/kickless/test"
 install_prog "$(command -v setpriv)" "$root/kickless/bin"
+if [ "$test" = tracing ]; then
+    install_prog "$(command -v bpftrace)" "$root/kickless/bin"
+    # Where the test looks for them.
+    mkdir -p "$root$PWD"/{scripts,docs,tests}
+    cp -r scripts/bpf "$root$PWD/scripts/"
+    cp docs/tracing.md "$root$PWD/docs/"
+fi
 cp "$guest/vmlinux" "$guest/initramfs" "$root/kickless/guest/"
 cp -r "$guest/kvm" "$root/kickless/kvm"
 
@@ -54,6 +70,7 @@ cat >"$root/init" <<INIT
 export PATH=/kickless/bin:/bin HOME=/ TERM=dumb LC_ALL=C
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
+mount -t debugfs debugfs /sys/kernel/debug
 mount -t devtmpfs dev /dev
 mount -t tmpfs tmp /tmp
 mkdir -p /dev/shm
@@ -62,7 +79,8 @@ cd /kickless/kvm
 while read -r m; do insmod "\$m" 2>/dev/null; done <list
 cd /
 export KICKLESS_BIN_DIR=/kickless/bin KICKLESS_GUEST_DIR=/kickless/guest RUST_BACKTRACE=1
-/kickless/linux $* >/dev/ttyS1 2>&1
+export KICKLESS_REQUIRE_BPFTRACE=1
+/kickless/test $* >/dev/ttyS1 2>&1
 echo "nested-exit \$?" >/dev/ttyS1
 poweroff -f
 INIT

@@ -79,7 +79,7 @@ impl Device {
         let regions = lock(memory).describe_all();
         let backend = Backend::connect(spec.kind, &spec.socket, spec.queues, &regions, announce)?;
         for (queue, wires) in backend.wires().iter().enumerate() {
-            let notify = IoEventAddress::Mmio(base + mmio::QUEUE_NOTIFY);
+            let notify = IoEventAddress::Mmio(Self::doorbell(index));
             vm.register_ioevent(&wires.kick, &notify, queue as u32).context("KVM_IOEVENTFD")?;
             vm.register_irqfd(&wires.call, line).context("KVM_IRQFD")?;
         }
@@ -96,6 +96,11 @@ impl Device {
     /// What is said of it in tables.
     pub fn describe(&self) -> acpi::Mmio {
         acpi::Mmio { base: self.base as u32, size: mmio::SIZE as u32, line: self.line }
+    }
+
+    /// The address at which device `index` is notified.
+    pub fn doorbell(index: usize) -> u64 {
+        MMIO_BASE + index as u64 * mmio::SIZE + mmio::QUEUE_NOTIFY
     }
 
     /// Which device is at an address, by its index, and what of it.
