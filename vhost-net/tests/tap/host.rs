@@ -4,10 +4,12 @@
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::process::Command;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::socket::{AddressFamily, SockFlag, SockProtocol, SockType, socket};
+use vhost_net::port::tap::{Tap, TapError};
 
 /// What is waited for comes within this.
 pub const LIMIT: Duration = Duration::from_secs(60);
@@ -110,6 +112,19 @@ impl Host {
         });
         got.unwrap()
     }
+}
+
+/// The tap, as soon as who had it has let go of it: the kernel closes the files of an io_uring a moment later.
+pub fn open_tap() -> Arc<Tap> {
+    let mut tap = None;
+    until("tap that is free", || match Tap::open("kl0", 1, None) {
+        Err(TapError::Busy(..)) => false,
+        opened => {
+            tap = Some(opened.unwrap());
+            true
+        }
+    });
+    tap.unwrap()
 }
 
 /// Waits for it.

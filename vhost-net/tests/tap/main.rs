@@ -20,7 +20,7 @@ use vhost_net::packet::Packet;
 use vhost_net::port::tap::Tap;
 
 use guest::{Guest, engine};
-use host::{GUEST_MAC, HOST_MAC, Host, frame, in_namespace, ip, until};
+use host::{GUEST_MAC, HOST_MAC, Host, frame, in_namespace, ip, open_tap, until};
 
 /// Frames on their way at once: fewer than a tap's queue holds.
 const WINDOW: usize = 64;
@@ -74,7 +74,7 @@ fn frames_cross_both_ways_as_they_are() {
     for (format, pacing) in
         [(0, Pacing::Event), (ring::RING_PACKED, Pacing::default()), (ring::IN_ORDER, Pacing::Busy)]
     {
-        let tap = Tap::open("kl0", 1, None).unwrap();
+        let tap = open_tap();
         let (engine, host) = (engine(pacing), Host::on("kl0"));
         let mut guest = Guest::on(&tap, &engine, format | MRG_RXBUF, 256, 1600);
         guest.post(200);
@@ -153,7 +153,7 @@ fn short(header: &VnetHdr) -> [u8; host::HEADER] {
 /// used in order.
 fn frames_of_every_length_keep_their_order() {
     for (format, buffer_len) in [(0, 600), (ring::RING_PACKED, 1526), (ring::IN_ORDER, 4096), (0, 70_000)] {
-        let tap = Tap::open("kl0", 1, None).unwrap();
+        let tap = open_tap();
         let (engine, host) = (engine(Pacing::Busy), Host::on("kl0"));
         let features = format | MRG_RXBUF | GUEST_CSUM | GUEST_TSO4;
         let mut guest = Guest::on(&tap, &engine, features, 256, buffer_len);

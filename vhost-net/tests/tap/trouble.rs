@@ -12,7 +12,7 @@ use vhost_net::header::{HEADER, VnetHdr};
 use vhost_net::port::tap::Tap;
 
 use super::guest::{Guest, engine};
-use super::host::{GUEST_MAC, HOST_MAC, Host, frame, ip, until};
+use super::host::{GUEST_MAC, HOST_MAC, Host, frame, ip, open_tap, until};
 use super::{PLAIN, segments, short, tso};
 
 fn count(tap: &Tap, name: &str) -> u64 {
@@ -96,7 +96,7 @@ pub fn made_anew() {
 
 pub fn without_buffers() {
     for features in [0, ring::RING_PACKED] {
-        let tap = Tap::open("kl0", 1, None).unwrap();
+        let tap = open_tap();
         let (engine, host) = (engine(Pacing::Event), Host::on("kl0"));
         let mut guest = Guest::on(&tap, &engine, MRG_RXBUF | features, 256, 2048);
         let sent: Vec<Vec<u8>> = (0..100).map(|n| frame(HOST_MAC, GUEST_MAC, 60 + n, n as u32)).collect();
@@ -124,7 +124,7 @@ pub fn without_buffers() {
 
 pub fn too_few_buffers() {
     for (format, pacing) in [(0, Pacing::Event), (ring::RING_PACKED, Pacing::Busy)] {
-        let tap = Tap::open("kl0", 1, None).unwrap();
+        let tap = open_tap();
         let (engine, host) = (engine(pacing), Host::on("kl0"));
         let features = MRG_RXBUF | GUEST_CSUM | GUEST_TSO4 | format;
         let mut guest = Guest::on(&tap, &engine, features, 128, 1526);
