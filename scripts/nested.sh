@@ -5,14 +5,14 @@
 #   scripts/nested.sh linux [ARGUMENT...]      tests of tests/tests/linux.rs: all, or what the arguments say (a part of a name)
 #   scripts/nested.sh tracing [ARGUMENT...]    those of tests/tests/tracing.rs, which need bpftrace
 #
-# NESTED_LIMIT is how long it may take in seconds (default 300); NESTED_LOG keeps what the machine's console says.
+# NESTED_LIMIT is how long it may take in seconds (default 600); NESTED_LOG keeps what the machine's console says.
 # Needs what the QEMU tests need. Prints the tests' output; the exit code is theirs.
 set -euo pipefail
 export LC_ALL=C PATH="$PATH:/usr/sbin:/sbin"
 cd "$(dirname "$0")/.."
 
 guest=${KICKLESS_GUEST_DIR:-target/guest}
-limit=${NESTED_LIMIT:-300}
+limit=${NESTED_LIMIT:-600}
 say() { echo "nested: $*" >&2; }
 die() { say "$*"; exit 1; }
 
