@@ -1,4 +1,5 @@
-//! AES-256 in XTS mode (IEEE 1619), sector by sector, by AWS-LC: with VAES where the CPU has AVX-512 as well, with AES-NI elsewhere.
+//! AES-256 in XTS mode (IEEE 1619), sector by sector, by AWS-LC: with VAES where the CPU has AVX-512 as well, with AES-NI
+//! elsewhere.
 #![allow(unsafe_code)] // calls of AWS-LC, which is C, on addresses of guest memory
 
 use std::ffi::c_int;
