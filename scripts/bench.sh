@@ -17,7 +17,7 @@ seconds=${BENCH_SECONDS:-2}
 if [ "$what" = ring ]; then
     exec cargo bench -p poll-engine --bench ring -- "${@:2}"
 fi
-cargo build --release -p vhost-blk -p vhost-net -p vbench -p kickless-guest -p kickless-tests --bins
+cargo build --release -p vhost-blk -p vhost-net -p vbench -p kickless-guest -p kickless-tests --bins --features kickless-guest/bare
 bin=${CARGO_TARGET_DIR:-target}/release
 tmp=$(mktemp -d)
 daemon=

@@ -20,7 +20,7 @@ fi
 command -v cargo >/dev/null || { echo "demo-kvm: cargo is missing: install Rust 1.88 or newer (https://rustup.rs)" >&2; exit 1; }
 
 echo "Building vhost-blk, the guest and the harness (release)."
-cargo build --release -p vhost-blk -p kickless-guest -p kickless-tests --bins
+cargo build --release -p vhost-blk -p kickless-guest -p kickless-tests --bins --features kickless-guest/bare
 
 # A short path, as Unix sockets need; not on a RAM disk if it can be helped, where there is no direct I/O.
 tmp=$(mktemp -d -p "${TMPDIR:-/var/tmp}" kickless-demo.XXXXXX)

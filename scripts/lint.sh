@@ -10,6 +10,7 @@ step() { # NAME COMMAND...
 }
 step fmt cargo fmt --all --check
 step clippy cargo clippy --workspace --all-targets -- -D warnings
+step "clippy of the bare-metal guest" cargo clippy --release -p kickless-guest --features bare -- -D warnings
 if cargo deny --version >/dev/null 2>&1; then
     step deny cargo deny check
 else

@@ -114,6 +114,8 @@ part() {
     fi
 }
 
+build_guest() { cargo build -q --release -p kickless-guest --features bare; }
+
 # SECONDS: half of them for each way of waiting, one request at a time under KVM, until there were ten million of each.
 # Where a run stops, the next one goes on.
 wakeups() {
@@ -122,7 +124,7 @@ wakeups() {
         note "skipped the search for lost wake-ups: no /dev/kvm"
         return
     fi
-    cargo build -q --release -p vhost-blk -p kickless-guest -p kickless-tests --bins || return 1
+    cargo build -q --release -p vhost-blk -p kickless-guest -p kickless-tests --bins --features kickless-guest/bare || return 1
     mkdir -p "${state%/*}"
     for poll in adaptive event; do
         # The harness has deadlines of its own; this one is for the harness.
@@ -155,7 +157,7 @@ soak() {
     local limit=$((minutes * 60)) tests=(cargo test -p kickless-tests --test)
     export PROPTEST_CASES=${PROPTEST_CASES:-4096}
     {
-        cargo build -q -p vhost-blk -p vhost-net -p vdpa -p vhostctl -p vbench -p kickless-guest -p kickless-tests --bins && "${tests[@]}" kill --no-run
+        cargo build -q -p vhost-blk -p vhost-net -p vdpa -p vhostctl -p vbench -p kickless-tests --bins && build_guest && "${tests[@]}" kill --no-run
     } || { echo "soak: does not build"; return 1; }
 
     # By count; 0 leaves a part out. One that fails does not keep the others from running.
@@ -215,13 +217,13 @@ else
 fi
 if cargo clippy --version >/dev/null 2>&1; then
     step "cargo clippy" cargo clippy --workspace --all-targets -- -D warnings
+    step "cargo clippy of the bare-metal guest" cargo clippy --release -p kickless-guest --features bare -- -D warnings
 else
     note "skipped cargo clippy: not installed (rustup component add clippy)"
 fi
-# The end-to-end tests start the daemon that is built here.
-step "build" cargo build --workspace --bins
-# And one of them beside it that can be had to die between any two steps of a request.
-step "build with fault points" cargo build -p vhost-blk -p vhost-net -p vdpa --profile fault-points --features fault-points
+# The programs that the end-to-end tests start, and with them all tests, so that what both depend on is built once.
+step "build" cargo build --workspace --bins --examples --tests
+step "build of the bare-metal guest" build_guest
 if command -v apt-get >/dev/null; then
     step "guest image" scripts/guest-image.sh
     # A newer kernel and emulator, for what Debian 12 is too old for.

@@ -1,10 +1,7 @@
 //! Places where a test has the process die as by `kill -9`, between the steps that a crash must not come between.
 //!
-//! They are nothing unless the crate is built with the feature `fault-points`, which no optimised build can be. Then
-//! `KICKLESS_FAULT=NAME:N` ends the process when it passes the place NAME for the N-th time.
-
-#[cfg(all(feature = "fault-points", not(debug_assertions)))]
-compile_error!("fault points end the process on purpose: they are for tests, and not for optimised builds");
+//! They are in debug builds, which tests run, and in optimised ones they are nothing. `KICKLESS_FAULT=NAME:N` ends the
+//! process when it passes the place NAME for the N-th time.
 
 /// The places on the way of a request through a split ring, in order, and those of a recovery.
 pub const SPLIT: [&str; 13] = [
@@ -76,30 +73,30 @@ pub const TAKER: [&str; 8] = [
 /// Those of an image in a format of its own: before each change of a file by a worker.
 pub const IMAGE: [&str; 1] = ["image-changes"];
 
-#[cfg(feature = "fault-points")]
+#[cfg(debug_assertions)]
 mod hijack;
-#[cfg(feature = "fault-points")]
+#[cfg(debug_assertions)]
 pub use hijack::hijack;
-#[cfg(feature = "fault-points")]
+#[cfg(debug_assertions)]
 pub(crate) use hijack::hijack_reactor;
 
 /// Where a test has a thread of this name do what an attacker who runs code in it would.
-#[cfg(not(feature = "fault-points"))]
+#[cfg(not(debug_assertions))]
 #[inline(always)]
 pub fn hijack(_thread: &str) {}
 
 /// As [`hijack`], with the reactor's own io_uring.
-#[cfg(not(feature = "fault-points"))]
+#[cfg(not(debug_assertions))]
 #[inline(always)]
 pub(crate) fn hijack_reactor(_uring: &mut crate::uring::Uring) {}
 
 /// One of the places.
-#[cfg(not(feature = "fault-points"))]
+#[cfg(not(debug_assertions))]
 #[inline(always)]
 pub fn pass(_name: &'static str) {}
 
 /// One of the places.
-#[cfg(feature = "fault-points")]
+#[cfg(debug_assertions)]
 pub fn pass(name: &'static str) {
     use std::sync::OnceLock;
     use std::sync::atomic::{AtomicI64, Ordering};

@@ -109,34 +109,33 @@ pub fn run(program: &str, args: &[&str]) -> Result<(i32, String)> {
 
 /// A program of this workspace, if it is built: in `KICKLESS_BIN_DIR`, or else where cargo has built the one that asks.
 pub fn built(name: &str) -> Option<PathBuf> {
-    let dir = if let Some(dir) = std::env::var_os("KICKLESS_BIN_DIR") {
-        PathBuf::from(dir)
-    } else {
-        let exe = std::env::current_exe().ok()?;
-        let dir = exe.parent()?;
-        // Tests are in a directory of their own.
-        if dir.ends_with("deps") { dir.parent()?.to_owned() } else { dir.to_owned() }
-    };
+    let dir = elsewhere().or_else(beside)?;
     Some(dir.join(name)).filter(|path| path.is_file())
 }
 
-/// The `vhost-blk` that is built with fault points; it lies beside the one that is not.
-pub fn with_fault_points() -> Option<PathBuf> {
-    faulty("vhost-blk")
+/// As [`built`], of a program that is always built with optimisation.
+pub fn optimised(name: &str) -> Option<PathBuf> {
+    let dir = elsewhere().or_else(|| Some(beside()?.parent()?.join("release")))?;
+    Some(dir.join(name)).filter(|path| path.is_file())
 }
 
-/// The same of any program that has them.
-pub fn faulty(program: &str) -> Option<PathBuf> {
-    let plain = built(program)?;
-    Some(plain.parent()?.parent()?.join("fault-points").join(program)).filter(|path| path.is_file())
+fn elsewhere() -> Option<PathBuf> {
+    std::env::var_os("KICKLESS_BIN_DIR").map(PathBuf::from)
 }
 
-/// Why there is no such program.
+/// Where cargo puts the programs of the profile that this one is built with.
+fn beside() -> Option<PathBuf> {
+    let exe = std::env::current_exe().ok()?;
+    let dir = exe.parent()?;
+    // Tests are in a directory of their own.
+    Some(if dir.ends_with("deps") { dir.parent()?.to_owned() } else { dir.to_owned() })
+}
+
+/// Why the programs have no fault points: they are in debug builds only.
 pub fn no_fault_points() -> Option<String> {
-    let how = "cargo build -p vhost-blk -p vhost-net -p vdpa --profile fault-points --features fault-points";
-    let are_there =
-        ["vhost-blk", "vhost-net", "vdpactl"].into_iter().all(|program| faulty(program).is_some());
-    (!are_there).then(|| format!("no daemon with fault points: {how}"))
+    let are_there = cfg!(debug_assertions) && elsewhere().is_none();
+    (!are_there)
+        .then(|| "fault points are in debug builds: run without --release and KICKLESS_BIN_DIR".to_owned())
 }
 
 /// Looks a program up in `PATH` and the system's administration directories.

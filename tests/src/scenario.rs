@@ -60,7 +60,7 @@ impl fmt::Display for Platform {
 impl Platform {
     /// Why it cannot be had here, if it cannot.
     pub fn missing_needs(self) -> Option<String> {
-        let no_guest = || bare::program().is_none().then(|| "no kickless-guest: run cargo build".to_owned());
+        let no_guest = || bare::program().is_none().then(|| bare::BUILD.to_owned());
         match self {
             Self::Bare => vmm::missing_needs().or_else(no_guest),
             Self::Microvm => vmm::missing_needs().or_else(no_guest).or_else(qemu::missing_program),

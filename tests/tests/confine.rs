@@ -13,7 +13,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use kickless_tests::daemon::{Daemon, Medium, Options};
 use kickless_tests::netns::Netns;
-use kickless_tests::process::{Process, built, faulty, no_fault_points, run};
+use kickless_tests::process::{Process, built, no_fault_points, run};
 use kickless_tests::runner::{self, Test};
 use kickless_tests::scene::Scene;
 use kickless_tests::wait;
@@ -80,7 +80,7 @@ const CARD: Serving = ("vhost-net", &["--switch", "--poll=event"]);
 
 /// Starts a daemon of which `thread` tries `what`.
 fn attempt(scene: &Scene, serving: Serving, thread: &str, what: &str, args: &[&str]) -> Result<Outcome> {
-    let program = Command::new(faulty(serving.0).context("no daemon with fault points")?);
+    let program = Command::new(built(serving.0).context("no daemon")?);
     attempt_by(scene, program, serving.1, thread, what, args)
 }
 
@@ -185,28 +185,27 @@ fn so_they_do_where_interfaces_are_opened_again(scene: &Scene) -> Result<Option<
         let fresh = || netns.check(&format!("ip link delete up0 2>/dev/null; {make}"));
         let option = format!("--uplink={uplink}");
         let serving = ["--switch", "--poll=event", &option];
-        let inside = |program: &Path| {
+        let program = built("vhost-net").context("no daemon")?;
+        let inside = || {
             let [enter, rest @ ..] = netns.enter();
             let mut command = Command::new(enter);
-            command.args(rest).arg(program);
+            command.args(rest).arg(&program);
             command
         };
         for &(thread, what, expected) in ATTEMPTS {
             if thread == "starter" || expected == Refused(EACCES) && thread != "reactor" && !has_landlock {
                 continue;
             }
-            let faulty = faulty("vhost-net").context("no daemon with fault points")?;
             fresh()?;
-            let outcome = attempt_by(scene, inside(&faulty), &serving, thread, what, &[])?;
+            let outcome = attempt_by(scene, inside(), &serving, thread, what, &[])?;
             if outcome != expected {
                 wrong.push(format!("{uplink}: {thread}, {what}: {outcome:?}, not {expected:?}"));
             }
         }
         for (what, expected) in [("program", Killed), ("process", Killed), ("user", Killed), ("code", Killed)]
         {
-            let faulty = faulty("vhost-net").context("no daemon with fault points")?;
             fresh()?;
-            let outcome = attempt_by(scene, inside(&faulty), &serving, "starter", what, &[])?;
+            let outcome = attempt_by(scene, inside(), &serving, "starter", what, &[])?;
             if outcome != expected {
                 wrong.push(format!("{uplink}: starter, {what}: {outcome:?}, not {expected:?}"));
             }

@@ -7,7 +7,7 @@ use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use kickless_tests::process::{built, find_program, no_fault_points, run, with_fault_points};
+use kickless_tests::process::{built, find_program, no_fault_points, run};
 use kickless_tests::runner::{self, Test};
 use kickless_tests::scene::Scene;
 
@@ -80,7 +80,7 @@ fn the_watchdog_hears_that_reactors_turn(scene: &Scene) -> Result<Option<String>
 
 fn the_watchdog_hears_nothing_of_a_reactor_that_hangs(scene: &Scene) -> Result<Option<String>> {
     let (path, manager) = socket(scene)?;
-    let program = with_fault_points().context("no daemon with fault points")?;
+    let program = built("vhost-blk").context("vhost-blk is not built")?;
     let _running = start(&program, &disk(scene), &path, "reactor:hang")?;
     ensure!(hears(&manager, "READY=1", LIMIT)?, "it does not say that it is ready");
     ensure!(!hears(&manager, "WATCHDOG=1", Duration::from_secs(1))?, "all is said to be well");

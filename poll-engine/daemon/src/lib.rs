@@ -22,7 +22,15 @@ use poll_engine::uring::FixedBuffers;
 use serde::Serialize;
 
 /// Runs a program: what it is asked for, and what has gone wrong in one line.
+///
+/// A thread that panics ends it, as what that thread has shared may be half changed.
 pub fn main<C: Parser>(run: impl FnOnce(&C) -> Result<()>) -> ExitCode {
+    // Optimised builds end by themselves (`panic = "abort"`).
+    let say = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        say(panic);
+        std::process::abort();
+    }));
     let name = C::command().get_name().to_owned();
     let cli = match C::try_parse() {
         Ok(cli) => cli,

@@ -46,7 +46,7 @@ pub fn boot(plan: &Plan) -> Result<BareGuest> {
         ring_size: 1024,
         features: !0,
     });
-    let kernel = program().context("kickless-guest is not built: cargo build --workspace --bins")?;
+    let kernel = program().context(super::BUILD)?;
     let machine = Machine::start(&Config {
         memory: MEMORY,
         backing: plan.backing,

@@ -29,7 +29,7 @@ pub struct Microvm {
 impl Microvm {
     /// Starts QEMU for a guest that boots, or for one that is `incoming`; the file of its memory comes with it.
     pub(super) fn start(plan: &Plan, scene: &Scene, incoming: bool) -> Result<(Microvm, File)> {
-        let kernel = program().context("kickless-guest is not built: cargo build --workspace --bins")?;
+        let kernel = program().context(super::BUILD)?;
         let serial = scene.fresh_log("microvm-serial");
         File::create(&serial)?;
         // Of a kind whose pages can be missing: not every file system's can.

@@ -38,9 +38,13 @@ const SAMPLES_SIZE: u64 = MEMORY - SAMPLES;
 /// How long a guest may take from the start to taking orders.
 const BOOT_LIMIT: Duration = Duration::from_secs(60);
 
-/// The guest's file: in `KICKLESS_BIN_DIR`, or where cargo has built the running test.
+/// What to do where there is no guest.
+pub const BUILD: &str =
+    "kickless-guest is not built: cargo build --release -p kickless-guest --features bare";
+
+/// The guest's file: an optimised program whatever this is, as it has no unwinder, and debug builds want one.
 pub fn program() -> Option<PathBuf> {
-    process::built("kickless-guest")
+    process::optimised("kickless-guest")
 }
 
 /// The guest's command line, to which a VMM adds the devices.

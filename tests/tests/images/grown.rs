@@ -9,7 +9,7 @@ use anyhow::{Context, Result, ensure};
 use control::client::{Answer, Client};
 use kickless_tests::image::{Image, MIB};
 use kickless_tests::loop_device::Loop;
-use kickless_tests::process::{Process, with_fault_points};
+use kickless_tests::process::{Process, built};
 use kickless_tests::scene::Scene;
 use kickless_tests::{qemu_img, wait};
 use nix::sys::signal::Signal;
@@ -212,7 +212,7 @@ pub fn clones(scene: &Scene) -> Result<()> {
 
 /// A daemon that dies before the `nth` change that it makes to its image's file.
 fn dying(scene: &Scene, image: &Path, nth: u32) -> Result<(Process, PathBuf, Client)> {
-    let program = with_fault_points().context("no daemon with fault points")?;
+    let program = built("vhost-blk").context("vhost-blk is not built")?;
     let (socket, api) = (scene.path("dying.sock"), scene.path("dying.api"));
     for old in [&socket, &api] {
         let _ = std::fs::remove_file(old);

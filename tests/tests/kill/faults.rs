@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use kickless_tests::image::Image;
-use kickless_tests::process::with_fault_points;
+use kickless_tests::process::built;
 use kickless_tests::scene::Scene;
 use poll_engine::fault_point::{PACKED, RECOVER, SPLIT, UNTAKE};
 
@@ -48,7 +48,7 @@ fn leave_in_flight(scene: &Scene, image: &Image, front: &mut Front, packed: bool
 
 /// Has a daemon die when it passes `place` for the `nth` time.
 fn die(scene: &Scene, image: &Image, front: &mut Front, place: &str, nth: usize) -> Result<()> {
-    let program = with_fault_points().context("no daemon with fault points")?;
+    let program = built("vhost-blk").context("vhost-blk is not built")?;
     let fault = format!("{place}:{nth}");
     // What is over the limit goes back.
     let args: &[&str] = if UNTAKE.contains(&place) { &["--limit=iops-total=5000"] } else { &[] };

@@ -64,9 +64,7 @@ fn start(
     further: &[String],
     place: Option<&str>,
 ) -> Result<Process> {
-    let plain = process::built("vhost-blk").context("vhost-blk is not built")?;
-    let program =
-        place.map_or(Some(plain), |_| process::with_fault_points()).context("no daemon with fault points")?;
+    let program = process::built("vhost-blk").context("vhost-blk is not built")?;
     let fault = format!("KICKLESS_FAULT={}:1", place.unwrap_or("nowhere"));
     let mut args = vec![
         fault,

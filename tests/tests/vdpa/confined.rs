@@ -81,7 +81,7 @@ pub fn hijacked_threads_reach_nothing(vm: &mut Vm) -> Result<()> {
     let whats: Vec<_> = ATTEMPTS.iter().map(|(what, _)| *what).collect();
     let said = vm.check(&format!(
         "for what in {}; do \
-           KICKLESS_HIJACK=$what vdpactl-hijacked serve blk --name h --backend null:1M >/dev/null 2>/tmp/h.log & pid=$!; \
+           KICKLESS_HIJACK=$what vdpactl serve blk --name h --backend null:1M >/dev/null 2>/tmp/h.log & pid=$!; \
            for i in $(seq 600); do \
              grep -q ^hijack /tmp/h.log && break; test -e /proc/$pid/exe || break; sleep 0.1; \
            done; \

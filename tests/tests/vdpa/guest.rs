@@ -27,8 +27,7 @@ pub fn missing_program() -> Option<String> {
 pub fn guest(scene: &Scene) -> Result<VmBuilder> {
     let overlay = Overlay::new(scene, "overlay")?;
     let programs = PROGRAMS.iter().filter_map(|name| Some((*name, process::built(name)?)));
-    let hijacked = process::faulty("vdpactl").map(|path| ("vdpactl-hijacked", path));
-    for (name, path) in programs.chain(hijacked).chain([("client", std::env::current_exe()?)]) {
+    for (name, path) in programs.chain([("client", std::env::current_exe()?)]) {
         overlay.stripped(name, &path)?;
     }
     overlay.program(&process::find_program("setpriv").context("no setpriv")?)?;

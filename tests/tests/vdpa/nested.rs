@@ -47,7 +47,7 @@ fn lay_out(directory: &Path) -> Result<()> {
         let name = Path::new(firmware).file_name().context("a file has a name")?;
         copy(&emulator().join(firmware), &name.to_string_lossy())?;
     }
-    copy(&bare::program().context("kickless-guest is not built: cargo build --workspace --bins")?, "kernel")
+    copy(&bare::program().context(bare::BUILD)?, "kernel")
 }
 
 /// A disk of ours in a virtual machine, whose driver writes all of its queues and reads them back.

@@ -14,7 +14,8 @@ use kickless_tests::scenario::Platform;
 
 /// Bare-metal guests under KVM on disks of vhost-blk.
 ///
-/// Both programs are looked for beside this one (or in KICKLESS_BIN_DIR). Where there is no KVM, it says so and
+/// The daemon is looked for beside this program, the guest among the optimised ones (both in KICKLESS_BIN_DIR, if that is
+/// set). Where there is no KVM, it says so and
 /// ends well.
 #[derive(Debug, Parser)]
 #[command(name = "kvm-harness", version)]
