@@ -1,6 +1,8 @@
 //! Somebody who reads the API's description and then says anything: calls of the right form, and of wrong ones. Each answer
 //! is one that the description has, and the daemon lives. `KICKLESS_CONTROL_CALLS` says how many.
 
+use std::collections::{BTreeMap, HashMap};
+
 use jsonschema::Validator;
 use kickless_tests::image::Image;
 use kickless_tests::random::Random;
@@ -15,6 +17,8 @@ fn calls() -> usize {
 struct Fuzz<'a> {
     rig: &'a Rig,
     document: Value,
+    /// By the schema.
+    validators: HashMap<String, Validator>,
     random: Random,
 }
 
@@ -100,12 +104,13 @@ impl Fuzz<'_> {
                 object.insert(key.clone(), value);
             }
         }
-        // Every other disk or port is one that can be, but for what else it says.
+        // Every other disk or port says only what one of its kind may, if not with any value.
         if schema["properties"].get("socket-path").is_some() && self.random.below(2) == 0 {
             let is_disk = schema["properties"].get("blk-file").is_some();
-            let port = ["wait", "mac", "mtu", "link", "router", "isolated", "tx-pps", "max-macs"];
-            let disk = ["fd", "blk-file", "record", "limit", "block-size"];
-            object.retain(|key, _| if is_disk { !disk.contains(&&**key) } else { port.contains(&&**key) });
+            let port = ["wait", "mac", "mtu", "link", "router", "isolated", "tx-pps", "max-macs"].as_slice();
+            let disk = ["allow-discards", "cache", "num-queues", "packed", "read-only", "serial"].as_slice();
+            let may = if is_disk { disk } else { port };
+            object.retain(|key, _| may.contains(&&**key));
             let name = format!("f{}", self.random.below(6));
             object.insert("socket-path".into(), json!(self.rig.path(&format!("{name}.sock"))));
             object.insert("name".into(), json!(name));
@@ -142,10 +147,13 @@ impl Fuzz<'_> {
         path.map_or_else(|| schema.clone(), |path| self.document.pointer(path).unwrap().clone())
     }
 
-    fn validator(&self, schema: &Value) -> Validator {
-        let mut whole = schema.clone();
-        whole["components"] = self.document["components"].clone();
-        jsonschema::validator_for(&whole).unwrap()
+    fn validator(&mut self, schema: &Value) -> &Validator {
+        let document = &self.document;
+        self.validators.entry(schema.to_string()).or_insert_with(|| {
+            let mut whole = schema.clone();
+            whole["components"] = document["components"].clone();
+            jsonschema::validator_for(&whole).unwrap()
+        })
     }
 
     /// Calls once; what was answered.
@@ -229,8 +237,8 @@ fn ask_anything(mut rig: Rig, list: &str, least: usize, most_refused: usize) {
     assert!(operations.len() >= least, "{} calls", operations.len());
     let seed = std::process::id().into();
     println!("seed {seed}");
-    let mut seen = std::collections::BTreeMap::new();
-    let mut fuzz = Fuzz { rig: &rig, document, random: Random(seed) };
+    let mut seen = BTreeMap::new();
+    let mut fuzz = Fuzz { rig: &rig, document, validators: HashMap::new(), random: Random(seed) };
     for i in 0..calls() {
         // Each at least now and then; those that make disks more often.
         let at = if i % 3 == 0 { fuzz.random.below(operations.len()) } else { i % operations.len() };
