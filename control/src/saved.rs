@@ -6,6 +6,11 @@ use std::io::Write;
 use std::path::Path;
 
 use anyhow::{Context, Result, anyhow};
+use daemon::running::RunOptions;
+use poll_engine::engine::Engine;
+use poll_engine::engine::pacing::Pacing;
+use poll_engine::engine::placement::CpuList;
+use poll_engine::engine::placement::auto::Cpus;
 use toml_edit::{Array, ArrayOfTables, DocumentMut, Item, Table, Value, value};
 
 /// Something that a file has a list of.
@@ -86,6 +91,55 @@ pub fn update<T: Listed>(document: &mut DocumentMut, old: &[T], has_first: bool,
     Ok(())
 }
 
+/// What the reactors do that there are.
+#[derive(Clone, Debug)]
+pub struct Reactors {
+    pacing: Pacing,
+    /// Not, if one is not pinned: that cannot be said beside others that are.
+    cpus: Option<Vec<usize>>,
+    began_on: Vec<usize>,
+}
+
+impl Reactors {
+    /// Those of this engine.
+    pub fn of(engine: &Engine) -> Reactors {
+        let cpus = engine.list().iter().map(|reactor| reactor.cpu).collect();
+        Reactors::new(engine.pacing(), cpus, engine.began_on().0)
+    }
+
+    /// Those that run on `cpus` now, and at the start ran on others.
+    pub fn new(pacing: Pacing, cpus: Option<Vec<usize>>, began_on: Vec<usize>) -> Reactors {
+        Reactors { pacing, cpus: cpus.map(sorted), began_on: sorted(began_on) }
+    }
+
+    /// Has a document that says `was` of them say what they do, which is returned. CPUs that were chosen are chosen again at
+    /// the next start, unless somebody has chosen others.
+    #[must_use]
+    pub fn update(&self, document: &mut DocumentMut, was: &RunOptions) -> RunOptions {
+        let mut now = RunOptions { poll: self.pacing, ..was.clone() };
+        if now.poll != was.poll {
+            document["poll"] = value(now.poll.name());
+        }
+        if let Some(cpus) = &self.cpus {
+            let is_said = match &was.cpus {
+                Some(Cpus::These(list)) => sorted(list.0.clone()) == *cpus,
+                Some(Cpus::Auto(_)) => self.began_on == *cpus,
+                None => false,
+            };
+            if !is_said {
+                document["cpus"] = value(numbers(cpus));
+                now.cpus = Some(Cpus::These(CpuList(cpus.clone())));
+            }
+        }
+        now
+    }
+}
+
+fn sorted(mut cpus: Vec<usize>) -> Vec<usize> {
+    cpus.sort_unstable();
+    cpus
+}
+
 /// Has a key say this, or not be there.
 pub fn set(table: &mut Table, key: &str, to: Option<Value>) {
     match to {
@@ -95,7 +149,7 @@ pub fn set(table: &mut Table, key: &str, to: Option<Value>) {
 }
 
 /// A list of numbers.
-pub fn numbers(all: &[usize]) -> Value {
+fn numbers(all: &[usize]) -> Value {
     let list: Array = all.iter().map(|n| i64::try_from(*n).unwrap_or(i64::MAX)).collect();
     list.into()
 }

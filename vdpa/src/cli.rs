@@ -3,10 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use daemon::running::RunOptions;
 use daemon::{Switch, ring_size};
-use poll_engine::engine::pacing::Pacing;
-use poll_engine::engine::placement::CpuList;
-use poll_engine::engine::placement::auto::Cpus;
 use vhost_blk::backend::formatted::Format;
 use vhost_blk::cli::{DeviceOptions, KeyOptions, Synthetic, parse_size};
 use vhost_net::cli::pairs;
@@ -213,23 +211,6 @@ pub struct Common {
     #[arg(long, value_name = "BYTES", value_parser = bounce_size)]
     pub bounce_size: Option<u64>,
 
-    /// CPUs to run on, one pinned reactor each (such as 2-3,6); auto or auto:N: as many as devices are on different nodes, or
-    /// N, on CPUs near them (see --housekeeping, --guest-cpus); without: one reactor, not pinned
-    #[arg(long, value_name = "LIST")]
-    pub cpus: Option<Cpus>,
-
-    /// With --cpus auto, CPUs to keep off because the host's own work runs there
-    #[arg(long, value_name = "LIST")]
-    pub housekeeping: Option<CpuList>,
-
-    /// With --cpus auto, CPUs to keep off because virtual machines run there
-    #[arg(long, value_name = "LIST")]
-    pub guest_cpus: Option<CpuList>,
-
-    /// How to wait for requests: busy never sleeps, adaptive spins a while first, event sleeps at once
-    #[arg(long, value_name = "MODE", default_value = "adaptive")]
-    pub poll: Pacing,
-
     /// Where to keep what a successor needs to know if this process is killed
     #[arg(long, value_name = "DIR", default_value = ROOT)]
     pub state_dir: PathBuf,
@@ -238,9 +219,9 @@ pub struct Common {
     #[command(flatten)]
     pub confine: daemon::confine::Options,
 
-    /// What to log: error, warn, info, debug or trace, also by module (poll_engine=debug); with json: as JSON (json,warn)
-    #[arg(long, value_name = "FILTER", default_value = "info")]
-    pub log: String,
+    /// How it runs.
+    #[command(flatten)]
+    pub run: RunOptions,
 }
 
 /// `--bounce`.

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::{Context, Result, anyhow, bail};
 use daemon::Switch;
-use daemon::placement::{Asked, of_file};
+use daemon::placement::of_file;
 use poll_engine::device::features;
 use poll_engine::engine::{Engine, EngineConfig};
 use poll_engine::uring::FixedBuffers;
@@ -37,14 +37,13 @@ pub(crate) fn engine(
     fixed: FixedBuffers,
     near: &[(String, Option<usize>)],
 ) -> Result<Arc<Engine>> {
-    let (housekeeping, guest_cpus) = (common.housekeeping.as_ref(), common.guest_cpus.as_ref());
-    let asked = Asked { cpus: common.cpus.as_ref(), housekeeping, guest_cpus };
-    asked.check().map_err(|e| anyhow!("{e}"))?;
-    let (cpus, plan) = asked.place(near)?;
+    common.run.check().map_err(|e| anyhow!("{e}"))?;
+    let (cpus, plan) = common.run.place(near)?;
     if let Some(plan) = plan {
         info!("{plan}");
     }
-    let config = EngineConfig { cpus, pacing: common.poll, fixed_buffers: fixed, ..EngineConfig::default() };
+    let config =
+        EngineConfig { cpus, pacing: common.run.poll, fixed_buffers: fixed, ..EngineConfig::default() };
     Ok(Arc::new(Engine::start(&config)?))
 }
 
@@ -81,7 +80,7 @@ fn blk(
     common: &Common,
 ) -> Result<()> {
     let identity = common.confine.enter()?;
-    daemon::log::init(&common.log)?;
+    daemon::log::init(&common.run.log)?;
     let confined = confine::threads(common, identity, driver, vec![], false)?;
     let image = Image { serial: options.serial.as_str(), read_only: options.read_only, ..image };
     let near = of_file(name.clone(), image.file);
@@ -122,7 +121,7 @@ impl Service for Disk {
 /// `vdpactl serve net`.
 pub fn serve_net(cli: &ServeNet) -> Result<()> {
     let identity = cli.common.confine.enter()?;
-    daemon::log::init(&cli.common.log)?;
+    daemon::log::init(&cli.common.run.log)?;
     let Some(tap) = &cli.tap else { return switch::serve_net(cli, identity) };
     // A tap's own card has no control queue, and without one there is no choosing among pairs of queues.
     let tap = Tap::open(tap, 1, cli.mtu)?;

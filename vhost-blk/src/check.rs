@@ -11,16 +11,16 @@ use crate::spec::DiskSpec;
 /// The first thing that is wrong, if anything is.
 pub fn check(options: &Options) -> Result<(), Wrong> {
     first_disk(options)?;
-    options.placement().check()?;
+    options.run.check()?;
     let disks = options.disks();
-    if !options.pool.is_empty() && options.api.is_none() {
+    if !options.pool.is_empty() && options.http.api.is_none() {
         return Err(Wrong::new(
             &[Step::Key("pool")],
             "clones are taken out of a pool over the API; give it a socket with --api",
         ));
     }
     // With the API, they may come later.
-    if disks.is_empty() && options.api.is_none() {
+    if disks.is_empty() && options.http.api.is_none() {
         return Err(Wrong::new(
             &[],
             "nothing to serve; give --socket-path and --blk-file, or --disk (see --help)",

@@ -6,14 +6,12 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use anyhow::Result;
-use clap::{Args, CommandFactory, Id, Parser, ValueEnum};
-use daemon::file::File;
-use daemon::placement::{Asked, of_file};
+use clap::{Args, CommandFactory, Parser, ValueEnum};
+use daemon::file::{File, options_of};
+use daemon::placement::of_file;
 use daemon::process::ProcessOptions;
+use daemon::running::{ApiOptions, RunOptions, unsaid};
 use daemon::{Fixed, Switch, from_text, ring_size, said};
-use poll_engine::engine::pacing::Pacing;
-use poll_engine::engine::placement::CpuList;
-use poll_engine::engine::placement::auto::Cpus;
 use poll_engine::session::state::MAX_QUEUES;
 use serde::{Deserialize, Serialize};
 
@@ -35,7 +33,7 @@ use crate::spec::DiskSpec;
 /// prints statistics.
 #[derive(Clone, Debug, Parser)]
 #[command(name = "vhost-blk", version, max_term_width = 110)]
-#[command(mut_arg("config", |config| config.conflicts_with_all(instead_of_a_file())))]
+#[command(mut_arg("config", |config| config.conflicts_with_all(options_of::<Options>())))]
 pub struct Cli {
     /// Read all that follows from a file instead (TOML): options by their long names, further disks as [[disk]]
     #[arg(long, value_name = "FILE")]
@@ -56,12 +54,6 @@ pub struct Cli {
     /// All else.
     #[command(flatten)]
     pub options: Options,
-}
-
-/// The options that cannot be beside a file.
-fn instead_of_a_file() -> Vec<Id> {
-    let options = Options::augment_args(clap::Command::new(""));
-    options.get_arguments().map(|arg| arg.get_id().clone()).collect()
 }
 
 /// What is served and how, on the command line or in a file.
@@ -138,44 +130,15 @@ pub struct Options {
     #[serde(skip)] // a type of its own, also in a file
     pub device: DeviceOptions,
 
-    /// CPUs to run on, one pinned reactor each (such as 2-3,6); auto or auto:N: as many as devices are on different nodes, or
-    /// N, on CPUs near them (see --housekeeping, --guest-cpus); without: one reactor, not pinned
-    #[arg(long, value_name = "LIST")]
-    #[serde(deserialize_with = "cpus")]
-    pub cpus: Option<Cpus>,
+    /// How it runs.
+    #[command(flatten)]
+    #[serde(skip)] // a type of its own, also in a file
+    pub run: RunOptions,
 
-    /// With --cpus auto, CPUs to keep off because the host's own work runs there
-    #[arg(long, value_name = "LIST")]
-    #[serde(deserialize_with = "cpu_list")]
-    pub housekeeping: Option<CpuList>,
-
-    /// With --cpus auto, CPUs to keep off because virtual machines run there
-    #[arg(long, value_name = "LIST")]
-    #[serde(deserialize_with = "cpu_list")]
-    pub guest_cpus: Option<CpuList>,
-
-    /// How to wait for requests: busy never sleeps, adaptive spins a while first, event sleeps at once
-    #[arg(long, value_name = "MODE", default_value = "adaptive")]
-    #[serde(deserialize_with = "pacing")]
-    pub poll: Pacing,
-
-    /// Unix socket on which the running daemon can be asked, and told, what to do (HTTP and JSON; see vhostctl)
-    #[arg(long, value_name = "PATH")]
-    pub api: Option<PathBuf>,
-
-    /// Mode of that socket, octal: 660 lets its group use it, too
-    #[arg(long, value_name = "MODE", default_value = "600", value_parser = daemon::socket_mode)]
-    #[serde(deserialize_with = "mode")]
-    pub api_mode: u32,
-
-    /// With --api, a directory in which files may be opened and made that are asked for while it runs; repeat for more.
-    /// Without any: anywhere
-    #[arg(long, value_name = "DIR")]
-    pub allow: Vec<PathBuf>,
-
-    /// What to log: error, warn, info, debug or trace, also by module (poll_engine=debug); with json: as JSON (json,warn)
-    #[arg(long, value_name = "FILTER", default_value = "info")]
-    pub log: String,
+    /// Who may ask it.
+    #[command(flatten)]
+    #[serde(skip)] // likewise
+    pub http: ApiOptions,
 
     /// What a file says of the process.
     #[arg(skip)]
@@ -328,16 +291,12 @@ from_text! {
     credential: Option<String> = |s| crate::spec::credential(s).map(Some);
     base: Option<Base> = |s| s.parse().map(Some);
     backend: Option<Synthetic> = |s| s.parse().map(Some);
-    cpus: Option<Cpus> = |s| said::cpus(s).map(Some);
-    cpu_list: Option<CpuList> = |s| said::cpu_list(s).map(Some);
-    pacing: Pacing = str::parse;
     count: u16 = num_queues;
     size: u16 = ring_size;
     switched: Switch = said::switch;
     cache: CacheMode = cache_mode;
     blocks: u32 = block_size;
     text: String = serial;
-    mode: u32 = daemon::socket_mode;
     depth: u16 = shared_depth;
     fixed: Fixed = |s| <Fixed as ValueEnum>::from_str(s, false);
 }
@@ -362,29 +321,18 @@ impl Cli {
 impl Default for Options {
     /// Those of a command line without any.
     fn default() -> Options {
-        Cli::parse_from([""]).options
+        unsaid()
     }
 }
 
 impl Default for DeviceOptions {
     /// Those of a command line without any.
     fn default() -> DeviceOptions {
-        #[derive(Parser)]
-        struct Alone {
-            #[command(flatten)]
-            device: DeviceOptions,
-        }
-        Alone::parse_from([""]).device
+        unsaid()
     }
 }
 
 impl Options {
-    /// What is said of where reactors run.
-    pub fn placement(&self) -> Asked<'_> {
-        let (housekeeping, guest_cpus) = (self.housekeeping.as_ref(), self.guest_cpus.as_ref());
-        Asked { cpus: self.cpus.as_ref(), housekeeping, guest_cpus }
-    }
-
     /// What is near which memory: disks with a file.
     pub fn near(&self) -> Vec<(String, Option<usize>)> {
         self.disks().iter().map(|disk| of_file(disk.key(), disk.blk_file.as_deref())).collect()
@@ -398,9 +346,19 @@ impl Options {
     /// As [`read`](Self::read), of a file that was read.
     pub fn of(file: &File) -> Result<Options> {
         file.expect_options(&Cli::command())?;
-        let options = Options { device: file.parse()?, process: ProcessOptions::of(file)?, ..file.parse()? };
+        let options = Options::said_by(file)?;
         check(&options).map_err(|e| file.error(&e))?;
         Ok(options)
+    }
+
+    fn said_by(file: &File) -> Result<Options> {
+        Ok(Options {
+            device: file.parse()?,
+            run: file.parse()?,
+            http: file.parse()?,
+            process: ProcessOptions::of(file)?,
+            ..file.parse()?
+        })
     }
 
     /// All disks. The first may be described by options of its own.
@@ -482,6 +440,7 @@ mod tests {
     use std::collections::BTreeSet;
 
     use daemon::file::said_by_files;
+    use daemon::{process, running};
 
     #[test]
     fn the_command_line_is_sound() {
@@ -499,22 +458,15 @@ mod tests {
 
     #[test]
     fn a_file_takes_the_place_of_options() {
-        for (option, _) in PROCESS {
+        for (option, _) in process::EXAMPLES {
             assert!(Cli::try_parse_from(["", "--config=x", "--check", option]).is_ok(), "{option}");
         }
-        for (option, _) in EACH {
+        for (option, _) in each() {
             assert!(Cli::try_parse_from(["", "--config=x", option]).is_err(), "{option}");
         }
     }
 
-    /// Of each option of the process some value, on the command line and in a file.
-    const PROCESS: [(&str, &str); 3] = [
-        ("--control=/c", "control = '/c'"),
-        ("--sandbox=off", "sandbox = false"),
-        ("--user=107", "user = 107"),
-    ];
-
-    /// Of each option some value, on the command line and in a file.
+    /// Of each further option some value, on the command line and in a file.
     const EACH: &[(&str, &str)] = &[
         ("--socket-path=/s", "socket-path = '/s'"),
         ("--fd=3", "fd = 3"),
@@ -545,29 +497,26 @@ mod tests {
         ("--serial=17", "serial = 17"),
         ("--fixed-buffers=on", "fixed-buffers = true"),
         ("--shared-depth=64", "shared-depth = 64"),
-        ("--cpus=0-1", "cpus = [0, 1]"),
-        ("--housekeeping=0,4", "housekeeping = [0, 4]"),
-        ("--guest-cpus=2-3", "guest-cpus = '2-3'"),
-        ("--poll=busy", "poll = 'busy'"),
-        ("--api=/a", "api = '/a'"),
-        ("--api-mode=660", "api-mode = 660"),
-        ("--allow=/d", "allow = ['/d']"),
-        ("--log=debug", "log = 'debug'"),
     ];
+
+    fn each() -> impl Iterator<Item = &'static (&'static str, &'static str)> {
+        EACH.iter().chain(&running::EXAMPLES)
+    }
 
     fn unchecked(text: &str) -> Result<Options> {
         let file = File::new(Path::new("f"), text.into());
-        Ok(Options { device: file.parse()?, process: ProcessOptions::of(&file)?, ..file.parse()? })
+        Options::said_by(&file)
     }
 
     #[test]
     fn a_file_says_all_that_the_command_line_does() {
         let program = Cli::command();
         let options: BTreeSet<_> = said_by_files(&program).filter_map(|arg| arg.get_long()).collect();
-        let tried =
-            EACH.iter().chain(&PROCESS).filter_map(|(arg, _)| arg.trim_start_matches('-').split('=').next());
+        let tried = each()
+            .chain(&process::EXAMPLES)
+            .filter_map(|(arg, _)| arg.trim_start_matches('-').split('=').next());
         assert_eq!(options, tried.collect(), "tried here, or in NOT_IN_A_FILE with a reason");
-        for (arg, line) in EACH.iter().chain(&PROCESS) {
+        for (arg, line) in each().chain(&process::EXAMPLES) {
             let cli = Cli::parse_from(["", arg]);
             let said = Options { process: cli.process, ..cli.options };
             let written = unchecked(line).unwrap();

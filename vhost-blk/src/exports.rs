@@ -14,6 +14,7 @@ use anyhow::{Context, Result};
 use control::common::Running;
 use control::moving::{Movable, Placed, move_away};
 use control::refused::{Changes, Refused};
+use control::saved::Reactors;
 use daemon::takeover::{self, Inherited, Successor};
 use daemon::{Place, Switch, path_key};
 use poll_engine::device::features;
@@ -549,16 +550,14 @@ impl Running for Exports {
             ));
         };
         let specs: Vec<_> = self.all().iter().map(|s| s.spec()).collect();
-        let cpus: Option<Vec<_>> = self.engine.list().iter().map(|r| r.cpu).collect();
-        let reactors = cpus.map(|cpus| (cpus, self.engine.began_on().0));
-        saved(path, &specs, self.engine.pacing(), reactors).map_err(|e| conflict(&e))?;
+        saved(path, &specs, &Reactors::of(&self.engine)).map_err(|e| conflict(&e))?;
         info!("what has changed is saved to {}", path.display());
         Ok(path.clone())
     }
 
     fn expect_successor(&self) -> Result<PathBuf, Refused> {
         let _change = self.changes.begin()?;
-        self.successor.expect_beside(self.options.api.as_deref()).map_err(|e| conflict(&e))
+        self.successor.expect_beside(self.options.http.api.as_deref()).map_err(|e| conflict(&e))
     }
 
     fn metrics(&self) -> String {

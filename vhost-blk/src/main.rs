@@ -38,14 +38,14 @@ fn run(cli: &Cli) -> Result<()> {
     let options = &cli.options()?;
     let disks = options.disks();
     if cli.check {
-        let (_, plan) = options.placement().place(&options.near())?;
+        let (_, plan) = options.run.place(&options.near())?;
         let plan = plan.map_or_else(String::new, |plan| format!("; {plan}"));
         daemon::print(&format!("nothing is wrong, {} disks{plan}", disks.len()));
         return Ok(());
     }
     let cli = &cli.completed(options);
     let identity = cli.process.identity(named)?;
-    daemon::log::init(&options.log)?;
+    daemon::log::init(&options.run.log)?;
     daemon::raise_descriptor_limit();
     let wanted =
         disks.into_iter().map(|spec| Wanted::new(spec, &options.device)).collect::<Result<Vec<_>>>()?;
@@ -67,7 +67,7 @@ fn serve(
     let is_heir = cli.process.upgrade.takeover.is_some();
     let confinement =
         cli.process.confine.threads(identity, &places(&wanted, cli, options), CapabilitySet::empty())?;
-    if options.api.is_some() {
+    if options.http.api.is_some() {
         // Volumes may come later, when code is loaded no more.
         luks::prepare();
     }
@@ -87,7 +87,8 @@ fn serve(
     let sources = wanted.iter().zip(places).map(|(w, inherited)| Source::of(&w.place, inherited));
     let sources = sources.collect::<Result<Vec<_>, _>>()?;
     let control = heir.listen()?;
-    let api = options.api.as_deref().map(|path| bind(path, options.api_mode, is_heir)).transpose()?;
+    let api =
+        options.http.api.as_deref().map(|path| bind(path, options.http.api_mode, is_heir)).transpose()?;
     confinement.seal()?;
 
     heir.ask()?;
@@ -115,7 +116,7 @@ fn serve(
         Arc::new(Exports::new(Arc::clone(&engine), options.clone(), cli.config.clone(), served, further));
     let api = api.map(|listener| Api::start(listener, router(Arc::clone(&exports)))).transpose();
     let mut api = api.context("cannot serve the API")?;
-    if let (Some(api), Some(path), true) = (&mut api, &options.api, is_heir) {
+    if let (Some(api), Some(path), true) = (&mut api, &options.http.api, is_heir) {
         // Before the other process may leave, which takes its socket along unless ours is there.
         api.replace(path).unwrap_or_else(|e| warn!("the API stays on {}.new: {e}", path.display()));
     }
@@ -145,24 +146,24 @@ fn serve(
 fn places(wanted: &[Wanted], cli: &Cli, options: &Options) -> Places {
     let sockets = wanted.iter().filter_map(|w| w.place.path()).chain(cli.process.upgrade.control.as_deref());
     let records = wanted.iter().filter_map(|w| w.record_path());
-    let all = sockets.chain(records).chain(options.api.as_deref());
+    let all = sockets.chain(records).chain(options.http.api.as_deref());
     let mut places = Places { sockets: all.map(Places::directory_of).collect(), ..Places::default() };
-    if options.api.is_some() {
+    if options.http.api.is_some() {
         // Disks that are added. Threads that guests have to do with stay without any files.
-        places.for_api(&options.allow, cli.config.as_deref());
+        places.for_api(&options.http.allow, cli.config.as_deref());
         places.read.extend(luks::credentials());
     }
     places
 }
 
 fn engine_config(options: &Options) -> Result<EngineConfig> {
-    let (cpus, plan) = options.placement().place(&options.near())?;
+    let (cpus, plan) = options.run.place(&options.near())?;
     if let Some(plan) = plan {
         info!("{plan}");
     }
     Ok(EngineConfig {
         cpus,
-        pacing: options.poll,
+        pacing: options.run.poll,
         fixed_buffers: options.device.fixed_buffers.into(),
         ..EngineConfig::default()
     })

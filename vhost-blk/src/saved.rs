@@ -3,48 +3,23 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
-use control::saved::{self, Listed, numbers, set};
+use control::saved::{self, Listed, Reactors, set};
 use daemon::file::File;
-use poll_engine::engine::pacing::Pacing;
-use poll_engine::engine::placement::auto::Cpus;
-use toml_edit::{DocumentMut, Table, Value, value};
+use toml_edit::{DocumentMut, Table, Value};
 
 use crate::cli::Options;
 use crate::spec::{DiskSpec, Written};
 
-/// CPUs of the reactors that there are, and of those that there were at the start.
-pub type Reactors = (Vec<usize>, Vec<usize>);
-
 /// Brings the file at `path` up to date.
-pub fn saved(path: &Path, disks: &[DiskSpec], pacing: Pacing, reactors: Option<Reactors>) -> Result<()> {
+pub fn saved(path: &Path, disks: &[DiskSpec], reactors: &Reactors) -> Result<()> {
     let text = saved::read(path)?;
-    saved::replace(path, &updated(path, &text, disks, pacing, reactors)?)
+    saved::replace(path, &updated(path, &text, disks, reactors)?)
 }
 
-fn updated(
-    path: &Path,
-    text: &str,
-    disks: &[DiskSpec],
-    pacing: Pacing,
-    reactors: Option<Reactors>,
-) -> Result<String> {
+fn updated(path: &Path, text: &str, disks: &[DiskSpec], reactors: &Reactors) -> Result<String> {
     let was = Options::of(&File::new(path, text.to_owned())).context("it has changed since the start")?;
     let mut document: DocumentMut = text.parse()?;
-    if was.poll != pacing {
-        document["poll"] = value(pacing.name());
-    }
-    // One that is not pinned cannot be said beside others that are.
-    if let Some((cpus, began_on)) = reactors {
-        let is_said = match &was.cpus {
-            Some(Cpus::These(list)) => list.0 == cpus,
-            // They are chosen again at the next start, unless somebody has chosen others.
-            Some(Cpus::Auto(_)) => cpus == began_on,
-            None => false,
-        };
-        if !is_said {
-            document["cpus"] = value(numbers(&cpus));
-        }
-    }
+    let _ = reactors.update(&mut document, &was.run);
     let old = was.disks();
     let has_first = old.len() > was.disk.len();
     saved::update(&mut document, &old, has_first, disks).with_context(|| path.display().to_string())?;
@@ -105,7 +80,9 @@ fn item(written: Written) -> Value {
 
 #[cfg(test)]
 mod tests {
+    use poll_engine::engine::pacing::Pacing;
     use poll_engine::engine::placement::CpuList;
+    use poll_engine::engine::placement::auto::Cpus;
 
     use super::*;
 
@@ -118,7 +95,8 @@ mod tests {
     }
 
     fn after(text: &str, disks: &[DiskSpec], pacing: Pacing, cpus: Option<Vec<usize>>) -> (String, Options) {
-        let text = updated(Path::new("f"), text, disks, pacing, cpus.map(|cpus| (cpus, vec![7]))).unwrap();
+        let reactors = Reactors::new(pacing, cpus, vec![7, 2]);
+        let text = updated(Path::new("f"), text, disks, &reactors).unwrap();
         let read = Options::of(&File::new(Path::new("f"), text.clone())).unwrap();
         (text, read)
     }
@@ -140,7 +118,7 @@ mod tests {
         ];
         let (text, read) = after(FILE, &disks, Pacing::Busy, Some(vec![0, 3]));
         assert_eq!(read.disks(), disks);
-        assert_eq!((read.poll, read.cpus), (Pacing::Busy, Some(Cpus::These(CpuList(vec![0, 3])))));
+        assert_eq!((read.run.poll, read.run.cpus), (Pacing::Busy, Some(Cpus::These(CpuList(vec![0, 3])))));
         assert!(
             text.contains("# Ours.") && text.contains("# The first.") && !text.contains("gone"),
             "{text}"
@@ -154,8 +132,8 @@ mod tests {
     fn reactors_that_were_placed_are_placed_again() {
         let file = format!("cpus = 'auto' # chosen\n{FILE}");
         let disks = after(&file, &[], Pacing::Event, None).1.disks();
-        let saved = |cpus: &[usize]| after(&file, &disks, Pacing::Event, Some(cpus.to_vec())).1.cpus;
-        assert_eq!(saved(&[7]), Some(Cpus::Auto(None)));
+        let saved = |cpus: &[usize]| after(&file, &disks, Pacing::Event, Some(cpus.to_vec())).1.run.cpus;
+        assert_eq!(saved(&[2, 7]), Some(Cpus::Auto(None)));
         assert_eq!(saved(&[5, 7]), Some(Cpus::These(CpuList(vec![5, 7]))));
     }
 

@@ -18,7 +18,7 @@ fn wrong(at: &[Step], why: impl Into<String>) -> Wrong {
 pub fn check(options: &Options) -> Result<(), Wrong> {
     let ports = options.ports();
     first_port(options)?;
-    options.placement().check()?;
+    options.run.check()?;
     switches(options)?;
     joined(options, &ports)?;
     // Those of the list are the last ones.
@@ -142,7 +142,7 @@ fn joined(options: &Options, ports: &[PortSpec]) -> Result<(), Wrong> {
     ];
     let chosen: Vec<_> = ways.iter().filter(|(_, chosen)| *chosen).map(|(way, _)| *way).collect();
     // With the API, they may come later.
-    if ports.is_empty() && options.api.is_none() {
+    if ports.is_empty() && options.http.api.is_none() {
         return Err(wrong(&[], "nothing to serve; give --socket-path or --port (see --help)"));
     }
     match chosen.as_slice() {
@@ -156,7 +156,7 @@ fn joined(options: &Options, ports: &[PortSpec]) -> Result<(), Wrong> {
                 "nothing to join the ports to; give --switch, --wire, --loopback or --tap (see --help)",
             ));
         }
-        ["wire"] if hub > 2 || hub < 2 && options.api.is_none() => {
+        ["wire"] if hub > 2 || hub < 2 && options.http.api.is_none() => {
             let why = format!(
                 "a wire has two ends, and there are {hub} ports; name two with --socket-path and --port"
             );

@@ -5,13 +5,11 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use clap::{Args, CommandFactory, Parser};
-use daemon::file::File;
-use daemon::placement::{Asked, of_interface};
+use daemon::file::{File, options_of};
+use daemon::placement::of_interface;
 use daemon::process::ProcessOptions;
+use daemon::running::{ApiOptions, RunOptions, unsaid};
 use daemon::{Place, Switch, from_text, ring_size, said};
-use poll_engine::engine::pacing::Pacing;
-use poll_engine::engine::placement::CpuList;
-use poll_engine::engine::placement::auto::Cpus;
 use serde::{Deserialize, Deserializer};
 
 use crate::check::check;
@@ -30,10 +28,11 @@ use crate::switches::{SwitchSpec, seconds};
 /// SIGUSR1 prints statistics. With --api, ports come and go while it runs.
 #[derive(Clone, Debug, Parser)]
 #[command(name = "vhost-net", version, max_term_width = 110)]
+#[command(mut_arg("config", |config| config.conflicts_with_all(options_of::<Options>())))]
 pub struct Cli {
     /// Read all that follows from a file instead (TOML): options by their long names, ports as [[port]], [uplink] or
     /// [[uplink]], switches as [[switch]]
-    #[arg(long, value_name = "FILE", conflicts_with = "Options")]
+    #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
 
     /// Say whether the options, or the file, are right, and exit
@@ -56,6 +55,7 @@ pub struct Cli {
 /// What is served and how, on the command line or in a file.
 #[allow(clippy::struct_excessive_bools)] // options, each by itself
 #[derive(Clone, Debug, Args, Deserialize)]
+#[group(skip)]
 #[serde(default, rename_all = "kebab-case")]
 pub struct Options {
     /// Unix socket to listen on; a stale one is replaced
@@ -146,48 +146,19 @@ pub struct Options {
     #[serde(deserialize_with = "switched")]
     pub packed: Switch,
 
-    /// CPUs to run on, one pinned reactor each (such as 2-3,6); auto or auto:N: as many as devices are on different nodes, or
-    /// N, on CPUs near them (see --housekeeping, --guest-cpus); without: one reactor, not pinned
-    #[arg(long, value_name = "LIST")]
-    #[serde(deserialize_with = "cpus")]
-    pub cpus: Option<Cpus>,
-
-    /// With --cpus auto, CPUs to keep off because the host's own work runs there
-    #[arg(long, value_name = "LIST")]
-    #[serde(deserialize_with = "cpu_list")]
-    pub housekeeping: Option<CpuList>,
-
-    /// With --cpus auto, CPUs to keep off because virtual machines run there
-    #[arg(long, value_name = "LIST")]
-    #[serde(deserialize_with = "cpu_list")]
-    pub guest_cpus: Option<CpuList>,
-
-    /// How to wait for packets: busy never sleeps, adaptive spins a while first, event sleeps at once
-    #[arg(long, value_name = "MODE", default_value = "adaptive")]
-    #[serde(deserialize_with = "pacing")]
-    pub poll: Pacing,
-
     /// Count the cycles that reactors are busy for, for the statistics
     #[arg(long)]
     pub record_core_cycles: bool,
 
-    /// Unix socket on which the running daemon can be asked, and told, what to do (HTTP and JSON; see vhostctl)
-    #[arg(long, value_name = "PATH")]
-    pub api: Option<PathBuf>,
+    /// How it runs.
+    #[command(flatten)]
+    #[serde(skip)] // a type of its own, also in a file
+    pub run: RunOptions,
 
-    /// Mode of that socket, octal: 660 lets its group use it, too
-    #[arg(long, value_name = "MODE", default_value = "600", value_parser = daemon::socket_mode)]
-    #[serde(deserialize_with = "mode")]
-    pub api_mode: u32,
-
-    /// With --api, a directory in which files may be opened and made that are asked for while it runs; repeat for more.
-    /// Without any: anywhere
-    #[arg(long, value_name = "DIR")]
-    pub allow: Vec<PathBuf>,
-
-    /// What to log: error, warn, info, debug or trace, also by module (poll_engine=debug); with json: as JSON (json,warn)
-    #[arg(long, value_name = "FILTER", default_value = "info")]
-    pub log: String,
+    /// Who may ask it.
+    #[command(flatten)]
+    #[serde(skip)] // likewise
+    pub http: ApiOptions,
 
     /// What a file says of the process.
     #[arg(skip)]
@@ -205,10 +176,6 @@ from_text! {
     num_pairs: u16 = pairs;
     size: u16 = ring_size;
     switched: Switch = said::switch;
-    cpus: Option<Cpus> = |s| said::cpus(s).map(Some);
-    cpu_list: Option<CpuList> = |s| said::cpu_list(s).map(Some);
-    pacing: Pacing = str::parse;
-    mode: u32 = daemon::socket_mode;
 }
 
 fn switches<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<SwitchSpec>, D::Error> {
@@ -239,17 +206,11 @@ impl Cli {
 impl Default for Options {
     /// Those of a command line without any.
     fn default() -> Options {
-        Cli::parse_from([""]).options
+        unsaid()
     }
 }
 
 impl Options {
-    /// What is said of where reactors run.
-    pub fn placement(&self) -> Asked<'_> {
-        let (housekeeping, guest_cpus) = (self.housekeeping.as_ref(), self.guest_cpus.as_ref());
-        Asked { cpus: self.cpus.as_ref(), housekeeping, guest_cpus }
-    }
-
     /// What is near which memory: interfaces of uplinks.
     pub fn near(&self) -> Vec<(String, Option<usize>)> {
         let of = |port: &PortSpec| port.af_xdp.as_deref().or(port.af_packet.as_deref()).map(of_interface);
@@ -264,9 +225,18 @@ impl Options {
     /// As [`read`](Self::read), of a file that was read.
     pub fn of(file: &File) -> Result<Options> {
         file.expect_options(&Cli::command())?;
-        let options = Options { process: ProcessOptions::of(file)?, ..file.parse()? };
+        let options = Options::said_by(file)?;
         check(&options).map_err(|e| file.error(&e))?;
         Ok(options)
+    }
+
+    fn said_by(file: &File) -> Result<Options> {
+        Ok(Options {
+            run: file.parse()?,
+            http: file.parse()?,
+            process: ProcessOptions::of(file)?,
+            ..file.parse()?
+        })
     }
 
     /// With one port less: that of this place.
@@ -331,6 +301,7 @@ mod tests {
     use std::collections::BTreeSet;
 
     use daemon::file::said_by_files;
+    use daemon::{process, running};
 
     #[test]
     fn the_command_line_is_sound() {
@@ -339,22 +310,15 @@ mod tests {
 
     #[test]
     fn a_file_takes_the_place_of_options() {
-        for (option, _) in PROCESS {
+        for (option, _) in process::EXAMPLES {
             assert!(Cli::try_parse_from(["", "--config=x", "--check", option]).is_ok(), "{option}");
         }
-        for (option, _) in EACH {
+        for (option, _) in each() {
             assert!(Cli::try_parse_from(["", "--config=x", option]).is_err(), "{option}");
         }
     }
 
-    /// Of each option of the process some value, on the command line and in a file.
-    const PROCESS: [(&str, &str); 3] = [
-        ("--control=/c", "control = '/c'"),
-        ("--sandbox=off", "sandbox = false"),
-        ("--user=107", "user = 107"),
-    ];
-
-    /// Of each option some value, on the command line and in a file.
+    /// Of each further option some value, on the command line and in a file.
     const EACH: &[(&str, &str)] = &[
         ("--socket-path=/s", "socket-path = '/s'"),
         ("--fd=3", "fd = 3"),
@@ -376,31 +340,28 @@ mod tests {
         ("--num-queue-pairs=4", "num-queue-pairs = 4"),
         ("--queue-size=256", "queue-size = 256"),
         ("--packed=off", "packed = false"),
-        ("--cpus=0-1", "cpus = [0, 1]"),
-        ("--housekeeping=0,4", "housekeeping = [0, 4]"),
-        ("--guest-cpus=2-3", "guest-cpus = '2-3'"),
-        ("--poll=busy", "poll = 'busy'"),
-        ("--api=/a", "api = '/a'"),
-        ("--api-mode=660", "api-mode = 660"),
-        ("--allow=/d", "allow = ['/d']"),
-        ("--log=debug", "log = 'debug'"),
         ("--record-core-cycles", "record-core-cycles = true"),
     ];
+
+    fn each() -> impl Iterator<Item = &'static (&'static str, &'static str)> {
+        EACH.iter().chain(&running::EXAMPLES)
+    }
 
     fn unchecked(text: &str) -> Result<Options> {
         let file = File::new(Path::new("f"), text.into());
         file.expect_options(&Cli::command())?;
-        Ok(Options { process: ProcessOptions::of(&file)?, ..file.parse()? })
+        Options::said_by(&file)
     }
 
     #[test]
     fn a_file_says_all_that_the_command_line_does() {
         let program = Cli::command();
         let options: BTreeSet<_> = said_by_files(&program).filter_map(|arg| arg.get_long()).collect();
-        let tried =
-            EACH.iter().chain(&PROCESS).filter_map(|(arg, _)| arg.trim_start_matches('-').split('=').next());
+        let tried = each()
+            .chain(&process::EXAMPLES)
+            .filter_map(|(arg, _)| arg.trim_start_matches('-').split('=').next());
         assert_eq!(options, tried.collect(), "tried here, or in NOT_IN_A_FILE with a reason");
-        for (arg, line) in EACH.iter().chain(&PROCESS) {
+        for (arg, line) in each().chain(&process::EXAMPLES) {
             let cli = Cli::parse_from(["", arg]);
             let said = Options { process: cli.process, ..cli.options };
             let written = unchecked(line).unwrap();

@@ -39,14 +39,14 @@ fn run(cli: &Cli) -> Result<()> {
     let named = cli.process.confine.enter()?;
     let options = &cli.options()?;
     if cli.check {
-        let (_, plan) = options.placement().place(&options.near())?;
+        let (_, plan) = options.run.place(&options.near())?;
         let plan = plan.map_or_else(String::new, |plan| format!("; {plan}"));
         daemon::print(&format!("nothing is wrong, {} ports{plan}", options.ports().len()));
         return Ok(());
     }
     let cli = &cli.completed(options);
     let identity = cli.process.identity(named)?;
-    daemon::log::init(&options.log)?;
+    daemon::log::init(&options.run.log)?;
     let wanted =
         options.ports().into_iter().map(|spec| Wanted::open(spec, options)).collect::<Result<Vec<_>>>()?;
     let plan = join::plan(options);
@@ -90,14 +90,19 @@ fn serve(
     let sources = wanted.iter().zip(inherited).map(|(w, inherited)| Source::of(&w.place, inherited));
     let sources = sources.collect::<Result<Vec<_>, _>>()?;
     let control = heir.listen()?;
-    let api = options.api.as_deref().map(|path| bind(path, options.api_mode, heir.is_one())).transpose()?;
-    let (cpus, plan) = options.placement().place(&options.near())?;
+    let api = options
+        .http
+        .api
+        .as_deref()
+        .map(|path| bind(path, options.http.api_mode, heir.is_one()))
+        .transpose()?;
+    let (cpus, plan) = options.run.place(&options.near())?;
     if let Some(plan) = plan {
         info!("{plan}");
     }
     let config = EngineConfig {
         cpus,
-        pacing: options.poll,
+        pacing: options.run.poll,
         count_cycles: options.record_core_cycles,
         ..EngineConfig::default()
     };
@@ -146,7 +151,7 @@ fn serve(
     let ports = Arc::new(Ports::new(setting, options.clone(), served, captured, hubs));
     let api = api.map(|listener| Api::start(listener, router(Arc::clone(&ports)))).transpose();
     let mut api = api.context("cannot serve the API")?;
-    if let (Some(api), Some(path), true) = (&mut api, &options.api, heir.is_one()) {
+    if let (Some(api), Some(path), true) = (&mut api, &options.http.api, heir.is_one()) {
         // Before the other process may leave, which takes its socket along unless ours is there.
         api.replace(path).unwrap_or_else(|e| warn!("the API stays on {}.new: {e}", path.display()));
     }
@@ -180,15 +185,15 @@ fn opens(wanted: &[Wanted], options: &Options) -> bool {
 /// Where something is done by name once all is open.
 fn places(wanted: &[Wanted], cli: &Cli, options: &Options) -> Places {
     let sockets = wanted.iter().filter_map(|w| w.place.path()).chain(cli.process.upgrade.control.as_deref());
-    let own = sockets.chain(options.api.as_deref()).chain(options.pcap.as_deref());
+    let own = sockets.chain(options.http.api.as_deref()).chain(options.pcap.as_deref());
     let mut places = Places { sockets: own.map(Places::directory_of).collect(), ..Places::default() };
     if opens(wanted, options) {
         places.devices.push(PathBuf::from("/dev/net"));
     }
     // It is read again.
     places.read.extend(cli.config.as_deref().map(Places::directory_of));
-    if options.api.is_some() {
-        places.for_api(&options.allow, cli.config.as_deref());
+    if options.http.api.is_some() {
+        places.for_api(&options.http.allow, cli.config.as_deref());
     }
     places
 }

@@ -10,13 +10,12 @@ use anyhow::{Context, Result};
 use control::common::Running;
 use control::moving::{Movable, Placed, move_away};
 use control::refused::{Changes, Refused};
+use control::saved::Reactors;
 use daemon::Place;
 use daemon::file::{Step, Wrong};
 use daemon::takeover::{self, Successor};
 use poll_engine::engine::Engine;
 use poll_engine::engine::pacing::Pacing;
-use poll_engine::engine::placement::CpuList;
-use poll_engine::engine::placement::auto::Cpus;
 use poll_engine::session::server::Server;
 use poll_engine::takeover::give::{Estate, Lot};
 use tracing::{info, warn};
@@ -500,7 +499,7 @@ impl Running for Ports {
     fn set_pacing(&self, pacing: Pacing) -> Result<(), Refused> {
         let _change = self.changes.begin()?;
         self.setting.engine.set_pacing(pacing);
-        locked(&self.options).poll = pacing;
+        locked(&self.options).run.poll = pacing;
         info!("reactors wait by {pacing:?} from now on");
         Ok(())
     }
@@ -513,19 +512,7 @@ impl Running for Ports {
             ));
         };
         let mut options = locked(&self.options);
-        let mut now = options.clone();
-        // One that is not pinned cannot be said beside others that are.
-        if let Some(mut cpus) = self.engine().list().iter().map(|r| r.cpu).collect::<Option<Vec<_>>>() {
-            cpus.sort_unstable();
-            let mut began_on = self.engine().began_on().0;
-            began_on.sort_unstable();
-            // They are chosen again at the next start, unless somebody has chosen others.
-            if !matches!(now.cpus, Some(Cpus::Auto(_))) || cpus != began_on {
-                now.cpus = Some(Cpus::These(CpuList(cpus)));
-            }
-        }
-        saved(path, &now).map_err(|e| conflict(&e))?;
-        *options = now;
+        *options = saved(path, &options, &Reactors::of(self.engine())).map_err(|e| conflict(&e))?;
         info!("what has changed is saved to {}", path.display());
         Ok(path.to_owned())
     }
@@ -540,7 +527,7 @@ impl Running for Ports {
             );
             return Err(Refused::Conflict(why));
         }
-        self.setting.successor.expect_beside(options.api.as_deref()).map_err(|e| conflict(&e))
+        self.setting.successor.expect_beside(options.http.api.as_deref()).map_err(|e| conflict(&e))
     }
 
     fn metrics(&self) -> String {

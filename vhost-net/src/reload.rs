@@ -27,8 +27,10 @@ pub fn reload(now: &Options, wanted: &Options) -> Result<Reload, String> {
     let mut refused: Vec<String> = differing!(
         now, wanted,
         socket_path fd tap tap_fds pcap pcap_snaplen pcap_filter loopback wire switch mac_ageing mac mtu num_queue_pairs
-        queue_size packed cpus housekeeping guest_cpus poll record_core_cycles api api_mode allow log
+        queue_size packed record_core_cycles
     )
+    .chain(differing!(now.run, wanted.run, cpus housekeeping guest_cpus poll log))
+    .chain(differing!(now.http, wanted.http, api api_mode allow))
     .chain(differing!(now.process.upgrade, wanted.process.upgrade, control))
     .chain(differing!(now.process.confine, wanted.process.confine, sandbox user))
     .map(|key| format!("{key} cannot change while it runs"))

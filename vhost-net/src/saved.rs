@@ -3,9 +3,9 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
-use control::saved::{self, Listed, numbers, set};
+use control::saved::{self, Listed, Reactors, set};
 use daemon::file::File;
-use poll_engine::engine::placement::auto::Cpus;
+use daemon::running::RunOptions;
 use toml_edit::{Array, DocumentMut, Item, RawString, Table, TableLike, Value, value};
 
 use crate::cli::Options;
@@ -13,23 +13,18 @@ use crate::mac::MacAddr;
 use crate::spec::{LIMITS, PortSpec};
 use crate::switches::SwitchSpec;
 
-/// Brings the file at `path` up to date with what holds now.
-pub fn saved(path: &Path, now: &Options) -> Result<()> {
+/// Brings the file at `path` up to date with what holds now, and says what that is.
+pub fn saved(path: &Path, now: &Options, reactors: &Reactors) -> Result<Options> {
     let text = saved::read(path)?;
-    saved::replace(path, &updated(path, &text, now)?)
+    let (text, run) = updated(path, &text, now, reactors)?;
+    saved::replace(path, &text)?;
+    Ok(Options { run, ..now.clone() })
 }
 
-fn updated(path: &Path, text: &str, now: &Options) -> Result<String> {
+fn updated(path: &Path, text: &str, now: &Options, reactors: &Reactors) -> Result<(String, RunOptions)> {
     let was = Options::of(&File::new(path, text.to_owned())).context("it has changed since the start")?;
     let mut document: DocumentMut = text.parse()?;
-    if was.poll != now.poll {
-        document["poll"] = value(now.poll.name());
-    }
-    if let Some(Cpus::These(cpus)) = &now.cpus
-        && was.cpus != now.cpus
-    {
-        document["cpus"] = value(numbers(&cpus.0));
-    }
+    let run = reactors.update(&mut document, &was.run);
     update_switches(&mut document, &was, now).with_context(|| path.display().to_string())?;
     let old = was.ports();
     let has_first = old.len() > was.port.len();
@@ -57,7 +52,7 @@ fn updated(path: &Path, text: &str, now: &Options) -> Result<String> {
     if sorted(&read) != sorted(now) || read.uplink != now.uplink || read.switch != now.switch {
         bail!("what would be saved are other ports or switches; please report this");
     }
-    Ok(text)
+    Ok((text, run))
 }
 
 /// Has a table that says what `old` is limited to say that of `new`.
@@ -187,6 +182,7 @@ impl Listed for PortSpec {
 mod tests {
     use super::*;
     use poll_engine::engine::placement::CpuList;
+    use poll_engine::engine::placement::auto::Cpus;
 
     const FILE: &str = "# Ours.\nswitch = true\nmtu = 1400\napi = '/api'\n\n[uplink]\naf-packet = 'e' # out\n\n\
         # The first.\n[[port]]\nname = 'a'\nsocket-path = '/a'\ntx-bps = '1M'\n\n\
@@ -199,8 +195,14 @@ mod tests {
     fn after(text: &str, change: impl FnOnce(&mut Options)) -> (String, Options) {
         let mut now = read(text);
         change(&mut now);
-        let text = updated(Path::new("f"), text, &now).unwrap();
+        let cpus = match &now.run.cpus {
+            Some(Cpus::These(list)) => Some(list.0.clone()),
+            _ => None,
+        };
+        let reactors = Reactors::new(now.run.poll, cpus, Vec::new());
+        let (text, run) = updated(Path::new("f"), text, &now, &reactors).unwrap();
         let read = read(&text);
+        assert_eq!(run, read.run);
         (text, read)
     }
 
@@ -215,8 +217,8 @@ mod tests {
                    ip=10.0.0.1,ip=fd00::/64,router,isolated,flood-unknown=off,max-macs=7,tx-bps=1M,tx-pps=2,rx-bps=3,\
                    rx-pps=4,burst-ms=5,broadcast-pps=6,multicast-pps=7,unknown-pps=8";
         let (text, read) = after(FILE, |now| {
-            now.poll = poll_engine::engine::pacing::Pacing::Busy;
-            now.cpus = Some(Cpus::These(CpuList(vec![0, 3])));
+            now.run.poll = poll_engine::engine::pacing::Pacing::Busy;
+            now.run.cpus = Some(Cpus::These(CpuList(vec![0, 3])));
             now.port.remove(1);
             now.port[0].link_down = true;
             now.port[0].tx_bps = None;
@@ -226,7 +228,7 @@ mod tests {
         });
         assert_eq!((read.port.len(), read.port[0].name(), read.port[0].rx_pps), (2, "a".into(), Some(5)));
         assert_eq!(read.port[1], all.parse().unwrap());
-        assert_eq!(read.cpus, Some(Cpus::These(CpuList(vec![0, 3]))));
+        assert_eq!(read.run.cpus, Some(Cpus::These(CpuList(vec![0, 3]))));
         assert_eq!(read.uplink[0].tx_pps, Some(9));
         assert!(
             text.contains("# Ours.") && text.contains("# The first.") && text.contains("# out"),

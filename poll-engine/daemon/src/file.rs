@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail};
-use clap::Command;
+use clap::{Args, Command, Id};
 use serde::de::DeserializeOwned;
 use toml::de::{DeTable, DeValue};
 
@@ -20,6 +20,11 @@ pub const NOT_IN_A_FILE: [(&str, &str); 5] = [
 pub fn said_by_files(program: &Command) -> impl Iterator<Item = &clap::Arg> {
     let is_said = |long: &str| NOT_IN_A_FILE.iter().all(|(other, _)| *other != long);
     program.get_arguments().filter(move |arg| arg.get_long().is_some_and(is_said))
+}
+
+/// Of these options each, none of which may be beside a file that says the same.
+pub fn options_of<T: Args>() -> Vec<Id> {
+    T::augment_args(Command::new("")).get_arguments().map(|arg| arg.get_id().clone()).collect()
 }
 
 /// A step into a file's tables: the value of a key, or an item of a list.

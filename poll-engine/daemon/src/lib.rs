@@ -5,6 +5,7 @@ pub mod file;
 pub mod log;
 pub mod placement;
 pub mod process;
+pub mod running;
 pub mod said;
 pub mod takeover;
 pub mod watchdog;

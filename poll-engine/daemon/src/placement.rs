@@ -8,22 +8,12 @@ use poll_engine::engine::placement::topology::{SYSFS, Topology, node_of_file, no
 use poll_engine::engine::placement::{CpuList, usable_cpus};
 
 use crate::file::{Step, Wrong};
+use crate::running::RunOptions;
 
-/// What is said of it.
-#[derive(Clone, Copy, Debug)]
-pub struct Asked<'a> {
-    /// `--cpus`.
-    pub cpus: Option<&'a Cpus>,
-    /// `--housekeeping`.
-    pub housekeeping: Option<&'a CpuList>,
-    /// `--guest-cpus`.
-    pub guest_cpus: Option<&'a CpuList>,
-}
-
-impl Asked<'_> {
+impl RunOptions {
     /// What does not go together.
     pub fn check(&self) -> Result<(), Wrong> {
-        let alone = match (self.cpus, self.housekeeping, self.guest_cpus) {
+        let alone = match (&self.cpus, &self.housekeeping, &self.guest_cpus) {
             (Some(Cpus::Auto(_)), ..) | (_, None, None) => return Ok(()),
             (_, Some(_), _) => "housekeeping",
             _ => "guest-cpus",
@@ -34,14 +24,14 @@ impl Asked<'_> {
 
     /// The CPUs of reactors; and if they were chosen, for `devices` with their nodes, why these.
     pub fn place(&self, devices: &[(String, Option<usize>)]) -> Result<(CpuList, Option<Plan>)> {
-        let count = match self.cpus {
+        let count = match &self.cpus {
             None => return Ok((CpuList::default(), None)),
             Some(Cpus::These(cpus)) => return Ok((cpus.clone(), None)),
             Some(Cpus::Auto(count)) => *count,
         };
         let usable = usable_cpus().context("which CPUs this process may run on")?;
-        let list = |cpus: Option<&CpuList>| cpus.map_or_else(Vec::new, |list| list.0.clone());
-        let (housekeeping, guests) = (list(self.housekeeping), list(self.guest_cpus));
+        let list = |cpus: &Option<CpuList>| cpus.as_ref().map_or_else(Vec::new, |list| list.0.clone());
+        let (housekeeping, guests) = (list(&self.housekeeping), list(&self.guest_cpus));
         let wish = Wish { count, devices, usable: &usable, housekeeping: &housekeeping, guests: &guests };
         let plan = choose(&Topology::read(Path::new(SYSFS)), &wish).context("--cpus auto")?;
         Ok((plan.cpus.clone(), Some(plan)))

@@ -20,6 +20,11 @@ pub struct ProcessOptions {
     pub confine: confine::Options,
 }
 
+/// Of each of these options that a file may say some value, there and on the command line: for the tests of those who have
+/// them.
+pub const EXAMPLES: [(&str, &str); 3] =
+    [("--control=/c", "control = '/c'"), ("--sandbox=off", "sandbox = false"), ("--user=107", "user = 107")];
+
 impl ProcessOptions {
     /// Those of a file.
     pub fn of(file: &File) -> Result<ProcessOptions> {
