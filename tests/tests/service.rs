@@ -1,7 +1,8 @@
 //! The daemons as services: what a service manager hears, what its units say, and what the package has in it.
 #![allow(clippy::unwrap_used)]
 
-use std::os::unix::net::UnixDatagram;
+use std::os::unix::net::{UnixDatagram, UnixStream};
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
@@ -10,6 +11,8 @@ use anyhow::{Context, Result, ensure};
 use kickless_tests::process::{built, find_program, no_fault_points, run};
 use kickless_tests::runner::{self, Test};
 use kickless_tests::scene::Scene;
+use kickless_tests::wait;
+use nix::libc::SIGABRT;
 
 const LIMIT: Duration = Duration::from_secs(60);
 
@@ -84,6 +87,21 @@ fn the_watchdog_hears_nothing_of_a_reactor_that_hangs(scene: &Scene) -> Result<O
     let _running = start(&program, &disk(scene), &path, "reactor:hang")?;
     ensure!(hears(&manager, "READY=1", LIMIT)?, "it does not say that it is ready");
     ensure!(!hears(&manager, "WATCHDOG=1", Duration::from_secs(1))?, "all is said to be well");
+    Ok(None)
+}
+
+fn a_thread_that_panics_ends_its_daemon(scene: &Scene) -> Result<Option<String>> {
+    let program = built("vhost-blk").context("vhost-blk is not built")?;
+    for thread in ["reactor", "session"] {
+        let (path, _manager) = socket(scene)?;
+        let mut running = start(&program, &disk(scene), &path, &format!("{thread}:panic"))?;
+        let status = wait::until("the end", LIMIT, || {
+            // Some front end, for there to be a session.
+            let _ = UnixStream::connect(scene.path("s"));
+            Ok(running.0.try_wait()?)
+        })?;
+        ensure!(status.signal() == Some(SIGABRT), "{thread}: {status}");
+    }
     Ok(None)
 }
 
@@ -229,6 +247,11 @@ fn main() -> ExitCode {
         Test::new(
             "the_watchdog_hears_nothing_of_a_reactor_that_hangs",
             the_watchdog_hears_nothing_of_a_reactor_that_hangs,
+            no_fault_points,
+        ),
+        Test::new(
+            "a_thread_that_panics_ends_its_daemon",
+            a_thread_that_panics_ends_its_daemon,
             no_fault_points,
         ),
         Test::new("units_are_sound_and_hardened", units_are_sound_and_hardened, no_systemd),

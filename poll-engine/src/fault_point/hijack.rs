@@ -85,6 +85,7 @@ fn attempt(what: &str) -> i64 {
             "hang" => loop {
                 std::thread::park();
             },
+            "panic" => panic!("as was asked for"),
             "trace" => libc::syscall(libc::SYS_ptrace, libc::PTRACE_SEIZE, parent, 0, 0),
             "signal" => libc::syscall(libc::SYS_kill, parent, 0),
             "user" => libc::syscall(libc::SYS_setresuid, 0, 0, 0),
