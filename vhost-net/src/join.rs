@@ -14,7 +14,7 @@ use crate::outside::{HOST_OFFLOADS, host_features};
 use crate::port::Uplink;
 use crate::port::af_packet::AfPacket;
 use crate::port::af_xdp::AfXdp;
-use crate::port::interface::exists;
+use crate::port::interface::index_of;
 use crate::port::tap::uplink::TapUplink;
 use crate::seats::MAX_REACTORS;
 use crate::spec::PortSpec;
@@ -45,7 +45,7 @@ fn open_uplink(spec: &PortSpec, told: Option<u16>) -> Result<Box<dyn Uplink>> {
     let name = spec.interface().context("the uplink has no interface")?;
     let mut uplink: Box<dyn Uplink> = match (&spec.tap, &spec.af_xdp) {
         // One that is made has the cards' MTU.
-        (Some(_), _) => Box::new(TapUplink::open(name, told.filter(|_| !exists(name)))?),
+        (Some(_), _) => Box::new(TapUplink::open(name, told.filter(|_| index_of(name).is_none()))?),
         (_, Some(_)) => Box::new(AfXdp::open(name, spec.queue.unwrap_or(0))?),
         _ => Box::new(AfPacket::open(name)?),
     };

@@ -68,9 +68,9 @@ pub fn is_name(name: &str) -> bool {
     request(name).is_ok()
 }
 
-/// Whether there is an interface of this name.
-pub fn exists(name: &str) -> bool {
-    if_nametoindex(name).is_ok()
+/// The index of the interface of this name, which no other one ever has, if there is one.
+pub fn index_of(name: &str) -> Option<u32> {
+    if_nametoindex(name).ok()
 }
 
 /// An interface by its name, to be asked about and changed.

@@ -11,7 +11,7 @@ use tracing::{info, warn};
 
 use super::{Tap, flags, offload, sys};
 use crate::header::HEADER;
-use crate::port::interface::exists;
+use crate::port::interface::index_of;
 
 /// Between two looks whether there is one of its name.
 const PAUSE: Duration = Duration::from_millis(200);
@@ -23,7 +23,7 @@ pub(super) fn wait(tap: Weak<Tap>) -> io::Result<()> {
         loop {
             std::thread::sleep(PAUSE);
             let Some(tap) = tap.upgrade() else { return };
-            if !exists(&tap.name) {
+            if index_of(&tap.name).is_none() {
                 continue;
             }
             match tap.come_back() {

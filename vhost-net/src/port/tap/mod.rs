@@ -27,7 +27,7 @@ use self::transmit::Transmit;
 use crate::features;
 use crate::header::HEADER;
 use crate::mib::Flow;
-use crate::port::interface::{Interface, exists, is_name};
+use crate::port::interface::{Interface, index_of, is_name};
 
 /// Most queues of a tap (the kernel's `MAX_TAP_QUEUES`).
 pub const MAX_PAIRS: u16 = 256;
@@ -134,9 +134,11 @@ impl Tap {
             return Err(TapError::Name(name.into()));
         }
         check_pairs(pairs.into())?;
-        let is_new = !exists(name);
+        // One that is on its way out may be gone before it is attached to, which then makes another one.
+        let before = index_of(name);
         let tun = open_tun()?;
         let (name, is_multi_queue) = attach_first(tun.as_fd(), name, pairs)?;
+        let is_new = before.is_none() || before != index_of(&name);
         let mut tuns = vec![tun];
         for _ in 1..pairs {
             let tun = open_tun()?;
