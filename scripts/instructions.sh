@@ -8,7 +8,7 @@
 #   scripts/instructions.sh --update   writes it to bench/instructions.tsv
 #   scripts/instructions.sh --skipped  why --check would compare nothing; fails if it would
 #
-# It needs valgrind. `make test` runs the check (about a minute and a half, most of it the release build).
+# It needs valgrind. `make test` runs the check (some minutes, nearly all of it the build).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 what=${1:-}
@@ -34,8 +34,8 @@ if [ "$what" = --check ] || [ "$what" = --skipped ]; then
 fi
 command -v valgrind >/dev/null || { echo "instructions: needs valgrind, which is not installed (apt-get install valgrind)" >&2; exit 1; }
 
-cargo build --release --quiet -p poll-engine --example instructions
-program=${CARGO_TARGET_DIR:-target}/release/examples/instructions
+cargo build --profile counted --quiet -p poll-engine --example instructions
+program=${CARGO_TARGET_DIR:-target}/counted/examples/instructions
 tmp=$(mktemp -d)
 trap 'rm -rf "$tmp"' EXIT
 
