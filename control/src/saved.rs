@@ -114,7 +114,6 @@ impl Reactors {
 
     /// Has a document that says `was` of them say what they do, which is returned. CPUs that were chosen are chosen again at
     /// the next start, unless somebody has chosen others.
-    #[must_use]
     pub fn update(&self, document: &mut DocumentMut, was: &RunOptions) -> RunOptions {
         let mut now = RunOptions { poll: self.pacing, ..was.clone() };
         if now.poll != was.poll {

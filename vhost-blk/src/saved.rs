@@ -19,7 +19,7 @@ pub fn saved(path: &Path, disks: &[DiskSpec], reactors: &Reactors) -> Result<()>
 fn updated(path: &Path, text: &str, disks: &[DiskSpec], reactors: &Reactors) -> Result<String> {
     let was = Options::of(&File::new(path, text.to_owned())).context("it has changed since the start")?;
     let mut document: DocumentMut = text.parse()?;
-    let _ = reactors.update(&mut document, &was.run);
+    reactors.update(&mut document, &was.run);
     let old = was.disks();
     let has_first = old.len() > was.disk.len();
     saved::update(&mut document, &old, has_first, disks).with_context(|| path.display().to_string())?;

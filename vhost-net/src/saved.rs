@@ -16,9 +16,10 @@ use crate::switches::SwitchSpec;
 /// Brings the file at `path` up to date with what holds now, and says what that is.
 pub fn saved(path: &Path, now: &Options, reactors: &Reactors) -> Result<Options> {
     let text = saved::read(path)?;
-    let (text, run) = updated(path, &text, now, reactors)?;
+    let (text, RunOptions { cpus, poll, .. }) = updated(path, &text, now, reactors)?;
     saved::replace(path, &text)?;
-    Ok(Options { run, ..now.clone() })
+    // What else the file says may be for the next start.
+    Ok(Options { run: RunOptions { cpus, poll, ..now.run.clone() }, ..now.clone() })
 }
 
 fn updated(path: &Path, text: &str, now: &Options, reactors: &Reactors) -> Result<(String, RunOptions)> {
@@ -209,6 +210,16 @@ mod tests {
     #[test]
     fn what_has_not_changed_stays_as_it_was_written() {
         assert_eq!(after(FILE, |_| {}).0, FILE);
+    }
+
+    #[test]
+    fn what_a_file_says_for_the_next_start_does_not_hold_yet() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("net.toml");
+        std::fs::write(&path, format!("log = 'debug'\n{FILE}")).unwrap();
+        let now = read(FILE);
+        let saved = saved(&path, &now, &Reactors::new(now.run.poll, None, Vec::new())).unwrap();
+        assert_eq!(saved.run, now.run);
     }
 
     #[test]
