@@ -135,6 +135,23 @@ impl Uring {
         }
     }
 
+    /// As [`push`](Self::push), of two that are linked: a link does not reach from one submit to the next.
+    ///
+    /// # Safety
+    /// The same, for both.
+    pub unsafe fn push_linked(&mut self, first: squeue::Entry, second: squeue::Entry) {
+        let entries = [first.flags(squeue::Flags::IO_LINK), second];
+        self.outstanding += 2;
+        loop {
+            // SAFETY: passed on to our caller.
+            if unsafe { self.ring.submission().push_multiple(&entries) }.is_ok() {
+                self.queued += 2;
+                return;
+            }
+            self.submit();
+        }
+    }
+
     /// Hands queued submissions to the kernel and runs its deferred work, without waiting. No system call when there
     /// is nothing to do.
     #[inline]

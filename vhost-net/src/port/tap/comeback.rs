@@ -23,10 +23,8 @@ pub(super) fn wait(tap: Weak<Tap>) -> io::Result<()> {
         loop {
             std::thread::sleep(PAUSE);
             let Some(tap) = tap.upgrade() else { return };
-            if index_of(&tap.name).is_none() {
-                continue;
-            }
-            match tap.come_back() {
+            let Some(index) = index_of(&tap.name) else { continue };
+            match tap.come_back(index) {
                 Ok(()) => return,
                 Err(e) if !told => {
                     told = true;
@@ -40,7 +38,7 @@ pub(super) fn wait(tap: Weak<Tap>) -> io::Result<()> {
 }
 
 impl Tap {
-    fn come_back(&self) -> io::Result<()> {
+    fn come_back(&self, index: u32) -> io::Result<()> {
         let is_multi_queue = self.pairs.len() > 1;
         let attach = |flags| -> io::Result<_> {
             let tun = sys::open_tun()?;
@@ -53,6 +51,10 @@ impl Tap {
                 .or_else(|e| if is_multi_queue { Err(e) } else { attach(flags(true)) })
         };
         let tuns = (0..self.pairs.len()).map(attach).collect::<Result<Vec<_>, _>>()?;
+        // If it went in between, attaching has made another one, which goes with its queues.
+        if index_of(&self.name) != Some(index) {
+            return Err(io::Error::other("it has gone once more"));
+        }
         sys::set_header(tuns[0].as_fd(), HEADER)?;
         sys::set_offload(tuns[0].as_fd(), offload(self.features.load(Ordering::Relaxed)))?;
         if !self.carrier.load(Ordering::Relaxed) {

@@ -49,12 +49,13 @@ const MAX_PIECES: usize = 1022;
 const SMALL_AGAIN: u32 = 8;
 /// How long to wait for more buffers where there are some, but not enough: no notification tells of that.
 static PAUSE: types::Timespec = types::Timespec::new().nsec(50_000);
-/// And for a tap that is gone.
+/// And for a tap that is gone, or may be.
 static ABSENCE: types::Timespec = types::Timespec::new().nsec(500_000_000);
 /// Tags; reads have their number.
 const WATCH: u32 = MAX_BATCH as u32;
 const PAUSED: u32 = WATCH + 1;
 const CANCEL: u32 = PAUSED + 1;
+const LIMIT: u32 = CANCEL + 1;
 
 /// A chain that a read of the batch at hand may write to.
 #[derive(Default)]
@@ -85,6 +86,8 @@ unsafe impl Send for Read {}
 enum State {
     /// The tap is empty, as far as is known, and has to be watched.
     Empty,
+    /// The same, although it was said that it is not.
+    Doubtful,
     /// It is watched.
     Watched,
     /// There is something to be read.
@@ -109,6 +112,8 @@ pub struct Receive {
     features: u64,
     state: State,
     reads: Box<[Read]>,
+    /// The watch has said that there is something, of which nothing has been read yet.
+    was_told: bool,
     /// How many reads the next batch may have.
     batch: usize,
     /// Of the batch at hand: how many were submitted, how many are complete, how many have been delivered.
@@ -144,6 +149,7 @@ impl Receive {
             is_mergeable: features & MRG_RXBUF != 0,
             features,
             state: State::Empty,
+            was_told: false,
             reads: std::iter::repeat_with(read).take(MAX_BATCH).collect(),
             batch: FIRST_BATCH,
             submitted: 0,
@@ -182,8 +188,16 @@ impl Receive {
         let fd = types::Fd(self.from.tun().as_raw_fd());
         let poll = opcode::PollAdd::new(fd, libc::POLLIN as u32).build();
         let poll = poll.user_data(io.label(WATCH));
-        // SAFETY: the entry points to nothing; the descriptor is open for as long as the handler is, and `detach` submits.
-        unsafe { io.uring().push(&poll) };
+        if self.state == State::Doubtful {
+            // Who waits is woken before a tap that is deleted is taken away (Linux, tun_detach_all), and never after that.
+            let limit = opcode::LinkTimeout::new(&raw const ABSENCE).build().user_data(io.label(LIMIT));
+            // SAFETY: the time is static; the descriptor as below.
+            unsafe { io.uring().push_linked(poll, limit) };
+        } else {
+            // SAFETY: the entry points to nothing; the descriptor is open for as long as the handler is, and `detach`
+            // submits.
+            unsafe { io.uring().push(&poll) };
+        }
         self.state = State::Watched;
     }
 
@@ -335,8 +349,13 @@ impl Receive {
         let brought = self.reads[..self.submitted].iter().filter(|r| r.frame.is_some()).count();
         let is_drained = brought < self.submitted;
         self.batch = next_batch(brought, self.submitted);
+        let was_told = std::mem::take(&mut self.was_told);
         if self.state == State::Reading {
-            self.state = if is_drained { State::Empty } else { State::Readable };
+            self.state = match is_drained {
+                true if brought == 0 && was_told => State::Doubtful,
+                true => State::Empty,
+                false => State::Readable,
+            };
         }
         self.deliver(queue);
     }
@@ -549,7 +568,7 @@ impl QueueHandler for Receive {
                 self.pause(io, &ABSENCE, State::Away);
                 0
             }
-            State::Empty => {
+            State::Empty | State::Doubtful => {
                 self.watch(io);
                 0
             }
@@ -568,7 +587,11 @@ impl QueueHandler for Receive {
     fn complete(&mut self, queue: &mut Queue, _: &mut Io<'_>, tag: u32, result: i32) {
         match tag {
             // An error of the poll shows in what is read.
-            WATCH => self.state = State::Readable,
+            WATCH => {
+                self.state = State::Readable;
+                self.was_told = result > 0;
+            }
+            LIMIT => {}
             PAUSED if self.state == State::Away => {
                 self.state = if self.from.tap.is_gone() { State::Gone } else { State::Readable };
             }

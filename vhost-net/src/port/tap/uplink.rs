@@ -280,7 +280,9 @@ impl Uplink for TapUplink {
         let is_gone = self.tap.is_gone();
         // Down once, even if it was away for a shorter time than there is between two looks.
         let was_gone = std::mem::replace(&mut self.was_gone, is_gone);
-        self.is_readable |= was_gone;
+        // Who waits is woken before a tap that is deleted is taken away (Linux, tun_detach_all), and never after that: what
+        // was read then did not say so.
+        self.is_readable = true;
         Link { up: link.up && !is_gone && !was_gone, ..link }
     }
 
