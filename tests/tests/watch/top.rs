@@ -20,10 +20,40 @@ use serde_json::json;
 use crate::load::{Load, NetLoad, value};
 use crate::rig::{LIMIT, Rig};
 
+/// How a program says that what it has drawn is whole, as terminals do that can show it all at once.
+const WHOLE: &[u8] = b"\x1b[?2026l";
+
 struct Terminal {
     child: Child,
     master: File,
-    screen: Arc<Mutex<vt100::Parser>>,
+    screen: Arc<Mutex<Screen>>,
+}
+
+struct Screen {
+    parser: vt100::Parser,
+    /// What it showed when it was whole last.
+    lines: Vec<String>,
+    /// What came behind that.
+    rest: Vec<u8>,
+}
+
+impl Screen {
+    fn read(&mut self, bytes: &[u8]) {
+        self.rest.extend_from_slice(bytes);
+        while let Some(at) = self.rest.windows(WHOLE.len()).position(|part| part == WHOLE) {
+            let rest = self.rest.split_off(at + WHOLE.len());
+            self.parser.process(&std::mem::replace(&mut self.rest, rest));
+            let screen = self.parser.screen();
+            let (_, cols) = screen.size();
+            self.lines = screen.rows(0, cols).map(|row| row.trim_end().to_owned()).collect();
+        }
+    }
+
+    /// Whether what it shows now, whole or not, is beside what it showed before the program began.
+    fn is_alternate(&mut self) -> bool {
+        self.parser.process(&std::mem::take(&mut self.rest));
+        self.parser.screen().alternate_screen()
+    }
 }
 
 /// Both ends of a new pseudo-terminal: that of the one who looks at it, and that of the program.
@@ -56,13 +86,14 @@ impl Terminal {
             .stderr(Stdio::from(slave))
             .spawn()
             .context("setsid (package util-linux)")?;
-        let screen = Arc::new(Mutex::new(vt100::Parser::new(rows, cols, 0)));
+        let screen = Screen { parser: vt100::Parser::new(rows, cols, 0), lines: vec![], rest: vec![] };
+        let screen = Arc::new(Mutex::new(screen));
         let (mut reads, shown) = (master.try_clone()?, Arc::clone(&screen));
         std::thread::spawn(move || {
             let mut bytes = [0; 4096];
             // Ends with an error when the last one on the other side is gone.
             while let Ok(n @ 1..) = reads.read(&mut bytes) {
-                shown.lock().unwrap().process(&bytes[..n]);
+                shown.lock().unwrap().read(&bytes[..n]);
             }
         });
         Ok(Terminal { child, master, screen })
@@ -73,9 +104,7 @@ impl Terminal {
     }
 
     fn lines(&self) -> Vec<String> {
-        let screen = self.screen.lock().unwrap();
-        let (_, cols) = screen.screen().size();
-        screen.screen().rows(0, cols).map(|row| row.trim_end().to_owned()).collect()
+        self.screen.lock().unwrap().lines.clone()
     }
 
     /// Waits until the screen is so.
@@ -88,7 +117,7 @@ impl Terminal {
     }
 
     fn resize(&mut self, rows: u16, cols: u16) -> Result<()> {
-        self.screen.lock().unwrap().screen_mut().set_size(rows, cols);
+        self.screen.lock().unwrap().parser.screen_mut().set_size(rows, cols);
         let size = size(rows, cols);
         // SAFETY: the descriptor is that of a terminal, and the structure is read.
         let done = unsafe { libc::ioctl(self.master.as_raw_fd(), libc::TIOCSWINSZ, &raw const size) };
@@ -185,8 +214,7 @@ pub fn is_used(_: &Scene) -> Result<Option<String>> {
     ensure!(status.success(), "{status}");
     // Its last words may be read after its end.
     wait::until("the terminal as it was", LIMIT, || {
-        let screen = terminal.screen.lock().unwrap();
-        Ok((!screen.screen().alternate_screen()).then_some(()))
+        Ok((!terminal.screen.lock().unwrap().is_alternate()).then_some(()))
     })?;
     Ok(None)
 }
@@ -247,7 +275,9 @@ pub fn shows_ports(_: &Scene) -> Result<Option<String>> {
         terminal.shows("as many packets and drops as were counted", |lines| {
             line_of(lines, port).is_some_and(|cells| {
                 let near = |cell: &str, n: f64| (number(cell) - n).abs() <= n * 0.01;
-                cells[2] == "0" && near(cells[10], packets) && near(cells[8], drops)
+                // A narrow one of before has fewer.
+                let all = cells.get(10);
+                cells[2] == "0" && all.is_some_and(|all| near(all, packets)) && near(cells[8], drops)
             })
         })?;
     }

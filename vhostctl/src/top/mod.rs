@@ -14,6 +14,8 @@ use control::client::Client;
 use control::stats::Stats;
 use ratatui::DefaultTerminal;
 use ratatui::crossterm::event::{self, Event, KeyCode, KeyEvent, KeyEventKind, KeyModifiers};
+use ratatui::crossterm::terminal::{BeginSynchronizedUpdate, EndSynchronizedUpdate};
+use ratatui::crossterm::{execute, queue};
 
 use crate::rates::{DropsNow, ExportNow, Now, QueueNow, Rates, between};
 use columns::{Column, columns};
@@ -238,7 +240,10 @@ fn watch(
     told: &Receiver<Result<Stats>>,
 ) -> Result<()> {
     loop {
+        // All at once, where the terminal can: nobody sees half a line.
+        queue!(terminal.backend_mut(), BeginSynchronizedUpdate)?;
         terminal.draw(|frame| top.draw(frame))?;
+        execute!(terminal.backend_mut(), EndSynchronizedUpdate)?;
         let mut changed = false;
         while !changed {
             let input = event::poll(TICK)?.then(event::read).transpose()?;
