@@ -1,5 +1,6 @@
 //! Queues that move between reactors, and reactors that end: what all daemons do alike.
 
+use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -8,6 +9,7 @@ use poll_engine::engine::{Engine, Retiring};
 use poll_engine::session::server::{AskError, Server};
 use poll_engine::stats::QueueStats;
 use serde::Deserialize;
+use tracing::info;
 use utoipa::ToSchema;
 
 use crate::refused::Refused;
@@ -31,7 +33,7 @@ pub struct Placed {
 
 impl Placed {
     /// The queues of `key`, which has so many, that are to move. Fails without such a reactor or queue.
-    pub fn queues(&self, engine: &Engine, key: &str, count: usize) -> Result<Range<u16>, Refused> {
+    fn queues(&self, engine: &Engine, key: &str, count: usize) -> Result<Range<u16>, Refused> {
         let Placed { reactor, queue } = *self;
         if engine.list().iter().all(|r| r.number != reactor) {
             let why = format!("there is no reactor {reactor}; GET /v1/reactors lists those there are");
@@ -56,9 +58,33 @@ pub trait Movable {
     fn stats(&self) -> &[Arc<QueueStats>];
     /// What serves it.
     fn server(&self) -> &Server;
+    /// Has these queues on this reactor when they start next.
+    fn want_on(&self, queues: Range<u16>, reactor: usize);
     /// Stops its queues, and starts them where they are wanted.
     fn restart(&self) -> Result<(), AskError> {
         self.server().restart_queues()
+    }
+
+    /// Moves a queue, or all of them, to a reactor.
+    fn place(&self, engine: &Engine, at: Placed) -> Result<(), Refused> {
+        let queues = at.queues(engine, self.key(), self.stats().len())?;
+        self.want_on(queues, at.reactor);
+        Ok(self.restart()?)
+    }
+
+    /// Has its queues take nothing and answer nothing, or go on.
+    fn set_paused(&self, paused: bool) -> Result<(), Refused> {
+        self.server().set_paused(paused)?;
+        info!("{} {}", self.key(), if paused { "is paused" } else { "goes on" });
+        Ok(())
+    }
+}
+
+/// Fails if one of them is paused, which a newer process would not know.
+pub fn expect_none_paused<T: Movable>(all: &[Arc<T>]) -> io::Result<()> {
+    match all.iter().find(|one| one.server().is_paused()) {
+        Some(paused) => Err(io::Error::other(format!("{} is paused; resume it first", paused.key()))),
+        None => Ok(()),
     }
 }
 

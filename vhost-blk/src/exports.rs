@@ -4,6 +4,7 @@ mod images;
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -12,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use control::common::Running;
-use control::moving::{Movable, Placed, move_away};
+use control::moving::{Movable, Placed, expect_none_paused, move_away};
 use control::refused::{Changes, Refused};
 use control::saved::Reactors;
 use daemon::takeover::{self, Inherited, Successor};
@@ -443,8 +444,7 @@ impl Exports {
     pub fn set_paused(&self, key: &str, paused: bool) -> Result<Arc<Served>, Refused> {
         let _change = self.changes.begin()?;
         let served = self.find(key)?;
-        served.server.set_paused(paused)?;
-        info!("{} {}", served.name, if paused { "is paused" } else { "goes on" });
+        served.set_paused(paused)?;
         Ok(served)
     }
 
@@ -452,9 +452,7 @@ impl Exports {
     pub fn place(&self, key: &str, at: Placed) -> Result<Arc<Served>, Refused> {
         let _change = self.changes.begin()?;
         let served = self.find(key)?;
-        let queues = at.queues(&self.engine, key, served.stats.len())?;
-        served.device.want_on(queues, at.reactor);
-        served.restart()?;
+        served.place(&self.engine, at)?;
         Ok(served)
     }
 
@@ -514,6 +512,10 @@ impl Movable for Served {
 
     fn server(&self) -> &Server {
         &self.server
+    }
+
+    fn want_on(&self, queues: Range<u16>, reactor: usize) {
+        self.device.want_on(queues, reactor);
     }
 }
 
@@ -590,9 +592,7 @@ impl Estate for HandedOver {
         let _change = self.0.changes.wait();
         let served = self.0.all();
         served.iter().filter_map(|s| s.image()).for_each(Formatted::stop_flatten);
-        if let Some(paused) = served.iter().find(|s| s.server.is_paused()) {
-            return Err(io::Error::other(format!("{} is paused; resume it first", paused.key)));
-        }
+        expect_none_paused(&served)?;
         let lots = served.iter().map(|s| s.lot()).collect::<Result<Vec<_>>>().map_err(io::Error::other)?;
         give(&lots);
         Ok(())

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use control::common::Running;
-use control::moving::{Movable, Placed, move_away};
+use control::moving::{Movable, Placed, expect_none_paused, move_away};
 use control::refused::{Changes, Refused};
 use control::saved::Reactors;
 use daemon::Place;
@@ -316,8 +316,7 @@ impl Ports {
     pub fn set_paused(&self, name: &str, paused: bool) -> Result<Arc<Served>, Refused> {
         let _change = self.changes.begin()?;
         let served = self.find(name)?;
-        served.server.set_paused(paused)?;
-        info!("port {name} {}", if paused { "is paused" } else { "goes on" });
+        served.set_paused(paused)?;
         Ok(served)
     }
 
@@ -325,9 +324,7 @@ impl Ports {
     pub fn place(&self, name: &str, at: Placed) -> Result<Arc<Served>, Refused> {
         let _change = self.changes.begin()?;
         let served = self.find(name)?;
-        let queues = at.queues(self.engine(), name, served.stats.len())?;
-        served.device.want_on(queues, at.reactor);
-        served.restart()?;
+        served.place(self.engine(), at)?;
         Ok(served)
     }
 
@@ -556,13 +553,12 @@ impl Estate for HandedOver {
     fn with(&self, give: &mut dyn FnMut(&[Lot])) -> io::Result<()> {
         let _change = self.0.changes.wait();
         let about = About::from(self.0.setting.plan);
-        if let Some(paused) = self.0.all().iter().find(|s| s.server.is_paused()) {
-            return Err(io::Error::other(format!("{} is paused; resume it first", paused.name)));
-        }
+        let served = self.0.all();
+        expect_none_paused(&served)?;
         let lot = |s: &Arc<Served>| {
             takeover::lot(s.place.key(), &about, vec![], &s.server, Arc::clone(&s.device) as _)
         };
-        let lots = self.0.all().iter().map(lot).collect::<Result<Vec<_>>>().map_err(io::Error::other)?;
+        let lots = served.iter().map(lot).collect::<Result<Vec<_>>>().map_err(io::Error::other)?;
         give(&lots);
         Ok(())
     }

@@ -1,5 +1,6 @@
 //! A port that is served, from what is asked for to what its packets are counted by; and uplinks.
 
+use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
 use anyhow::{Context, Result};
@@ -242,6 +243,10 @@ impl Movable for Served {
 
     fn server(&self) -> &Server {
         &self.server
+    }
+
+    fn want_on(&self, queues: Range<u16>, reactor: usize) {
+        self.device.want_on(queues, reactor);
     }
 
     fn restart(&self) -> Result<(), AskError> {
