@@ -34,9 +34,8 @@ trap 'rm -rf "$tmp"' EXIT
 say "building"
 # What cargo has built, it says itself.
 built() { sed -n 's/.*"name":"'"$1"'".*"executable":"\([^"]*\)".*/\1/p' "$tmp/messages" | tail -n 1; }
-cargo build -q --workspace --bins --message-format=json >"$tmp/messages"
+cargo build -q --workspace --bins --test "$test" --message-format=json >"$tmp/messages"
 cargo build -q --release -p kickless-guest --features bare --message-format=json >>"$tmp/messages"
-cargo test -q --workspace --test "$test" --no-run --message-format=json >>"$tmp/messages"
 
 root=$tmp/root
 mkdir -p "$root"/{dev,etc,kickless/guest,kickless/bin,proc,sys,tmp}

@@ -154,10 +154,10 @@ soak() {
     local upgrades=${SOAK_UPGRADES:-500} sessions=${SOAK_SESSIONS:-50000} attached=${SOAK_ATTACHED:-50}
     local changes=${SOAK_CHANGES:-120} configs=${SOAK_CONFIGS:-60} images=${SOAK_IMAGES:-500}
     local cuts=${SOAK_CUTS:-1000} calls=${SOAK_CALLS:-100}
-    local limit=$((minutes * 60)) tests=(cargo test -p kickless-tests --test)
+    local limit=$((minutes * 60)) tests=(cargo test --workspace --test)
     export PROPTEST_CASES=${PROPTEST_CASES:-4096}
     {
-        cargo build -q -p vhost-blk -p vhost-net -p vdpa -p vhostctl -p vbench -p kickless-tests --bins && build_guest && "${tests[@]}" kill --no-run
+        cargo build -q --workspace --bins --tests && build_guest
     } || { echo "soak: does not build"; return 1; }
 
     # By count; 0 leaves a part out. One that fails does not keep the others from running.
