@@ -42,6 +42,7 @@ pub fn check(options: &Options) -> Result<(), Wrong> {
         uplink(spec)
             .and_then(|()| on_a_switch(spec, options))
             .and_then(|()| the_only_uplink(spec, &options.uplink[..i]))
+            .and_then(|()| no_port(spec, &ports))
             .map_err(|(key, why)| wrong(&at(key), format!("uplink: {why}")))?;
     }
     distinct(&options.uplink, "uplink", "uplinks", 0)?;
@@ -114,6 +115,18 @@ fn the_only_uplink(uplink: &PortSpec, before: &[PortSpec]) -> Result<(), PortWro
             Err((Some("switch"), format!("{on} has the uplink {other} already; a switch has one at most")))
         }
         None => Ok(()),
+    }
+}
+
+/// Counters and limits are found by name, of ports and uplinks alike.
+fn no_port(uplink: &PortSpec, ports: &[PortSpec]) -> Result<(), PortWrong> {
+    let name = uplink.name();
+    match ports.iter().any(|port| port.name() == name) {
+        true => Err((
+            Some("name"),
+            format!("a port has the name {name} as well; give one of them another (name=)"),
+        )),
+        false => Ok(()),
     }
 }
 

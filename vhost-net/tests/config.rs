@@ -69,6 +69,10 @@ fn mistakes_are_one_line_with_file_line_and_key() {
             ":4: uplink: the switch without a name has the uplink t already; a switch has one at most",
         ),
         (
+            "switch = true\n[[uplink]]\ntap = 't'\n[[port]]\nsocket-path = 'SOCK'\nname = 't'\n",
+            ":2: uplink: a port has the name t as well; give one of them another (name=)",
+        ),
+        (
             "mac-ageing = 9\n[switch]\nname = 'a'\n[[port]]\nsocket-path = 'SOCK'\nswitch = 'a'\n",
             ":1: mac-ageing is each switch's own where switches have keys; say it there",
         ),
