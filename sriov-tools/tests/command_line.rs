@@ -143,7 +143,10 @@ fn who_may_not_change_anything_is_told_so() {
     let dir = tempfile::tempdir_in("/tmp").unwrap();
     std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
     let program = dir.path().join("sriov");
-    std::fs::copy(env!("CARGO_BIN_EXE_sriov"), &program).unwrap();
+    // By another process: what this one has open for writing, a child that another test starts meanwhile has as well, and
+    // nobody may run it for so long.
+    let copied = Command::new("cp").arg(env!("CARGO_BIN_EXE_sriov")).arg(&program).status().unwrap();
+    assert!(copied.success());
     let mut command = Command::new(&program);
     if nix::unistd::geteuid().is_root() {
         command.uid(65534).gid(65534);

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -117,6 +117,14 @@ pub fn built(name: &str) -> Option<PathBuf> {
 pub fn optimised(name: &str) -> Option<PathBuf> {
     let dir = elsewhere().or_else(|| Some(beside()?.parent()?.join("release")))?;
     Some(dir.join(name)).filter(|path| path.is_file())
+}
+
+/// Copies a program to where it is to be run from. By another process: what this one has open for writing, a child that
+/// another thread starts meanwhile has as well, and nobody may run it for so long.
+pub fn copy(program: &Path, to: &Path) -> Result<()> {
+    let status = Command::new("cp").arg(program).arg(to).status().context("cp")?;
+    ensure!(status.success(), "cp {} {}: {status}", program.display(), to.display());
+    Ok(())
 }
 
 fn elsewhere() -> Option<PathBuf> {

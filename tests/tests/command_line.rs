@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use blk::{LIMIT, Served, program};
 use kickless_tests::image::Image;
-use kickless_tests::process::{Process, find_program};
+use kickless_tests::process::{self, Process, find_program};
 use kickless_tests::scene::Scene;
 use kickless_tests::wait;
 
@@ -94,7 +94,7 @@ fn an_image_one_may_not_open() {
     let root = nix::unistd::geteuid().is_root();
     let nobody = ["--reuid=65534", "--regid=65534", "--clear-groups", "--"];
     let copy = p.scene.path("vhost-blk");
-    fs::copy(program(), &copy).unwrap();
+    process::copy(&program(), &copy).unwrap();
     let copy = copy.to_str().unwrap();
     let run = |more: &[&str]| {
         let args = [&[copy, &p.socket, &p.file], more].concat();

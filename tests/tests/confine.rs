@@ -13,7 +13,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use kickless_tests::daemon::{Daemon, Medium, Options};
 use kickless_tests::netns::Netns;
-use kickless_tests::process::{Process, built, no_fault_points, run};
+use kickless_tests::process::{self, Process, built, no_fault_points, run};
 use kickless_tests::runner::{self, Test};
 use kickless_tests::scene::Scene;
 use kickless_tests::wait;
@@ -453,7 +453,7 @@ fn nothing_is_opened_where_all_is_passed(scene: &Scene) -> Result<Option<String>
     std::fs::set_permissions(&dir, Permissions::from_mode(0o700))?;
     // It can be executed by that user, where what is built perhaps cannot be reached.
     let program = scene.path("vhost-blk");
-    std::fs::copy(built("vhost-blk").context("no daemon")?, &program)?;
+    process::copy(&built("vhost-blk").context("no daemon")?, &program)?;
     std::fs::set_permissions(scene.path(""), Permissions::from_mode(0o711))?;
     let socket = dir.join("s");
     let listener = UnixListener::bind(&socket)?;

@@ -22,10 +22,11 @@ mod upgrade;
 
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::process::Command;
 
 use kickless_tests::image::Image;
-use kickless_tests::process::built;
+use kickless_tests::process::{self, built};
 use kickless_tests::wait;
 use nix::sys::signal::Signal;
 use rig::{LIMIT, Rig};
@@ -178,7 +179,7 @@ fn who_may_not_use_the_socket_is_told_so() {
         std::fs::set_permissions(rig.path("api"), PermissionsExt::from_mode(0o666)).unwrap();
         std::fs::set_permissions(rig.scene.path("."), PermissionsExt::from_mode(0o755)).unwrap();
         let copy = rig.path("vhostctl");
-        std::fs::copy(built("vhostctl").expect("cargo build -p vhostctl"), &copy).unwrap();
+        process::copy(&built("vhostctl").expect("cargo build -p vhostctl"), Path::new(&copy)).unwrap();
         let as_nobody = [
             "--reuid=65534",
             "--regid=65534",

@@ -7,7 +7,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use kickless_tests::image::{Image, MIB};
-use kickless_tests::process::Process;
+use kickless_tests::process::{self, Process};
 use kickless_tests::scene::Scene;
 use kickless_tests::wait;
 use nix::sys::signal::{Signal, kill};
@@ -277,7 +277,7 @@ pub fn another_user() {
         let dir = chain.control.parent().unwrap();
         std::fs::set_permissions(dir, std::fs::Permissions::from_mode(0o755)).unwrap();
         let program = dir.join("vhost-blk-copy");
-        std::fs::copy(crate::blk::program(), &program).unwrap();
+        process::copy(&crate::blk::program(), &program).unwrap();
         let takeover = format!("--takeover={}", chain.control.display());
         let output = Command::new("setpriv")
             .args(["--reuid=65534", "--regid=65534", "--clear-groups", "--"])

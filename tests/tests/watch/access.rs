@@ -2,10 +2,11 @@
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, chown};
+use std::path::Path;
 use std::process::{Command, Output};
 
 use anyhow::Result;
-use kickless_tests::process::built;
+use kickless_tests::process::{self, built};
 use kickless_tests::scene::Scene;
 
 use crate::rig::Rig;
@@ -21,7 +22,7 @@ pub fn not_root() -> Option<String> {
 /// `vhostctl list` by nobody, with these groups.
 fn list_as(rig: &Rig, gid: u32, further: &str) -> Result<Output> {
     let copy = rig.path("vhostctl");
-    fs::copy(built("vhostctl").expect("cargo build -p vhostctl"), &copy)?;
+    process::copy(&built("vhostctl").expect("cargo build -p vhostctl"), Path::new(&copy))?;
     let mut setpriv = Command::new("setpriv");
     setpriv.arg(format!("--reuid={NOBODY}")).arg(format!("--regid={gid}")).arg(further);
     Ok(setpriv.args(["--", &copy, "--api", &rig.path("api"), "list"]).output()?)
