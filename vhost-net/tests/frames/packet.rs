@@ -16,6 +16,10 @@ fn compare(frame: &[u8]) {
         return;
     };
     let packet = packet.unwrap();
+    // Used for second tags once, and no number of IEEE 802.1Q; to etherparse one all the same.
+    if [12, 16, 20].iter().any(|&at| frame.get(at..at + 2) == Some(&[0x91, 0x00])) {
+        return;
+    }
     let Some(LinkSlice::Ethernet2(link)) = &theirs.link else { panic!("no Ethernet") };
     assert_eq!((packet.destination(), packet.source()), (link.destination(), link.source()));
     assert_eq!(packet.tag().map(Tag::vlan), theirs.vlan_ids().first().map(|v| v.value()));
