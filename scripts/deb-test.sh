@@ -10,7 +10,7 @@ cd "$(dirname "$0")/.."
 [ -n "${DEB_TEST_MOUNTS:-}" ] || exec env DEB_TEST_MOUNTS=own unshare --mount "$0" "$@"
 
 fail() { echo "deb-test: $*" >&2; exit 1; }
-deb=${1:-$(ls -t target/debian/kickless_*.deb 2>/dev/null | head -n 1)}
+deb=${1:-$(ls -t target/debian/kickless_*.deb 2>/dev/null | head -n 1 || true)}
 [ -f "$deb" ] || fail "no package: scripts/deb.sh makes one"
 command -v mmdebstrap >/dev/null || fail "mmdebstrap is missing: apt-get install mmdebstrap"
 
