@@ -43,6 +43,7 @@ const TESTS: &[Test] = &[
     ("a_tap_that_somebody_else_opened_is_taken_over", errors::inherited),
     ("a_tap_that_is_deleted_ends_quietly", trouble::deleted),
     ("a_tap_that_is_made_anew_goes_on", trouble::made_anew),
+    ("a_wake_up_for_what_somebody_else_has_read_is_no_end", trouble::robbed),
     ("a_tap_that_this_user_may_not_use_is_said_so", errors::not_permitted),
     ("a_daemon_without_rights_says_what_to_do", errors::daemon_without_rights),
     ("a_guest_without_buffers_loses_nothing_and_nothing_spins", trouble::without_buffers),

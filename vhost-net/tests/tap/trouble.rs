@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use poll_engine::device::features as ring;
 use poll_engine::engine::pacing::Pacing;
 use poll_engine::stats::ErrorKind;
@@ -12,7 +13,7 @@ use vhost_net::header::{HEADER, VnetHdr};
 use vhost_net::port::tap::Tap;
 
 use super::guest::{Guest, engine};
-use super::host::{GUEST_MAC, HOST_MAC, Host, frame, ip, open_tap, until};
+use super::host::{GUEST_MAC, HOST_MAC, Host, attached, frame, ip, open_tap, until};
 use super::{PLAIN, segments, short, tso};
 
 fn count(tap: &Tap, name: &str) -> u64 {
@@ -92,6 +93,48 @@ pub fn made_anew() {
         drop(tap);
         ip("link delete kl0");
     }
+}
+
+/// Somebody else reads what a queue was woken for. It is watched on, without spinning, and its end is noticed.
+pub fn robbed() {
+    let tun = attached("kl0", libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR);
+    ip("link set kl0 up");
+    fcntl(&tun, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).unwrap();
+    let robber = tun.try_clone().unwrap();
+    let tap = Tap::inherit(vec![tun], None).unwrap();
+    let (engine, host) = (engine(Pacing::Event), Host::on("kl0"));
+    let mut guest = Guest::on(&tap, &engine, MRG_RXBUF, 256, 2048);
+    guest.post(256);
+    let (stolen, is_over) = (AtomicUsize::new(0), AtomicBool::new(false));
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !is_over.load(Ordering::Relaxed) {
+                if nix::unistd::read(&robber, &mut [0; 2048]).is_ok() {
+                    stolen.fetch_add(1, Ordering::Relaxed);
+                }
+            }
+        });
+        let (mut sent, mut received) = (0, 0);
+        until("the other one to have some", || {
+            host.send(PLAIN, &frame(HOST_MAC, GUEST_MAC, 100, 1));
+            sent += 1;
+            until("one of them to have it", || {
+                let got = guest.receive().is_some();
+                guest.post(got.into());
+                received += usize::from(got);
+                received + stolen.load(Ordering::Relaxed) == sent
+            });
+            stolen.load(Ordering::Relaxed) > 100
+        });
+        is_over.store(true, Ordering::Relaxed);
+    });
+    assert!(looks(&guest) < 10, "it spins");
+    let sent = frame(HOST_MAC, GUEST_MAC, 100, 2);
+    host.send(PLAIN, &sent);
+    assert_eq!(guest.wait().1, sent);
+    ip("link delete kl0");
+    until("the end of the tap to be noticed", || tap.is_gone());
+    guest.stop();
 }
 
 pub fn without_buffers() {
