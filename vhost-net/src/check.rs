@@ -121,13 +121,10 @@ fn the_only_uplink(uplink: &PortSpec, before: &[PortSpec]) -> Result<(), PortWro
 /// Counters and limits are found by name, of ports and uplinks alike.
 fn no_port(uplink: &PortSpec, ports: &[PortSpec]) -> Result<(), PortWrong> {
     let name = uplink.name();
-    match ports.iter().any(|port| port.name() == name) {
-        true => Err((
-            Some("name"),
-            format!("a port has the name {name} as well; give one of them another (name=)"),
-        )),
-        false => Ok(()),
+    if ports.iter().all(|port| port.name() != name) {
+        return Ok(());
     }
+    Err((Some("name"), format!("a port has the name {name} as well; give one of them another (name=)")))
 }
 
 fn first_port(options: &Options) -> Result<(), Wrong> {
